@@ -1,0 +1,501 @@
+"""
+Text to tokens to training samples: three tokenizers, one shard file format, one reader.
+
+    stream = document, eos, document, eos, ...                        whole documents, over as many shards as it takes
+    sample(index) = stream[w * context_len : (w + 1) * context_len + 1]    w = shuffled(index), anew in every epoch
+
+A sample depends on (seed, index) only, so a run resumes from its step alone and ranks slice the indices as they like.
+As a script it turns .txt, .jsonl, .jsonl.gz and .parquet into shards; with no argument, the text that comes with CPython.
+tests/test_data.py holds the tokenizers equal to Hugging Face's `tokenizers` and to sentencepiece. Read niah.py next.
+"""
+import argparse
+import gzip
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import signal
+import struct
+import sys
+import threading
+import time
+import unicodedata
+import zlib
+from bisect import bisect_right
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+
+# -----------------------------------------------------------------------------
+# Tokenizers. All have encode(text) -> ids, decode(ids) -> text, n_vocab, eos_id and name (at most 24 characters, which
+# tell two tokenizers apart). Special tokens spelled in a text are plain text; decode skips ids that stand for no text.
+
+
+class ByteTokenizer:
+    """Ids 0..255 are bytes and 256 ends a document. Needs no file."""
+    name, n_vocab, eos_id = "bytes", 257, 256
+
+    def encode(self, text):
+        return list(text.encode("utf-8", errors="replace"))
+
+    def decode(self, ids):
+        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+# tiktoken's regex engine overflows its stack on about a million spaces in a row, so long texts go through in slices.
+# A slice ends before a space that follows something else, where GPT-2's and cl100k's patterns always split: same ids.
+SLICE = re.compile(r"(?s).{1,400000}\Z|.{1,400000}(?<=\S)(?= )|.{1,400000}")
+
+
+def byte_alphabet():
+    """GPT-2 spells each byte as one visible character ("Ġ" is the space): {character: byte}."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [b for b in range(256) if b not in visible]
+    return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
+class TiktokenTokenizer:
+    """
+    The byte-level BPE of a Hugging Face tokenizer.json (OLMo 2, GPT-2, Llama 3), run by tiktoken.
+
+    The file orders merges by priority; tiktoken joins the neighbours whose product has the lowest id. The two agree when
+    the products' ids ascend along the list and merges reach every token, so both are checked. tiktoken looks a whole
+    piece up before it merges (the file's ignore_merges); where merges reach every token that changes nothing.
+    Added tokens that are not special (OLMo 2's |||EMAIL_ADDRESS|||) match in text, as they do in Hugging Face.
+    """
+
+    def __init__(self, path):
+        path = Path(path)
+
+        def require(ok, field, found):
+            if not ok:
+                raise ValueError(f"{path}: {field} is {found!r}, which tiktoken cannot reproduce; use a byte-level BPE "
+                                 "tokenizer.json (OLMo 2, GPT-2, Llama 3) or the checkpoint's tokenizer.model")
+
+        try:
+            spec = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise ValueError(f"{path}: not JSON ({e}); download it again") from None
+        model = spec.get("model") or {}
+        require(model.get("type") == "BPE", "model.type", model.get("type"))
+        for field in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+            require(not model.get(field), f"model.{field}", model.get(field))
+        normalizer = spec.get("normalizer") or {"type": None}
+        require(normalizer["type"] in (None, "NFC"), "normalizer.type", normalizer["type"])
+        self.nfc = normalizer["type"] == "NFC"
+
+        # The regex that cuts text into pieces: GPT-2's own inside ByteLevel, or a Split before it.
+        steps = spec.get("pre_tokenizer") or {"type": None}
+        steps = steps.get("pretokenizers", [steps])
+        types = [step["type"] for step in steps]
+        require(types in (["ByteLevel"], ["Split", "ByteLevel"]), "pre_tokenizer", types)
+        split, byte_level = steps[0], steps[-1]
+        require(byte_level.get("use_regex", True) == (len(steps) == 1), "pre_tokenizer ByteLevel.use_regex", len(steps) > 1)
+        require(not byte_level["add_prefix_space"], "pre_tokenizer ByteLevel.add_prefix_space", True)
+        pattern = GPT2_PATTERN
+        if len(steps) == 2:
+            how = split["behavior"], split["invert"]  # both ways of saying: each match is a piece
+            require(how in (("Removed", True), ("Isolated", False)), "pre_tokenizer Split (behavior, invert)", how)
+            require("Regex" in split["pattern"], "pre_tokenizer Split.pattern", split["pattern"])
+            pattern = split["pattern"]["Regex"]
+
+        alphabet = byte_alphabet()
+        added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        spelled = {token: i for token, i in model["vocab"].items() if token not in added}
+        foreign = next((token for token in spelled if not alphabet.keys() >= set(token)), None)
+        require(foreign is None, "a token of model.vocab", foreign)
+        ranks = {bytes(alphabet[c] for c in token): i for token, i in spelled.items()}
+        missing = [b for b in range(256) if bytes([b]) not in ranks]
+        require(not missing, "model.vocab's list of missing bytes", missing)
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]  # "a b" or ["a", "b"]
+        products = [spelled.get(left + right, -1) for left, right in merges]
+        for merge, before, after in zip(merges, [0] + products, products):
+            require(0 <= before <= after, "model.merges' order (it is not that of the ids) at", merge)
+        unmerged = set(spelled.values()) - set(products) - {ranks[bytes([b])] for b in range(256)}
+        require(not unmerged, "model.vocab's ids that no merge makes", sorted(unmerged)[:5])
+
+        in_text = [t for t in spec["added_tokens"] if not t["special"]]
+        loose = [t["content"] for t in in_text if t["lstrip"] or t["rstrip"] or t["single_word"]]
+        require(not loose, "added_tokens' list of non-special ones with lstrip, rstrip or single_word", loose)
+        in_text = {t["content"]: t["id"] for t in in_text}
+        for pair in itertools.permutations(in_text, 2):
+            require(not pair[0].startswith(pair[1]), "a pair of added_tokens, one beginning with the other,", pair)
+
+        config = path.with_name("tokenizer_config.json")
+        eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.exists() else None
+        eos = eos["content"] if isinstance(eos, dict) else eos or "<|endoftext|>"
+        if eos not in added:
+            raise ValueError(f"{path}: added_tokens has no {eos!r}; name the end of text as eos_token in {config}")
+
+        self.eos_id = added[eos]
+        self.n_vocab = 1 + max(*ranks.values(), *added.values())
+        identity = repr((pattern, self.nfc, sorted(ranks.items()), sorted(added.items()), sorted(in_text), eos))
+        self.name = f"bpe-{self.n_vocab}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+        self.in_text = set(in_text)
+        self.bytes_of = {i: b for b, i in ranks.items()} | {i: token.encode() for token, i in in_text.items()}
+        self.bpe = tiktoken.Encoding(self.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=in_text)
+        # tiktoken drops what its pattern does not match
+        probe = "".join(map(chr, range(0x300))) + "あ漢🙂 \r\n\n x"
+        require(self.decode(self.encode(probe)) == probe, "pre_tokenizer Split.pattern (it drops text)", pattern)
+
+    def encode(self, text):
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        slices = [self.bpe.encode(s, allowed_special=self.in_text, disallowed_special=()) for s in SLICE.findall(text)]
+        return list(itertools.chain.from_iterable(slices))
+
+    def decode(self, ids):
+        return b"".join(self.bytes_of.get(i, b"") for i in ids).decode("utf-8", errors="replace")
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece tokenizer.model, such as the LLaMA one of the released RAT+ checkpoints."""
+
+    def __init__(self, path):
+        try:
+            import sentencepiece
+        except ImportError:
+            raise ImportError(f"{path} needs sentencepiece: pip install sentencepiece") from None
+        model = Path(path).read_bytes()
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as e:
+            raise ValueError(f"{path}: not a sentencepiece model ({e}); download it again") from None
+        self.n_vocab, self.eos_id = self.pieces.vocab_size(), self.pieces.eos_id()
+        if self.eos_id < 0:
+            raise ValueError(f"{path}: eos_id is {self.eos_id}, documents could not be told apart; use a model with one")
+        self.name = f"sp-{self.n_vocab}-{hashlib.sha256(model).hexdigest()[:8]}"
+
+    def encode(self, text):
+        return self.pieces.encode(text.encode("utf-8", errors="replace").decode())  # it refuses lone surrogates
+
+    def decode(self, ids):
+        return self.pieces.decode([i for i in ids if i < self.n_vocab])
+
+
+def get_tokenizer(spec):
+    """spec: "bytes", a tokenizer.json, a tokenizer.model, or a folder with one of them (the .json first)."""
+    if spec == "bytes":
+        return ByteTokenizer()
+    path = Path(spec)
+    for name, kind in (("tokenizer.json", TiktokenTokenizer), ("tokenizer.model", SentencePieceTokenizer)):
+        file = path / name if path.is_dir() else path
+        if file.is_file() and file.suffix == Path(name).suffix:
+            return kind(file)
+    raise FileNotFoundError(f"{spec}: no tokenizer here; give bytes, a tokenizer.json, a tokenizer.model, or a folder with one")
+
+
+# -----------------------------------------------------------------------------
+# Shards: 64 bytes of header, then the tokens, little-endian, uint16 where the vocabulary fits and uint32 where not.
+
+MAGIC, VERSION = b"nanoRAT\0", 1
+HEADER = struct.Struct("<8sIIIIQQ24s")  # magic, version, bytes per token, n_vocab, job, tokens, documents, tokenizer name
+
+
+class Shard(NamedTuple):
+    path: Path
+    tokens: np.ndarray  # (tokens,) memory-mapped
+    n_vocab: int
+    tokenizer: str      # its name
+    job: int            # checksum of what data.py was asked for, so that it only continues its own work
+    n_docs: int
+
+
+def token_dtype(n_vocab):
+    return np.dtype("<u2" if n_vocab <= 1 << 16 else "<u4")
+
+
+def save_shard(path, docs, n_vocab, tokenizer, job):
+    """docs: the bytes of each document's tokens. A kill at any moment leaves no part of a shard under its final name."""
+    width = token_dtype(n_vocab).itemsize
+    n_tokens = sum(map(len, docs)) // width
+    tmp = Path(f"{path}.tmp")
+    with open(tmp, "wb") as f:
+        f.write(HEADER.pack(MAGIC, VERSION, width, n_vocab, job, n_tokens, len(docs), tokenizer.encode()))
+        f.writelines(docs)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+
+
+def open_shard(path):
+    def require(ok, problem):
+        if not ok:
+            raise ValueError(f"{path}: {problem}; delete it and run data.py again")
+
+    with open(path, "rb") as f:
+        head, size = f.read(HEADER.size), os.fstat(f.fileno()).st_size
+    require(len(head) == HEADER.size and head.startswith(MAGIC), "not a nanoRAT shard")
+    _, version, width, n_vocab, job, n_tokens, n_docs, name = HEADER.unpack(head)
+    require(version == VERSION, f"shard version {version}, this data.py reads {VERSION}")
+    require(width == token_dtype(n_vocab).itemsize, f"{width} bytes per token do not fit a vocabulary of {n_vocab}")
+    require(n_tokens > 0, "an empty shard")
+    whole = HEADER.size + n_tokens * width
+    require(size == whole, f"{size:,} bytes where its header says {whole:,}")
+    tokens = np.memmap(path, dtype=token_dtype(n_vocab), mode="r", offset=HEADER.size)
+    return Shard(path, tokens, n_vocab, name.rstrip(b"\0").decode(errors="replace"), job, n_docs)
+
+
+def shuffled(index, n, key):
+    """
+    Where a pseudo-random permutation of range(n) sends index. A Feistel network permutes a power of four >= n, and
+    walking on until the value is below n keeps it a permutation of range(n): no table, however many windows there are.
+    """
+    half = ((n - 1).bit_length() + 1) // 2
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for turn in range(4):
+            mixed = hashlib.blake2b(f"{key} {turn} {right}".encode(), digest_size=8).digest()
+            left, right = right, left ^ int.from_bytes(mixed, "little") & mask
+        index = left << half | right
+        if index < n:
+            return index
+
+
+class Shards:
+    """
+    The shards of a folder as one stream of tokens, cut into windows of context_len; the last 1 % of windows is "val".
+
+    len() is the windows of one epoch of this split. n_tokens counts the whole stream, both splits.
+    """
+
+    def __init__(self, path, context_len, seed, split="train"):
+        assert context_len > 0 and split in ("train", "val"), f"{context_len=} {split=}"
+        self.shards = [open_shard(file) for file in sorted(Path(path).glob("*.bin"))]
+        if not self.shards:
+            raise FileNotFoundError(f"{path}: no .bin shards; make them with: python data.py --output={path}")
+        first = self.shards[0]
+        self.n_vocab, self.tokenizer = first.n_vocab, first.tokenizer
+        for shard in self.shards:
+            if (shard.n_vocab, shard.tokenizer) != (self.n_vocab, self.tokenizer):
+                raise ValueError(f"{shard.path}: tokenizer {shard.tokenizer} of {shard.n_vocab} ids, but {first.path} has "
+                                 f"{self.tokenizer} of {self.n_vocab}; keep one tokenizer per folder")
+        self.starts = np.cumsum([0] + [len(shard.tokens) for shard in self.shards]).tolist()  # of each shard in the stream
+        self.n_tokens = self.starts[-1]
+        n_windows = (self.n_tokens - 1) // context_len  # the last target needs one more token
+        if n_windows < 2:
+            raise ValueError(f"{path}: {self.n_tokens:,} tokens give {max(n_windows, 0)} windows of context_len {context_len}, "
+                             "train and val need 2; add text or shorten context_len")
+        n_val = max(1, n_windows // 100)
+        self.first, self.len = (0, n_windows - n_val) if split == "train" else (n_windows - n_val, n_val)
+        self.context_len, self.seed = context_len, seed
+
+    def __len__(self):
+        return self.len
+
+    def sample(self, index):
+        """-> (context_len + 1,) int64. Every len() indices in a row from a multiple of len() visit each window once."""
+        epoch, i = divmod(index, self.len)
+        window = self.first + shuffled(i, self.len, key=f"{self.seed} {epoch}")
+        start, end = window * self.context_len, (window + 1) * self.context_len + 1
+        pieces = []
+        while start < end:  # a window may cross into the next shard, or several
+            n = bisect_right(self.starts, start) - 1
+            shard = self.shards[n]
+            piece = shard.tokens[start - self.starts[n]:end - self.starts[n]]
+            if piece.max() >= self.n_vocab:
+                raise ValueError(f"{shard.path}: token {piece.max()} is outside the vocabulary of {self.n_vocab}; "
+                                 "the file is damaged, delete it and run data.py again")
+            pieces.append(piece)
+            start += len(piece)
+        return np.concatenate(pieces).astype(np.int64)
+
+
+# -----------------------------------------------------------------------------
+# Documents
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+
+
+def builtin_text():
+    """The reference manual inside every CPython, about 0.5 MB of English: the same text for the same Python version."""
+    from pydoc_data.topics import topics
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def find_files(inputs):
+    """The files to read: inputs in their order, a folder as all files below it that we can read, sorted."""
+    files = []
+    for path in map(Path, inputs):
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder; check --input")
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found = [p for p in found if p.is_file() and p.name.endswith(SUFFIXES)]
+        if not found:
+            raise ValueError(f"{path}: nothing to read; --input takes {', '.join(SUFFIXES)} files and folders of them")
+        files += found
+    return files
+
+
+def documents(files, field):
+    """Yield each document with how many bytes of the input are read by then."""
+    before = 0
+    for path in files:
+        read = {".txt": read_txt, ".parquet": read_parquet}.get(path.suffix, read_jsonl)
+        try:
+            for text, position in read(path, field):
+                yield text, before + position
+        except (ValueError, OSError, EOFError, zlib.error) as e:
+            raise ValueError(f"{path}: {e} (mend or leave out the file, or set --text_field)") from None
+        before += path.stat().st_size
+
+
+def read_txt(path, field):
+    raw = path.read_bytes()
+    yield raw.decode("utf-8"), len(raw)
+
+
+def read_jsonl(path, field):
+    with open(path, "rb") as raw:
+        for number, line in enumerate(gzip.open(raw) if path.suffix == ".gz" else raw, 1):
+            if line.isspace():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as e:
+                raise ValueError(f"line {number}: not JSON, {e}") from None
+            yield text_of(row, field, f"line {number}"), raw.tell()
+
+
+def read_parquet(path, field):
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ImportError(f"{path} needs pyarrow: pip install pyarrow") from None
+    file = pyarrow.parquet.ParquetFile(path)
+    columns = [field] if field in file.schema_arrow.names else None  # None reads all, for text_of to show
+    number, size = 0, path.stat().st_size
+    for batch in file.iter_batches(batch_size=1024, columns=columns):
+        for row in batch.to_pylist():
+            number += 1
+            yield text_of(row, field, f"row {number}"), size * number // file.metadata.num_rows
+
+
+def text_of(row, field, where):
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        raise ValueError(f"{where}: no text under {field!r} in {str(row)[:80]}")
+    return row[field]
+
+
+# -----------------------------------------------------------------------------
+# Tokenising: this process reads and writes, workers encode.
+
+
+def start_worker(spec):
+    global tokenizer
+    tokenizer = get_tokenizer(spec)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's to handle
+    # a worker whose parent was killed would wait for work for ever
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def encode_batch(texts):
+    dtype = token_dtype(tokenizer.n_vocab)
+    return [np.array(tokenizer.encode(text) + [tokenizer.eos_id], dtype=dtype).tobytes() for text in texts]
+
+
+def encode_all(docs, spec, workers):
+    """Yield (tokens of each document of a batch, position) in the order of docs, with few batches in memory at a time."""
+    docs, pending = iter(docs), deque()
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(spec,)) as pool:
+        while batch := list(itertools.islice(docs, 32)):
+            texts, positions = zip(*batch)
+            pending.append((pool.submit(encode_batch, texts), positions[-1]))
+            if len(pending) > 2 * workers:
+                future, position = pending.popleft()
+                yield future.result(), position
+        for future, position in pending:
+            yield future.result(), position
+
+
+def write_shards(docs, total, out, spec, shard_tokens, workers, job):
+    """docs: (text, position) pairs, position running to total. Goes on after the shards that are there."""
+    tok, out = get_tokenizer(spec), Path(out)
+    width = token_dtype(tok.n_vocab).itemsize
+    out.mkdir(parents=True, exist_ok=True)
+    whole = [open_shard(path) for path in sorted(out.glob("*.bin"))]
+    for n, shard in enumerate(whole):
+        if (shard.path.name, shard.tokenizer, shard.job) != (f"{n:05d}.bin", tok.name, job):
+            raise ValueError(f"{shard.path}: a shard of another run (other input, tokenizer, --text_field or --shard_tokens), "
+                             "or one before it is missing; choose another --output or delete the .bin files there")
+    n_shards, n_tokens = len(whole), sum(len(shard.tokens) for shard in whole)
+    if whole:
+        print(f"{n_shards} shards with {n_tokens:,} tokens are whole already: going on after them", flush=True)
+    docs = itertools.islice(docs, sum(shard.n_docs for shard in whole), None)
+
+    shard_docs, in_shard, start, reported = [], 0, None, time.time()
+    for batch, position in encode_all(docs, spec, workers):
+        for doc in batch:
+            shard_docs.append(doc)
+            in_shard += len(doc) // width
+            n_tokens += len(doc) // width
+            if in_shard >= shard_tokens:
+                save_shard(out / f"{n_shards:05d}.bin", shard_docs, tok.n_vocab, tok.name, job)
+                n_shards, shard_docs, in_shard = n_shards + 1, [], 0
+        now = time.time()
+        start = start or (now, position)  # the rate leaves out what was skipped and the workers' start
+        if now - reported >= 5 and position > start[1]:
+            rate, reported = (position - start[1]) / (now - start[0]), now
+            print(f"{n_tokens:,} tokens  {position / total:.1%}  {rate / 1e6:.1f} MB/s of input  "
+                  f"{(total - position) / rate / 60:.1f} min left", flush=True)
+    if shard_docs:
+        save_shard(out / f"{n_shards:05d}.bin", shard_docs, tok.n_vocab, tok.name, job)
+        n_shards += 1
+    if not n_shards:
+        raise ValueError(f"no documents in the input; nothing was written to {out}")
+    print(f"{n_tokens:,} tokens in {n_shards} shards. Next: python train.py --data={out}")
+
+
+def count(text):
+    """A flag's whole number >= 1; 100e6 will do."""
+    number = float(text)
+    if number != int(number) or number < 1:
+        raise ValueError
+    return int(number)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Turn text into token shards for train.py.", allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--input", nargs="+", metavar="PATH", help=f"files ({', '.join(SUFFIXES)}) or folders, searched below; "
+                        "a .txt is one document, a line or row of the others is one. None: the text that comes with CPython")
+    parser.add_argument("--output", metavar="DIR", help="folder for the shards; data/pydoc where there is no --input")
+    parser.add_argument("--tokenizer", default="bytes", help="bytes, or a tokenizer.json, a tokenizer.model, or a folder with one")
+    parser.add_argument("--shard_tokens", type=count, default="100e6", help="a shard is closed by the document that reaches this "
+                        "many tokens; one shard is held in memory")
+    parser.add_argument("--workers", type=count, default=os.cpu_count(), help="processes that encode; the shards do not depend on it")
+    parser.add_argument("--text_field", default="text", help="field (.jsonl) or column (.parquet) that holds the text")
+    args = parser.parse_args()
+    if args.input and not args.output:
+        parser.error("--input needs --output=DIR")
+    try:
+        if args.input:
+            files = find_files(args.input)
+            docs, total = documents(files, args.text_field), sum(f.stat().st_size for f in files)
+            print(f"{len(files)} files, {total / 1e6:,.1f} MB", end="; ")
+        else:
+            files, text = [], builtin_text()
+            docs, total = [(text, len(text))], len(text)
+            args.output = args.output or "data/pydoc"
+            print(f"no --input: the text that comes with CPython (pydoc_data), {total / 1e6:.2f} M characters", end="; ")
+        print(f"tokenizer {args.tokenizer}; {args.workers} workers; shards of {args.shard_tokens:,} tokens", flush=True)
+        job = zlib.crc32(repr(([(f.name, f.stat().st_size) for f in files], args.text_field, args.shard_tokens)).encode())
+        write_shards(docs, total, args.output, args.tokenizer, args.shard_tokens, args.workers, job)
+    except (ValueError, OSError, ImportError) as e:
+        print(f"data.py: error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ndata.py: interrupted; whole shards are kept and the same command goes on after them", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

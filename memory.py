@@ -1,0 +1,151 @@
+"""
+The decaying memory: before attention, each key and value becomes an average of itself and its past.
+
+    k~[t] = g[t] * k~[t-1] + (1 - g[t]) * k[t]        g = sigmoid(gate) in (0, 1), one per channel
+    v~[t] = g[t] * v~[t-1] + (1 - g[t]) * v[t]        the same gate for both
+
+This is Eq. 1 of arXiv 2605.28640, from RAT+ (arXiv 2602.18196). It sits right after the projections: before QK-norm
+and before RoPE. One key then speaks for the few tokens before it too, so a selector that finds one of them finds all.
+
+One recurrence in three forms, clearest first; tests/test_memory.py holds them equal, in values and in gradients:
+
+    memory_loop   a Python loop over t. This is the definition; when in doubt it is right.
+    memory_scan   all t at once in O(log T) steps, for training and prefill.
+    memory_step   one t, for decoding, carrying the state from call to call.
+
+Then active recurrence learning, which teaches a model to use its memory, and effective_length, which measures how far
+back a trained memory reaches. Read model.py first; sparse.py, which selects among k~, is next.
+
+Letters: B batch, T tokens, KV key/value heads, D head width.
+"""
+import torch
+from torch.nn import functional as F
+
+from sparse import Dilated
+
+
+def memory_loop(
+    k, v,        # (B, T, KV, D)  keys before QK-norm and RoPE; values
+    gate,        # (B, T, KV, D)  logits of g
+    state=None,  # (2, B, KV, D)  fp32: k~ and v~ at the token before the first one here; None is zeros
+):               # -> k~, v~ in the dtypes of k and v; the state after the last token, fp32
+    """Eq. 1 as it is written. In fp32 (fp64 if k is): a product of many bf16 decays drifts."""
+    exact = torch.promote_types(k.dtype, torch.float32)
+    x = torch.stack([k, v]).to(exact)  # (2, B, T, KV, D)
+    gate = gate.to(exact)
+    m = torch.zeros_like(x[:, :, 0]) if state is None else state.to(exact)  # (2, B, KV, D)
+    out = []
+    for t in range(k.shape[1]):
+        # sigmoid(-gate) is 1 - g without the cancellation that 1 - sigmoid(gate) suffers where g is near 1
+        m = torch.sigmoid(gate[:, t]) * m + torch.sigmoid(-gate[:, t]) * x[:, :, t]
+        out.append(m)
+    k_mem, v_mem = torch.stack(out, dim=2)
+    return k_mem.to(k.dtype), v_mem.to(v.dtype), m
+
+
+def memory_scan(
+    k, v,        # (B, T, KV, D)
+    gate,        # (B, T, KV, D)  logits of g
+    state=None,  # (2, B, KV, D)  fp32, or None
+):               # -> k~, v~, state: as memory_loop
+    """Eq. 1 for all t at once. Same arguments, results and precision as memory_loop."""
+    exact = torch.promote_types(k.dtype, torch.float32)
+    x = torch.stack([k, v], dim=2).to(exact)     # (B, T, 2, KV, D)
+    gate = gate.to(exact).unsqueeze(2)           # (B, T, 1, KV, D)
+    g, b = torch.sigmoid(gate).expand_as(x), torch.sigmoid(-gate) * x
+    if state is not None:  # what was remembered is one more input to the first token
+        first = b[:, :1] + g[:, :1] * state.to(exact).transpose(0, 1).unsqueeze(1)
+        b = torch.cat([first, b[:, 1:]], dim=1)
+    m = Recurrence.apply(g, b)                   # (B, T, 2, KV, D)
+    k_mem, v_mem = m.unbind(2)
+    return k_mem.to(k.dtype), v_mem.to(v.dtype), m[:, -1].transpose(0, 1).contiguous()
+
+
+def memory_step(
+    k, v,        # (B, 1, KV, D)  the new token's
+    gate,        # (B, 1, KV, D)  logits of g
+    state=None,  # (2, B, KV, D)  fp32, or None
+):               # -> k~, v~, state: as memory_loop
+    """Eq. 1 for one new token. The state stays fp32 from step to step, also when k is bf16."""
+    assert k.shape[1] == 1, f"memory_step takes one token, got {k.shape[1]}"
+    return memory_loop(k, v, gate, state)
+
+
+# ---------------------------------------------------------------- the scan
+
+def scan(g, b):
+    """
+    m[t] = g[t] * m[t-1] + b[t] along dim 1, with m[-1] = 0.  g, b: (B, T, ...) -> m: (B, T, ...)
+
+    Two steps in a row are one step of the same form: m[t] = (g[t] g[t-1]) m[t-2] + (g[t] b[t-1] + b[t]).
+    So the odd t are a scan of half the length, and each even t is one step from its odd neighbour. The work is O(T),
+    the depth log2(T). Only products of decays occur, never a quotient: nothing overflows, however small g is.
+    """
+    T = g.shape[1]
+    if T == 1:
+        return b
+    even, odd = slice(0, T - T % 2, 2), slice(1, T, 2)
+    m = torch.empty_like(b)
+    m[:, odd] = scan(g[:, odd] * g[:, even], torch.addcmul(b[:, odd], g[:, odd], b[:, even]))
+    m[:, 0] = b[:, 0]
+    m[:, 2::2] = torch.addcmul(b[:, 2::2], g[:, 2::2], m[:, 1:T - 1:2])
+    return m
+
+
+class Recurrence(torch.autograd.Function):
+    """
+    scan with its own gradient, which is the same recurrence run backwards in time:
+
+        db[t] = dm[t] + g[t+1] * db[t+1]          dg[t] = db[t] * m[t-1]
+
+    Autograd through scan would keep every level of the recursion; this keeps g and m alone.
+    """
+    @staticmethod
+    def forward(ctx, g, b):
+        m = scan(g, b)
+        ctx.save_for_backward(g, m)
+        return m
+
+    @staticmethod
+    def backward(ctx, dm):
+        g, m = ctx.saved_tensors
+        g_next = torch.cat([g[:, 1:], torch.zeros_like(g[:, :1])], dim=1)
+        db = scan(g_next.flip(1), dm.flip(1)).flip(1)
+        m_before = torch.cat([torch.zeros_like(m[:, :1]), m[:, :-1]], dim=1)
+        return db * m_before, db
+
+
+# ---------------------------------------------------------------- learning to remember
+
+def arl_passes(length):
+    """
+    Active recurrence learning (ARL, arXiv 2602.18196): per batch one optimizer step on each of these two passes.
+
+    A model that may look at every token has no need of its memory and leaves it unused. So the first pass takes the
+    tokens away: a query reads itself and the last token of every complete chunk of `length` tokens before it. The rest
+    of a chunk can reach it through that last token's memory alone, so the memory learns to span a chunk. The second
+    pass is ordinary dense attention on the same batch. train.py's learning rate moves on once per batch, not per pass.
+
+    length: how many tokens the memory shall span (the paper: 64); 0 switches ARL off.
+    Returns the sparse methods of the passes in order, to be given to model(..., sparse=method).
+    """
+    dense = [None]
+    return [Dilated(dilation=length, local=0, initial=0)] + dense if length else dense
+
+
+@torch.no_grad()
+def effective_length(gate):
+    """
+    How many tokens a memory averages over, given what its gate does on real text: 1 for no memory at all.
+
+    gate: (B, T, KV, D) logits -> (KV, D) tokens. The weight of token s in m[t] is (1 - g[s]) g[s+1] ... g[t]. The mean
+    age t - s under these weights, plus one, is the length. A constant g gives 1 / (1 - g): 64 tokens need g = 0.984.
+    Weights w and weighted ages a obey recurrences of their own: w[t] = g w[t-1] + (1 - g), a[t] = g (a[t-1] + w[t-1]).
+    """
+    gate = gate.float()
+    g = torch.sigmoid(gate)
+    w = scan(g, torch.sigmoid(-gate))
+    a = scan(g, g * F.pad(w, (0, 0, 0, 0, 1, 0))[:, :-1])
+    # the mean age at the end of the text, where w is complete; the whole second half, so that one token matters little
+    half = gate.shape[1] // 2
+    return 1 + (a[:, half:] / w[:, half:].clamp_min(1e-30)).mean(dim=(0, 1))

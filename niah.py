@@ -1,0 +1,531 @@
+"""
+Needles in a haystack: RULER's eight retrieval tasks as a function, its two scores, and its jsonl in and out.
+
+    sample = f(split, seed, task, index)          any order, any number of workers, the same text
+    prompt tokens + max_new_tokens <= context_len, with as much haystack as fits
+
+Wording, depths and the way needles enter the text are RULER's (arXiv 2404.06654, NVIDIA/RULER scripts/data/synthetic),
+held by the hashes of its own prompts in tests/test_niah.py. Here otherwise, on purpose:
+    RULER searches the haystack's size once per file and falls up to 500 words short; here every sample is filled.
+    RULER shuffles the needles of every sample of a file alike; here each sample has its own order, no two keys or
+    values of a sample's needles are equal, and answers are listed in the order a reader meets them.
+    RULER's essays are Paul Graham's, cut into sentences by nltk; here any text, cut after . ! or ? (quotes included).
+    The default is the text of Python's own help pages (pydoc_data.topics), which needs no download.
+
+Two protocols (DESIGN.md, decision 11). "base": RULER's prompt, which ends in the opening of the answer ("... is");
+the model goes on with " 123, 456". "sft", as official RAT+: the prompt ends with the question, the answer is "123,456".
+Both scores read both forms. Training samples are at the end; train.py and eval_niah.py use this file.
+"""
+import argparse
+import hashlib
+import json
+import random
+import re
+import sys
+import uuid
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata, resources
+from itertools import count, islice, repeat
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Task(NamedTuple):
+    short: str          # column of the paper's tables
+    haystack: str       # noise (five sentences, repeated), essay (prose) or needle (needles that nobody asks for)
+    keys: str           # words (adjective-noun) or uuids
+    values: str         # numbers (7 digits) or uuids
+    n_keys: int = 1
+    n_values: int = 1   # needles per key
+    n_queries: int = 1  # keys asked for
+
+
+TASKS = {
+    "niah_single_1":   Task("S-1", "noise", "words", "numbers"),
+    "niah_single_2":   Task("S-2", "essay", "words", "numbers"),
+    "niah_single_3":   Task("S-3", "essay", "words", "uuids"),
+    "niah_multikey_1": Task("MK-1", "essay", "words", "numbers", n_keys=4),
+    "niah_multikey_2": Task("MK-2", "needle", "words", "numbers"),
+    "niah_multikey_3": Task("MK-3", "needle", "uuids", "uuids"),
+    "niah_multivalue": Task("MV", "essay", "words", "numbers", n_values=4),
+    "niah_multiquery": Task("MQ", "essay", "words", "numbers", n_keys=4, n_queries=4),
+}
+PROTOCOLS = "base", "sft"
+SPLITS = "train", "val", "test"  # part of every seed, so that they never share a sample
+
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+NEEDLE = "One of the special magic {kind} for {key} is: {value}."
+INTRO = ("{some} special magic {kind} {are} hidden within the following text. Make sure to memorize it. "
+         "I will quiz you about the {kind} afterwards.\n")
+QUESTION = "\nWhat {are_all} the special magic {kind} for {query} mentioned in the provided text?"
+PREFIX = " The special magic {kind} for {query} mentioned in the provided text {are}"
+
+DEPTHS = [round(100 * i / 39) for i in range(40)]          # percent; RULER's 40 even steps
+LEAST_UNITS = {"noise": 1, "essay": 8, "needle": 1}        # less than this is no haystack
+SENTENCE_ENDS = tuple(stop + close for stop in ".!?" for close in ("", '"', "'", ")", "”", "’"))
+
+
+@dataclass(frozen=True)
+class Example:
+    task: str
+    index: int
+    prompt: str
+    answer_prefix: str   # the end of the prompt that RULER keeps in a field of its own; "" under sft
+    ids: list            # tokens of the prompt
+    answers: list        # texts, in the order of the queries, then of appearance
+    target: str          # what a perfect model writes next, before the end token
+    spans: list          # [start, end) tokens of each answer's value in the prompt
+    depths: list         # percent, of each answer's needle
+    context_len: int     # tokens, those to generate included
+    max_new_tokens: int
+    keys_from: str       # where keys and haystack come from: results are only comparable where these are equal
+    haystack_from: str
+
+
+# ---------------------------------------------------------------- text: everything given, nothing drawn
+
+def wording(values, n_answers):
+    """RULER asks for one answer in the singular, for several in the plural; needles are always in the plural."""
+    if n_answers == 1:
+        return dict(some="A", are="is", are_all="is", kind=values[:-1])
+    return dict(some="Some", are="are", are_all="are all", kind=values)
+
+
+def question(task, queries):
+    """-> the question about these keys, and the opening of its answer."""
+    words = wording(task.values, len(queries) * task.n_values)
+    words["query"] = queries[0] if len(queries) == 1 else ", ".join(queries[:-1]) + ", and " + queries[-1]
+    return QUESTION.format(**words), PREFIX.format(**words)
+
+
+def intro(task):
+    return INTRO.format(**wording(task.values, task.n_queries * task.n_values))
+
+
+def needle(task, key, value):
+    return NEEDLE.format(kind=task.values, key=key, value=value)
+
+
+def build_context(
+    task,
+    units,    # the haystack: words of an essay, else lines
+    needles,  # texts, in order of appearance
+    depths,   # percent, ascending: a needle goes in front of sentence (essay) or line int(n * depth / 100) of n
+):
+    positions = lambda n: [int(n * (depth / 100)) for depth in depths]
+    if task.haystack != "essay":
+        lines = list(units)
+        for position, text in reversed(list(zip(positions(len(lines)), needles))):
+            lines.insert(position, text)
+        return "\n".join(lines)
+    stops = [0, *(i for i, word in enumerate(units[:-1], 1) if word.endswith(SENTENCE_ENDS)), len(units)]
+    cuts = [0, *(stops[s] for s in positions(len(stops) - 1)), len(units)]  # in words
+    parts = [" ".join(units[a:b]) for a, b in zip(cuts, cuts[1:])]
+    # an empty part (depth 0 or 100, two needles side by side) leaves its space behind, as RULER's does
+    return parts[0] + "".join(f" {text} {part}" for text, part in zip(needles, parts[1:]))
+
+
+def answer_text(answers, protocol):
+    """What the model is to write after the prompt, before the end token."""
+    return " " + ", ".join(answers) if protocol == "base" else ",".join(answers)
+
+
+# ---------------------------------------------------------------- chance: keys, values, depths, haystack
+
+@lru_cache
+def word_lists():
+    """-> adjectives, nouns, and where they are from: wonderwords, as RULER, or else the lists below."""
+    try:
+        files = resources.files("wonderwords.assets")
+        lists = [(files / name).read_text("utf-8").splitlines() for name in ("adjectivelist.txt", "nounlist.txt")]
+        source = f"wonderwords {metadata.version('wonderwords')}"
+    except ModuleNotFoundError:
+        lists, source = (ADJECTIVES.split(), NOUNS.split()), "built-in words (pip install wonderwords for RULER's)"
+    return *(sorted({word.strip() for word in words} - {""}) for words in lists), source
+
+
+ADJECTIVES = """amber ample aqua bland bold brave brisk broad calm civil clear cool coral crisp curly damp deep dense
+dry dusty eager early faint fair fancy firm fresh gentle glad grand humble icy jolly keen late light loud lucky mellow
+merry mild modest narrow neat noble odd pale plain proud quick quiet rapid rough round shy silent smooth stout tidy warm"""
+NOUNS = """acorn anchor apron arrow barn basin beacon bell bench bridge bucket button cabin candle canoe cedar chalk
+cliff clock comet copper dune engine falcon ferry fiddle garden gate glove hammer harbor island jacket kettle ladder
+lantern lemon maple marble meadow mirror needle oak otter paddle pebble pillow pond quilt raven river saddle shelf
+sparrow spoon tunnel valley violin wagon willow"""
+
+
+def draw_text(kind, rng):
+    if kind == "numbers":
+        return str(rng.randint(10**6, 10**7 - 1))
+    if kind == "uuids":
+        return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+    adjectives, nouns, _ = word_lists()
+    return f"{rng.choice(adjectives)}-{rng.choice(nouns)}"  # RULER: some words hold a space or a hyphen, kept as is
+
+
+def draw_distinct(kind, n, rng, used):
+    """n texts that are not in the set `used`, which grows by them."""
+    texts = []
+    while len(texts) < n:
+        text = draw_text(kind, rng)
+        if text not in used:
+            used.add(text)
+            texts.append(text)
+    return texts
+
+
+def draw_needles(task, rng):
+    """-> (key, value) pairs in order of appearance, their depths (percent), the keys asked for."""
+    used = set()
+    keys = draw_distinct(task.keys, task.n_keys, rng, used)
+    values = draw_distinct(task.values, task.n_keys * task.n_values, rng, used)
+    pairs = list(zip(keys * task.n_values, values))
+    rng.shuffle(pairs)
+    # RULER: an essay has 40 places, one per depth; between lines any place will do
+    depths = rng.sample(DEPTHS, len(pairs)) if task.haystack == "essay" else [100 * rng.random() for _ in pairs]
+    return pairs, sorted(depths), rng.sample(keys, task.n_queries)
+
+
+@lru_cache
+def essay_words(text=None):
+    """-> words of the text, whitespace normalised as RULER does, and its name. None: the help pages of Python."""
+    if text is not None:
+        return text.split(), f"text {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    from pydoc_data.topics import topics
+    return " ".join(topics[name] for name in sorted(topics)).split(), "pydoc_data.topics, Python %d.%d" % sys.version_info[:2]
+
+
+class Haystack:
+    """haystack(n): the first n units. Each is drawn once, in order, so that the size can be searched for."""
+
+    def __init__(self, task, rng, avoid, words, start):
+        self.units, self.stream = [], self.draw(task, rng, avoid, words, start)
+
+    def draw(self, task, rng, avoid, words, start):
+        if task.haystack == "noise":
+            yield from repeat(NOISE)
+        if task.haystack == "essay":
+            yield from (words[i % len(words)] for i in count(start))  # RULER too repeats a text that is too short
+        while True:  # distractors may share keys with each other, but not with a needle (avoid, a set)
+            key, = draw_distinct(task.keys, 1, rng, set(avoid))
+            yield needle(task, key, draw_text(task.values, rng))
+
+    def __call__(self, n):
+        self.units += islice(self.stream, max(0, n - len(self.units)))
+        return self.units[:n]
+
+
+# ---------------------------------------------------------------- one example
+
+def fill(build, least, limit):
+    """
+    build(n) for the largest n >= least whose last item, the tokens, has at most `limit`; None if not even the least.
+    Tokens grow nearly in proportion to n: aim by the slope, until n fits and n + 1 does not. About five builds.
+    """
+    n, best, over, probe = least, build(least), None, least + 8
+    if len(best[-1]) > limit:
+        return None
+    while over is None or over - n > 1:
+        built = build(probe)
+        slope = max(0.1, (len(built[-1]) - len(best[-1])) / (probe - n))  # tokens per unit
+        if len(built[-1]) <= limit:
+            n, best = probe, built
+        else:
+            over = probe
+        probe = n + max(1, int((limit - len(best[-1])) / slope))
+        probe = probe if over is None else min(probe, over - 1)
+    return best
+
+
+def token_spans(text, ids, spans, tokenizer):
+    """Character spans [start, end) of the text -> the fewest of its tokens that cover them, for any tokenizer that decodes."""
+    def covering(n_chars):  # how many tokens it takes to have n_chars characters
+        n = min(len(tokenizer.encode(text[:n_chars])), len(ids))  # nearly; a token may reach across the cut
+        while len(tokenizer.decode(ids[:n])) < n_chars:
+            n += 1
+        while len(tokenizer.decode(ids[:n - 1])) >= n_chars:
+            n -= 1
+        return n
+    return [(covering(start + 1) - 1, covering(end)) for start, end in spans]
+
+
+def target_ids(prompt, target, tokenizer):
+    """Tokens of the target where it follows the prompt; sentencepiece alone would open it with a space of its own."""
+    before = prompt.rsplit(" ", 1)[-1]
+    head, both = tokenizer.encode(before), tokenizer.encode(before + target)
+    return both[len(head):] if both[:len(head)] == head else tokenizer.encode(target)
+
+
+class Draft(NamedTuple):
+    needles: list   # (key, value, depth in percent), in order of appearance
+    answers: list   # those of them that are asked for: by query, then in order of appearance
+    target: str     # what a perfect model writes next
+    build: object   # n units of haystack -> prompt, answer prefix, tokens
+
+
+def draw_draft(task, tokenizer, rng, protocol, words, start=None):
+    """Everything but the size. start: an essay's first word, None draws one."""
+    pairs, depths, queries = draw_needles(task, rng)
+    haystack = Haystack(task, rng, {key for key, _ in pairs}, words, rng.randrange(len(words)) if start is None else start)
+    asked, prefix = question(task, queries)
+    prefix = prefix if protocol == "base" else ""
+    texts = [needle(task, *pair) for pair in pairs]
+
+    def build(n):
+        prompt = intro(task) + build_context(task, haystack(n), texts, depths) + asked + prefix
+        return prompt, prefix, tokenizer.encode(prompt)
+    needles = [(key, value, depth) for (key, value), depth in zip(pairs, depths)]
+    answers = [asked_for for query in queries for asked_for in needles if asked_for[0] == query]
+    return Draft(needles, answers, answer_text([value for _, value, _ in answers], protocol), build)
+
+
+def compose(task, context_len, tokenizer, rng, protocol, words, max_new_tokens, start=None):
+    """-> draft, prompt, answer prefix, tokens, target tokens; the prompt filled to the limit."""
+    needed = []
+    for _ in range(50):  # where the room is tight, draw again: keys of another length may fit
+        draft = draw_draft(task, tokenizer, rng, protocol, words, start)
+        filled = fill(draft.build, LEAST_UNITS[task.haystack], context_len - max_new_tokens)
+        if filled:
+            target = target_ids(filled[0], draft.target, tokenizer)
+            if len(target) >= max_new_tokens:
+                raise ValueError(f"{task.short}: {max_new_tokens=} leaves no room for an answer of {len(target)} tokens "
+                                 "and the end token: raise it")
+            return draft, *filled, target
+        needed.append(len(draft.build(LEAST_UNITS[task.haystack])[-1]) + max_new_tokens)
+    raise ValueError(f"{task.short} needs about {sorted(needed)[25]} tokens, {max_new_tokens=} included, and {context_len=}: "
+                     "raise context_len, lower max_new_tokens, or take the tasks that niah.fitting_tasks names")
+
+
+def make_example(
+    task, context_len, tokenizer,
+    seed, index,            # the sample is a function of split, seed, task and index, nothing else
+    protocol="base",        # or "sft"
+    haystack=None,          # text of the essay; None: Python's help pages
+    *, split="test",        # training essays start anywhere, others at the first word, as RULER's do
+    max_new_tokens=128,     # RULER's; room for the answer and the end token at least
+):                          # -> Example
+    for name, value, known in ("task", task, TASKS), ("protocol", protocol, PROTOCOLS), ("split", split, SPLITS):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}: one of {', '.join(known)}")
+    rng, t, (words, source) = random.Random(f"{split}/{seed}/{task}/{index}"), TASKS[task], essay_words(haystack)
+    draft, prompt, prefix, ids, _ = compose(
+        t, context_len, tokenizer, rng, protocol, words, max_new_tokens, start=None if split == "train" else 0)
+
+    ends = [prompt.index(text) + len(text) - 1 for text in (needle(t, key, value) for key, value, _ in draft.answers)]
+    chars = [(end - len(value), end) for end, (_, value, _) in zip(ends, draft.answers)]  # the value stands before the "."
+    return Example(
+        task, index, prompt, prefix, ids, [value for _, value, _ in draft.answers], draft.target,
+        token_spans(prompt, ids, chars, tokenizer), [round(depth) for *_, depth in draft.answers], context_len, max_new_tokens,
+        keys_from=word_lists()[2] if t.keys == "words" else t.keys,
+        haystack_from=source if t.haystack == "essay" else t.haystack)
+
+
+def fitting_tasks(context_len, tokenizer, protocol="base", max_new_tokens=128):
+    """Names of the tasks this length has room for: at least half of 16 drafts fit with the least haystack, and the answers."""
+    words = essay_words()[0]
+
+    def fits(name):
+        drafts = [draw_draft(TASKS[name], tokenizer, random.Random(i), protocol, words) for i in range(16)]
+        prompts = sorted(len(draft.build(LEAST_UNITS[TASKS[name].haystack])[-1]) for draft in drafts)
+        answer = max(len(tokenizer.encode(draft.target)) for draft in drafts)
+        return prompts[8] + max_new_tokens <= context_len and answer < max_new_tokens
+    return [name for name in TASKS if fits(name)]
+
+
+def prompt_hash(examples):
+    """Twelve hex digits that two runs share if and only if they asked the same prompts, in the same order."""
+    return hashlib.sha256("\0".join(e.prompt for e in examples).encode()).hexdigest()[:12]
+
+
+# ---------------------------------------------------------------- scores, 0 to 1 per example
+
+def score_ruler(prediction, answers):
+    """RULER's string_match_all: the share of answers that occur in the prediction, in any case of letters."""
+    return sum(answer.lower() in prediction.lower() for answer in answers) / len(answers)
+
+
+def score_paper(prediction, answers):
+    """Official RAT+: the prediction's comma-separated pieces against the answers, as exact sets."""
+    return len({piece.strip() for piece in prediction.split(",")} & {a.strip() for a in answers}) / len(answers)
+
+
+# ---------------------------------------------------------------- RULER's jsonl
+
+def write_jsonl(path, examples):
+    """The form of RULER's data files, which read_jsonl and RULER's own scripts/pred/call_api.py read."""
+    write_lines(path, ({
+        "index": e.index, "input": e.prompt.removesuffix(e.answer_prefix), "outputs": e.answers,
+        "length": len(e.ids) + e.max_new_tokens, "answer_prefix": e.answer_prefix, "token_position_answer": e.spans[0][0],
+    } for e in examples))
+
+
+def write_predictions(folder, examples, predictions):
+    """One <task>.jsonl per task, as RULER's scripts/eval/evaluate.py --data_dir folder and official RAT+ score them."""
+    lines = {}
+    for e, prediction in zip(examples, predictions, strict=True):
+        lines.setdefault(e.task, []).append({
+            "index": e.index, "pred": prediction, "input": e.prompt, "outputs": e.answers,
+            "others": {}, "truncation": -1, "length": len(e.ids) + e.max_new_tokens})
+    for task in lines:
+        write_lines(Path(folder) / f"{task}.jsonl", lines[task])
+
+
+def write_lines(path, rows):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read_jsonl(path, tokenizer, protocol="base", task=None, max_new_tokens=128):
+    """
+    A data file of RULER's -> Examples. task: None takes the folder or file name (RULER: <task>/validation.jsonl).
+    An answer's span is its needle, or the first place where it occurs; its depth counts characters of the prompt.
+    RULER's `index` is a character offset, so two lines may share one.
+    """
+    path, examples = Path(path), []
+    task = task or next((name for name in (path.stem, path.parent.name) if name in TASKS), path.stem)
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number}: not JSON ({error}); write one object per line") from None
+        for field in ("index", "input", "outputs"):
+            if field not in row:
+                raise ValueError(f"{path} line {number}: no field {field!r}; RULER's scripts/data/prepare.py writes it")
+        prefix = row.get("answer_prefix", "") if protocol == "base" else ""
+        prompt, answers, chars = row["input"] + prefix, row["outputs"], []
+        for answer in answers:
+            found = re.search(rf"(?<= is: ){re.escape(answer)}\.", prompt) or re.search(re.escape(answer), prompt)
+            if not found:
+                raise ValueError(f"{path} line {number}: answer {answer!r} is not in the input; is this a needle task?")
+            chars.append((found.start(), found.start() + len(answer)))
+        ids = tokenizer.encode(prompt)
+        examples.append(Example(
+            task, row["index"], prompt, prefix, ids, answers, answer_text(answers, protocol),
+            token_spans(prompt, ids, chars, tokenizer), [round(100 * start / len(prompt)) for start, _ in chars],
+            len(ids) + max_new_tokens, max_new_tokens, keys_from=str(path), haystack_from=str(path)))
+    return examples
+
+
+# ---------------------------------------------------------------- training
+
+def many_questions(task, room, tokenizer, rng, words, protocol):
+    """
+    A context full of needles, then question, answer and end token, again and again, each about other keys, until the
+    room (tokens) is full. -> [(ids, is an answer)]
+
+    RULER's wording throughout. Half the samples are brief: no introduction and, under "base", only the opening of each
+    answer, so that twice as many fit. Where two questions of the task's own kind do not fit even so, questions have one
+    key with one value: 256 bytes hold two needles and an answer.
+    """
+    size = lambda text: len(tokenizer.encode(text))
+    one = dict(n_keys=1, n_values=1, n_queries=1)
+    smallest = task._replace(keys="words", values="numbers", **one)
+    for task, brief in (task, rng.random() < 0.5), (task, True), (task._replace(**one), True), (smallest, True):
+        used, opening = set(), "" if brief else intro(task)
+
+        def draw_group():  # the keys of one question, and their needles
+            keys = draw_distinct(task.keys, task.n_queries, rng, used)
+            return keys, [(key, value) for key in keys for value in draw_distinct(task.values, task.n_values, rng, used)]
+
+        def ask(keys, pairs):  # -> tokens of the question, tokens of the answer
+            asked, prefix = question(task, keys)
+            asked = asked if protocol == "sft" else "\n" + prefix if brief else asked + prefix
+            target = answer_text([value for key in keys for k, value in pairs if k == key], protocol)
+            return tokenizer.encode(asked), target_ids(asked, target, tokenizer) + [tokenizer.eos_id]
+
+        group = draw_group()
+        cost = sum(map(len, ask(*group))) + sum(size(needle(task, *pair) + "\n") for pair in group[1])
+        n_groups = int((room - size(opening)) / cost)
+        if n_groups >= 2:
+            break
+    groups = [draw_group() for _ in range(max(2, int(n_groups * rng.uniform(0.5, 1))))]
+    pairs = [pair for _, group in groups for pair in group]
+    rng.shuffle(pairs)
+    depths, texts = sorted(100 * rng.random() for _ in pairs), [needle(task, *pair) for pair in pairs]
+    haystack = Haystack(task, rng, used, words, rng.randrange(len(words)))
+    build = lambda n: [tokenizer.encode(opening + build_context(task, haystack(n), texts, depths))]
+    questions = [piece for keys, _ in groups for piece in zip(ask(keys, pairs), (False, True))]
+    context, = fill(build, 0, room - sum(len(ids) for ids, _ in questions)) or build(0)
+    return [(context, False), *questions]
+
+
+def training_sample(
+    context_len, tokenizer,
+    seed, index,              # the sample is a function of these two, nothing else
+    tasks=tuple(TASKS),       # those that fit: fitting_tasks
+    many=0.5,                 # share of samples with many needles and many questions
+    haystack=None,
+    other_weight=0.1,         # loss weight of what is no answer; official RAT+: 0
+    protocol="base",
+    max_new_tokens=128,
+):                            # -> tokens int64, weights float32, both (context_len + 1,)
+    """
+    weights[t] is the loss weight of predicting tokens[t]: 1 on answers and the end token after each, other_weight on the
+    rest, 0 on tokens[0] and on padding. Half the samples look like make_example's, the other half (many_questions) hold
+    an answer every few dozen tokens: with one answer per sample, retrieval takes far longer to form.
+    """
+    rng = random.Random(f"train/{seed}/{index}")
+    task, words = TASKS[rng.choice(tasks)], essay_words(haystack)[0]
+    if rng.random() < many:
+        pieces = many_questions(task, context_len + 1, tokenizer, rng, words, protocol)
+    else:
+        *_, ids, target = compose(task, context_len, tokenizer, rng, protocol, words, max_new_tokens)
+        pieces = [(ids, False), (target + [tokenizer.eos_id], True)]
+    tokens, weights = np.full(context_len + 1, tokenizer.eos_id, np.int64), np.zeros(context_len + 1, np.float32)
+    start = 0
+    for ids, is_answer in pieces:
+        ids = ids[:len(tokens) - start]
+        tokens[start:start + len(ids)] = ids
+        weights[start:start + len(ids)] = 1 if is_answer else other_weight
+        start += len(ids)
+    weights[0] = 0  # nothing comes before it
+    return tokens, weights
+
+
+# ---------------------------------------------------------------- python niah.py
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Show one needle-in-a-haystack example, or write RULER's jsonl.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"niah.py: {message}\n")
+    parser.add_argument("--task", default="niah_multikey_1", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
+    parser.add_argument("--context_len", type=int, default=1024, help="tokens, those to generate included")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens to generate")
+    parser.add_argument("--tokenizer", default="bytes", help="bytes, or what else data.get_tokenizer takes")
+    parser.add_argument("--samples", type=int, default=1, help="examples, index 0 and up")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other examples")
+    parser.add_argument("--split", default="test", choices=SPLITS, metavar="SPLIT", help="train, val or test: never the same examples")
+    parser.add_argument("--protocol", default="base", choices=PROTOCOLS, metavar="PROTOCOL", help="base (answer prefix) or sft (question alone)")
+    parser.add_argument("--haystack", metavar="FILE", help="text of the essay; None: Python's help pages")
+    parser.add_argument("--output", metavar="FILE.jsonl", help="write RULER's jsonl there instead of printing")
+    args = parser.parse_args()
+    if args.samples < 1:
+        parser.error(f"--samples {args.samples}: at least 1")
+    try:
+        from data import get_tokenizer
+        tokenizer = get_tokenizer(args.tokenizer)
+        haystack = Path(args.haystack).read_text(encoding="utf-8") if args.haystack else None
+        examples = [make_example(args.task, args.context_len, tokenizer, args.seed, index, args.protocol, haystack,
+                                 split=args.split, max_new_tokens=args.max_new_tokens) for index in range(args.samples)]
+        if args.output:
+            write_jsonl(args.output, examples)
+    except (ValueError, OSError) as error:
+        parser.error(error)
+    e = examples[0]
+    if not args.output:
+        print(e.prompt)
+        print("-" * 80)
+        print(f"answers   {e.answers}, to be written as {e.target!r} and the end token")
+        for answer, span, depth in zip(e.answers, e.spans, e.depths):
+            print(f"needle    {answer} at tokens {span[0]} to {span[1]}, depth {depth} %")
+    print(f"tokens    {len(e.ids)} + {e.max_new_tokens} to generate of {e.context_len} ({tokenizer.name})")
+    print(f"from      keys: {e.keys_from}; haystack: {e.haystack_from}")
+    print(f"prompts   {prompt_hash(examples)} (hash of {len(examples)}, {args.task}, {args.protocol}, {args.split}, seed {args.seed})"
+          + (f" -> {args.output}" if args.output else ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,414 @@
+"""
+Query-aware KV sparsity: which few keys a query may read. Every method is the same two lines (arXiv 2605.28640):
+
+    I = TopK_i s(q_sel, rho(K_i))          Eq. 3, selection: rho sums up candidate i, s scores it for the query
+    y = softmax(q K_I^T / sqrt(D)) V_I     Eq. 4, computation: ordinary attention over what was selected
+
+They differ in what a candidate is, in rho, in who asks, and in which phase they are sparse:
+
+    method   candidate  rho                              q_sel                      prefill  cache     decode
+    Quest    block      per-channel min and max of keys  the query itself           dense    all       sparse
+    MoBA     block      mean of the keys                 the query itself           sparse   all       dense
+    SnapKV   token      the key itself                   the prompt's last queries  dense    selected  what is left
+    Dilated  token      none: a fixed pattern            none                       sparse   all       sparse
+
+A method is three hooks, one per phase; the class Dense has the dense form of each, a method overrides what it changes:
+
+    prefill(q, k, v, start, dice) -> y, selected      attention over a prompt, or over a chunk of one
+    compress(q, k, v, lengths, dice) -> positions     which of the prompt's entries stay in the cache; None keeps all
+    decode(q, cache) -> y, selected                   one query against the cache (a model.LayerCache)
+
+`selected` says what was read: true positions (B, KV, S) in decode, blocks (B, KV, Tq, S) in prefill, -1 for none, None
+for everything. It is what H1 looks at, and how a budget is measured instead of believed. k and v are the remembered
+k~ and v~ (memory.py) where the model has a memory: a method needs not know.
+
+Letters: B batch, Tq queries, Tk cache slots, H query heads, KV key/value heads, G = H // KV, D head width, N blocks,
+S selected. A budget is in tokens per query, KV head and layer, and includes everything: forced blocks, the window.
+A slot is a place in the cache: a token's position, until SnapKV closes the gaps. `dice` (B, Tq) are integers that
+hash a row's tokens so far and the layer: only the random selectors of H2 read them, as their source of chance.
+
+Selection is per KV head: scores are averaged over the G query heads of its group (see `per_kv_head`). The originals
+know no groups: they repeat k and v up to H heads and select for each. Checked against them in tests/test_sparse.py.
+Read kernels.py next for the same in Triton (once it is there), model.py for who calls the hooks.
+"""
+import math
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch.nn import functional as F
+
+NEVER, ALWAYS = -math.inf, math.inf  # scores of what must not and what must be selected
+
+
+# ---------------------------------------------------------------- what all methods share
+
+def attend(q, k, v, keep=None, causal=False):
+    """
+    Eq. 4. q: (B, Tq, H, D), k, v: (B, Tk, KV, D) -> (B, Tq, H, D).
+    keep: bool, broadcastable to (B, H, Tq, Tk), True where a query may read; causal: the last query reads all, the one
+    before it all but one, and so on (Tq must be Tk).
+    """
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+        attn_mask=keep, is_causal=causal, enable_gqa=q.shape[2] != k.shape[2])
+    return y.transpose(1, 2)
+
+
+def attend_to_slots(q, k, v, slots):
+    """One query over the slots (B, KV, S) of each KV head, -1 for none. q: (B, 1, H, D), k, v: (B, Tk, KV, D)."""
+    B, _, H, D = q.shape
+    KV, S = slots.shape[1:]
+    index = slots.clamp_min(0).transpose(1, 2).unsqueeze(-1).expand(B, S, KV, D)  # (B, S, KV, D)
+    keep = (slots >= 0).repeat_interleave(H // KV, dim=1).unsqueeze(2)            # (B, H, 1, S)
+    return attend(q, k.gather(1, index), v.gather(1, index), keep)
+
+
+def query_slots(q, start):
+    """The slot of each query, (1 or B, Tq). start: an int, or one per row (B,), is the slot of the first."""
+    return torch.as_tensor(start, device=q.device).view(-1, 1) + torch.arange(q.shape[1], device=q.device)
+
+
+def per_kv_head(scores, KV):
+    """Average scores (B, H, ...) over the query heads of each KV head: (B, KV, ...). Change the mean to a max here."""
+    return scores.unflatten(1, (KV, -1)).mean(dim=2)
+
+
+def top(scores, S):
+    """Eq. 3's TopK: the S best of the last dim, as indices, -1 where fewer than S may be selected."""
+    best, index = scores.topk(min(S, scores.shape[-1]), dim=-1)
+    return torch.where(best == NEVER, -1, index)
+
+
+def chance(dice, seed, KV, N):
+    """Uniform scores for H2, (B, KV, Tq, N): a hash (splitmix64) of dice (B, Tq), seed, KV head and candidate."""
+    # x starts as a distinct integer per element; int64 products wrap around, which is what a hash wants
+    heads, candidates = torch.arange(KV, device=dice.device), torch.arange(N, device=dice.device)
+    x = dice[:, None, :, None] + (seed * KV + heads)[:, None, None] * 0x632BE59BD9B4E019 + candidates * 0x1E3779B97F4A7C15
+    for shift, factor in (30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
+    return (x >> 31 & 0xFFFFFF).float() / 2**24
+
+
+# ---------------------------------------------------------------- the methods
+
+@dataclass(frozen=True)
+class Dense:
+    """Every query reads every entry before it and its own."""
+    random = None  # a seed, in methods that select: scores are drawn by chance instead (H2). Forced entries stay.
+
+    def prefill(
+        self,
+        q,      # (B, Tq, H, D)   after RoPE
+        k, v,   # (B, Tk, KV, D)  the cache so far, these tokens included
+        start,  # int or (B,)     the slot of the first query
+        dice,   # (B, Tq)
+    ):          # -> y (B, Tq, H, D), selected (None: everything)
+        if isinstance(start, int) and start == 0:
+            return attend(q, k, v, causal=True), None
+        keep = torch.arange(k.shape[1], device=q.device) <= query_slots(q, start)[:, None, :, None]  # (B, 1, Tq, Tk)
+        return attend(q, k, v, keep), None
+
+    def compress(
+        self,
+        q,        # (B, W, H, D)    the last queries of the prompt, the very last at the end
+        k, v,     # (B, Tk, KV, D)
+        lengths,  # (B,)            tokens in each row's prompt
+        dice,     # (B, 1)
+    ):            # -> positions (B, KV, S) that stay, ascending, -1 at the end; None keeps everything
+        return None
+
+    def decode(
+        self,
+        q,      # (B, 1, H, D)
+        cache,  # model.LayerCache: k, v (B, Tk, KV, D), used (B,) slots filled per row, the query's token included
+    ):          # -> y (B, 1, H, D), selected (B, KV, S) positions (None: everything)
+        if not cache.ragged:
+            return attend(q, cache.k, cache.v), None
+        return attend(q, cache.k, cache.v, cache.filled_slots()[:, None, None]), None
+
+
+@dataclass(frozen=True)
+class Quest(Dense):
+    """
+    Reads the blocks whose keys could give the query the largest product (arXiv 2406.10774; it says page for block).
+
+    score = sum_d max(q[d] * min_d, q[d] * max_d): no key of the block, whose channels lie between min_d and max_d, can
+    exceed it. Blocks are fixed by slot, so the last one may be partly filled.
+    """
+    budget: int = 256          # tokens a query may read, a multiple of block_size
+    block_size: int = 64
+    keep_first: bool = True    # always read the first block, and
+    keep_current: bool = True  # the query's own. Inside the budget. The paper forces both, the released code neither.
+    random: int | None = None  # seed
+
+    def __post_init__(self):
+        check_blocks(self, forced=self.keep_first + self.keep_current)
+
+    def score(self, q, k, filled):
+        """q: (B, 1, H, D), k: (B, Tk, KV, D), filled: (B, Tk) -> (B, KV, 1, N)"""
+        B, Tk, KV, D = k.shape
+        filled = to_blocks(filled, self.block_size)[..., None, None]                           # (B, N, block, 1, 1)
+        k = to_blocks(k, self.block_size)                                                      # (B, N, block, KV, D)
+        low = k.masked_fill(~filled, math.inf).amin(2).permute(0, 2, 3, 1)                     # (B, KV, D, N)
+        high = k.masked_fill(~filled, -math.inf).amax(2).permute(0, 2, 3, 1)
+        low, high = (x.masked_fill(x.isinf(), 0).float() for x in (low, high))                 # empty blocks
+        q = q.float().view(B, KV, -1, D)                                                       # (B, KV, G, D)
+        # max(q * low, q * high) is q * high where q > 0 and q * low where q < 0: two products of matrices
+        bound = q.clamp_min(0) @ high + q.clamp_max(0) @ low                                   # (B, KV, G, N)
+        return bound.mean(dim=2, keepdim=True)
+
+    def decode(self, q, cache):
+        filled = cache.filled_slots()                                                          # (B, Tk)
+        B, Tk, KV, D = cache.k.shape
+        N = math.ceil(Tk / self.block_size)
+        if self.random is None:
+            scores = self.score(q, cache.k, filled)
+        else:
+            scores = chance(cache.dice, self.random, KV, N)
+        block = torch.arange(N, device=q.device)
+        current = ((cache.used - 1) // self.block_size)[:, None, None, None]                   # (B, 1, 1, 1)
+        scores = scores.masked_fill(block > current, NEVER)
+        if self.keep_first:
+            scores = scores.masked_fill(block == 0, ALWAYS)
+        if self.keep_current:
+            scores = scores.masked_fill(block == current, ALWAYS)
+        chosen = top(scores, self.budget // self.block_size).squeeze(2)                        # (B, KV, S) blocks
+        slots = chosen.unsqueeze(-1) * self.block_size + torch.arange(self.block_size, device=q.device)
+        unread = (chosen < 0).unsqueeze(-1) | (slots >= cache.used[:, None, None, None])
+        slots = slots.masked_fill(unread, -1).flatten(2)                                       # (B, KV, S * block)
+        return attend_to_slots(q, cache.k, cache.v, slots), cache.positions_of(slots)
+
+
+@dataclass(frozen=True)
+class MoBA(Dense):
+    """
+    Reads the blocks whose mean key is closest to the query, in prefill and training (arXiv 2502.13189).
+
+    score = q . mean(keys of the block), over complete earlier blocks. The query's own block is always read, causally,
+    and counts: budget 256 with block_size 64 is the own block and the three best others, the first among them if kept.
+    """
+    budget: int = 256
+    block_size: int = 64
+    keep_first: bool = True    # the paper's rule. The original forces the query's own block alone.
+    random: int | None = None  # seed
+
+    def __post_init__(self):
+        check_blocks(self, forced=1 + self.keep_first)
+
+    def score(self, q, k):
+        """q: (B, Tq, H, D), k: (B, Tk, KV, D) -> (B, KV, Tq, N)"""
+        # the last block may be incomplete: its mean is wrong, and never used, as it can only be a query's own
+        mean = to_blocks(k.float(), self.block_size).mean(2)                                   # (B, N, KV, D)
+        mean = mean.repeat_interleave(q.shape[2] // k.shape[2], dim=2)                         # (B, N, H, D)
+        return per_kv_head(torch.einsum("bthd,bnhd->bhtn", q.float(), mean), k.shape[2])
+
+    def prefill(self, q, k, v, start, dice):
+        B, Tk, KV, D = k.shape
+        N = math.ceil(Tk / self.block_size)
+        scores = self.score(q, k) if self.random is None else chance(dice, self.random, KV, N)
+        slot = query_slots(q, start)                                                           # (1 or B, Tq)
+        block = torch.arange(N, device=q.device)
+        current = (slot // self.block_size)[:, None, :, None]                                  # (1 or B, 1, Tq, 1)
+        scores = scores.masked_fill(block > current, NEVER).masked_fill(block == current, ALWAYS)
+        if self.keep_first:
+            scores = scores.masked_fill(block == 0, ALWAYS)
+        chosen = top(scores, self.budget // self.block_size)                                   # (B, KV, Tq, S) blocks
+        # one more column takes the -1s, then goes
+        keep = torch.zeros(*scores.shape[:-1], N + 1, dtype=torch.bool, device=q.device)
+        keep = keep.scatter(-1, chosen.where(chosen >= 0, N), True)[..., :N]                   # (B, KV, Tq, N)
+        keep = keep.repeat_interleave(self.block_size, dim=-1)[..., :Tk]                       # (B, KV, Tq, Tk)
+        keep = keep & (torch.arange(Tk, device=q.device) <= slot[:, None, :, None])
+        return attend(q, k, v, keep.repeat_interleave(q.shape[2] // KV, dim=1)), chosen
+
+
+@dataclass(frozen=True)
+class SnapKV(Dense):
+    """
+    Keeps the prompt entries that the prompt's last queries attend to most, and drops the rest (arXiv 2404.14469).
+
+    score = softmax attention of the last `window` queries to each earlier key, averaged over them, then averaged over
+    `kernel` neighbouring keys, so that what stands beside a find stays with it. The window itself always stays.
+    Generated tokens come on top of the budget. Kept entries stay in the order of the text (the original: of score).
+    """
+    budget: int = 256          # prompt entries kept, the window included
+    window: int = 64
+    kernel: int = 5            # odd. Averages divide by it at the edges too, as in the original.
+    random: int | None = None  # seed
+
+    def __post_init__(self):
+        check(self.kernel % 2 == 1, f"snapkv: kernel={self.kernel} must be odd, else neighbours shift by half a token")
+        check(self.budget > self.window > 0, f"snapkv: budget={self.budget} must exceed window={self.window}, "
+              "which it includes; raise the budget or set window=")
+
+    def score(self, q, k, lengths):
+        """q: (B, W, H, D) last queries, k: (B, Tk, KV, D), lengths: (B,) -> (B, KV, Tk), 0 from the window on"""
+        B, Tk, KV, D = k.shape
+        W, G = q.shape[1], q.shape[2] // KV
+        slot = torch.arange(Tk, device=q.device)
+        asker = (lengths - W)[:, None] + torch.arange(W, device=q.device)                      # (B, W) slots of q
+        logits = torch.einsum("bwhd,bthd->bhwt", q, k.repeat_interleave(G, dim=2)).float() / math.sqrt(D)
+        unseen = slot > asker[:, None, :, None]                                                # (B, 1, W, Tk)
+        p = logits.masked_fill(unseen, -torch.finfo(torch.float32).max).softmax(-1)            # (B, H, W, Tk)
+        # a prompt shorter than the window has no query there: such rows of q are not real
+        p = p.masked_fill((asker < 0)[:, None, :, None], 0).mean(2).masked_fill(slot >= (lengths - W)[:, None, None], 0)
+        return F.avg_pool1d(per_kv_head(p, KV), self.kernel, stride=1, padding=self.kernel // 2)
+
+    def compress(self, q, k, v, lengths, dice):
+        check(q.shape[1] >= self.window, f"snapkv: window={self.window} is more than the {q.shape[1]} queries that the "
+              "cache keeps; make it with new_cache(..., window=)")
+        q = q[:, -self.window:]
+        Tk, KV = k.shape[1:3]
+        scores = self.score(q, k, lengths) if self.random is None else chance(dice, self.random, KV, Tk).squeeze(2)
+        slot, lengths = torch.arange(Tk, device=q.device), lengths[:, None, None]
+        scores = scores.masked_fill(slot >= lengths - self.window, ALWAYS).masked_fill(slot >= lengths, NEVER)
+        chosen = top(scores, self.budget)                                                      # (B, KV, S)
+        ascending = chosen.where(chosen >= 0, Tk).sort(dim=-1).values
+        return ascending.where(ascending < Tk, -1)
+
+
+@dataclass(frozen=True)
+class Dilated(Dense):
+    """
+    A fixed pattern: the last token of every complete chunk of `dilation`, the last `local` before the query, the first
+    `initial`, and the query's own. It is RAT+'s sparse inference (arXiv 2602.18196); with dilation=None it is
+    StreamingLLM (arXiv 2309.17453), with local = initial = 0 the sparse pass of ARL (memory.arl_passes).
+
+        key j for query i:  j <= i and (i - j <= local or j < initial or (j + 1) % dilation == 0)
+    """
+    dilation: int | None = 16
+    local: int = 256
+    initial: int = 4
+
+    def __post_init__(self):
+        check(self.dilation is None or self.dilation > 0, f"dilated: dilation={self.dilation} must be positive, or none")
+        check(min(self.local, self.initial) >= 0, f"dilated: local={self.local} and initial={self.initial} "
+              "must not be negative")
+
+    def pattern(self, i, j):
+        """Whether query position i reads key position j; i and j broadcast."""
+        keep = (i - j <= self.local) | (j < self.initial)
+        if self.dilation is not None:
+            keep = keep | ((j + 1) % self.dilation == 0)
+        return keep & (j <= i)
+
+    def prefill(self, q, k, v, start, dice):
+        keep = self.pattern(query_slots(q, start)[:, None, :, None], torch.arange(k.shape[1], device=q.device))
+        return attend(q, k, v, keep), None  # keep: (1 or B, 1, Tq, Tk)
+
+    def decode(self, q, cache):
+        slot = torch.arange(cache.k.shape[1], device=q.device)
+        keep = self.pattern((cache.used - 1)[:, None, None], slot)                             # (B, 1, Tk)
+        selected = torch.where(keep, slot, -1).expand(-1, cache.k.shape[2], -1)                # (B, KV, Tk)
+        return attend(q, cache.k, cache.v, keep.unsqueeze(2)), selected
+
+
+@dataclass(frozen=True)
+class Compose(Dense):
+    """One method per hook, e.g. MoBA prefill, SnapKV compression, Quest decoding. Made by parse or by compose."""
+    prefill_by: Dense = Dense()
+    compress_by: Dense = Dense()
+    decode_by: Dense = Dense()
+
+    def prefill(self, q, k, v, start, dice):
+        return self.prefill_by.prefill(q, k, v, start, dice)
+
+    def compress(self, q, k, v, lengths, dice):
+        return self.compress_by.compress(q, k, v, lengths, dice)
+
+    def decode(self, q, cache):
+        return self.decode_by.decode(q, cache)
+
+
+def compose(*methods):
+    """The method that takes each hook from the one of `methods` that overrides it. ValueError if two want the same."""
+    hooks = {}
+    for method in methods:
+        for hook in "prefill", "compress", "decode":
+            if getattr(type(method), hook) is not getattr(Dense, hook):
+                if hook in hooks:
+                    raise ValueError(f"{name(hooks[hook])} and {name(method)} both decide {hook}: combine methods of "
+                                     "different phases only")
+                hooks[hook] = method
+    # Dilated reads positions, which after SnapKV are no longer slots
+    check(not ("compress" in hooks and isinstance(hooks.get("decode"), Dilated)), "dilated cannot follow snapkv")
+    return Compose(**{f"{hook}_by": method for hook, method in hooks.items()})
+
+
+# ---------------------------------------------------------------- small helpers
+
+def to_blocks(x, block_size):
+    """(B, T, ...) -> (B, N, block_size, ...), padded with zeros."""
+    pad = -x.shape[1] % block_size
+    x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, pad))
+    return x.unflatten(1, (-1, block_size))
+
+
+def check(condition, message):
+    """ValueError with one line for what a user typed."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_blocks(method, forced):
+    """The budget of a method that selects blocks: whole blocks, and room for the forced ones."""
+    label, budget, block_size = type(method).__name__.lower(), method.budget, method.block_size
+    check(block_size > 0, f"{label}: block_size={block_size} must be positive")
+    check(budget > 0 and budget % block_size == 0, f"{label}: budget={budget} is not a multiple of "
+          f"block_size={block_size}; use {max(1, round(budget / block_size)) * block_size} or another block_size=")
+    check(budget // block_size >= forced, f"{label}: budget={budget} is {budget // block_size} blocks of {block_size}, "
+          f"fewer than the {forced} that are always read; raise the budget or use smaller blocks")
+
+
+METHODS = {"dense": Dense, "quest": Quest, "moba": MoBA, "snapkv": SnapKV, "dilated": Dilated}
+
+
+def parse(text, context_len):
+    """
+    A method from a command line: "quest:budget=1/16,block_size=64", or several with "+" ("moba:budget=1/8+snapkv").
+
+    A budget is in tokens, or a fraction of context_len (the nominal length of the evaluation, not of each prompt).
+    Other values are integers, true/false or none. ValueError names what is wrong and what is allowed.
+    """
+    methods = []
+    for part in text.split("+"):
+        label, _, settings = part.strip().partition(":")
+        check(label in METHODS, f"unknown method {label!r} in {text!r}: use one of {', '.join(METHODS)}")
+        method, values = METHODS[label], {}
+        for setting in filter(None, settings.split(",")):
+            key, _, value = setting.partition("=")
+            allowed = [f.name for f in fields(method)]
+            check(key in allowed, f"{label} has no setting {key!r}: it has {', '.join(allowed) or 'none'}")
+            values[key] = parse_value(value, context_len, setting=f"{label}:{setting}")
+        methods.append(method(**values))
+    return methods[0] if len(methods) == 1 else compose(*methods)
+
+
+def parse_value(value, context_len, setting):
+    words = {"true": True, "false": False, "none": None}
+    if value.lower() in words:
+        return words[value.lower()]
+    numerator, slash, denominator = value.partition("/")
+    check(numerator.isdigit() and (denominator.isdigit() and int(denominator) > 0 if slash else True),
+          f"{setting}: expected an integer, a fraction like 1/16, true, false or none")
+    if not slash:
+        return int(value)
+    tokens, rest = divmod(int(numerator) * context_len, int(denominator))
+    check(rest == 0, f"{setting}: {value} of the context length {context_len} is not a whole number of tokens")
+    return tokens
+
+
+def name(method):
+    """The text that parse would turn into this method: "quest:budget=256,block_size=64" (settings off default only)."""
+    if isinstance(method, Compose):
+        parts = {id(m): m for m in (method.prefill_by, method.compress_by, method.decode_by) if type(m) is not Dense}
+        return "+".join(name(m) for m in parts.values()) or "dense"
+    label = type(method).__name__.lower()
+    shown = [f for f in fields(method) if f.name in ("budget", "block_size") or getattr(method, f.name) != f.default]
+    settings = ",".join(f"{f.name}={str(getattr(method, f.name)).lower()}" for f in shown)
+    return f"{label}:{settings}" if settings else label
+
+
+def randomized(method, seed):
+    """The same method with its scores drawn by chance (H2). ValueError for one that selects nothing."""
+    check(hasattr(method, "score"), f"{name(method)} has no scores to draw by chance")
+    return replace(method, random=seed)

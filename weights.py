@@ -1,0 +1,267 @@
+"""
+Weights on disk: which files hold a model, and under which names.
+
+    read(path) -> (settings for model.Config, tensors)      tensors: {parameter name: function that loads it}
+    fill(model, tensors, ...)                               one tensor at a time into a model that has no storage yet
+    write(path, config, state)                              config.json and safetensors, atomically
+
+Three forms are read:
+    a directory in Hugging Face layout: config.json of model_type olmo2, and one or many .safetensors files
+    a directory written here: the same, of model_type nanorat if it is more than OLMo 2 (a memory, RAT+'s form)
+    an official RAT+ checkpoint, one .pth file (arXiv 2602.18196, weights barpitf/ratplus)
+
+Parameters are named as in Hugging Face's OLMo 2, here without its prefix "model."; a memory's gate is
+layers.N.self_attn.memory_proj. Every file is checked before use: one line tells the file, the field and the remedy.
+Checked in tests/test_weights.py. Only model.py calls this file.
+"""
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+SHARD_BYTES = 5 * 10**9  # a larger model is split into files of at most this size
+
+
+def read(path):
+    """Settings (a dict of model.Config's fields) and tensors ({name: () -> tensor}) of the model at `path`."""
+    path = Path(path)
+    if path.is_dir():
+        return read_directory(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give a model's directory, or a RAT+ .pth file")
+    if path.suffix == ".pth":
+        return read_ratplus(path)
+    raise ValueError(f"{path} is neither a directory with config.json nor a RAT+ .pth file")
+
+
+@torch.no_grad()
+def fill(model, tensors, path, dtype, device):
+    """Load `tensors` into `model`, whose parameters are on the meta device. ValueError unless they fit exactly."""
+    wanted = model.state_dict()
+    missing, foreign = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    # files of a tied model may hold the head as well: once more the embedding
+    foreign = [name for name in foreign if not (name == "lm_head.weight" and model.config.tied)]
+    if missing or foreign:
+        what = f"lacks {missing[0]!r}" if missing else f"has {foreign[0]!r}, which this model has not"
+        more = len(missing) + len(foreign) - 1
+        raise ValueError(f"{path} {what}{f' (and {more} more differ)' if more else ''}: "
+                         "its config and its weights are not of one model")
+    state = {}
+    for name, parameter in wanted.items():
+        tensor = tensors[name]()
+        if tensor.shape != parameter.shape:
+            raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, its config asks for {tuple(parameter.shape)}: "
+                             "config and weights are not of one model")
+        # a copy of its own: what the file holds stays on disk, mapped, and can go
+        state[name] = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+    model.load_state_dict(state, assign=True)
+
+
+# ---------------------------------------------------------------- directories
+
+def read_directory(path):
+    config_file = path / "config.json"
+    try:
+        found = json.loads(config_file.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{config_file} is missing: is {path} a model's directory?") from None
+    except ValueError as error:
+        raise ValueError(f"{config_file} is not JSON ({error}): fetch it again") from None
+    kind = found.get("model_type") if isinstance(found, dict) else None
+    if kind == "nanorat":
+        settings = {name: value for name, value in found.items() if name not in ("model_type", "architectures")}
+    elif kind == "olmo2":
+        settings = settings_of_olmo2(found, config_file)
+    else:
+        raise ValueError(f"{config_file}: model_type is {kind!r}, and only 'olmo2' and 'nanorat' can be loaded here")
+    return settings, tensors_of_directory(path)
+
+
+def settings_of_olmo2(found, config_file):
+    """Hugging Face's names -> ours. Transformers 4 writes rope_theta at the top, 5 inside rope_parameters."""
+    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    plain = {"hidden_act": "silu", "attention_bias": False}
+    for name, value in plain.items():
+        if found.get(name, value) != value:
+            raise ValueError(f"{config_file}: {name}={found[name]!r}, and OLMo 2 has {value!r}: this is another model")
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"{config_file}: rope_type={rope['rope_type']!r} is not supported, only 'default' is")
+    names = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "width": "hidden_size",
+             "n_head": "num_attention_heads", "mlp_width": "intermediate_size", "norm_eps": "rms_norm_eps",
+             "context_len": "max_position_embeddings"}
+    try:
+        settings = {ours: found[theirs] for ours, theirs in names.items()}
+        settings["rope_theta"] = rope["rope_theta"] if "rope_theta" in rope else found["rope_theta"]
+    except KeyError as error:
+        raise ValueError(f"{config_file} lacks {error}: fetch it again") from None
+    settings["n_kv_head"] = found.get("num_key_value_heads") or settings["n_head"]
+    settings["tied"] = found.get("tie_word_embeddings", False)
+    eos_id = found.get("eos_token_id")
+    settings["eos_id"] = eos_id[0] if isinstance(eos_id, list) else eos_id
+    return settings
+
+
+def tensors_of_directory(path):
+    """{name: () -> tensor}. Files stay mapped; a tensor is read when its function is called."""
+    index_file = path / "model.safetensors.index.json"
+    if index_file.exists():
+        try:
+            files = sorted(set(json.loads(index_file.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            raise ValueError(f"{index_file} is no index of weights: fetch it again") from None
+    else:
+        files = sorted(file.name for file in path.glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"{path} holds no .safetensors file: fetch the weights, or convert a .bin to it")
+    tensors = {}
+    for file in files:
+        if not (path / file).exists():
+            raise FileNotFoundError(f"{path / file} is missing, though {index_file.name} names it: fetch that shard")
+        try:
+            mapped = safe_open(path / file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path / file} is damaged or incomplete ({error}): fetch it again") from None
+        names = {name: name.removeprefix("model.") for name in mapped.keys()}
+        expected = (mapped.metadata() or {}).get("sha256")  # in files written here
+        if expected and expected != content_hash({name: mapped.get_tensor(name) for name in names}):
+            raise ValueError(f"{path / file} is damaged: its content does not match its hash; restore it from a copy")
+        tensors |= {ours: lambda mapped=mapped, theirs=theirs: mapped.get_tensor(theirs) for theirs, ours in names.items()}
+    return tensors
+
+
+def write(path, config, state):
+    """
+    Save a model into the directory `path`: its tensors (state: {name: tensor}) and config.json, last.
+
+    A pure OLMo 2 is written as one, and opens in transformers. Anything else gets a model_type of its own, so that no
+    other program drops its gates unknowingly. Each file appears whole or not at all; OSError names what failed.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    state = {name if name.startswith("lm_head") else "model." + name: tensor for name, tensor in state.items()}
+    shards, size = [{}], 0
+    for name, tensor in state.items():
+        size += tensor.nbytes
+        if size > SHARD_BYTES and shards[-1]:
+            shards.append({})
+            size = tensor.nbytes
+        shards[-1][name] = tensor
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(shard, file)
+        shard = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
+        metadata = {"format": "pt", "sha256": content_hash(shard)}
+        whole_or_nothing(path / file, lambda temporary: save_file(shard, temporary, metadata=metadata))
+    for old in set(path.glob("*.safetensors*")) - {path / file for file in weight_map.values()}:
+        old.unlink()  # of a model saved here before, in other files
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
+        whole_or_nothing(path / "model.safetensors.index.json", lambda file: file.write_text(json.dumps(index, indent=1)))
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    text = json.dumps(describe(config, dtype), indent=1)
+    whole_or_nothing(path / "config.json", lambda file: file.write_text(text))
+
+
+def describe(config, dtype):
+    """config.json's content."""
+    is_olmo2 = not (config.pre_norm or config.output_gate or config.memory) and config.qk_norm and config.swiglu
+    if not is_olmo2:
+        return {"model_type": "nanorat", "architectures": ["Transformer"], **asdict(config)}
+    return {
+        "model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], "torch_dtype": dtype,
+        "vocab_size": config.vocab_size, "num_hidden_layers": config.n_layer, "hidden_size": config.width,
+        "num_attention_heads": config.n_head, "num_key_value_heads": config.n_kv_head,
+        "intermediate_size": config.mlp_width, "max_position_embeddings": config.context_len,
+        "rope_theta": config.rope_theta, "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tied,
+        "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0,
+        "eos_token_id": config.eos_id, "bos_token_id": None, "pad_token_id": None,
+    }
+
+
+def content_hash(tensors):
+    """sha256 over names, dtypes, shapes and bytes of {name: tensor}, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def whole_or_nothing(file, save):
+    """save(temporary path), then rename: an interrupted or failed save leaves what was there before."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        save(temporary)
+        os.replace(temporary, file)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"could not write {file} ({error}): what was there is unchanged; is the disk full?") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- official RAT+ checkpoints
+
+def read_ratplus(path):
+    """
+    An official RAT+ .pth: {"task": state dict, ...}. Its in_proj packs output gate, q, k, v and memory gate, C rows
+    each; older files keep the last in fgate_proj; a model without memory has no fifth. torch.compile may have left
+    "_orig_mod." anywhere in a key. The head is the embedding.
+    """
+    # the trainer's config is an EasyDict: read as a plain dictionary, which runs none of its code
+    allowed = [(OrderedDict, "easydict.EasyDict")]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # unpickling errors have no common class
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is damaged or no RAT+ checkpoint ({line[:160]}): fetch it again") from None
+    if not isinstance(file, dict) or not isinstance(file.get("task"), dict):
+        raise ValueError(f"{path} has no state dict under 'task': it is no RAT+ checkpoint")
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in file["task"].items()}
+    try:
+        vocab_size, C = state["embedding.wte.weight"].shape
+        mlp_width = state["backbone.layers.0.hidden_layer.fc1.weight"].shape[0]
+        rows = state["backbone.layers.0.seq_layer.in_proj.weight"].shape[0]
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}: it is no RAT+ checkpoint") from None
+    n_layer = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("backbone.layers."))
+    memory = rows == 5 * C or "backbone.layers.0.seq_layer.fgate_proj.weight" in state
+    try:  # where the trainer's config is there, it knows; files of weights alone have heads of 128
+        n_head = file["config"]["model"]["backbone"]["seq_cell"]["num_head"]
+    except (KeyError, TypeError):
+        n_head = C // 128
+    settings = dict(vocab_size=vocab_size, n_layer=n_layer, width=C, n_head=n_head, n_kv_head=n_head,
+                    mlp_width=mlp_width, context_len=4096, rope_theta=10000.0, norm_eps=1e-6, tied=True, pre_norm=True,
+                    qk_norm=False, swiglu=False, output_gate=True, memory=memory, eos_id=2)
+
+    head = state.get("head.lm_head.weight")
+    if head is not None and not torch.equal(head, state["embedding.wte.weight"]):
+        raise ValueError(f"{path}: head.lm_head.weight differs from the embedding, and RAT+ ties them")
+    renamed = {"embedding.wte": "embed_tokens", "backbone.ln": "norm", "backbone.layers.": "layers.",
+               "seq_layer.input_norm": "input_layernorm", "seq_layer.out_proj": "self_attn.o_proj",
+               "seq_layer.fgate_proj": "self_attn.memory_proj", "hidden_layer.ln": "pre_feedforward_layernorm",
+               "hidden_layer.fc1": "mlp.up_proj", "hidden_layer.fc2": "mlp.down_proj"}
+    packed = "output_gate", "q_proj", "k_proj", "v_proj", "memory_proj"
+    tensors = {}
+    for name, tensor in state.items():
+        if name == "head.lm_head.weight":
+            continue
+        for theirs, ours in renamed.items():
+            name = name.replace(theirs, ours)
+        if "seq_layer.in_proj" in name:
+            for part, chunk in zip(packed, tensor.split(C)):
+                tensors[name.replace("seq_layer.in_proj", f"self_attn.{part}")] = lambda chunk=chunk: chunk
+        else:
+            tensors[name] = lambda tensor=tensor: tensor
+    if memory:  # RAT+'s gate has no bias
+        dtype = state["embedding.wte.weight"].dtype
+        tensors |= {f"layers.{i}.self_attn.memory_proj.bias": lambda: torch.zeros(C, dtype=dtype) for i in range(n_layer)}
+    return settings, tensors
