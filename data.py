@@ -192,6 +192,26 @@ def get_tokenizer(spec):
     raise FileNotFoundError(f"{spec}: no tokenizer here; give bytes, a tokenizer.json, a tokenizer.model, or a folder with one")
 
 
+def tokenizer_files(folder):
+    """The tokenizer's files in a model's folder, to be copied with the model; none for bytes."""
+    names = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+    return [Path(folder) / name for name in names if folder and (Path(folder) / name).is_file()]
+
+
+def tokenizer_of(folder, vocab_size):
+    """The tokenizer beside a model: the files in its folder, or bytes if its vocabulary is theirs. Must fit the model."""
+    if tokenizer_files(folder) or (folder and Path(folder).is_file() and Path(folder).suffix != ".pth") or folder == "bytes":
+        tokenizer = get_tokenizer(folder)
+    elif vocab_size == ByteTokenizer.n_vocab:
+        tokenizer = ByteTokenizer()
+    else:
+        raise ValueError(f"{folder} holds no tokenizer.json or tokenizer.model: name one with --tokenizer")
+    if tokenizer.n_vocab > vocab_size:
+        raise ValueError(f"tokenizer {tokenizer.name} makes ids up to {tokenizer.n_vocab - 1}, the model's vocabulary is "
+                         f"{vocab_size}: they do not belong together")
+    return tokenizer
+
+
 # -----------------------------------------------------------------------------
 # Shards: 64 bytes of header, then the tokens, little-endian, uint16 where the vocabulary fits and uint32 where not.
 
@@ -390,11 +410,11 @@ def text_of(row, field, where):
 
 
 def start_worker(spec):
-    global tokenizer
-    tokenizer = get_tokenizer(spec)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's to handle
     # a worker whose parent was killed would wait for work for ever
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    global tokenizer
+    tokenizer = get_tokenizer(spec)
 
 
 def encode_batch(texts):
@@ -428,7 +448,7 @@ def write_shards(docs, total, out, spec, shard_tokens, workers, job):
                              "or one before it is missing; choose another --output or delete the .bin files there")
     n_shards, n_tokens = len(whole), sum(len(shard.tokens) for shard in whole)
     if whole:
-        print(f"{n_shards} shards with {n_tokens:,} tokens are whole already: going on after them", flush=True)
+        print(f"{n_tokens:,} tokens in {n_shards} shards are whole already: going on after them", flush=True)
     docs = itertools.islice(docs, sum(shard.n_docs for shard in whole), None)
 
     shard_docs, in_shard, start, reported = [], 0, None, time.time()

@@ -71,9 +71,9 @@ PRESETS = {
     "olmo2-13b": Config(n_layer=40, width=5120, n_head=40, n_kv_head=40, mlp_width=13824, eos_id=100257),   # 13.7B
     "olmo2-32b": Config(n_layer=64, width=5120, n_head=40, n_kv_head=8, mlp_width=27648, eos_id=100257),    # 32.2B
     # barpitf/ratplus; LLaMA's tokenizer, whose end of text is 2
-    "ratplus-1b": Config(n_layer=24, width=2048, n_head=16, n_kv_head=16, mlp_width=8192, eos_id=2, **RATPLUS),   # 1.4B
-    "ratplus-3b": Config(n_layer=28, width=2560, n_head=20, n_kv_head=20, mlp_width=10240, eos_id=2, **RATPLUS),  # 2.5B
-    "ratplus-7b": Config(n_layer=32, width=4096, n_head=32, n_kv_head=32, mlp_width=16384, eos_id=2, **RATPLUS),  # 7.1B
+    "ratplus-1b": Config(n_layer=24, width=2048, n_head=16, n_kv_head=16, mlp_width=8192, eos_id=2, **RATPLUS),   # 1.5B
+    "ratplus-3b": Config(n_layer=28, width=2560, n_head=20, n_kv_head=20, mlp_width=10240, eos_id=2, **RATPLUS),  # 2.7B
+    "ratplus-7b": Config(n_layer=32, width=4096, n_head=32, n_kv_head=32, mlp_width=16384, eos_id=2, **RATPLUS),  # 7.6B
 }
 
 

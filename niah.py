@@ -10,7 +10,7 @@ held by the hashes of its own prompts in tests/test_niah.py. Here otherwise, on 
     RULER shuffles the needles of every sample of a file alike; here each sample has its own order, no two keys or
     values of a sample's needles are equal, and answers are listed in the order a reader meets them.
     RULER's essays are Paul Graham's, cut into sentences by nltk; here any text, cut after . ! or ? (quotes included).
-    The default is the text of Python's own help pages (pydoc_data.topics), which needs no download.
+    The default is the prose of Python's own help pages (pydoc_data.topics), which needs no download.
 
 Two protocols (DESIGN.md, decision 11). "base": RULER's prompt, which ends in the opening of the answer ("... is");
 the model goes on with " 123, 456". "sft", as official RAT+: the prompt ends with the question, the answer is "123,456".
@@ -53,7 +53,7 @@ TASKS = {
     "niah_multivalue": Task("MV", "essay", "words", "numbers", n_values=4),
     "niah_multiquery": Task("MQ", "essay", "words", "numbers", n_keys=4, n_queries=4),
 }
-PROTOCOLS = "base", "sft"
+PROTOCOLS = {"base": (" ", ", "), "sft": ("", ",")}  # what opens an answer, what joins several
 SPLITS = "train", "val", "test"  # part of every seed, so that they never share a sample
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -78,7 +78,7 @@ class Example:
     answers: list        # texts, in the order of the queries, then of appearance
     target: str          # what a perfect model writes next, before the end token
     spans: list          # [start, end) tokens of each answer's value in the prompt
-    depths: list         # percent, of each answer's needle
+    depth: list          # percent, of each answer's needle
     context_len: int     # tokens, those to generate included
     max_new_tokens: int
     keys_from: str       # where keys and haystack come from: results are only comparable where these are equal
@@ -130,7 +130,8 @@ def build_context(
 
 def answer_text(answers, protocol):
     """What the model is to write after the prompt, before the end token."""
-    return " " + ", ".join(answers) if protocol == "base" else ",".join(answers)
+    opening, comma = PROTOCOLS[protocol]
+    return opening + comma.join(answers)
 
 
 # ---------------------------------------------------------------- chance: keys, values, depths, haystack
@@ -149,7 +150,7 @@ def word_lists():
 
 ADJECTIVES = """amber ample aqua bland bold brave brisk broad calm civil clear cool coral crisp curly damp deep dense
 dry dusty eager early faint fair fancy firm fresh gentle glad grand humble icy jolly keen late light loud lucky mellow
-merry mild modest narrow neat noble odd pale plain proud quick quiet rapid rough round shy silent smooth stout tidy warm"""
+merry mild modest narrow neat noble odd pale plain proud quick quiet rapid rough round shy silent smooth tidy true warm"""
 NOUNS = """acorn anchor apron arrow barn basin beacon bell bench bridge bucket button cabin candle canoe cedar chalk
 cliff clock comet copper dune engine falcon ferry fiddle garden gate glove hammer harbor island jacket kettle ladder
 lantern lemon maple marble meadow mirror needle oak otter paddle pebble pillow pond quilt raven river saddle shelf
@@ -181,8 +182,7 @@ def draw_needles(task, rng):
     used = set()
     keys = draw_distinct(task.keys, task.n_keys, rng, used)
     values = draw_distinct(task.values, task.n_keys * task.n_values, rng, used)
-    pairs = list(zip(keys * task.n_values, values))
-    rng.shuffle(pairs)
+    pairs = list(zip(keys * task.n_values, values))  # all alike, so in random order already; RULER shuffles as well
     # RULER: an essay has 40 places, one per depth; between lines any place will do
     depths = rng.sample(DEPTHS, len(pairs)) if task.haystack == "essay" else [100 * rng.random() for _ in pairs]
     return pairs, sorted(depths), rng.sample(keys, task.n_queries)
@@ -192,9 +192,13 @@ def draw_needles(task, rng):
 def essay_words(text=None):
     """-> words of the text, whitespace normalised as RULER does, and its name. None: the help pages of Python."""
     if text is not None:
+        if not text.split():
+            raise ValueError("the haystack's text is empty: give a text, or none for Python's help pages")
         return text.split(), f"text {hashlib.sha256(text.encode()).hexdigest()[:12]}"
     from pydoc_data.topics import topics
-    return " ".join(topics[name] for name in sorted(topics)).split(), "pydoc_data.topics, Python %d.%d" % sys.version_info[:2]
+    paragraphs = [text for name in sorted(topics) for text in re.split(r"\n\s*\n", topics[name])]
+    prose = [text for text in paragraphs if text[:1].isupper() and text.endswith(".")]  # no code, tables or headings
+    return " ".join(prose).split(), "pydoc_data.topics of Python %d.%d" % sys.version_info[:2]
 
 
 class Haystack:
@@ -240,7 +244,7 @@ def fill(build, least, limit):
 
 
 def token_spans(text, ids, spans, tokenizer):
-    """Character spans [start, end) of the text -> the fewest of its tokens that cover them, for any tokenizer that decodes."""
+    """Character spans [start, end) of the text -> the fewest tokens that cover them, for any tokenizer that decodes."""
     def covering(n_chars):  # how many tokens it takes to have n_chars characters
         n = min(len(tokenizer.encode(text[:n_chars])), len(ids))  # nearly; a token may reach across the cut
         while len(tokenizer.decode(ids[:n])) < n_chars:
@@ -259,8 +263,7 @@ def target_ids(prompt, target, tokenizer):
 
 
 class Draft(NamedTuple):
-    needles: list   # (key, value, depth in percent), in order of appearance
-    answers: list   # those of them that are asked for: by query, then in order of appearance
+    answers: list   # (key, value, depth in percent): by query, then in order of appearance
     target: str     # what a perfect model writes next
     build: object   # n units of haystack -> prompt, answer prefix, tokens
 
@@ -268,7 +271,8 @@ class Draft(NamedTuple):
 def draw_draft(task, tokenizer, rng, protocol, words, start=None):
     """Everything but the size. start: an essay's first word, None draws one."""
     pairs, depths, queries = draw_needles(task, rng)
-    haystack = Haystack(task, rng, {key for key, _ in pairs}, words, rng.randrange(len(words)) if start is None else start)
+    start = rng.randrange(len(words)) if start is None else start
+    haystack = Haystack(task, rng, {key for key, _ in pairs}, words, start)
     asked, prefix = question(task, queries)
     prefix = prefix if protocol == "base" else ""
     texts = [needle(task, *pair) for pair in pairs]
@@ -276,9 +280,8 @@ def draw_draft(task, tokenizer, rng, protocol, words, start=None):
     def build(n):
         prompt = intro(task) + build_context(task, haystack(n), texts, depths) + asked + prefix
         return prompt, prefix, tokenizer.encode(prompt)
-    needles = [(key, value, depth) for (key, value), depth in zip(pairs, depths)]
-    answers = [asked_for for query in queries for asked_for in needles if asked_for[0] == query]
-    return Draft(needles, answers, answer_text([value for _, value, _ in answers], protocol), build)
+    answers = [(key, value, depth) for query in queries for (key, value), depth in zip(pairs, depths) if key == query]
+    return Draft(answers, answer_text([value for _, value, _ in answers], protocol), build)
 
 
 def compose(task, context_len, tokenizer, rng, protocol, words, max_new_tokens, start=None):
@@ -294,8 +297,8 @@ def compose(task, context_len, tokenizer, rng, protocol, words, max_new_tokens, 
                                  "and the end token: raise it")
             return draft, *filled, target
         needed.append(len(draft.build(LEAST_UNITS[task.haystack])[-1]) + max_new_tokens)
-    raise ValueError(f"{task.short} needs about {sorted(needed)[25]} tokens, {max_new_tokens=} included, and {context_len=}: "
-                     "raise context_len, lower max_new_tokens, or take the tasks that niah.fitting_tasks names")
+    raise ValueError(f"{task.short} needs about {sorted(needed)[25]} tokens, {max_new_tokens=} included, but "
+                     f"{context_len=}: raise that, lower max_new_tokens, or take the tasks niah.fitting_tasks names")
 
 
 def make_example(
@@ -309,21 +312,30 @@ def make_example(
     for name, value, known in ("task", task, TASKS), ("protocol", protocol, PROTOCOLS), ("split", split, SPLITS):
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}: one of {', '.join(known)}")
-    rng, t, (words, source) = random.Random(f"{split}/{seed}/{task}/{index}"), TASKS[task], essay_words(haystack)
+    t, (words, source) = TASKS[task], essay_words(haystack)
+    rng = random.Random(f"{split}/{seed}/{task}/{index}")
     draft, prompt, prefix, ids, _ = compose(
         t, context_len, tokenizer, rng, protocol, words, max_new_tokens, start=None if split == "train" else 0)
 
-    ends = [prompt.index(text) + len(text) - 1 for text in (needle(t, key, value) for key, value, _ in draft.answers)]
-    chars = [(end - len(value), end) for end, (_, value, _) in zip(ends, draft.answers)]  # the value stands before the "."
+    chars = []
+    for key, value, _ in draft.answers:
+        end = prompt.index(needle(t, key, value)) + len(needle(t, key, value)) - 1  # the value stands before the "."
+        chars.append((end - len(value), end))
     return Example(
         task, index, prompt, prefix, ids, [value for _, value, _ in draft.answers], draft.target,
-        token_spans(prompt, ids, chars, tokenizer), [round(depth) for *_, depth in draft.answers], context_len, max_new_tokens,
+        token_spans(prompt, ids, chars, tokenizer), [round(depth) for *_, depth in draft.answers],
+        context_len, max_new_tokens,
         keys_from=word_lists()[2] if t.keys == "words" else t.keys,
         haystack_from=source if t.haystack == "essay" else t.haystack)
 
 
+def default_new_tokens(context_len):
+    """RULER's 128, but in a short context 48: the longest answers, in bytes, take 38 (a uuid) and 36 (four numbers)."""
+    return 128 if context_len >= 2048 else 48
+
+
 def fitting_tasks(context_len, tokenizer, protocol="base", max_new_tokens=128):
-    """Names of the tasks this length has room for: at least half of 16 drafts fit with the least haystack, and the answers."""
+    """Names of the tasks that this length has room for: half of 16 drafts or more, with the least haystack, fit."""
     words = essay_words()[0]
 
     def fits(name):
@@ -357,8 +369,8 @@ def write_jsonl(path, examples):
     """The form of RULER's data files, which read_jsonl and RULER's own scripts/pred/call_api.py read."""
     write_lines(path, ({
         "index": e.index, "input": e.prompt.removesuffix(e.answer_prefix), "outputs": e.answers,
-        "length": len(e.ids) + e.max_new_tokens, "answer_prefix": e.answer_prefix, "token_position_answer": e.spans[0][0],
-    } for e in examples))
+        "length": len(e.ids) + e.max_new_tokens, "answer_prefix": e.answer_prefix,
+        "token_position_answer": e.spans[0][0]} for e in examples))
 
 
 def write_predictions(folder, examples, predictions):
@@ -488,20 +500,22 @@ def training_sample(
 # ---------------------------------------------------------------- python niah.py
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Show one needle-in-a-haystack example, or write RULER's jsonl.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Show a needle-in-a-haystack example, or write RULER's jsonl.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"niah.py: {message}\n")
-    parser.add_argument("--task", default="niah_multikey_1", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
-    parser.add_argument("--context_len", type=int, default=1024, help="tokens, those to generate included")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens to generate")
-    parser.add_argument("--tokenizer", default="bytes", help="bytes, or what else data.get_tokenizer takes")
-    parser.add_argument("--samples", type=int, default=1, help="examples, index 0 and up")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other examples")
-    parser.add_argument("--split", default="test", choices=SPLITS, metavar="SPLIT", help="train, val or test: never the same examples")
-    parser.add_argument("--protocol", default="base", choices=PROTOCOLS, metavar="PROTOCOL", help="base (answer prefix) or sft (question alone)")
-    parser.add_argument("--haystack", metavar="FILE", help="text of the essay; None: Python's help pages")
-    parser.add_argument("--output", metavar="FILE.jsonl", help="write RULER's jsonl there instead of printing")
+    flag = parser.add_argument
+    flag("--task", default="niah_multikey_1", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
+    flag("--context_len", type=int, default=1024, help="tokens, those to generate included")
+    flag("--max_new_tokens", type=int, help="tokens to generate; None: 128, or 48 where context_len is below 2048")
+    flag("--tokenizer", default="bytes", help="bytes, or what else data.get_tokenizer takes")
+    flag("--samples", type=int, default=1, help="examples, from index 0")
+    flag("--seed", type=int, default=0, help="another seed, other examples")
+    flag("--split", default="test", choices=SPLITS, metavar="SPLIT", help="train, val or test: they share no example")
+    flag("--protocol", default="base", choices=PROTOCOLS, metavar="PROTOCOL", help="base (answer prefix) or sft (none)")
+    flag("--haystack", metavar="FILE", help="text of the essay; None: Python's help pages")
+    flag("--output", metavar="FILE.jsonl", help="write RULER's jsonl there; None: print the first example")
     args = parser.parse_args()
+    new_tokens = default_new_tokens(args.context_len) if args.max_new_tokens is None else args.max_new_tokens
     if args.samples < 1:
         parser.error(f"--samples {args.samples}: at least 1")
     try:
@@ -509,7 +523,7 @@ def main():
         tokenizer = get_tokenizer(args.tokenizer)
         haystack = Path(args.haystack).read_text(encoding="utf-8") if args.haystack else None
         examples = [make_example(args.task, args.context_len, tokenizer, args.seed, index, args.protocol, haystack,
-                                 split=args.split, max_new_tokens=args.max_new_tokens) for index in range(args.samples)]
+                                 split=args.split, max_new_tokens=new_tokens) for index in range(args.samples)]
         if args.output:
             write_jsonl(args.output, examples)
     except (ValueError, OSError) as error:
@@ -519,12 +533,12 @@ def main():
         print(e.prompt)
         print("-" * 80)
         print(f"answers   {e.answers}, to be written as {e.target!r} and the end token")
-        for answer, span, depth in zip(e.answers, e.spans, e.depths):
+        for answer, span, depth in zip(e.answers, e.spans, e.depth):
             print(f"needle    {answer} at tokens {span[0]} to {span[1]}, depth {depth} %")
     print(f"tokens    {len(e.ids)} + {e.max_new_tokens} to generate of {e.context_len} ({tokenizer.name})")
     print(f"from      keys: {e.keys_from}; haystack: {e.haystack_from}")
-    print(f"prompts   {prompt_hash(examples)} (hash of {len(examples)}, {args.task}, {args.protocol}, {args.split}, seed {args.seed})"
-          + (f" -> {args.output}" if args.output else ""))
+    print(f"prompts   {prompt_hash(examples)} = hash of {len(examples)} ({args.task}, {args.protocol}, {args.split}, "
+          f"seed {args.seed})" + (f", in {args.output}" if args.output else ""))
 
 
 if __name__ == "__main__":

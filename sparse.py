@@ -33,6 +33,7 @@ Read kernels.py next for the same in Triton (once it is there), model.py for who
 """
 import math
 from dataclasses import dataclass, fields, replace
+from typing import get_args
 
 import torch
 from torch.nn import functional as F
@@ -376,9 +377,13 @@ def parse(text, context_len):
         method, values = METHODS[label], {}
         for setting in filter(None, settings.split(",")):
             key, _, value = setting.partition("=")
-            allowed = [f.name for f in fields(method)]
+            allowed = {f.name: f.type for f in fields(method)}
             check(key in allowed, f"{label} has no setting {key!r}: it has {', '.join(allowed) or 'none'}")
             values[key] = parse_value(value, context_len, setting=f"{label}:{setting}")
+            # true is an int to isinstance
+            kinds = get_args(allowed[key]) or [allowed[key]]
+            check(type(values[key]) in kinds, f"{label}:{setting}: expected "
+                  + " or ".join(kind.__name__.removesuffix("Type").lower() for kind in kinds))
         methods.append(method(**values))
     return methods[0] if len(methods) == 1 else compose(*methods)
 

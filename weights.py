@@ -5,9 +5,10 @@ Weights on disk: which files hold a model, and under which names.
     fill(model, tensors, ...)                               one tensor at a time into a model that has no storage yet
     write(path, config, state)                              config.json and safetensors, atomically
 
-Three forms are read:
+Read are:
     a directory in Hugging Face layout: config.json of model_type olmo2, and one or many .safetensors files
     a directory written here: the same, of model_type nanorat if it is more than OLMo 2 (a memory, RAT+'s form)
+    a run of train.py (out/NAME): its newest checkpoint, which is such a directory
     an official RAT+ checkpoint, one .pth file (arXiv 2602.18196, weights barpitf/ratplus)
 
 Parameters are named as in Hugging Face's OLMo 2, here without its prefix "model."; a memory's gate is
@@ -28,9 +29,15 @@ from safetensors.torch import save_file
 SHARD_BYTES = 5 * 10**9  # a larger model is split into files of at most this size
 
 
+def resolve(path):
+    """`path`, or the newest checkpoint in it if it is the folder of a run of train.py."""
+    checkpoints = sorted(Path(path).glob("step_*/config.json"))
+    return checkpoints[-1].parent if checkpoints else Path(path)
+
+
 def read(path):
     """Settings (a dict of model.Config's fields) and tensors ({name: () -> tensor}) of the model at `path`."""
-    path = Path(path)
+    path = resolve(path)
     if path.is_dir():
         return read_directory(path)
     if not path.exists():
@@ -116,7 +123,7 @@ def tensors_of_directory(path):
         except (ValueError, KeyError, AttributeError):
             raise ValueError(f"{index_file} is no index of weights: fetch it again") from None
     else:
-        files = sorted(file.name for file in path.glob("*.safetensors"))
+        files = sorted(file.name for file in path.glob("model*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{path} holds no .safetensors file: fetch the weights, or convert a .bin to it")
     tensors = {}
@@ -159,7 +166,7 @@ def write(path, config, state):
         shard = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
         metadata = {"format": "pt", "sha256": content_hash(shard)}
         whole_or_nothing(path / file, lambda temporary: save_file(shard, temporary, metadata=metadata))
-    for old in set(path.glob("*.safetensors*")) - {path / file for file in weight_map.values()}:
+    for old in set(path.glob("model*.safetensors*")) - {path / file for file in weight_map.values()}:
         old.unlink()  # of a model saved here before, in other files
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}

@@ -1,0 +1,113 @@
+"""
+What the tests share: the originals' recorded data (oracle/), tiny random models, and one measure of error.
+
+    error(out, ref) = rms(out - ref) / rms(ref)
+"""
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+torch.set_num_threads(1)  # tiny tensors: threads would only get in each other's way
+
+from model import Config, Transformer  # noqa: E402
+
+ORACLE = Path(__file__).parent / "oracle"
+RATPLUS_FORM = dict(tied=True, pre_norm=True, qk_norm=False, swiglu=False, output_gate=True, memory=True)
+FORMS = {  # of a tiny model
+    "olmo2": {},
+    "olmo2 tied": dict(tied=True),
+    "gqa": dict(n_kv_head=2),
+    "memory": dict(memory=True),
+    "gqa memory": dict(n_kv_head=2, memory=True),
+    "ratplus": RATPLUS_FORM,
+}
+
+
+@pytest.fixture(scope="session")
+def ratplus():
+    """What the official RAT+ computes; see oracle/README.md."""
+    return load_file(ORACLE / "ratplus.safetensors")
+
+
+@pytest.fixture(scope="session")
+def selectors():
+    """What the originals of MoBA, SnapKV and Quest compute."""
+    return load_file(ORACLE / "selectors.safetensors")
+
+
+def error(out, ref):
+    out, ref = out.double(), ref.double()
+    return ((out - ref).square().mean().sqrt() / ref.square().mean().sqrt()).item()
+
+
+def assert_close(out, ref, atol=2e-5, what="values"):
+    """Nowhere off by more than atol, nor NaN."""
+    assert out.shape == ref.shape, f"{what}: {tuple(out.shape)} is not {tuple(ref.shape)}"
+    worst = (out - ref).abs().max().item()
+    assert worst <= atol, f"{what} differ by up to {worst:.2e} (rms error {error(out, ref):.2e}), allowed {atol:.0e}"
+
+
+@torch.no_grad()
+def randomize(module, seed):
+    """Weights that keep activations, and logits, of order 1: errors are then seen as they are."""
+    source = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        noise = torch.randn(p.shape, generator=source)
+        if p.dim() == 2:  # the embedding's rows are inputs, and in a tied model outputs
+            p.copy_(noise * p.shape[1] ** -0.5)
+        else:             # norms near 1, memory biases wide: lengths from 1 to hundreds of tokens
+            p.copy_(noise * 3 if name.endswith("bias") else 1 + 0.2 * noise)
+    return module.eval()
+
+
+def tiny(seed=0, **changes):
+    """A random model that takes milliseconds."""
+    settings = dict(vocab_size=61, n_layer=2, width=32, n_head=4, n_kv_head=4, mlp_width=48, context_len=64,
+                    rope_theta=10000.0)
+    return randomize(Transformer(Config(**settings | changes)), seed)
+
+
+def draw_tokens(B, T, seed=0, vocab_size=61):
+    return torch.randint(vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def one_line(raised, *words):
+    """The message of a pytest.raises is one line, and says these words."""
+    text = str(raised.value)
+    assert "\n" not in text and len(text) < 700, text
+    for word in words:
+        assert str(word) in text, f"{word!r} is not in: {text}"
+
+
+def official_names(ratplus):
+    """The official RAT+ state dict among the oracle's tensors."""
+    return {name.removeprefix("packed/"): tensor for name, tensor in ratplus.items() if name.startswith("packed/")}
+
+
+def save_pth(path, state, monkeypatch, n_head=None):
+    """
+    Write a .pth as the official trainer does, its config an easydict.EasyDict, which is installed only while saving.
+    Without n_head: weights alone.
+    """
+    module = types.ModuleType("easydict")
+    module.EasyDict = type("EasyDict", (dict,), {"__module__": "easydict"})
+
+    def easy(tree):
+        tree = module.EasyDict({key: easy(value) if isinstance(value, dict) else value for key, value in tree.items()})
+        tree.__dict__.update(tree)  # as the real one does
+        return tree
+
+    file = {"task": state}
+    if n_head is not None:
+        seq_cell = {"_name_": "attention", "num_head": n_head}
+        file |= {"config": easy({"model": {"backbone": {"seq_cell": seq_cell}}, "data": {"vocab": 97}}), "step": 7}
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "easydict", module)
+        torch.save(file, path)
+    assert "easydict" not in sys.modules
+    return path

@@ -1,0 +1,437 @@
+"""
+Train a model: from scratch, continued with a memory, or fine-tuned. One loop, on one CPU, one GPU or many.
+
+    for each step:   batch = f(seed, step)                      any order, any number of GPUs, the same numbers
+        for each pass of memory.arl_passes:                     with ARL first through the memory alone, then dense
+            loss = sum(weight * cross entropy) / sum(weight)    weights: 1, or less where a token is no answer (niah.py)
+            one optimizer step
+        learning rate: warm-up, then cosine
+
+`python train.py` alone is a lesson of a few minutes: two small models learn to find needles from the same data, one
+with the memory and one without, and are compared. Everything else is flags; `--recipe` sets many at once, and the
+paper's are there: `python train.py --recipe=olmo2-continue --init=OLMo-2-1124-7B --data=shards`.
+
+A run lives in out/NAME: log.jsonl, a line per step, and step_*/, complete checkpoints that model.Transformer, eval_niah
+and sample load. A run that was stopped, by ctrl-C, kill or a power cut, goes on with --resume as if it never had: on a
+CPU to the bit. Checked in tests/test_train.py. Read niah.py and data.py for the batches, eval_niah.py for what follows.
+"""
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+
+import niah
+import weights
+from data import Shards, tokenizer_files, tokenizer_of
+from memory import arl_passes, effective_length
+from model import PRESETS, Transformer
+
+# What --recipe sets; a flag given beside it wins. The paper's: arXiv 2605.28640 and the configs of official RAT+.
+RECIPES = {
+    # the lesson of `python train.py`, on a CPU and on a GPU
+    "pico": dict(preset="pico", context_len=512, steps=600, batch=16, device_batch=16, lr=3e-3),
+    "nano": dict(preset="nano", context_len=1024, steps=1500, batch=64, device_batch=64, lr=1e-3),
+    # OLMo 2 continued with a memory: 10B tokens of FineWeb-Edu, 768 x 4096 a step
+    "olmo2-continue": dict(memory="on", context_len=4096, steps=3179, batch=768, device_batch=1, lr=6e-5, memory_lr=6e-4,
+                           min_lr=1e-6, warmup=0.02, arl=64),
+    # about 7M tokens of needles before the evaluation, both backbones (official: 32 a step, weight decay 0.01)
+    "niah-sft": dict(data="niah", context_len=4096, steps=54, batch=32, device_batch=1, lr=1e-5, min_lr=1e-6, warmup=0.05,
+                     weight_decay=0.01, arl=0, protocol="sft", many=0.0, other_weight=0.0),
+    # RAT+ from scratch, 100B tokens, and its adaptation to a dilation, 1B tokens
+    "ratplus-1b": dict(preset="ratplus-1b", context_len=4096, steps=47684, batch=512, device_batch=4, lr=8e-4, min_lr=1e-6,
+                       warmup=0.05, arl=64),
+    "ratplus-7b": dict(preset="ratplus-7b", context_len=4096, steps=31789, batch=768, device_batch=1, lr=6e-4, min_lr=1e-6,
+                       warmup=0.05, arl=64),
+}
+
+
+def flags():
+    parser = argparse.ArgumentParser(description="Train a model; with no flags, a lesson of a few minutes.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")
+    add = parser.add_argument
+    add("--recipe", choices=RECIPES, metavar="NAME", help="sets many flags at once: " + ", ".join(RECIPES))
+    # what to train
+    add("--preset", choices=PRESETS, metavar="NAME", help="a new model: " + ", ".join(PRESETS))
+    add("--init", metavar="PATH", help="or a model to start from: anything that Transformer.from_pretrained loads")
+    add("--memory", choices=["on", "off"], help="the decaying memory: on adds one to an --init without; default: as preset or init")
+    add("--arl", type=int, metavar="TOKENS", help="length that ARL teaches the memory, 0 for none; default: 64 with a memory")
+    # on what
+    add("--data", default="niah", metavar="niah|DIR", help="needles made on the fly, or token shards that data.py wrote")
+    add("--tokenizer", metavar="SPEC", help="as in data.py; default: the one beside --init, bytes for our presets")
+    add("--context_len", type=int, metavar="TOKENS", help="length of a sequence; default: the model's")
+    add("--protocol", default="base", choices=niah.PROTOCOLS, help="needles: base (RULER's answer prefix) or sft (the question alone)")
+    add("--many", type=float, default=0.5, metavar="SHARE", help="needles: share of samples with many questions")
+    add("--other_weight", type=float, default=0.1, metavar="W", help="needles: loss weight of tokens that are no answer")
+    add("--haystack", metavar="FILE", help="needles: text of the essays; default: Python's help pages")
+    # how long, how fast
+    add("--steps", type=int, default=1000, help="batches")
+    add("--batch", type=int, default=64, help="sequences per step, over all GPUs")
+    add("--device_batch", type=int, default=16, help="sequences per GPU at a time; the rest is accumulated")
+    add("--lr", type=float, default=1e-3, help="peak learning rate")
+    add("--memory_lr", type=float, help="that of the memory's gates; default: the same")
+    add("--min_lr", type=float, default=0.0, help="where the cosine ends")
+    add("--warmup", type=float, default=0.05, metavar="SHARE", help="of the steps, linear")
+    add("--weight_decay", type=float, default=0.1, help="on all parameters, as RAT+")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--seed", type=int, default=0, help="of weights and data")
+    # where, and what is kept
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--compile", choices=["on", "off"], help="torch.compile; default: on with a GPU")
+    add("--workers", type=int, help="processes that make batches; default: 8 with a GPU, else 0")
+    add("--out", default="out", metavar="DIR", help="folder of all runs")
+    add("--name", help="this run's folder in it; default: the recipe's or preset's name")
+    add("--log_every", type=int, default=20, help="steps between printed lines; log.jsonl has every step")
+    add("--eval_every", type=int, default=200, help="steps between validations")
+    add("--save_every", type=int, default=200, help="steps between checkpoints; the last two are kept")
+    add("--resume", action="store_true", help="go on from the run's newest checkpoint, if there is one")
+    return parser
+
+
+def parse(argv):
+    """Flags, with the recipe's values as defaults. Errors are one line and exit 2."""
+    parser = flags()
+    recipe, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**RECIPES.get(recipe.recipe, {}))
+    args = parser.parse_args(argv)
+    if (args.preset is None) == (args.init is None):
+        parser.error("give one of --preset (a new model) and --init (one to start from)")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.steps < 1 or args.batch < 1 or args.device_batch < 1:
+        parser.error("--steps, --batch and --device_batch must be at least 1")
+    if args.batch % world or (args.batch // world) % min(args.device_batch, args.batch // world):
+        parser.error(f"--batch {args.batch} does not divide into {world} processes times --device_batch {args.device_batch}")
+    args.device_batch = min(args.device_batch, args.batch // world)
+    args.memory_lr = args.memory_lr or args.lr
+    args.name = args.name or args.recipe or args.preset or "run"
+    on_gpu = args.device.startswith("cuda")
+    args.compile = args.compile or ("on" if on_gpu else "off")
+    args.workers = args.workers if args.workers is not None else (8 if on_gpu else 0)
+    return args
+
+
+# ---------------------------------------------------------------- pieces
+
+def make_model(args):
+    """The model to train, in fp32, and the path its tokenizer is beside."""
+    torch.manual_seed(args.seed)
+    if args.init:
+        args.init = str(weights.resolve(args.init))
+        model = Transformer.from_pretrained(args.init, dtype=torch.float32)
+    else:
+        model = Transformer(PRESETS[args.preset] if args.memory is None else
+                            replace(PRESETS[args.preset], memory=args.memory == "on"))
+    if args.memory == "on" and not model.config.memory:
+        model.add_memory()
+    if args.memory == "off" and model.config.memory:
+        raise ValueError(f"{args.init} has a memory, which --memory=off cannot take out")
+    args.context_len = args.context_len or model.config.context_len
+    args.arl = (64 if model.config.memory else 0) if args.arl is None else args.arl
+    if args.arl and not model.config.memory:
+        raise ValueError("--arl teaches a memory, and this model has none: add --memory=on or --arl=0")
+    return model
+
+
+class Needles(torch.utils.data.Dataset):
+    """Sample `index` of niah.training_sample: tokens and loss weights (context_len + 1,)."""
+
+    def __init__(self, args, tokenizer, seed):
+        self.haystack = Path(args.haystack).read_text(encoding="utf-8") if args.haystack else None
+        self.new_tokens = niah.default_new_tokens(args.context_len)
+        self.tasks = niah.fitting_tasks(args.context_len, tokenizer, args.protocol, max_new_tokens=self.new_tokens)
+        if not self.tasks:
+            raise ValueError(f"--context_len {args.context_len} is too short for any needle task; 512 bytes hold the simplest")
+        self.args, self.tokenizer, self.seed = args, tokenizer, seed
+
+    def __getitem__(self, index):
+        a = self.args
+        return niah.training_sample(a.context_len, self.tokenizer, self.seed, index, self.tasks, a.many, self.haystack,
+                                    a.other_weight, a.protocol, self.new_tokens)
+
+
+class Text(torch.utils.data.Dataset):
+    """Window `index` of token shards, every token with weight 1."""
+
+    def __init__(self, args, vocab_size, split):
+        self.shards = Shards(args.data, args.context_len, args.seed, split)
+        if self.shards.n_vocab > vocab_size:
+            raise ValueError(f"{args.data} holds tokens up to {self.shards.n_vocab - 1}, the model's vocabulary is "
+                             f"{vocab_size}: make shards with the model's tokenizer")
+
+    def __getitem__(self, index):
+        tokens = self.shards.sample(index)
+        one = torch.ones(len(tokens))
+        one[0] = 0
+        return tokens, one
+
+
+def make_data(args, tokenizer, vocab_size):
+    """Training and validation samples, both functions of an index."""
+    if args.data != "niah":
+        return Text(args, vocab_size, "train"), Text(args, vocab_size, "val")
+    return Needles(args, tokenizer, args.seed), Needles(args, tokenizer, f"val-{args.seed}")
+
+
+def batches(dataset, args, first_step, rank, world):
+    """This rank's part of each batch from first_step on: tokens, weights (batch / world, context_len + 1)."""
+    share = args.batch // world
+    index = [step * args.batch + rank * share + i for step in range(first_step, args.steps) for i in range(share)]
+    return torch.utils.data.DataLoader(dataset, batch_size=share, sampler=index, num_workers=args.workers,
+                                       pin_memory=args.device.startswith("cuda"))
+
+
+def learning_rate(step, args):
+    """Of the peak: linear from the first step to 1 at the end of warm-up, then a cosine to min_lr / lr."""
+    warm = int(args.warmup * args.steps)
+    if step < warm:
+        return (step + 1) / warm
+    floor = args.min_lr / args.lr
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, args.steps - warm)))
+
+
+def make_optimizer(model, args):
+    gates = [p for name, p in model.named_parameters() if "memory_proj" in name]
+    rest = [p for name, p in model.named_parameters() if "memory_proj" not in name]
+    groups = [{"params": rest, "peak": args.lr}] + ([{"params": gates, "peak": args.memory_lr}] if gates else [])
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
+                             fused=args.device.startswith("cuda"))
+
+
+def summed(*values):
+    """Each value summed over all processes."""
+    if not dist.is_initialized():
+        return values
+    total = torch.tensor(values, dtype=torch.float64)
+    total = total.cuda() if dist.get_backend() == "nccl" else total
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def losses(model, tokens, weight, sparse, autocast):
+    """Weighted sum of the cross entropy of tokens[:, 1:], in nats. tokens, weight: (B, T + 1)."""
+    with autocast:
+        logits = model(tokens[:, :-1], sparse=sparse)  # (B, T, V)
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+    return (loss * weight[:, 1:].flatten()).sum()
+
+
+@torch.no_grad()
+def validate(model, dataset, args, autocast, rank, world, samples=64):
+    """-> mean loss per token of weight 1 (an answer's, or any of a text's), and the share of these predicted first."""
+    share, total, right, count = samples // world, 0.0, 0.0, 0.0
+    for start in range(rank * share, (rank + 1) * share, args.device_batch):
+        rows = [dataset[i] for i in range(start, min(start + args.device_batch, (rank + 1) * share))]
+        tokens, weight = (torch.stack([torch.as_tensor(row[part]) for row in rows]).to(args.device) for part in (0, 1))
+        answer = weight[:, 1:] == 1
+        with autocast:
+            logits = model(tokens[:, :-1])[answer].float()
+        target = tokens[:, 1:][answer]
+        total += F.cross_entropy(logits, target, reduction="sum").item()
+        right += (logits.argmax(-1) == target).sum().item()
+        count += answer.sum().item()
+    total, right, count = summed(total, right, count)
+    return total / count, right / count
+
+
+# ---------------------------------------------------------------- checkpoints
+
+FREE = {"resume", "device", "workers", "compile", "device_batch", "log_every", "eval_every", "save_every", "out"}  # may change
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gather what fully_shard has spread
+
+
+def save(run, step, model, optimizer, args, tokenizer_from, rank):
+    """run/step_N: the model as save_pretrained writes it, optimizer.safetensors, train.json. Whole or not at all."""
+    state, momenta = get_model_state_dict(model, options=WHOLE), get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    if rank == 0:
+        final, temporary = run / f"step_{step:07d}", run / f".step_{step:07d}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            weights.write(temporary, model.config, state)
+            flat = {f"{name}/{key}": value for name, entry in momenta["state"].items() for key, value in entry.items()}
+            weights.whole_or_nothing(temporary / "optimizer.safetensors", lambda file: save_file(flat, file))
+            for file in tokenizer_files(tokenizer_from):
+                shutil.copy(file, temporary)
+            (temporary / "train.json").write_text(json.dumps({"step": step, "settings": vars(args)}, indent=1))
+            os.rename(temporary, final)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(f"checkpoint of step {step} failed ({error}); the one before is whole: make room, then --resume") from None
+        for old in sorted(run.glob("step_*"))[:-2]:
+            shutil.rmtree(old)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def newest(run, args):
+    """The run's newest checkpoint and its step, or None and 0. ValueError if --resume would mix two runs."""
+    found = sorted(run.glob("step_*"))
+    if not found:
+        return None, 0
+    if not args.resume:
+        raise ValueError(f"{run} holds a run already: go on with --resume, choose another --name, or delete it")
+    saved = json.loads((found[-1] / "train.json").read_text())
+    for key, value in saved["settings"].items():
+        if key not in FREE and vars(args).get(key) != value:
+            raise ValueError(f"--resume: {run} was started with --{key}={value}, not {vars(args).get(key)}: "
+                             "give the same flags, or another --name")
+    return found[-1], saved["step"]
+
+
+def restore_optimizer(path, model, optimizer):
+    momenta = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    momenta["state"] = {}
+    for name, value in load_file(path / "optimizer.safetensors").items():
+        parameter, key = name.rsplit("/", 1)
+        momenta["state"].setdefault(parameter, {})[key] = value
+    set_optimizer_state_dict(model, optimizer, momenta, options=StateDictOptions(full_state_dict=True))
+
+
+# ---------------------------------------------------------------- the loop
+
+def train(args):
+    """One run. Returns its newest checkpoint's path and its last validation."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    say = print if rank == 0 else lambda *_, **__: None
+    on_gpu = args.device.startswith("cuda")
+    if on_gpu:
+        torch.set_float32_matmul_precision("high")
+    if world > 1 and not dist.is_initialized():
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+
+    # what to train on what
+    model = make_model(args)
+    tokenizer = tokenizer_of(args.tokenizer or args.init, model.config.vocab_size)
+    training, validation = make_data(args, tokenizer, model.config.vocab_size)
+    run = Path(args.out) / args.name
+    checkpoint, first_step = newest(run, args)
+    if checkpoint:
+        model = Transformer.from_pretrained(checkpoint, dtype=torch.float32)
+    model.to(args.device)
+    n_parameters, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token(args.context_len)
+    passes = arl_passes(args.arl)
+    if args.compile == "on":
+        for layer in model.layers:
+            layer.compile()
+    if world > 1:
+        for layer in model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    optimizer = make_optimizer(model, args)
+    if checkpoint:
+        restore_optimizer(checkpoint, model, optimizer)
+    autocast = torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext()
+    per_step = args.batch * args.context_len
+    say(f"{run}: {n_parameters / 1e6:.1f}M parameters, memory {'on' if model.config.memory else 'off'}, "
+        f"ARL {args.arl or 'off'}; {args.steps} steps of {args.batch} x {args.context_len} = {per_step:,} tokens "
+        f"({world} x {args.device_batch} x {args.batch // world // args.device_batch} accumulated), "
+        f"{len(passes)} pass{'es' if len(passes) > 1 else ''} each, {flops * per_step * len(passes) / 1e12:.2f} TFLOP a step")
+    if isinstance(training, Needles):
+        say(f"{run}: needles of {', '.join(niah.TASKS[task].short for task in training.tasks)}")
+    if first_step:
+        say(f"{run}: goes on from {checkpoint}")
+
+    run.mkdir(parents=True, exist_ok=True)
+    log_file = run / "log.jsonl"
+    before = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] <= first_step] if first_step else []
+    log = open(log_file, "w") if rank == 0 else None
+    if log:
+        log.writelines(line + "\n" for line in before)
+    stop = []  # ctrl-C and kill end the run after the step, with a checkpoint
+    handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    entry, started, step = {}, time.time(), first_step
+    for step, (tokens, weight) in enumerate(batches(training, args, first_step, rank, world), start=first_step + 1):
+        tokens, weight = tokens.to(args.device, non_blocking=True), weight.to(args.device, non_blocking=True)
+        whole_weight, = summed(weight[:, 1:].sum().item())
+        scale = learning_rate(step - 1, args)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * scale
+        entry = {"step": step, "lr": args.lr * scale}
+        for sparse in passes:
+            loss = 0.0
+            for rows in torch.arange(len(tokens)).split(args.device_batch):
+                part = losses(model, tokens[rows], weight[rows], sparse, autocast) / whole_weight
+                # fully_shard averages gradients over the processes; we want their sum
+                (part * world).backward()
+                loss += part.detach()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            label = "loss" if sparse is None else "arl_loss"
+            entry[label], = summed(loss.item())
+            if not math.isfinite(entry[label]):
+                raise FloatingPointError(f"{label} is {entry[label]} at step {step}: lower --lr; the last checkpoint is unharmed")
+        entry |= {"grad_norm": float(norm), "seconds": round(time.time() - started, 2)}
+        last = step == args.steps or bool(summed(len(stop))[0])
+        if step % args.eval_every == 0 or last:
+            entry["val_loss"], entry["val_accuracy"] = validate(model, validation, args, autocast, rank, world)
+        if log:
+            log.write(json.dumps(entry) + "\n")
+            log.flush()
+        if step % args.log_every == 0 or last or step == 1:
+            speed = (step - first_step) * per_step / (time.time() - started)
+            left = (args.steps - step) * per_step / speed / 60
+            say(f"step {step:>5}  loss {entry['loss']:.3f}"
+                + (f"  arl {entry['arl_loss']:.3f}" if "arl_loss" in entry else "")
+                + (f"  validation {entry['val_loss']:.3f}, {entry['val_accuracy']:.1%} of answer tokens right" if "val_loss" in entry else "")
+                + f"  lr {entry['lr']:.1e}  norm {entry['grad_norm']:.2f}  {speed:,.0f} tokens/s  {left:.1f} min left", flush=True)
+        if step % args.save_every == 0 or last:
+            save(run, step, model, optimizer, args, args.tokenizer or args.init, rank)
+        if stop:
+            break
+    if log:
+        log.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if stop:
+        say(f"{run}: stopped after step {step}; go on with the same command and --resume")
+        sys.exit(130)
+    checkpoint, step = newest(run, argparse.Namespace(**{**vars(args), "resume": True}))
+    say(f"{run}: done, {checkpoint}")
+    return checkpoint, entry
+
+
+# ---------------------------------------------------------------- python train.py
+
+def lesson():
+    """The same needles for a model without and one with the memory, then the same sparse methods on both."""
+    recipe = "nano" if torch.cuda.is_available() else "pico"
+    checkpoints = []
+    for name, memory in ("attention", "off"), ("memory", "on"):
+        args = parse([f"--recipe={recipe}", f"--memory={memory}", f"--name={name}", "--resume"])
+        checkpoints.append(train(args)[0])
+
+
+def main():
+    try:
+        if len(sys.argv) > 1:
+            train(parse(sys.argv[1:]))
+        else:
+            lesson()
+    except (ValueError, FloatingPointError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
