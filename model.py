@@ -116,7 +116,7 @@ class Transformer(nn.Module):
         sparse=None,   # a method of sparse.py; None is dense
     ):                 # -> logits (B, T, V); at padding they mean nothing
         """
-        With a cache, one token per row is a decoding step (sparse.decode) and several are a prompt, or a further chunk
+        With a cache, one token per row without lengths is a decoding step (sparse.decode). Else it is a prompt, or a chunk
         of one (sparse.prefill). The first decoding step lets the method drop prompt entries (sparse.compress).
         """
         return self.head(self.hidden(tokens, lengths, cache, sparse))
@@ -141,8 +141,9 @@ class Transformer(nn.Module):
         B, T = tokens.shape
         device, D = tokens.device, self.config.head_width
         index = torch.arange(T, device=device)
-        # rows that are all full are not padded, whatever `lengths` says: one question to the GPU per prompt
-        if lengths is not None and bool((lengths == T).all()):
+        # rows that are all full are not padded, whatever `lengths` says: one question to the GPU per prompt. (One token
+        # with lengths stays a prompt: it is a decoding step only without.)
+        if lengths is not None and T > 1 and bool((lengths == T).all()):
             lengths = None
         real = None if lengths is None else index < lengths[:, None]
         position, start, slots = index[None], 0, ()
@@ -237,8 +238,12 @@ class Transformer(nn.Module):
         FileNotFoundError, whose one line names the file, what is wrong in it, and what to do.
         """
         settings, tensors = weights.read(path)
+        try:
+            config = Config(**settings)
+        except (TypeError, ValueError) as error:  # a field of another name, type or size
+            raise ValueError(f"{path}: its config describes no model here ({error}): fetch it again") from None
         with torch.device("meta"):  # shapes without storage, until the weights are there
-            model = cls(Config(**settings))
+            model = cls(config)
         weights.fill(model, tensors, path, dtype, device)
         return model.add_memory() if memory else model
 

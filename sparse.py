@@ -250,8 +250,8 @@ class SnapKV(Dense):
         logits = torch.einsum("bwhd,bthd->bhwt", q, k.repeat_interleave(G, dim=2)).float() / math.sqrt(D)
         unseen = slot > asker[:, None, :, None]                                                # (B, 1, W, Tk)
         p = logits.masked_fill(unseen, -torch.finfo(torch.float32).max).softmax(-1)            # (B, H, W, Tk)
-        # a prompt shorter than the window has no query there: such rows of q are not real
-        p = p.masked_fill((asker < 0)[:, None, :, None], 0).mean(2).masked_fill(slot >= (lengths - W)[:, None, None], 0)
+        # a prompt shorter than the window has fewer queries than W; but then nothing lies before the window either
+        p = p.mean(2).masked_fill(slot >= (lengths - W)[:, None, None], 0)                     # (B, H, Tk)
         return F.avg_pool1d(per_kv_head(p, KV), self.kernel, stride=1, padding=self.kernel // 2)
 
     def compress(self, q, k, v, lengths, dice):

@@ -97,8 +97,9 @@ def settings_of_olmo2(found, config_file):
     for name, value in plain.items():
         if found.get(name, value) != value:
             raise ValueError(f"{config_file}: {name}={found[name]!r}, and OLMo 2 has {value!r}: this is another model")
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"{config_file}: rope_type={rope['rope_type']!r} is not supported, only 'default' is")
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"  # older files say type
+    if rope_type != "default":
+        raise ValueError(f"{config_file}: rope_type={rope_type!r} is not supported, only 'default' is")
     names = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "width": "hidden_size",
              "n_head": "num_attention_heads", "mlp_width": "intermediate_size", "norm_eps": "rms_norm_eps",
              "context_len": "max_position_embeddings"}
@@ -147,7 +148,7 @@ def write(path, config, state):
     Save a model into the directory `path`: its tensors (state: {name: tensor}) and config.json, last.
 
     A pure OLMo 2 is written as one, and opens in transformers. Anything else gets a model_type of its own, so that no
-    other program drops its gates unknowingly. Each file appears whole or not at all; OSError names what failed.
+    other program drops its gates unknowingly. All files appear or none does; OSError names what failed.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -159,21 +160,24 @@ def write(path, config, state):
             shards.append({})
             size = tensor.nbytes
         shards[-1][name] = tensor
-    weight_map = {}
+    weight_map, files = {}, {}
     for number, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(shard, file)
-        shard = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
-        metadata = {"format": "pt", "sha256": content_hash(shard)}
-        whole_or_nothing(path / file, lambda temporary: save_file(shard, temporary, metadata=metadata))
-    for old in set(path.glob("model*.safetensors*")) - {path / file for file in weight_map.values()}:
-        old.unlink()  # of a model saved here before, in other files
+        files[path / file] = lambda temporary, shard=shard: save_shard(shard, temporary)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
-        whole_or_nothing(path / "model.safetensors.index.json", lambda file: file.write_text(json.dumps(index, indent=1)))
+        files[path / "model.safetensors.index.json"] = lambda file: file.write_text(json.dumps(index, indent=1))
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    text = json.dumps(describe(config, dtype), indent=1)
-    whole_or_nothing(path / "config.json", lambda file: file.write_text(text))
+    files[path / "config.json"] = lambda file: file.write_text(json.dumps(describe(config, dtype), indent=1))
+    all_or_nothing(files)
+    for old in set(path.glob("model*.safetensors*")) - files.keys():
+        old.unlink()  # of a model saved here before, in other files
+
+
+def save_shard(shard, file):
+    shard = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
+    save_file(shard, file, metadata={"format": "pt", "sha256": content_hash(shard)})
 
 
 def describe(config, dtype):
@@ -202,16 +206,27 @@ def content_hash(tensors):
     return digest.hexdigest()
 
 
-def whole_or_nothing(file, save):
-    """save(temporary path), then rename: an interrupted or failed save leaves what was there before."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+def all_or_nothing(files):
+    """
+    files: {file: function that writes it to another path}. Renamed only once all are written: an interrupted or failed
+    save leaves what was there before, and never the shards of two models side by side.
+    """
+    temporary = {file: file.with_name(f".{file.name}.{os.getpid()}.tmp") for file in files}
     try:
-        save(temporary)
-        os.replace(temporary, file)
+        for file, save in files.items():
+            save(temporary[file])
+        for file in files:
+            os.replace(temporary[file], file)
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not write {file} ({error}): what was there is unchanged; is the disk full?") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        for written in temporary.values():
+            written.unlink(missing_ok=True)
+
+
+def whole_or_nothing(file, save):
+    """all_or_nothing for one file."""
+    all_or_nothing({file: save})
 
 
 # ---------------------------------------------------------------- official RAT+ checkpoints

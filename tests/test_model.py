@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
 import model as model_file
 from conftest import FORMS, RATPLUS_FORM, assert_close, draw_tokens, error, official_names, one_line, randomize, save_pth, tiny
-from model import PRESETS, Config, Transformer, sample
+from model import PRESETS, Transformer, sample
 from sparse import Dense, Dilated, MoBA, Quest, SnapKV, attend_to_slots, compose, name
 
 METHODS = [
@@ -77,6 +77,21 @@ def test_moba_in_chunks_is_moba_in_one_prefill(form, sparse):
         assert_close(in_pieces(model, tokens, cuts, sparse)[0], whole)
 
 
+@forms
+@torch.no_grad()
+def test_bf16_steps_are_as_close_to_fp32_as_the_bf16_whole(form):
+    """A memory state or a score rounded to bf16 at each step, which drifts: the original's does."""
+    model, tokens = tiny(**form), draw_tokens(2, 60)
+    for p in model.parameters():
+        p.copy_(p.bfloat16())  # rounding the weights is not what is measured
+    exact = model(tokens)
+    model.to(torch.bfloat16)
+    logits, cache = in_pieces(model, tokens, range(5, 60))
+    assert logits.dtype == cache.k[0].dtype == torch.bfloat16
+    assert all(state is None or state.dtype == torch.float32 for state in cache.state)
+    assert error(logits, exact) <= 1.5 * error(model(tokens), exact) + 1e-3
+
+
 @torch.no_grad()
 def test_attention_is_causal():
     """A token that changes the logits before it, through attention or memory."""
@@ -135,7 +150,7 @@ def test_padded_rows_give_what_they_give_alone(method, form):
     model = tiny(**FORMS[form])
     rows = list(draw_tokens(4, 60, seed=1))
     # a prompt, a further chunk of it, 5 steps, a second turn, 4 steps
-    turns = [(33, 20, 7, 1), (3, 10, 6, 2), *[None] * 5, (2, 9, 4, 5), *[None] * 4]
+    turns = [(33, 20, 7, 1), (1, 10, 6, 2), *[None] * 5, (2, 1, 4, 5), *[None] * 4]
     together, cache = feed(model, rows, turns, method)
     for b, row in enumerate(rows):
         alone, single = feed(model, [row], [turn and (turn[b],) for turn in turns], method)
@@ -185,6 +200,15 @@ def test_fork_is_independent_and_equals_a_fresh_run(method):
     fresh = model.new_cache(2, 64)
     model.prefill(tokens, cache=fresh)
     assert torch.equal(model.decode(logits, fresh, 10, sparse=method), first)
+    forks = [cache.fork() for _ in range(3)]  # two side by side, and one that then goes the first one's way alone
+    texts = [draw_tokens(2, 10, seed=seed) for seed in (8, 9)]
+    side_by_side = []
+    for t in range(10):
+        side_by_side.append(model.prefill(texts[0][:, t:t + 1], cache=forks[0], sparse=method))
+        model.prefill(texts[1][:, t:t + 1], cache=forks[1], sparse=method)
+    for t in range(10):
+        alone = model.prefill(texts[0][:, t:t + 1], cache=forks[2], sparse=method)
+        assert torch.equal(side_by_side[t], alone), f"step {t}"
     if method != Quest(8, 4) and type(method) not in (Dense, MoBA):
         assert not torch.equal(first, other)
 
@@ -367,6 +391,31 @@ def test_random_methods_redraw_per_layer_and_step():
     for seed, same in (1, True), (2, False):
         a, b = (model.generate(tokens, 12, sparse=Quest(12, 4, random=s)) for s in (1, seed))
         assert torch.equal(a, b) == same
+
+
+@torch.no_grad()
+def test_random_snapkv_draws_for_each_layer_and_head():
+    """H2 with one draw for all layers: compression happens outside of them."""
+    model = tiny(n_layer=3)
+    _, cache = in_pieces(model, draw_tokens(2, 48), (47,), SnapKV(14, 6, 3, random=1))
+    kept = [frozenset(x[b, :14, h].tolist()) for x in cache.positions for b in range(2) for h in range(4)]
+    assert len(set(kept)) == len(kept) == 24
+
+
+@torch.no_grad()
+def test_the_gate_reads_the_input_at_rms_1():
+    """A post-norm model's residual grows with depth, and its embeddings are small: an unscaled gate would follow both."""
+    for form in dict(memory=True), RATPLUS_FORM:
+        model, seen = tiny(**form, n_layer=4), []
+        model.embed_tokens.weight.mul_(10)
+        for layer in model.layers:
+            layer.self_attn.memory_proj.register_forward_hook(lambda module, inputs, y: seen.append(inputs[0]))
+            if model.config.pre_norm:
+                layer.input_layernorm.weight.fill_(1)
+        model(draw_tokens(2, 20))
+        assert len(seen) == 4
+        for x in seen:
+            assert_close(x.square().mean(-1), torch.ones(2, 20), atol=1e-3)
 
 
 # ---------------------------------------------------------------- errors

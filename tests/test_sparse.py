@@ -357,7 +357,7 @@ def test_random_choice_is_a_function_of_seed_and_dice(method):
 @pytest.mark.parametrize("consecutive", [False, True])
 def test_random_choice_covers_all_candidates_alike(method, consecutive):
     """A weak hash that prefers some blocks: H2's control would then be no control. Forced entries are always there."""
-    B, N, S = 4000, 20, 5
+    B, N = 4000, 20
     dice = torch.arange(B) if consecutive else torch.randint(2**62, (B,), generator=torch.Generator().manual_seed(1))
     selected = choices(method, dice)
     if isinstance(method, SnapKV):    # candidates are the 152 positions before the window

@@ -76,13 +76,21 @@ def test_round_trip_is_exact(form, dtype, tmp_path):
 
 @forms
 def test_saving_what_was_loaded_writes_the_same_bytes(form, tmp_path):
-    """A file that changes from save to save cannot be compared or cached."""
+    """Weights or a hash that change from save to save: two copies could not be compared. (safetensors orders metadata anew.)"""
     model = save(tmp_path / "a", **form)
     Transformer.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
-    first = contents(tmp_path / "a")
-    assert first == contents(tmp_path / "b")
+
+    def saved(path):
+        with safe_open(path / "model.safetensors", framework="pt") as file:
+            size = (path / "model.safetensors").stat().st_size
+            data = (path / "model.safetensors").read_bytes()[-sum(p.nbytes for p in model.parameters()):]
+            return sorted(file.keys()), file.metadata(), size, data, (path / "config.json").read_text()
+
+    first = saved(tmp_path / "a")
+    # transformers before 5 refuses files without the format
+    assert first[1]["format"] == "pt" and len(first[1]["sha256"]) == 64 and first == saved(tmp_path / "b")
     model.save_pretrained(tmp_path / "a")
-    assert first == contents(tmp_path / "a")
+    assert first == saved(tmp_path / "a")
 
 
 @pytest.mark.parametrize("before, after", [(10**9, 20000), (20000, 10**9), (20000, 9000), (9000, 20000)])
@@ -188,7 +196,9 @@ MEASURE = """
 import resource, sys, threading, time
 sys.path.insert(0, sys.argv[1])
 import torch
-from model import Transformer
+from model import Config, Transformer
+with torch.device("meta"):
+    Transformer(Config(n_layer=1))  # what torch imports for this is no part of the measurement
 def anonymous():  # MiB held by this process itself; pages of a mapped file can go at any time, and are not counted
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) / 1024
 peak, stop = anonymous(), False
@@ -213,7 +223,7 @@ def test_loading_takes_little_more_memory_than_the_model(tmp_path):
     result = subprocess.run([sys.executable, "-c", MEASURE, str(root), str(tmp_path)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     grown, size = map(float, result.stdout.split())
-    assert size > 100 and size * 0.9 < grown < size * 1.2 + 25, f"a model of {size:.0f} MiB took {grown:.0f}"
+    assert size > 100 and size * 0.9 < grown < size * 1.15 + 20, f"a model of {size:.0f} MiB took {grown:.0f}"
 
 
 # ---------------------------------------------------------------- damaged files
@@ -284,19 +294,17 @@ def test_missing_files_are_named(tmp_path, monkeypatch):
     (dict(hidden_size=64), ["64", "32"]),
     (dict(intermediate_size=40), ["mlp", "48", "40"]),
     (dict(vocab_size=62), ["embed_tokens", "61", "62"]),
-    (dict(num_key_value_heads=2), ["k_proj", "k_norm"][:0] + ["16", "32"]),
+    (dict(num_key_value_heads=2), ["16", "32"]),
     (dict(num_attention_heads=5), ["n_head=5"]),
     (dict(num_hidden_layers="two"), ["config"]),
-    (dict(tie_word_embeddings=False), []),
 ], ids=str)
 def test_a_config_that_does_not_fit_is_refused(changes, words, tmp_path):
     """A model of another architecture or size, loaded as far as shapes happen to agree."""
     save(tmp_path)
+    edit_config(tmp_path, hidden_act="silu")
+    Transformer.from_pretrained(tmp_path)  # an edited config is no error in itself
     edit_config(tmp_path, **changes)
-    if words:
-        refused(tmp_path, *words)
-    else:
-        Transformer.from_pretrained(tmp_path)  # what edit_config does is no error in itself
+    refused(tmp_path, *words)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '"olmo2"'])

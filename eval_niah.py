@@ -1,0 +1,584 @@
+"""
+Needles found under each sparse method: the paper's tables, its figure, and its two hypotheses.
+
+    for each checkpoint, task and method:   prompt -> prefill -> greedy answer -> two scores, and what was read
+
+One prefill serves all methods that prefill alike (dense, Quest, SnapKV), through cache.fork(). What a method reads is
+counted while it answers, in tokens per query, KV head and layer, and asserted against its budget: a method that is
+silently off ends the run. Three results (arXiv 2605.28640):
+    tables 3 and 4   accuracy by backbone, method and budget, as a table, JSON and a plot
+    H1, --hits       does the method select the answer's place?   share of answers, for each head
+    H2, --random     does it matter what is selected?             the same methods with scores drawn by chance
+
+Two scores, both in percent (niah.py): "ruler", the share of answers that occur in what the model wrote, and "paper",
+exact pieces between commas. Intervals are Wilson's at 95 %, of a proportion: for tasks of several answers, whose scores
+vary less than a coin's, a little too wide. Checked in tests/test_eval_niah.py. Read sample.py for the whole in 60 lines.
+"""
+import argparse
+import json
+import math
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+import niah
+import sparse
+import weights
+from data import get_tokenizer, tokenizer_of
+from model import Transformer
+
+BUDGETS = "1/4", "1/8", "1/16"
+METHODS = [f"{label}:budget={budget}" for label in ("quest", "moba", "snapkv") for budget in BUDGETS]
+
+
+# ---------------------------------------------------------------- answers
+
+@dataclass
+class Outcome:
+    """What one method made of the examples, in their order. Reads are entries per token, mean of KV heads and layers."""
+    texts: list            # predictions
+    read: list             # by a token of the answer, in decoding; None where the prefill gave the end at once
+    prompt_read: list      # by a token of the prompt, in prefill; None if the method does not tell
+    seconds: float = 0.0   # prefill and decoding; a prefill counts for each method that it serves
+
+
+class Meter:
+    """A method as it is, which notes how many entries each decoding step reads in each layer."""
+
+    def __init__(self, method):
+        self.prefill, self.compress, self.method = method.prefill, method.compress, method
+        self.mean, self.most = [], []  # over KV heads: (B,) per layer and step
+
+    def decode(self, q, cache):
+        y, selected = self.method.decode(q, cache)
+        read = cache.used[:, None] if selected is None else (selected >= 0).sum(-1)  # (B, 1 or KV)
+        self.mean.append(read.float().mean(1))
+        self.most.append(read.amax(1))
+        return y, selected
+
+
+def phases(method):
+    """The method as sparse.Compose: which part of it decides prefill, compress and decode."""
+    return method if isinstance(method, sparse.Compose) else sparse.compose(method)
+
+
+def padded(rows, device):
+    """Lists of ids -> tokens (B, T), padded on the right, and lengths (B,)."""
+    tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    return tokens.to(device), torch.tensor([len(row) for row in rows], device=device)
+
+
+def prefill(model, examples, method, max_new_tokens, window=64):
+    """-> the examples' cache, logits (B, V) of the first new token, lengths (B,)"""
+    tokens, lengths = padded([e.ids for e in examples], model.embed_tokens.weight.device)
+    cache = model.new_cache(len(examples), tokens.shape[1] + max_new_tokens, window)
+    return cache, model.prefill(tokens, lengths, cache, method), lengths
+
+
+def by_length(examples, batch):
+    """Indices of the examples in batches of similar length, so that there is little padding."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    return [order[start:start + batch] for start in range(0, len(order), batch)]
+
+
+def evaluate(model, tokenizer, examples, methods, batch=16, progress=None):
+    """
+    Greedy answers to the examples (of niah.py) under each method: {method: Outcome}.
+
+    batch: examples at a time. progress: called with the number of answers just finished.
+    """
+    outcomes = {method: Outcome(*([None] * len(examples) for _ in range(3))) for method in methods}
+    groups = {}  # by what decides the prefill
+    for method in outcomes:
+        groups.setdefault(phases(method).prefill_by, []).append(method)
+    window = max([64] + [getattr(phases(method).compress_by, "window", 0) for method in methods])
+    n_new, eos_id = examples[0].max_new_tokens, tokenizer.eos_id
+    for rows in by_length(examples, batch):
+        for prefill_by, group in groups.items():
+            started = time.time()
+            cache, logits, lengths = prefill(model, [examples[i] for i in rows], prefill_by, n_new, window)
+            prompt_read = prompt_reads(cache, prefill_by, lengths)
+            prefill_seconds = time.time() - started
+            for method in group:
+                started, outcome = time.time(), outcomes[method]
+                meter, own = Meter(method), cache if method is group[-1] else cache.fork()
+                new = model.decode(logits, own, n_new, meter, eos_id=eos_id).tolist()
+                new = [row[:row.index(eos_id)] if eos_id in row else row for row in new]
+                read = decode_reads(meter, own, [min(len(row), n_new - 1) for row in new])
+                for b, i in enumerate(rows):
+                    outcome.texts[i], outcome.read[i], outcome.prompt_read[i] = tokenizer.decode(new[b]), read[b], prompt_read[b]
+                outcome.seconds += prefill_seconds + time.time() - started
+                if progress:
+                    progress(len(rows))
+    return outcomes
+
+
+def prompt_reads(cache, method, lengths):
+    """Entries that a token of the prompt reads, mean of tokens, KV heads and layers: one per row, None: it does not tell."""
+    if type(method) is sparse.Dense:
+        return ((lengths + 1) / 2).tolist()  # each token all before it, and itself
+    if cache.selected[0] is None:
+        return [None] * len(lengths)
+    total = 0
+    for blocks in cache.selected:  # (B, KV, T, S)
+        t = torch.arange(blocks.shape[2], device=blocks.device)
+        # the own block is read up to the token itself
+        read = (blocks >= 0).sum(-1) * method.block_size - (method.block_size - 1 - t % method.block_size)  # (B, KV, T)
+        assert read.max() <= method.budget, f"{sparse.name(method)} read {read.max()} entries"
+        total = total + (read.float().mean(1) * (t < lengths[:, None])).sum(1) / lengths
+    return (total / len(cache.selected)).tolist()
+
+
+def decode_reads(meter, cache, steps):
+    """Entries read, mean of a row's own steps, KV heads and layers: one per row. steps: (B,), later ones wait for others."""
+    taken = len(meter.mean) // len(cache.k)
+    if taken == 0:
+        return [None] * len(steps)
+    parts, most = phases(meter.method), int(torch.stack(meter.most).max())
+    if hasattr(parts.decode_by, "budget"):
+        assert most <= parts.decode_by.budget, f"{sparse.name(meter.method)} read {most} entries in a step"
+    if hasattr(parts.compress_by, "budget"):  # the tokens fed since come on top
+        kept = int(cache.used.max()) - taken
+        assert kept <= parts.compress_by.budget, f"{sparse.name(meter.method)} kept {kept} entries of the prompt"
+    mean = torch.stack(meter.mean).view(taken, -1, len(steps)).mean(1)  # (taken, B)
+    return [float(mean[:n, b].mean()) if n else None for b, n in enumerate(steps)]
+
+
+# ---------------------------------------------------------------- scores
+
+def interval(values):
+    """Mean of values in 0..1 and Wilson's 95 % interval, in percent: never of width 0, unlike mean +- 1.96 std errors."""
+    n, z = len(values), 1.96
+    p = sum(values) / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [round(100 * x, 2) for x in (p, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n))]
+
+
+def scores(predictions, examples):
+    """{"ruler": [mean, low, high], "paper": the same}, in percent."""
+    kinds = {"ruler": niah.score_ruler, "paper": niah.score_paper}
+    return {name: interval([score(text, e.answers) for text, e in zip(predictions, examples, strict=True)])
+            for name, score in kinds.items()}
+
+
+def mean(values):
+    """Of those that are not None; None if there is none."""
+    values = [x for x in values if x is not None]
+    return sum(values) / len(values) if values else None
+
+
+def by_depth(predictions, examples):
+    """[answers, percent found] of each tenth of the prompt, by the needle's depth; percent None where there is none."""
+    found = [[] for _ in range(10)]
+    for text, e in zip(predictions, examples, strict=True):
+        for answer, depth in zip(e.answers, e.depth):
+            found[min(depth // 10, 9)].append(niah.score_ruler(text, [answer]))
+    return [[len(tenth), 100 * mean(tenth) if tenth else None] for tenth in found]
+
+
+# ---------------------------------------------------------------- H1: is the answer's place among the selected?
+
+class Source(NamedTuple):
+    """Where a token of an answer stands in the prompt."""
+    answer: int  # which answer
+    low: int     # positions low to high - 1
+    high: int
+
+
+def sources(example, tokenizer):
+    """The gold answer's tokens, and for each the Source it copies, None if it is no answer's (a comma, a space)."""
+    e, target = example, niah.target_ids(example.prompt, example.target, tokenizer)
+    n, at, found = len(e.ids), len(e.prompt), [None] * len(target)
+    for number, (answer, (start, end)) in enumerate(zip(e.answers, e.spans)):
+        at = (e.prompt + e.target).index(answer, at)
+        (a, b), = niah.token_spans(e.prompt + e.target, e.ids + target, [(at, at + len(answer))], tokenizer)
+        at += len(answer)
+        same = e.ids[start:end] == target[a - n:b - n]
+        for j in range(a - n, b - n):
+            # cut into other tokens in the prompt, any of the needle's value will do
+            place = start + j - (a - n)
+            found[j] = Source(number, place, place + 1) if same else Source(number, start, end)
+    return target, found
+
+
+def was_read(cache, layer, low, high):
+    """Whether the last decoding step read any of the positions low to high - 1, both (B,). -> (B, KV)"""
+    positions = cache.selected[layer]                                                      # (B, KV, S)
+    if positions is None:  # all that SnapKV has left
+        slot = torch.arange(cache.max_len, device=low.device)
+        positions = cache.positions[layer].transpose(1, 2).masked_fill(slot >= cache.used[:, None, None], -1)
+    return ((positions >= low[:, None, None]) & (positions < high[:, None, None])).any(-1)
+
+
+@torch.no_grad()
+def hits(model, tokenizer, examples, method, batch=16, progress=None):
+    """
+    H1, teacher-forced: the share of answers, (layers, KV), that each head hits. A head hits an answer if at every step
+    at which one of its tokens is written, what the head selected contains that token's position in the prompt.
+
+    Feeding token j of the gold answer is the step that writes token j + 1. Token 0 follows from the prefill, which
+    selects nothing (Quest, SnapKV), and does not count.
+    """
+    model_heads = model.config.n_layer, model.config.n_kv_head
+    n_hits, n_answers = torch.zeros(model_heads), 0
+    for rows in by_length(examples, batch):
+        gold = [sources(examples[i], tokenizer) for i in rows]
+        target, lengths = padded([ids for ids, _ in gold], model.embed_tokens.weight.device)  # (B, M)
+        window = getattr(phases(method).compress_by, "window", 64)
+        cache, _, _ = prefill(model, [examples[i] for i in rows], phases(method).prefill_by, target.shape[1], window)
+        hit = {}  # (row, answer): (layers, KV)
+        for j in range(1, target.shape[1]):
+            model.hidden(target[:, j - 1:j], cache=cache, sparse=method)
+            source = [found[j] if j < len(found) else None for _, found in gold]
+            low, high = (torch.tensor([getattr(s, end) if s else -1 for s in source], device=target.device)
+                         for end in ("low", "high"))
+            read = torch.stack([was_read(cache, i, low, high) for i in range(len(cache.k))]).cpu()  # (layers, B, KV)
+            for b, s in enumerate(source):
+                if s:
+                    hit[b, s.answer] = hit.get((b, s.answer), True) & read[:, b]
+        n_hits, n_answers = n_hits + sum(x.float() for x in hit.values()), n_answers + len(hit)
+        if progress:
+            progress(len(rows))
+    return n_hits / n_answers
+
+
+def best_heads(rates):
+    """Mean of the best 5 % of hit rates (layers, KV): the paper's top 50 of 1,024."""
+    return float(rates.flatten().topk(max(1, round(0.05 * rates.numel()))).values.mean())
+
+
+# ---------------------------------------------------------------- tables and plot
+
+def mean_of_tasks(rows, score):
+    """Mean over tasks of result rows, and half its 95 % interval."""
+    halves = [(row[score][2] - row[score][1]) / 2 for row in rows]
+    return sum(row[score][0] for row in rows) / len(rows), math.sqrt(sum(h * h for h in halves)) / len(rows)
+
+
+def lookup(results):
+    """{(checkpoint, method): its rows, one per task}, without the random ones."""
+    found = {}
+    for row in results:
+        if row["random"] is None:
+            found.setdefault((row["checkpoint"], row["method"]), []).append(row)
+    return found
+
+
+def table(results):
+    """The paper's Table 3 as text, beside it entries read and H1's hits; below, how later checkpoints differ from the first."""
+    found = lookup(results)
+    left, right = max(len(c) for c, _ in found) + 3, max(len(m) for _, m in found)
+    line = lambda checkpoint, method, cells, end="": f"{checkpoint:{left}}{method:{right}}" + "".join(f"{c:>7}" for c in cells) + end
+    number = lambda x: "-" if x is None else f"{x:.1f}"
+    tasks = [niah.TASKS[row["task"]].short for row in next(iter(found.values()))]
+    lines = [f"{'':{left + right}}" + f"{'RULER score, %':>{7 * len(tasks) + 14}}{'paper':>7}{'read by a token of':>20}{'H1: best':>10}",
+             line("", "", tasks, f"{'mean':>14}{'mean':>7}{'prompt':>11}{'answer':>9}{'heads, %':>10}")]
+    for (checkpoint, method), rows in found.items():
+        (ruler, half), (paper, _) = mean_of_tasks(rows, "ruler"), mean_of_tasks(rows, "paper")
+        best = 100 * best_heads(torch.tensor([row["hits"] for row in rows]).mean(0)) if rows[0]["hits"] else None
+        prompt_read, read = mean(row["prompt_read"] for row in rows), mean(row["read"] for row in rows)
+        lines.append(line(checkpoint, method, [f"{row['ruler'][0]:.1f}" for row in rows], f"{ruler:8.1f} ±{half:4.1f}{paper:7.1f}"
+                          f"{number(prompt_read):>11}{number(read):>9}{number(best):>10}"))
+    first, *others = dict.fromkeys(checkpoint for checkpoint, _ in found)
+    for other in others:
+        lines.append(f"\n{other} - {first}")
+        for method in (method for checkpoint, method in found if checkpoint == other):
+            a, b = found[first, method], found[other, method]
+            (mean_a, half_a), (mean_b, half_b) = mean_of_tasks(a, "ruler"), mean_of_tasks(b, "ruler")
+            lines.append(line("", method, [f"{y['ruler'][0] - x['ruler'][0]:+.1f}" for x, y in zip(a, b)],
+                              f"{mean_b - mean_a:+8.1f} ±{math.hypot(half_a, half_b):4.1f}"))
+    return "\n".join(lines)
+
+
+def table_random(results):
+    lines = ["H2: scores drawn by chance, RULER's score, %: mean and standard deviation over seeds"]
+    found = {}
+    for row in results:
+        if row["random"] is not None:
+            found.setdefault((row["checkpoint"], row["method"]), {}).setdefault(row["task"], []).append(row["ruler"][0])
+    for (checkpoint, method), by_task in found.items():
+        cells = [f"{niah.TASKS[task].short} {torch.tensor(x).mean():.1f} ±{torch.tensor(x).std(correction=0):.1f}"
+                 for task, x in by_task.items()]
+        lines.append(f"{checkpoint:20} {method:40} " + "  ".join(cells))
+    return "\n".join(lines)
+
+
+def plot(report, path):
+    """The paper's Figure 1, accuracy by budget for each method; below, accuracy by needle depth at the least budget."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    found = lookup(report["results"])
+    checkpoints = list(dict.fromkeys(checkpoint for checkpoint, _ in found))
+    kinds = {}  # Quest, MoBA, SnapKV: {budget in tokens: method}
+    for rows in found.values():
+        if rows[0]["budget"]:
+            kinds.setdefault(rows[0]["method"].partition(":")[0], {})[rows[0]["budget"]] = rows[0]["method"]
+    if not kinds:
+        return
+    figure, axes = plt.subplots(2, len(kinds), figsize=(4 * len(kinds), 6.5), sharey=True, squeeze=False)
+
+    def depths(rows):  # -> percent found in each tenth, over all tasks
+        pairs = [[bin for row in rows if (bin := row["by_depth"][tenth])[0]] for tenth in range(10)]
+        return [sum(n * p for n, p in bins) / sum(n for n, _ in bins) if bins else math.nan for bins in pairs]
+
+    for column, (kind, methods) in enumerate(kinds.items()):
+        above, below = axes[:, column]
+        budgets = sorted(methods)
+        for checkpoint, color in zip(checkpoints, plt.rcParams["axes.prop_cycle"].by_key()["color"] * len(checkpoints)):
+            dense = found[checkpoint, "dense"]
+            means, halves = zip(*(mean_of_tasks(found[checkpoint, methods[budget]], "ruler") for budget in budgets))
+            above.errorbar([budget / report["settings"]["context_len"] for budget in budgets], means, halves, marker="o", capsize=3,
+                           color=color, label=checkpoint)
+            above.axhline(mean_of_tasks(dense, "ruler")[0], color=color, linestyle="--", linewidth=1)
+            below.plot(range(5, 100, 10), depths(found[checkpoint, methods[budgets[0]]]), marker="o", color=color)
+            below.plot(range(5, 100, 10), depths(dense), color=color, linestyle="--", linewidth=1)
+        above.set_xscale("log", base=2)
+        above.set_xticks([b / report["settings"]["context_len"] for b in budgets], [f"{b}" for b in budgets])
+        above.set(title=kind, xlabel=f"budget, tokens of {report['settings']['context_len']}", ylim=(-3, 103))
+        below.set(title=methods[budgets[0]], xlabel="depth of the needle, %")
+    axes[0, 0].set_ylabel("RULER's score, mean of tasks, %")
+    axes[1, 0].set_ylabel("answers found, %")
+    axes[0, 0].legend(title="dense: dashed")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    print(f"plot in {path}")
+
+
+# ---------------------------------------------------------------- what to evaluate
+
+def sized(text, context_len):
+    """
+    A method's text, with block_size (Quest, MoBA) or window (SnapKV) added where it has none: 1/64 of the context but 8
+    to 64. The paper's 4096 gives its 64; from 512 on a budget of 1/16 holds four blocks.
+    """
+    size, parts = min(64, max(8, context_len // 64)), []
+    for part in text.split("+"):
+        label, _, settings = part.partition(":")
+        key = {"quest": "block_size", "moba": "block_size", "snapkv": "window"}.get(label)
+        if key and key not in settings:
+            part = f"{label}:" + ",".join(filter(None, [settings, f"{key}={size}"]))
+        parts.append(part)
+    return "+".join(parts)
+
+
+def newest_runs(folder="out"):
+    """Runs of train.py with the newest one's recipe and length, oldest first: after its lesson, both arms of that."""
+    made = {run: weights.resolve(run) / "train.json" for run in Path(folder).glob("*") if any(run.glob("step_*/config.json"))}
+    if not made:
+        raise FileNotFoundError(f"no trained model in {folder}/: run `python train.py` first, or name one with --ckpt")
+    runs = sorted(made, key=lambda run: made[run].stat().st_mtime)
+    settings = {run: json.loads(made[run].read_text())["settings"] for run in runs}
+    return [run for run in runs if all(settings[run][key] == settings[runs[-1]][key] for key in ("recipe", "context_len"))]
+
+
+def tokenizer_for(path, vocab_size, spec=None):
+    """The tokenizer `spec` names, else the one beside the model at `path`. ValueError if it does not fit the model."""
+    if spec:
+        get_tokenizer(spec)  # says so if there is none
+    path = weights.resolve(path)
+    return tokenizer_of(spec or (path if path.is_dir() else path.parent), vocab_size)
+
+
+def commit():
+    """The commit of this code, "+dirty" if files differ from it."""
+    git = lambda *words: subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True,
+                                        check=True).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+class Progress:
+    """A line with the time left: the same one again on a terminal, elsewhere a new one every half minute."""
+
+    def __init__(self, total):
+        self.total, self.done, self.started, self.shown = total, 0, time.time(), time.time()
+
+    def __call__(self, n):
+        self.done += n
+        now, again = time.time(), sys.stdout.isatty()
+        if now - self.shown > (0.5 if again else 30):
+            left = (now - self.started) / self.done * (self.total - self.done)
+            print(f"{self.done} of {self.total} answers, {left / 60:.1f} min left", end="  \r" if again else "\n", flush=True)
+            self.shown = now
+
+
+def positive(text):
+    """A flag's whole number, at least 1."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def usable_device(text):
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from None
+    return text
+
+
+def flags():
+    parser = argparse.ArgumentParser(description="Accuracy of sparse methods on RULER's needle tasks; with no flags, of what "
+                                     "train.py has just made.", allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"eval_niah.py: {message}\n")
+    add = parser.add_argument
+    # what
+    add("--ckpt", nargs="+", metavar="PATH", help="models that Transformer.from_pretrained loads, or runs of train.py; "
+        "None: the newest runs in out/")
+    add("--methods", nargs="+", default=METHODS, metavar="METHOD", help="for sparse.parse, e.g. moba:budget=1/8+snapkv:"
+        "budget=1/4; budgets in tokens or of --context_len; block_size and window default to 1/64 of it, 8 to 64; dense is "
+        "always added")
+    add("--tasks", nargs="+", choices=niah.TASKS, metavar="TASK", help=f"{', '.join(niah.TASKS)}; None: those that fit")
+    add("--samples", type=positive, default=64, help="examples per task; the paper has 500")
+    add("--context_len", type=positive, metavar="TOKENS", help="prompt and answer together; None: the first model's")
+    add("--max_new_tokens", type=positive, metavar="TOKENS", help="room for the answer; None: 128 from 2048 on, else 48")
+    add("--protocol", default="base", choices=niah.PROTOCOLS, metavar="PROTOCOL", help="base (RULER's answer prefix) or sft (the "
+        "question alone, for fine-tuned models)")
+    add("--haystack", metavar="FILE", help="text of the essays; None: Python's help pages")
+    add("--jsonl", nargs="+", metavar="FILE", help="data files of RULER's own, TASK.jsonl or TASK/validation.jsonl, instead of "
+        "generated examples")
+    add("--seed", type=int, default=0, help="of the examples")
+    add("--hits", action="store_true", help="H1: how often each head selects the answer's place")
+    add("--random", type=positive, default=0, metavar="SEEDS", help="H2: how many times to draw the selection of methods of budget "
+        "1/4 by chance")
+    # how
+    add("--batch", type=positive, default=16, help="prompts at a time")
+    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the model; None: bfloat16 on a GPU, else float32")
+    add("--tokenizer", metavar="SPEC", help="as in data.py; None: the one beside each model")
+    # where to
+    add("--out", metavar="DIR", help="folder of the predictions; None: a new one, out/niah-DATE-TIME")
+    add("--json", metavar="FILE", help="all results; None: results.json in --out. The plot goes beside it")
+    return parser
+
+
+def prepare(args):
+    """Fill in what was not given, from the models. -> {label: path}, {label: tokenizer}, {method: text}"""
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    args.ckpt = [str(path) for path in args.ckpt or newest_runs()]
+    settings = {path: weights.read(path)[0] for path in args.ckpt}  # all, so that a wrong path is known now
+    names = [Path(path).name for path in settings]
+    labels = {path if names.count(name) > 1 else name: path for path, name in zip(settings, names)}
+    tokenizers = {label: tokenizer_for(path, settings[path]["vocab_size"], args.tokenizer) for label, path in labels.items()}
+    args.context_len = args.context_len or settings[args.ckpt[0]]["context_len"]
+    args.max_new_tokens = args.max_new_tokens or niah.default_new_tokens(args.context_len)
+    args.out = args.out or time.strftime("out/niah-%Y%m%d-%H%M%S")
+    args.json = args.json or str(Path(args.out) / "results.json")
+    args.methods = list(dict.fromkeys(["dense", *(sized(text, args.context_len) for text in args.methods)]))
+    methods = {sparse.parse(text, args.context_len): text for text in args.methods}
+    return labels, tokenizers, methods
+
+
+def make_examples(args, tokenizers):
+    """{label: {task: examples}}, the same tasks for all checkpoints."""
+    if args.jsonl:
+        read = lambda file, tokenizer: niah.read_jsonl(file, tokenizer, args.protocol, max_new_tokens=args.max_new_tokens)
+        files = {label: [read(file, tokenizer)[:args.samples] for file in args.jsonl] for label, tokenizer in tokenizers.items()}
+        made = {label: {examples[0].task: examples for examples in of_label if examples} for label, of_label in files.items()}
+        unknown = [task for task in made[next(iter(made))] if task not in niah.TASKS]
+        if unknown:
+            raise ValueError(f"--jsonl: {unknown[0]!r} is no task; call files TASK.jsonl or TASK/validation.jsonl, TASK as in --help")
+        return made
+    fits = lambda tokenizer: niah.fitting_tasks(args.context_len, tokenizer, args.protocol, args.max_new_tokens)
+    fitting = [fits(tokenizer) for tokenizer in tokenizers.values()]
+    tasks = args.tasks or [task for task in fitting[0] if all(task in others for others in fitting)]
+    if not tasks:
+        raise ValueError(f"no task fits into --context_len {args.context_len} with {args.max_new_tokens} new tokens: raise it")
+    haystack = Path(args.haystack).read_text(encoding="utf-8") if args.haystack else None
+    make = lambda task, index, tokenizer: niah.make_example(task, args.context_len, tokenizer, args.seed, index, args.protocol,
+                                                            haystack, max_new_tokens=args.max_new_tokens)
+    return {label: {task: [make(task, index, tokenizer) for index in range(args.samples)] for task in tasks}
+            for label, tokenizer in tokenizers.items()}
+
+
+# ---------------------------------------------------------------- python eval_niah.py
+
+def run(args):
+    labels, tokenizers, methods = prepare(args)
+    asked = [m for m in methods if getattr(m, "budget", 0) * 4 == args.context_len] if args.random else []
+    if args.random and not asked:
+        raise ValueError(f"--random: none of the methods has a budget of 1/4, {args.context_len / 4:g} tokens")
+    by_chance = {sparse.randomized(m, seed): m for m in asked for seed in range(args.random)}
+    # those that leave a decoding step a choice to make
+    selecting = [m for m in methods if args.hits and phases(m) != sparse.Compose(prefill_by=phases(m).prefill_by)]
+    examples = make_examples(args, tokenizers)
+    n_prompts = sum(len(of_task) for by_task in examples.values() for of_task in by_task.values())
+    n_methods = len(methods) + len(by_chance) + len(selecting)
+    on_gpu = args.device.startswith("cuda")
+    device = torch.cuda.get_device_name(args.device) if on_gpu else f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+    print(f"{', '.join(labels)}: {n_prompts} prompts of up to {args.context_len} tokens x {n_methods} methods = "
+          f"{n_prompts * n_methods:,} answers of up to {args.max_new_tokens}; protocol {args.protocol}; {device}, {args.dtype}")
+    print(" ".join(methods.values()), flush=True)
+
+    results, progress = [], Progress(n_prompts * n_methods)
+    report = {"command": shlex.join(["python", "eval_niah.py", *args.argv]), "commit": commit(), "device": device,
+              "torch": torch.__version__, "settings": vars(args), "finished": False, "results": results}
+    for label, path in labels.items():
+        model, tokenizer = Transformer.from_pretrained(path, getattr(torch, args.dtype), args.device), tokenizers[label]
+        for task, of_task in examples[label].items():
+            rates = {m: hits(model, tokenizer, of_task, m, args.batch, progress).tolist() for m in selecting}
+            outcomes = evaluate(model, tokenizer, of_task, [*methods, *by_chance], args.batch, progress)
+            for method, outcome in outcomes.items():
+                folder = Path(args.out) / label.replace("/", "_") / sparse.name(method).replace(":", "-")
+                niah.write_predictions(folder, of_task, outcome.texts)
+                read, prompt_read = mean(outcome.read), mean(outcome.prompt_read)
+                share = lambda read: None if read is None else read / args.context_len
+                results.append({
+                    "checkpoint": label, "path": str(weights.resolve(path)), "tokenizer": tokenizer.name,
+                    "method": methods[by_chance.get(method, method)], "random": getattr(method, "random", None),
+                    "budget": getattr(method, "budget", None), "task": task, "n": len(of_task),
+                    **scores(outcome.texts, of_task), "by_depth": by_depth(outcome.texts, of_task),
+                    "read": read, "read_share": share(read), "prompt_read": prompt_read, "prompt_read_share": share(prompt_read),
+                    "hits": rates.get(method), "seconds": outcome.seconds, "prompts": niah.prompt_hash(of_task),
+                    "keys_from": of_task[0].keys_from, "haystack_from": of_task[0].haystack_from,
+                    "predictions": str(folder / f"{task}.jsonl")})
+            save(report, args.json)  # a run that is stopped keeps what it has
+        del model  # room for the next
+    report["finished"] = True
+    save(report, args.json)
+
+    print("\n" + table(results))
+    if args.random:
+        print("\n" + table_random(results))
+    print(f"\nresults in {args.json}, predictions in {args.out}")
+    plot(report, Path(args.json).with_suffix(".png"))
+
+
+def save(report, path):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights.whole_or_nothing(path, lambda file: file.write_text(json.dumps(report, indent=1)))
+
+
+def main(argv=None):
+    parser = flags()
+    args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
+    try:
+        run(args)
+    except torch.OutOfMemoryError:
+        parser.error(f"the GPU has no room for --batch {args.batch}: lower it")
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(error)
+    except KeyboardInterrupt:
+        parser.exit(130, f"\neval_niah.py: interrupted; finished tasks are in {args.json}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""
+A prompt in, text out, with any sparse method: the whole of nanoRAT in a page.
+
+    python sample.py --ckpt DIR --prompt "Once upon" --method quest:budget=1/16
+
+With no flags: the model that train.py made last is asked for a needle in a haystack, densely and with the method.
+Checked in tests/test_sample.py. eval_niah.py is the same for many prompts, methods and models.
+"""
+import argparse
+
+import torch
+
+import niah
+import sparse
+from eval_niah import Meter, newest_runs, positive, sized, tokenizer_for, usable_device
+from model import Transformer
+
+
+def flags():
+    parser = argparse.ArgumentParser(description="Continue a prompt.", allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"sample.py: {message}\n")
+    add = parser.add_argument
+    add("--ckpt", metavar="PATH", help="what Transformer.from_pretrained loads, or a run of train.py; None: the newest in out/")
+    add("--prompt", metavar="TEXT", help="None: a needle in a haystack that fills the context")
+    add("--method", default="quest:budget=1/4", help="for sparse.parse; block_size and window default to 1/64 of the context")
+    add("--max_new_tokens", type=positive, default=48, metavar="TOKENS", help="at most so many")
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token, 1 draws as the model would")
+    add("--top_k", type=positive, metavar="TOKENS", help="draw from the likeliest so many; None: from all")
+    add("--seed", type=int, default=0, help="of the draw, and of the haystack")
+    add("--context_len", type=positive, metavar="TOKENS", help="what budgets are fractions of; None: the model's")
+    add("--tokenizer", metavar="SPEC", help="as in data.py; None: the one beside the model")
+    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    return parser
+
+
+def run(args):
+    if args.temperature < 0:
+        raise ValueError(f"--temperature {args.temperature}: at least 0")
+    path = args.ckpt or newest_runs()[-1]
+    model = Transformer.from_pretrained(path, torch.bfloat16 if args.device.startswith("cuda") else torch.float32, args.device)
+    tokenizer = tokenizer_for(path, model.config.vocab_size, args.tokenizer)
+    context_len = args.context_len or model.config.context_len
+    prompt, methods = args.prompt, [args.method]
+    if prompt is None:
+        tasks = niah.fitting_tasks(context_len, tokenizer, max_new_tokens=args.max_new_tokens)
+        if not tasks:
+            raise ValueError(f"no needle task fits into {context_len} tokens: give a --prompt")
+        example = niah.make_example(tasks[0], context_len, tokenizer, args.seed, index=0, max_new_tokens=args.max_new_tokens)
+        prompt, methods = example.prompt, ["dense", args.method]
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError("--prompt is empty: the model needs a token to start from")
+    methods = {text: sparse.parse(text, context_len) for text in (sized(text, context_len) for text in methods)}
+
+    print(prompt)
+    if args.prompt is None:
+        print(f"\n{'gold':40}{example.target}")
+    for text, method in methods.items():
+        meter = Meter(method)
+        new = model.generate(torch.tensor([ids], device=args.device), args.max_new_tokens, sparse=meter,
+                             temperature=args.temperature, top_k=args.top_k, eos_id=tokenizer.eos_id, seed=args.seed)
+        answer = tokenizer.decode([token for token in new[0].tolist() if token != tokenizer.eos_id])
+        read = f"{torch.stack(meter.mean).mean():.1f}" if meter.mean else "no"
+        print(f"\n{text:40}{answer}\n{'':40}({new.shape[1]} tokens after {len(ids)}; a step read {read} entries of each head's cache)")
+
+
+def main(argv=None):
+    parser = flags()
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(error)
+    except KeyboardInterrupt:
+        parser.exit(130, "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""eval_niah.py: numbers that a table may rest on. Scores of perfect and mute models, batches, what is read, H1, files."""
+import json
+import math
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import tiny
+from test_niah import Bytes, Pairs
+
+import eval_niah
+import niah
+import sparse
+
+CONTEXT = 512
+METHODS = [sparse.parse(eval_niah.sized(text, CONTEXT), CONTEXT) for text in (
+    "dense", "quest:budget=1/4", "moba:budget=1/4", "snapkv:budget=1/4", "moba:budget=1/4+snapkv:budget=1/4+quest:budget=1/8",
+    "dilated:local=32")]
+
+
+def make(task="niah_single_2", n=3, protocol="base", tokenizer=Bytes(), context_len=CONTEXT, new=48):
+    return [niah.make_example(task, context_len, tokenizer, 0, i, protocol, max_new_tokens=new) for i in range(n)]
+
+
+def small(**changes):
+    return tiny(vocab_size=257, **changes)
+
+
+def writes(model, say, examples):
+    """The model, but it answers each prompt with the ids that say(example) gives, whatever the method."""
+    by_ids = {tuple(e.ids): e for e in examples}
+
+    def prefill(tokens, lengths, cache, sparse):
+        return [by_ids[tuple(row[:n])] for row, n in zip(tokens.tolist(), lengths.tolist())]
+
+    def decode(told, cache, max_new_tokens, sparse, eos_id):
+        rows = [say(e)[:max_new_tokens] for e in told]
+        return torch.tensor([row + [eos_id] * (max_new_tokens - len(row)) for row in rows])
+
+    model.prefill, model.decode = prefill, decode
+    return model
+
+
+# ---------------------------------------------------------------- scores
+
+@pytest.mark.parametrize("protocol", niah.PROTOCOLS)
+def test_a_gold_answer_scores_100_and_an_empty_one_0_in_every_task(protocol):
+    """Answers that go to another prompt, or lose their ends, on the way from the model through batches to the scores."""
+    for task in niah.TASKS:
+        examples = make(task, 5, protocol, context_len=1024)
+        gold = writes(small(), lambda e: Bytes().encode(e.target) + [Bytes.eos_id], examples)
+        mute = writes(small(), lambda e: [Bytes.eos_id], examples)
+        for model, percent in (gold, 100), (mute, 0):
+            for outcome in eval_niah.evaluate(model, Bytes(), examples, METHODS[:3], batch=2).values():
+                found = eval_niah.scores(outcome.texts, examples)
+                assert found["ruler"][0] == found["paper"][0] == percent, (task, outcome.texts)
+                tenths = eval_niah.by_depth(outcome.texts, examples)
+                assert sum(n for n, _ in tenths) == sum(len(e.answers) for e in examples)
+                assert all(p == percent for n, p in tenths if n)
+
+
+def test_interval_is_wilsons():
+    """A 100 +- 0 of few samples; figures from Wilson's formula worked by hand (R: prop.test without correction)."""
+    assert eval_niah.interval([0.0] * 10) == [0.0, 0.0, 27.75]
+    assert eval_niah.interval([1.0] * 10) == [100.0, 72.25, 100.0]
+    assert eval_niah.interval([1.0] * 5 + [0.0] * 5) == [50.0, 23.66, 76.34]
+
+
+# ---------------------------------------------------------------- answers
+
+def texts(*args, **kwargs):
+    return {method: outcome.texts for method, outcome in eval_niah.evaluate(*args, **kwargs).items()}
+
+
+@pytest.mark.parametrize("form", [dict(), dict(memory=True, n_kv_head=2)], ids=["attention", "memory gqa"])
+def test_answers_do_not_depend_on_order_or_batch(form):
+    """Padding that leaks into a memory, page or window; a sample's state that reaches the next."""
+    model, examples = small(**form), make(n=3) + make("niah_single_1", 2) + make("niah_multikey_2", 2)
+    alone = texts(model, Bytes(), examples, METHODS, batch=1)
+    assert len({*alone[METHODS[0]]}) > 4, "the model says the same to all: the test would see nothing"
+    assert texts(model, Bytes(), examples, METHODS, batch=4) == alone
+    turned = texts(model, Bytes(), examples[::-1], METHODS[::-1], batch=4)
+    assert {method: answers[::-1] for method, answers in turned.items()} == alone
+
+
+def test_a_shared_prefill_gives_what_an_own_one_gives():
+    """A method that leaves its mark on the cache that the next one gets."""
+    model, examples = small(memory=True), make(n=2)
+    together = eval_niah.evaluate(model, Bytes(), examples, METHODS)
+    for method in METHODS:
+        own = eval_niah.evaluate(model, Bytes(), examples, [method])[method]
+        assert (own.texts, own.read, own.prompt_read) == (
+            together[method].texts, together[method].read, together[method].prompt_read), sparse.name(method)
+
+
+def test_random_selection_is_a_function_of_the_seed():
+    """H2's chance taken from a global generator: seeds that cannot be repeated, or that are all alike."""
+    model, examples = small(), make(n=2)
+    for method in METHODS[1:4]:
+        drawn = [sparse.randomized(method, seed) for seed in (0, 1)]
+        first = texts(model, Bytes(), examples, drawn)
+        assert texts(model, Bytes(), examples[::-1], drawn[1:])[drawn[1]] == first[drawn[1]][::-1]
+        assert first[drawn[0]] != first[drawn[1]]
+
+
+# ---------------------------------------------------------------- what was read
+
+def test_reads_are_measured_and_within_the_budget():
+    """A share read that is believed. Dense, SnapKV, MoBA and Quest are counted by hand."""
+    model, (example,) = small(), make(n=1)
+    found = eval_niah.evaluate(model, Bytes(), [example], METHODS)
+    dense, quest, moba, snapkv, combined, dilated = (found[method] for method in METHODS)
+    T, steps = len(example.ids), 47  # this model does not end by itself; the first of 48 tokens is the prefill's
+    assert dense.read == [T + (steps + 1) / 2] and dense.prompt_read == [(T + 1) / 2]  # T + 1 to T + steps
+    assert snapkv.read == [128 + (steps + 1) / 2] and snapkv.prompt_read == dense.prompt_read
+    current = [(T + s) % 8 + 1 for s in range(steps)]  # entries of the block that is being filled
+    assert quest.read[0] == pytest.approx(sum(120 + n for n in current) / steps)
+    assert moba.prompt_read[0] == pytest.approx(sum(min(t + 1, 120 + t % 8 + 1) for t in range(T)) / T)
+    assert moba.read == dense.read and combined.prompt_read == moba.prompt_read
+    assert combined.read[0] <= 64 and 32 < dilated.read[0] < T and dilated.prompt_read == [None]
+
+
+@dataclass(frozen=True)
+class QuestThatReadsAll(sparse.Quest):
+    def decode(self, q, cache):
+        return sparse.Dense.decode(self, q, cache)
+
+
+@dataclass(frozen=True)
+class SnapKVThatKeepsAll(sparse.SnapKV):
+    def compress(self, q, k, v, lengths, dice):
+        return None
+
+
+@dataclass(frozen=True)
+class MoBAThatReadsAll(sparse.MoBA):
+    def prefill(self, q, k, v, start, dice):
+        blocks = torch.arange(math.ceil(k.shape[1] / self.block_size)).expand(len(q), k.shape[2], q.shape[1], -1)
+        return sparse.attend(q, k, v, causal=True), blocks
+
+
+@pytest.mark.parametrize("method", [QuestThatReadsAll(128, 8), MoBAThatReadsAll(128, 8), SnapKVThatKeepsAll(128, 8)],
+                         ids=lambda method: type(method).__name__)
+def test_a_method_that_is_silently_off_ends_the_run(method):
+    """A fine score that was dense all along."""
+    with pytest.raises(AssertionError, match="read|kept"):
+        eval_niah.evaluate(small(), Bytes(), make(n=1), [method])
+
+
+# ---------------------------------------------------------------- H1
+
+@pytest.mark.parametrize("protocol", niah.PROTOCOLS)
+@pytest.mark.parametrize("tokenizer", [Bytes(), Pairs()], ids=["bytes", "pairs"])
+def test_sources_point_at_the_tokens_that_are_copied(tokenizer, protocol):
+    """H1 that looks for the wrong place: shifted by the answer's opening, or in another answer's needle."""
+    for task in niah.TASKS:
+        e, = make(task, 1, protocol, tokenizer, context_len=1024)
+        target, found = eval_niah.sources(e, tokenizer)
+        assert tokenizer.decode(target) == e.target and {s.answer for s in found if s} == set(range(len(e.answers)))
+        for token, s in zip(target, found):
+            if s is None:
+                assert not set(tokenizer.decode([token])) & set("0123456789abcdef-"), "a token of an answer without source"
+                continue
+            start, end = e.spans[s.answer]
+            assert start <= s.low < s.high <= end
+            assert (e.ids[s.low] == token and s.high == s.low + 1) or (s.low, s.high) == (start, end)
+            assert isinstance(tokenizer, Pairs) or s.high == s.low + 1, "bytes always agree"
+
+
+@dataclass(frozen=True)
+class Keeps(sparse.SnapKV):
+    """Drops the positions first to last - 1 in KV head 1, and as many at the start in head 0."""
+    first: int = 0
+    last: int = 1
+
+    def compress(self, q, k, v, lengths, dice):
+        positions, n = torch.arange(k.shape[1]), self.last - self.first
+        return torch.stack([positions[n:], torch.cat([positions[:self.first], positions[self.last:]])])[None]
+
+
+def test_a_head_hits_an_answer_if_it_reads_its_place_at_every_step():
+    """Decision 9, by hand: everything selected is 1, nothing is 0, and one missing token of an answer is a miss."""
+    model, examples = small(n_kv_head=2), make("niah_single_3", 3) + make("niah_single_2", 2)
+    rate = lambda method, examples=examples: eval_niah.hits(model, Bytes(), examples, method, batch=2).tolist()
+    for method in sparse.SnapKV(CONTEXT, 8), sparse.Quest(CONTEXT, 8), METHODS[4].__class__(compress_by=sparse.SnapKV(CONTEXT, 8)):
+        assert rate(method) == [[1, 1], [1, 1]]
+    assert rate(sparse.Dilated(None, local=2, initial=4)) == [[0, 0], [0, 0]]
+
+    for protocol, missed in ("base", 0), ("sft", 1):  # after "sft" the answer's first token is the dense prefill's
+        example, = make("niah_single_3", 1, protocol)
+        start, end = example.spans[0]
+        assert rate(Keeps(CONTEXT, 8, 5, None, start, end), [example]) == [[1, 0], [1, 0]]
+        assert rate(Keeps(CONTEXT, 8, 5, None, start, start + 1), [example]) == [[1, missed], [1, missed]]
+        assert rate(Keeps(CONTEXT, 8, 5, None, end - 1, end), [example]) == [[1, 0], [1, 0]]
+        assert rate(Keeps(CONTEXT, 8, 5, None, end, end + 1), [example]) == [[1, 1], [1, 1]]
+
+
+def test_hits_do_not_depend_on_the_batch():
+    """Answers of different lengths: a row that is done and still fed."""
+    model, examples = small(memory=True), make("niah_single_3", 2) + make("niah_single_2", 2)
+    for method in METHODS[1], METHODS[3], METHODS[4]:
+        together, alone = (eval_niah.hits(model, Bytes(), examples, method, batch) for batch in (4, 1))
+        assert torch.equal(together, alone) and 0 < together.mean() < 1
+
+
+def test_best_heads_are_the_papers_fifty_of_1024():
+    """The mean of all heads, or of the worst."""
+    rates = torch.zeros(32, 32)
+    rates.view(-1)[torch.randperm(1024)[:51]] = torch.cat([torch.ones(50), torch.tensor([0.5])])
+    assert eval_niah.best_heads(rates) == pytest.approx((50 + 0.5) / 51)  # 5 % of 1,024 is 51
+    assert eval_niah.best_heads(torch.tensor([[0.25, 0.75]])) == 0.75
+
+
+# ---------------------------------------------------------------- the command
+
+def test_block_sizes_suit_the_context():
+    """A default that cannot run at 512 tokens, or that is not the paper's at 4096; a given size that is changed."""
+    assert eval_niah.sized("quest:budget=1/16", 4096) == "quest:budget=1/16,block_size=64"
+    assert eval_niah.sized("moba:block_size=16,budget=1/4+snapkv", 4096) == "moba:block_size=16,budget=1/4+snapkv:window=64"
+    assert eval_niah.sized("dense", 4096) == "dense"
+    for context_len in 256, 512, 1024, 2048, 4096, 32768:
+        for text in eval_niah.METHODS:
+            sparse.parse(eval_niah.sized(text, context_len), context_len)
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """out/ as train.py leaves it, with three runs; the last two are of one recipe."""
+    monkeypatch.chdir(tmp_path)
+    for age, (name, memory, recipe) in enumerate([("old", False, "other"), ("attention", False, "pico"), ("memory", True, "pico")]):
+        for step in "step_0000001", "step_0000002":
+            folder = tmp_path / "out" / name / step
+            small(memory=memory, context_len=CONTEXT).save_pretrained(folder)
+            (folder / "train.json").write_text(json.dumps({"step": 1, "settings": {"recipe": recipe, "context_len": CONTEXT}}))
+            os.utime(folder / "train.json", (1e9 + age, 1e9 + age))
+    return tmp_path
+
+
+def test_with_no_checkpoint_it_takes_what_train_made_last(runs):
+    """An old experiment beside the two arms of the lesson."""
+    assert [run.name for run in eval_niah.newest_runs()] == ["attention", "memory"]
+
+
+def test_results_hold_what_a_reader_needs_to_repeat_them(runs, capsys):
+    """A JSON without commit, prompts or dtype; predictions that do not give its scores; a table that lacks a row."""
+    eval_niah.main(["--samples=2", "--tasks", "niah_single_1", "niah_single_2", "--methods", "quest:budget=1/4", "moba:budget=1/4",
+                    "--hits", "--random=2", "--out=eval"])
+    printed = capsys.readouterr().out
+    report = json.loads((runs / "eval" / "results.json").read_text())
+    assert {"command", "commit", "device", "torch", "settings", "finished", "results"} <= report.keys() and report["finished"]
+    settings = report["settings"]
+    assert settings["dtype"] == "float32" and settings["context_len"] == CONTEXT and settings["max_new_tokens"] == 48
+    assert {"seed", "protocol", "samples", "tokenizer", "haystack", "batch"} <= settings.keys()
+    assert len(report["results"]) == 2 * 2 * (3 + 2 * 2)
+    for row in report["results"]:
+        assert row.keys() >= {"checkpoint", "path", "tokenizer", "method", "random", "budget", "task", "n", "ruler", "paper", "by_depth",
+                              "read", "read_share", "prompt_read", "prompt_read_share", "hits", "seconds", "prompts",
+                              "keys_from", "haystack_from", "predictions"}
+        examples = make(row["task"], 2)
+        saved = [json.loads(line)["pred"] for line in (runs / row["predictions"]).read_text().splitlines()]
+        assert eval_niah.scores(saved, examples) == {"ruler": row["ruler"], "paper": row["paper"]}
+        assert row["prompts"] == niah.prompt_hash(examples) and row["path"].endswith("step_0000002")
+        assert (row["hits"] is not None) == (row["method"].startswith("quest") and row["random"] is None)
+    for text in "dense", "quest:budget=1/4,block_size=8", "moba:budget=1/4,block_size=8", "memory - attention", "S-2", "H2":
+        assert text in printed
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    assert (runs / "eval" / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rulers_own_file_gives_what_the_generator_gives(runs):
+    """Spans, answers or protocol lost in the file's form."""
+    niah.write_jsonl("niah_single_2.jsonl", make(n=2))
+    common = ["--ckpt", "out/memory", "--samples=2", "--methods", "snapkv:budget=1/4", "--hits"]
+    eval_niah.main([*common, "--jsonl", "niah_single_2.jsonl", "--out=a"])
+    eval_niah.main([*common, "--tasks", "niah_single_2", "--out=b"])
+    a, b = (json.loads((runs / name / "results.json").read_text())["results"] for name in "ab")
+    assert a and all(x[key] == y[key] for x, y in zip(a, b, strict=True) for key in ("prompts", "ruler", "read", "hits"))
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--frobnicate"], "--frobnicate"),
+    (["--samples=0"], "--samples"),
+    (["--device=toaster"], "toaster"),
+    (["--tasks", "niah_single_9"], "niah_single_9"),
+    (["--ckpt", "nowhere"], "nowhere"),
+    (["--methods", "quest:budget=1/999"], "1/999"),
+    (["--methods", "qwest"], "qwest"),
+    (["--random=2", "--methods", "quest:budget=1/8"], "--random"),
+    (["--context_len=128", "--methods", "dense"], "--context_len"),
+    (["--tokenizer=nowhere"], "nowhere"),
+    (["--haystack=nowhere.txt"], "nowhere.txt"),
+    (["--jsonl", "other.jsonl"], "other"),
+])
+def test_a_wrong_flag_is_one_line_and_exit_2(runs, capsys, argv, words):
+    """A traceback, or a long run that ends in one."""
+    niah.write_jsonl("other.jsonl", make(n=1))
+    with pytest.raises(SystemExit) as end:
+        eval_niah.main(argv)
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and words in line and line.startswith("eval_niah.py: ") and line.count("\n") == 1, line
+
+
+def test_without_a_model_it_says_how_to_make_one(tmp_path, monkeypatch, capsys):
+    """The first command of a new reader."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        eval_niah.main([])
+    assert end.value.code == 2 and "python train.py" in capsys.readouterr().err
