@@ -18,7 +18,9 @@ import argparse
 import json
 import math
 import platform
+import re
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -172,7 +174,7 @@ def scores(predictions, examples):
 def mean(values):
     """Of those that are not None; None if there is none."""
     values = [x for x in values if x is not None]
-    return sum(values) / len(values) if values else None
+    return statistics.fmean(values) if values else None
 
 
 def by_depth(predictions, examples):
@@ -187,25 +189,27 @@ def by_depth(predictions, examples):
 # ---------------------------------------------------------------- H1: is the answer's place among the selected?
 
 class Source(NamedTuple):
-    """Where a token of an answer stands in the prompt."""
+    """Where a token of an answer comes from."""
     answer: int  # which answer
-    low: int     # positions low to high - 1
+    low: int     # positions low to high - 1 of the prompt hold the token's characters: nearly always one position
     high: int
 
 
 def sources(example, tokenizer):
-    """The gold answer's tokens, and for each the Source it copies, None if it is no answer's (a comma, a space)."""
-    e, target = example, niah.target_ids(example.prompt, example.target, tokenizer)
-    n, at, found = len(e.ids), len(e.prompt), [None] * len(target)
-    for number, (answer, (start, end)) in enumerate(zip(e.answers, e.spans)):
-        at = (e.prompt + e.target).index(answer, at)
-        (a, b), = niah.token_spans(e.prompt + e.target, e.ids + target, [(at, at + len(answer))], tokenizer)
+    """The gold answer's tokens, and for each its Source; None if it is no answer's (a comma, a space)."""
+    target = niah.target_ids(example.prompt, example.target, tokenizer)
+    characters = lambda ids: [len(tokenizer.decode(ids[:n])) for n in range(len(ids) + 1)]  # before each token, and in all
+    text, ends, at, found = tokenizer.decode(target), characters(target), 0, [None] * len(target)
+    for number, (answer, (start, end)) in enumerate(zip(example.answers, example.spans)):
+        at = text.index(answer, at)
+        value = example.ids[start:end]  # in the needle, where it may be cut into other tokens, or share one with its neighbours
+        shift, value_ends = tokenizer.decode(value).index(answer) - at, characters(value)
+        for j in range(len(target)):
+            low, high = max(ends[j], at), min(ends[j + 1], at + len(answer))
+            if low < high:
+                places = [i for i in range(len(value)) if value_ends[i] < high + shift and value_ends[i + 1] > low + shift]
+                found[j] = Source(number, start + places[0], start + places[-1] + 1)
         at += len(answer)
-        same = e.ids[start:end] == target[a - n:b - n]
-        for j in range(a - n, b - n):
-            # cut into other tokens in the prompt, any of the needle's value will do
-            place = start + j - (a - n)
-            found[j] = Source(number, place, place + 1) if same else Source(number, start, end)
     return target, found
 
 
@@ -227,11 +231,10 @@ def hits(model, tokenizer, examples, method, batch=16, progress=None):
     Feeding token j of the gold answer is the step that writes token j + 1. Token 0 follows from the prefill, which
     selects nothing (Quest, SnapKV), and does not count.
     """
-    model_heads = model.config.n_layer, model.config.n_kv_head
-    n_hits, n_answers = torch.zeros(model_heads), 0
+    n_hits, n_answers = torch.zeros(model.config.n_layer, model.config.n_kv_head), 0
     for rows in by_length(examples, batch):
         gold = [sources(examples[i], tokenizer) for i in rows]
-        target, lengths = padded([ids for ids, _ in gold], model.embed_tokens.weight.device)  # (B, M)
+        target, _ = padded([ids for ids, _ in gold], model.embed_tokens.weight.device)  # (B, M)
         window = getattr(phases(method).compress_by, "window", 64)
         cache, _, _ = prefill(model, [examples[i] for i in rows], phases(method).prefill_by, target.shape[1], window)
         hit = {}  # (row, answer): (layers, KV)
@@ -276,17 +279,18 @@ def table(results):
     """The paper's Table 3 as text, beside it entries read and H1's hits; below, how later checkpoints differ from the first."""
     found = lookup(results)
     left, right = max(len(c) for c, _ in found) + 3, max(len(m) for _, m in found)
-    line = lambda checkpoint, method, cells, end="": f"{checkpoint:{left}}{method:{right}}" + "".join(f"{c:>7}" for c in cells) + end
+    line = lambda checkpoint, method, cells, end: f"{checkpoint:{left}}{method:{right}}" + "".join(f"{c:>7}" for c in cells) + end
     number = lambda x: "-" if x is None else f"{x:.1f}"
     tasks = [niah.TASKS[row["task"]].short for row in next(iter(found.values()))]
-    lines = [f"{'':{left + right}}" + f"{'RULER score, %':>{7 * len(tasks) + 14}}{'paper':>7}{'read by a token of':>20}{'H1: best':>10}",
+    above = f"{'RULER score, %':>{7 * len(tasks) + 14}}{'paper':>7}{'read by a token of':>20}{'H1: best':>10}"
+    lines = [" " * (left + right) + above,
              line("", "", tasks, f"{'mean':>14}{'mean':>7}{'prompt':>11}{'answer':>9}{'heads, %':>10}")]
     for (checkpoint, method), rows in found.items():
         (ruler, half), (paper, _) = mean_of_tasks(rows, "ruler"), mean_of_tasks(rows, "paper")
         best = 100 * best_heads(torch.tensor([row["hits"] for row in rows]).mean(0)) if rows[0]["hits"] else None
         prompt_read, read = mean(row["prompt_read"] for row in rows), mean(row["read"] for row in rows)
-        lines.append(line(checkpoint, method, [f"{row['ruler'][0]:.1f}" for row in rows], f"{ruler:8.1f} ±{half:4.1f}{paper:7.1f}"
-                          f"{number(prompt_read):>11}{number(read):>9}{number(best):>10}"))
+        lines.append(line(checkpoint, method, [f"{row['ruler'][0]:.1f}" for row in rows],
+                          f"{ruler:8.1f} ±{half:4.1f}{paper:7.1f}{number(prompt_read):>11}{number(read):>9}{number(best):>10}"))
     first, *others = dict.fromkeys(checkpoint for checkpoint, _ in found)
     for other in others:
         lines.append(f"\n{other} - {first}")
@@ -305,13 +309,12 @@ def table_random(results):
         if row["random"] is not None:
             found.setdefault((row["checkpoint"], row["method"]), {}).setdefault(row["task"], []).append(row["ruler"][0])
     for (checkpoint, method), by_task in found.items():
-        cells = [f"{niah.TASKS[task].short} {torch.tensor(x).mean():.1f} ±{torch.tensor(x).std(correction=0):.1f}"
-                 for task, x in by_task.items()]
-        lines.append(f"{checkpoint:20} {method:40} " + "  ".join(cells))
+        cells = [f"{niah.TASKS[task].short} {statistics.mean(x):.1f} ±{statistics.pstdev(x):.1f}" for task, x in by_task.items()]
+        lines.append(f"{checkpoint}   {method}   " + "  ".join(cells))
     return "\n".join(lines)
 
 
-def plot(report, path):
+def plot(results, path):
     """The paper's Figure 1, accuracy by budget for each method; below, accuracy by needle depth at the least budget."""
     try:
         import matplotlib
@@ -320,34 +323,32 @@ def plot(report, path):
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    found = lookup(report["results"])
-    checkpoints = list(dict.fromkeys(checkpoint for checkpoint, _ in found))
-    kinds = {}  # Quest, MoBA, SnapKV: {budget in tokens: method}
-    for rows in found.values():
+    found = lookup(results)
+    kinds = {}  # a method but for its budget: {budget: method}
+    for (_, method), rows in found.items():
         if rows[0]["budget"]:
-            kinds.setdefault(rows[0]["method"].partition(":")[0], {})[rows[0]["budget"]] = rows[0]["method"]
+            kind = re.sub("budget=[^,]*,?", "", method).rstrip(",:")
+            kinds.setdefault(kind, {})[rows[0]["budget"]] = method
     if not kinds:
         return
     figure, axes = plt.subplots(2, len(kinds), figsize=(4 * len(kinds), 6.5), sharey=True, squeeze=False)
 
-    def depths(rows):  # -> percent found in each tenth, over all tasks
-        pairs = [[bin for row in rows if (bin := row["by_depth"][tenth])[0]] for tenth in range(10)]
-        return [sum(n * p for n, p in bins) / sum(n for n, _ in bins) if bins else math.nan for bins in pairs]
+    def depths(rows):  # -> percent found in each tenth of the prompt, over all tasks
+        tenths = [[cell for cell in cells if cell[0]] for cells in zip(*(row["by_depth"] for row in rows))]
+        return [sum(n * p for n, p in cells) / sum(n for n, _ in cells) if cells else math.nan for cells in tenths]
 
-    for column, (kind, methods) in enumerate(kinds.items()):
-        above, below = axes[:, column]
+    for (kind, methods), (above, below) in zip(kinds.items(), axes.T):
         budgets = sorted(methods)
-        for checkpoint, color in zip(checkpoints, plt.rcParams["axes.prop_cycle"].by_key()["color"] * len(checkpoints)):
-            dense = found[checkpoint, "dense"]
+        for i, checkpoint in enumerate(dict.fromkeys(checkpoint for checkpoint, _ in found)):
+            dense, least, color = found[checkpoint, "dense"], found[checkpoint, methods[budgets[0]]], f"C{i}"
             means, halves = zip(*(mean_of_tasks(found[checkpoint, methods[budget]], "ruler") for budget in budgets))
-            above.errorbar([budget / report["settings"]["context_len"] for budget in budgets], means, halves, marker="o", capsize=3,
-                           color=color, label=checkpoint)
+            above.errorbar(budgets, means, halves, marker="o", capsize=3, color=color, label=checkpoint)
             above.axhline(mean_of_tasks(dense, "ruler")[0], color=color, linestyle="--", linewidth=1)
-            below.plot(range(5, 100, 10), depths(found[checkpoint, methods[budgets[0]]]), marker="o", color=color)
+            below.plot(range(5, 100, 10), depths(least), marker="o", color=color)
             below.plot(range(5, 100, 10), depths(dense), color=color, linestyle="--", linewidth=1)
-        above.set_xscale("log", base=2)
-        above.set_xticks([b / report["settings"]["context_len"] for b in budgets], [f"{b}" for b in budgets])
-        above.set(title=kind, xlabel=f"budget, tokens of {report['settings']['context_len']}", ylim=(-3, 103))
+        above.set(title=kind, xlabel="budget, tokens", xscale="log", ylim=(-3, 103))
+        above.set_xticks(budgets, budgets)
+        above.minorticks_off()
         below.set(title=methods[budgets[0]], xlabel="depth of the needle, %")
     axes[0, 0].set_ylabel("RULER's score, mean of tasks, %")
     axes[1, 0].set_ylabel("answers found, %")
@@ -452,7 +453,7 @@ def flags():
         "question alone, for fine-tuned models)")
     add("--haystack", metavar="FILE", help="text of the essays; None: Python's help pages")
     add("--jsonl", nargs="+", metavar="FILE", help="data files of RULER's own, TASK.jsonl or TASK/validation.jsonl, instead of "
-        "generated examples")
+        "generated examples: --tasks, --seed and --haystack then mean nothing")
     add("--seed", type=int, default=0, help="of the examples")
     add("--hits", action="store_true", help="H1: how often each head selects the answer's place")
     add("--random", type=positive, default=0, metavar="SEEDS", help="H2: how many times to draw the selection of methods of budget "
@@ -473,7 +474,7 @@ def prepare(args):
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     args.ckpt = [str(path) for path in args.ckpt or newest_runs()]
     settings = {path: weights.read(path)[0] for path in args.ckpt}  # all, so that a wrong path is known now
-    names = [Path(path).name for path in settings]
+    names = [Path(path).absolute().name for path in settings]
     labels = {path if names.count(name) > 1 else name: path for path, name in zip(settings, names)}
     tokenizers = {label: tokenizer_for(path, settings[path]["vocab_size"], args.tokenizer) for label, path in labels.items()}
     args.context_len = args.context_len or settings[args.ckpt[0]]["context_len"]
@@ -485,26 +486,31 @@ def prepare(args):
     return labels, tokenizers, methods
 
 
-def make_examples(args, tokenizers):
-    """{label: {task: examples}}, the same tasks for all checkpoints."""
-    if args.jsonl:
-        read = lambda file, tokenizer: niah.read_jsonl(file, tokenizer, args.protocol, max_new_tokens=args.max_new_tokens)
-        files = {label: [read(file, tokenizer)[:args.samples] for file in args.jsonl] for label, tokenizer in tokenizers.items()}
-        made = {label: {examples[0].task: examples for examples in of_label if examples} for label, of_label in files.items()}
-        unknown = [task for task in made[next(iter(made))] if task not in niah.TASKS]
-        if unknown:
-            raise ValueError(f"--jsonl: {unknown[0]!r} is no task; call files TASK.jsonl or TASK/validation.jsonl, TASK as in --help")
-        return made
-    fits = lambda tokenizer: niah.fitting_tasks(args.context_len, tokenizer, args.protocol, args.max_new_tokens)
-    fitting = [fits(tokenizer) for tokenizer in tokenizers.values()]
-    tasks = args.tasks or [task for task in fitting[0] if all(task in others for others in fitting)]
+def choose_tasks(args, tokenizers):
+    """--tasks, else those that fit in the tokens of every model."""
+    fitting = [niah.fitting_tasks(args.context_len, tokenizer, args.protocol, args.max_new_tokens) for tokenizer in tokenizers]
+    tasks = args.tasks or [task for task in niah.TASKS if all(task in those for those in fitting)]
     if not tasks:
         raise ValueError(f"no task fits into --context_len {args.context_len} with {args.max_new_tokens} new tokens: raise it")
+    return tasks
+
+
+def make_examples(args, tokenizer, tasks):
+    """{task: examples}"""
     haystack = Path(args.haystack).read_text(encoding="utf-8") if args.haystack else None
-    make = lambda task, index, tokenizer: niah.make_example(task, args.context_len, tokenizer, args.seed, index, args.protocol,
-                                                            haystack, max_new_tokens=args.max_new_tokens)
-    return {label: {task: [make(task, index, tokenizer) for index in range(args.samples)] for task in tasks}
-            for label, tokenizer in tokenizers.items()}
+    return {task: [niah.make_example(task, args.context_len, tokenizer, args.seed, index, args.protocol, haystack,
+                                     max_new_tokens=args.max_new_tokens) for index in range(args.samples)] for task in tasks}
+
+
+def read_examples(args, tokenizer):
+    """{task: examples} of RULER's own files."""
+    found = {}
+    for file in args.jsonl:
+        examples = niah.read_jsonl(file, tokenizer, args.protocol, max_new_tokens=args.max_new_tokens)[:args.samples]
+        if not examples or examples[0].task not in niah.TASKS:
+            raise ValueError(f"{file} has no examples of a task we know: call it TASK.jsonl or TASK/validation.jsonl")
+        found[examples[0].task] = examples
+    return found
 
 
 # ---------------------------------------------------------------- python eval_niah.py
@@ -515,9 +521,13 @@ def run(args):
     if args.random and not asked:
         raise ValueError(f"--random: none of the methods has a budget of 1/4, {args.context_len / 4:g} tokens")
     by_chance = {sparse.randomized(m, seed): m for m in asked for seed in range(args.random)}
-    # those that leave a decoding step a choice to make
-    selecting = [m for m in methods if args.hits and phases(m) != sparse.Compose(prefill_by=phases(m).prefill_by)]
-    examples = make_examples(args, tokenizers)
+    dense = sparse.Dense()
+    selecting = [m for m in methods if args.hits and (phases(m).compress_by, phases(m).decode_by) != (dense, dense)]
+    if args.jsonl:
+        examples = {label: read_examples(args, tokenizer) for label, tokenizer in tokenizers.items()}
+    else:
+        tasks = choose_tasks(args, tokenizers.values())
+        examples = {label: make_examples(args, tokenizer, tasks) for label, tokenizer in tokenizers.items()}
     n_prompts = sum(len(of_task) for by_task in examples.values() for of_task in by_task.values())
     n_methods = len(methods) + len(by_chance) + len(selecting)
     on_gpu = args.device.startswith("cuda")
@@ -557,7 +567,7 @@ def run(args):
     if args.random:
         print("\n" + table_random(results))
     print(f"\nresults in {args.json}, predictions in {args.out}")
-    plot(report, Path(args.json).with_suffix(".png"))
+    plot(results, Path(args.json).with_suffix(".png"))
 
 
 def save(report, path):
@@ -577,7 +587,7 @@ def main(argv=None):
     except (ValueError, OSError, ImportError) as error:
         parser.error(error)
     except KeyboardInterrupt:
-        parser.exit(130, f"\neval_niah.py: interrupted; finished tasks are in {args.json}\n")
+        parser.exit(130, f"\neval_niah.py: interrupted; the tasks that were finished, if any, are in {args.json}\n")
 
 
 if __name__ == "__main__":

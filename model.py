@@ -61,7 +61,7 @@ RATPLUS = dict(vocab_size=32000, rope_theta=10000.0, tied=True, pre_norm=True, q
                output_gate=True, memory=True)
 PRESETS = {
     # ours, over bytes (256 values and the end of text): to train in minutes
-    "pico": Config(257, n_layer=4, width=128, n_head=4, n_kv_head=4, mlp_width=384, context_len=512,        # 0.9M
+    "pico": Config(257, n_layer=2, width=128, n_head=4, n_kv_head=4, mlp_width=384, context_len=512,        # 0.5M
                    rope_theta=10000.0, eos_id=256),
     "nano": Config(257, n_layer=8, width=512, n_head=8, n_kv_head=8, mlp_width=1408, context_len=2048,      # 26M
                    rope_theta=10000.0, eos_id=256),
@@ -203,7 +203,8 @@ class Transformer(nn.Module):
         """Prompts (B, T), right-padded to T where lengths (B,) says so -> new tokens alone. Settings as in decode."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        cache = self.new_cache(len(tokens), tokens.shape[1] + max_new_tokens)
+        snapkv = getattr(sparse, "compress_by", sparse)
+        cache = self.new_cache(len(tokens), tokens.shape[1] + max_new_tokens, window=max(64, getattr(snapkv, "window", 0)))
         logits = self.prefill(tokens, lengths, cache, sparse)
         return self.decode(logits, cache, max_new_tokens, sparse, temperature, top_k, eos_id, seed)
 
@@ -259,9 +260,10 @@ class Transformer(nn.Module):
 
 def init(module):
     """Normal weights of std 0.02 (OLMo 2 and RAT+ alike), biases 0: a memory trained from scratch starts at g = 1/2."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
+    if not isinstance(module, (nn.Linear, nn.Embedding)) or module.weight.is_meta:
+        return
+    nn.init.normal_(module.weight, std=0.02)
+    if getattr(module, "bias", None) is not None:
         nn.init.zeros_(module.bias)
 
 
@@ -444,13 +446,12 @@ class Cache:
         Claim slots for T more tokens per row, of which lengths (B,) are real as real (B, T) says (None, None: all).
         Returns the first one's slot, int or (B,), and the index of all of them in a (B, max_len, ...) tensor.
         """
-        start = self.used if self.ragged else self.filled
-        self.lengths = self.lengths + (T if lengths is None else lengths)
-        self.used = self.used + (T if lengths is None else lengths)
-        self.filled = self.filled + T if lengths is None else int(self.used.max())
-        if self.filled > self.max_len:
-            raise ValueError(f"the cache has room for {self.max_len} entries a row and would need {self.filled}: "
+        start, new = self.used if self.ragged else self.filled, T if lengths is None else lengths
+        filled = self.filled + T if lengths is None else int((self.used + lengths).max())
+        if filled > self.max_len:
+            raise ValueError(f"the cache has room for {self.max_len} entries a row and would need {filled}: "
                              "ask new_cache for a larger max_len")
+        self.lengths, self.used, self.filled = self.lengths + new, self.used + new, filled
         if not self.ragged and lengths is None:
             return start, (slice(None), slice(start, start + T))
         self.ragged = True

@@ -464,24 +464,54 @@ def many_questions(task, room, tokenizer, rng, words, protocol):
     return [(context, False), *questions]
 
 
+def drill(room, tokenizer, rng, words):
+    """
+    A few facts, stated once and then asked again and again until the room (tokens) is full. -> [(ids, is an answer)]
+
+    One to four keys, values of one to seven digits, RULER's wording whole or cut short, essay in between or none. Nearly
+    every line trains retrieval, so a small model learns it within a thousand steps, and uses it in the tasks later on.
+    """
+    keys = draw_distinct("words", rng.randint(1, 4), rng, set())
+    n_digits, gap = rng.choice((1, 1, 2, 7)), rng.choice((0, 0, 20, 60, 120))  # longest piece of essay, in characters
+    values = ["".join(rng.choices("0123456789", k=n_digits)) for _ in keys]
+    needles = "{key} is: ", NEEDLE.removesuffix("{value}.")
+    questions = "{key} is: ", "{key} mentioned in the provided text is ", PREFIX + " "
+    pieces, stated, size = [], set(), 0
+    while size < room:
+        i = rng.randrange(len(keys))
+        template = rng.choice(questions if i in stated else needles)
+        kind = "number" if template is questions[-1] else "numbers"
+        start, end = rng.randrange(len(words)), rng.randint(1, gap) if gap else 0
+        essay = " ".join(words[start:start + 60])[:end] + "\n" if gap else ""
+        line = [(tokenizer.encode(template.format(key=keys[i], query=keys[i], kind=kind, are="is")), False),
+                (tokenizer.encode(values[i]), i in stated), (tokenizer.encode(".\n" + essay), False)]
+        stated.add(i)
+        pieces += line
+        size += sum(len(ids) for ids, _ in line)
+    return pieces
+
+
 def training_sample(
     context_len, tokenizer,
     seed, index,              # the sample is a function of these two, nothing else
     tasks=tuple(TASKS),       # those that fit: fitting_tasks
-    many=0.5,                 # share of samples with many needles and many questions
+    many=0.5,                 # share of samples with many needles and many questions, of those that are no drills
     haystack=None,
     other_weight=0.1,         # loss weight of what is no answer; official RAT+: 0
     protocol="base",
     max_new_tokens=128,
+    drills=0.0,               # share of samples that are drills
 ):                            # -> tokens int64, weights float32, both (context_len + 1,)
     """
     weights[t] is the loss weight of predicting tokens[t]: 1 on answers and the end token after each, other_weight on the
     rest, 0 on tokens[0] and on padding. Half the samples look like make_example's, the other half (many_questions) hold
-    an answer every few dozen tokens: with one answer per sample, retrieval takes far longer to form.
+    an answer every few dozen tokens: with one answer per sample, retrieval takes far longer to form. Drills are denser still.
     """
     rng = random.Random(f"train/{seed}/{index}")
     task, words = TASKS[rng.choice(tasks)], essay_words(haystack)[0]
-    if rng.random() < many:
+    if rng.random() < drills:
+        pieces = drill(context_len + 1, tokenizer, rng, words)
+    elif rng.random() < many:
         pieces = many_questions(task, context_len + 1, tokenizer, rng, words, protocol)
     else:
         *_, ids, target = compose(task, context_len, tokenizer, rng, protocol, words, max_new_tokens)

@@ -62,7 +62,7 @@ def run(args):
                              temperature=args.temperature, top_k=args.top_k, eos_id=tokenizer.eos_id, seed=args.seed)
         answer = tokenizer.decode([token for token in new[0].tolist() if token != tokenizer.eos_id])
         read = f"{torch.stack(meter.mean).mean():.1f}" if meter.mean else "no"
-        print(f"\n{text:40}{answer}\n{'':40}({new.shape[1]} tokens after {len(ids)}; a step read {read} entries of each head's cache)")
+        print(f"\n{text:40}{answer}\n{'':40}({new.shape[1]} tokens after {len(ids)}; a step read {read} entries per head)")
 
 
 def main(argv=None):

@@ -44,8 +44,10 @@ from model import PRESETS, Transformer
 # What --recipe sets; a flag given beside it wins. The paper's: arXiv 2605.28640 and the configs of official RAT+.
 RECIPES = {
     # the lesson of `python train.py`, on a CPU and on a GPU
-    "pico": dict(preset="pico", context_len=512, steps=600, batch=16, device_batch=16, lr=3e-3),
-    "nano": dict(preset="nano", context_len=1024, steps=1500, batch=64, device_batch=64, lr=1e-3),
+    "pico": dict(preset="pico", context_len=512, tasks=["niah_single_1", "niah_single_2"], drills=0.5, many=0.3, steps=1400,
+                 batch=4, device_batch=4, lr=3e-3, arl=32, log_every=100, eval_every=200, save_every=700),
+    "nano": dict(preset="nano", context_len=1024, drills=0.3, many=0.5, steps=1500, batch=32, device_batch=32, lr=1e-3, arl=32,
+                 log_every=100, eval_every=250, save_every=500),
     # OLMo 2 continued with a memory: 10B tokens of FineWeb-Edu, 768 x 4096 a step
     "olmo2-continue": dict(memory="on", context_len=4096, steps=3179, batch=768, device_batch=1, lr=6e-5, memory_lr=6e-4,
                            min_lr=1e-6, warmup=0.02, arl=64),
@@ -76,6 +78,8 @@ def flags():
     add("--tokenizer", metavar="SPEC", help="as in data.py; default: the one beside --init, bytes for our presets")
     add("--context_len", type=int, metavar="TOKENS", help="length of a sequence; default: the model's")
     add("--protocol", default="base", choices=niah.PROTOCOLS, help="needles: base (RULER's answer prefix) or sft (the question alone)")
+    add("--tasks", nargs="+", choices=niah.TASKS, metavar="TASK", help="needles: which of RULER's; default: those that fit")
+    add("--drills", type=float, default=0.0, metavar="SHARE", help="needles: so long, drills alone; then 30 %% drills (0: none)")
     add("--many", type=float, default=0.5, metavar="SHARE", help="needles: share of samples with many questions")
     add("--other_weight", type=float, default=0.1, metavar="W", help="needles: loss weight of tokens that are no answer")
     add("--haystack", metavar="FILE", help="needles: text of the essays; default: Python's help pages")
@@ -148,20 +152,27 @@ def make_model(args):
 
 
 class Needles(torch.utils.data.Dataset):
-    """Sample `index` of niah.training_sample: tokens and loss weights (context_len + 1,)."""
+    """
+    Sample `index` of niah.training_sample: tokens and loss weights (context_len + 1,).
 
-    def __init__(self, args, tokenizer, seed):
+    The first `only_drills` samples are drills, which form retrieval; of the others 30 % are, lest it fade.
+    """
+
+    def __init__(self, args, tokenizer, seed, only_drills):
+        self.only_drills, self.later_drills = only_drills, 0.3 if only_drills else 0.0
         self.haystack = Path(args.haystack).read_text(encoding="utf-8") if args.haystack else None
         self.new_tokens = niah.default_new_tokens(args.context_len)
-        self.tasks = niah.fitting_tasks(args.context_len, tokenizer, args.protocol, max_new_tokens=self.new_tokens)
+        fitting = niah.fitting_tasks(args.context_len, tokenizer, args.protocol, max_new_tokens=self.new_tokens)
+        self.tasks = [task for task in args.tasks or fitting if task in fitting]
         if not self.tasks:
-            raise ValueError(f"--context_len {args.context_len} is too short for any needle task; 512 bytes hold the simplest")
+            raise ValueError(f"--context_len {args.context_len} is too short for these tasks; it has room for "
+                             f"{', '.join(fitting) or 'none (512 bytes hold the simplest)'}")
         self.args, self.tokenizer, self.seed = args, tokenizer, seed
 
     def __getitem__(self, index):
-        a = self.args
+        a, drills = self.args, 1.0 if index < self.only_drills else self.later_drills
         return niah.training_sample(a.context_len, self.tokenizer, self.seed, index, self.tasks, a.many, self.haystack,
-                                    a.other_weight, a.protocol, self.new_tokens)
+                                    a.other_weight, a.protocol, self.new_tokens, drills)
 
 
 class Text(torch.utils.data.Dataset):
@@ -184,7 +195,8 @@ def make_data(args, tokenizer, vocab_size):
     """Training and validation samples, both functions of an index."""
     if args.data != "niah":
         return Text(args, vocab_size, "train"), Text(args, vocab_size, "val")
-    return Needles(args, tokenizer, args.seed), Needles(args, tokenizer, f"val-{args.seed}")
+    only_drills = int(args.drills * args.steps) * args.batch
+    return Needles(args, tokenizer, args.seed, only_drills), Needles(args, tokenizer, f"val-{args.seed}", only_drills=0)
 
 
 def batches(dataset, args, first_step, rank, world):

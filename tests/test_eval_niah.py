@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import tiny
-from test_niah import Bytes, Pairs
+from test_niah import Bytes, tokenizer_of
 
 import eval_niah
 import niah
@@ -151,9 +151,10 @@ def test_a_method_that_is_silently_off_ends_the_run(method):
 # ---------------------------------------------------------------- H1
 
 @pytest.mark.parametrize("protocol", niah.PROTOCOLS)
-@pytest.mark.parametrize("tokenizer", [Bytes(), Pairs()], ids=["bytes", "pairs"])
-def test_sources_point_at_the_tokens_that_are_copied(tokenizer, protocol):
+@pytest.mark.parametrize("name", ["bytes", "pairs", "cl100k"])
+def test_sources_point_at_the_tokens_that_are_copied(name, protocol):
     """H1 that looks for the wrong place: shifted by the answer's opening, or in another answer's needle."""
+    tokenizer, different = tokenizer_of(name), []
     for task in niah.TASKS:
         e, = make(task, 1, protocol, tokenizer, context_len=1024)
         target, found = eval_niah.sources(e, tokenizer)
@@ -164,8 +165,11 @@ def test_sources_point_at_the_tokens_that_are_copied(tokenizer, protocol):
                 continue
             start, end = e.spans[s.answer]
             assert start <= s.low < s.high <= end
-            assert (e.ids[s.low] == token and s.high == s.low + 1) or (s.low, s.high) == (start, end)
-            assert isinstance(tokenizer, Pairs) or s.high == s.low + 1, "bytes always agree"
+            assert tokenizer.decode([token]).strip(", ") in tokenizer.decode(e.ids[s.low:s.high])
+            assert name != "bytes" or s.high == s.low + 1
+            if e.ids[s.low:s.high] != [token]:
+                different.append(token)
+    assert len(different) < 10, "needle and answer are cut alike, but for their ends"
 
 
 @dataclass(frozen=True)
@@ -254,9 +258,9 @@ def test_results_hold_what_a_reader_needs_to_repeat_them(runs, capsys):
     assert {"seed", "protocol", "samples", "tokenizer", "haystack", "batch"} <= settings.keys()
     assert len(report["results"]) == 2 * 2 * (3 + 2 * 2)
     for row in report["results"]:
-        assert row.keys() >= {"checkpoint", "path", "tokenizer", "method", "random", "budget", "task", "n", "ruler", "paper", "by_depth",
-                              "read", "read_share", "prompt_read", "prompt_read_share", "hits", "seconds", "prompts",
-                              "keys_from", "haystack_from", "predictions"}
+        assert row.keys() == {"checkpoint", "path", "tokenizer", "method", "random", "budget", "task", "n", "ruler", "paper",
+                              "by_depth", "read", "read_share", "prompt_read", "prompt_read_share", "hits", "seconds",
+                              "prompts", "keys_from", "haystack_from", "predictions"}
         examples = make(row["task"], 2)
         saved = [json.loads(line)["pred"] for line in (runs / row["predictions"]).read_text().splitlines()]
         assert eval_niah.scores(saved, examples) == {"ruler": row["ruler"], "paper": row["paper"]}
