@@ -193,19 +193,25 @@ def get_tokenizer(spec):
 
 
 def tokenizer_files(folder):
-    """The tokenizer's files in a model's folder, to be copied with the model; none for bytes."""
+    """The tokenizer's files in a model's folder; none for bytes."""
     names = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
-    return [Path(folder) / name for name in names if folder and (Path(folder) / name).is_file()]
+    return [Path(folder) / name for name in names if (Path(folder) / name).is_file()]
 
 
-def tokenizer_of(folder, vocab_size):
-    """The tokenizer beside a model: the files in its folder, or bytes if its vocabulary is theirs. Must fit the model."""
-    if tokenizer_files(folder) or (folder and Path(folder).is_file() and Path(folder).suffix != ".pth") or folder == "bytes":
+def tokenizer_of(model, vocab_size, spec=None):
+    """
+    The tokenizer of a model at the path `model` (None: there is none yet): the one that spec names, else the files beside
+    the model, else bytes if the vocabulary is theirs. ValueError if there is none, or if it makes ids that the model lacks.
+    """
+    folder = None if model is None else Path(model) if Path(model).is_dir() else Path(model).parent
+    if spec:
+        tokenizer = get_tokenizer(spec)
+    elif folder and tokenizer_files(folder):
         tokenizer = get_tokenizer(folder)
     elif vocab_size == ByteTokenizer.n_vocab:
         tokenizer = ByteTokenizer()
     else:
-        raise ValueError(f"{folder} holds no tokenizer.json or tokenizer.model: name one with --tokenizer")
+        raise ValueError(f"no tokenizer.json or tokenizer.model in {folder}: name one with --tokenizer")
     if tokenizer.n_vocab > vocab_size:
         raise ValueError(f"tokenizer {tokenizer.name} makes ids up to {tokenizer.n_vocab - 1}, the model's vocabulary is "
                          f"{vocab_size}: they do not belong together")

@@ -34,7 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 import niah
 import sparse
 import weights
-from data import get_tokenizer, tokenizer_of
+from data import tokenizer_of
 from model import Transformer
 
 BUDGETS = "1/4", "1/8", "1/16"
@@ -385,14 +385,6 @@ def newest_runs(folder="out"):
     return [run for run in runs if all(settings[run][key] == settings[runs[-1]][key] for key in ("recipe", "context_len"))]
 
 
-def tokenizer_for(path, vocab_size, spec=None):
-    """The tokenizer `spec` names, else the one beside the model at `path`. ValueError if it does not fit the model."""
-    if spec:
-        get_tokenizer(spec)  # says so if there is none
-    path = weights.resolve(path)
-    return tokenizer_of(spec or (path if path.is_dir() else path.parent), vocab_size)
-
-
 def commit():
     """The commit of this code, "+dirty" if files differ from it."""
     git = lambda *words: subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True,
@@ -445,7 +437,7 @@ def flags():
     add("--methods", nargs="+", default=METHODS, metavar="METHOD", help="for sparse.parse, e.g. moba:budget=1/8+snapkv:"
         "budget=1/4; budgets in tokens or of --context_len; block_size and window default to 1/64 of it, 8 to 64; dense is "
         "always added")
-    add("--tasks", nargs="+", choices=niah.TASKS, metavar="TASK", help=f"{', '.join(niah.TASKS)}; None: those that fit")
+    add("--tasks", nargs="+", choices=niah.TASKS, metavar="TASK", help=f"{', '.join(niah.TASKS)}; None: those the first model was trained on, or that fit")
     add("--samples", type=positive, default=64, help="examples per task; the paper has 500")
     add("--context_len", type=positive, metavar="TOKENS", help="prompt and answer together; None: the first model's")
     add("--max_new_tokens", type=positive, metavar="TOKENS", help="room for the answer; None: 128 from 2048 on, else 48")
@@ -476,7 +468,7 @@ def prepare(args):
     settings = {path: weights.read(path)[0] for path in args.ckpt}  # all, so that a wrong path is known now
     names = [Path(path).absolute().name for path in settings]
     labels = {path if names.count(name) > 1 else name: path for path, name in zip(settings, names)}
-    tokenizers = {label: tokenizer_for(path, settings[path]["vocab_size"], args.tokenizer) for label, path in labels.items()}
+    tokenizers = {label: tokenizer_of(weights.resolve(path), settings[path]["vocab_size"], args.tokenizer) for label, path in labels.items()}
     args.context_len = args.context_len or settings[args.ckpt[0]]["context_len"]
     args.max_new_tokens = args.max_new_tokens or niah.default_new_tokens(args.context_len)
     args.out = args.out or time.strftime("out/niah-%Y%m%d-%H%M%S")
@@ -487,7 +479,9 @@ def prepare(args):
 
 
 def choose_tasks(args, tokenizers):
-    """--tasks, else those that fit in the tokens of every model."""
+    """--tasks, else those that train.py trained the first model on, else those that fit in the tokens of every model."""
+    run = weights.resolve(args.ckpt[0]) / "train.json"
+    args.tasks = args.tasks or (json.loads(run.read_text())["settings"]["tasks"] if run.exists() else None)
     fitting = [niah.fitting_tasks(args.context_len, tokenizer, args.protocol, args.max_new_tokens) for tokenizer in tokenizers]
     tasks = args.tasks or [task for task in niah.TASKS if all(task in those for those in fitting)]
     if not tasks:

@@ -77,7 +77,7 @@ PRESETS = {
 }
 
 
-LAYER_DICE = 0x2545F4914F6CDD1D  # any large odd number: gives each layer dice of its own
+LAYER_DICE = 0x9E3779B97F4A7D  # any large odd number gives each layer dice of its own; 2**63 holds 127 times this one
 
 
 @dataclass
@@ -439,6 +439,7 @@ class Cache:
         copy = object.__new__(Cache)
         for field, value in vars(self).items():
             setattr(copy, field, [clone(x) for x in value] if isinstance(value, list) else clone(value))
+        copy.selected = [None for _ in self.selected]  # large after a MoBA prefill
         return copy
 
     def grow(self, T, lengths, real):

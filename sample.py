@@ -12,7 +12,9 @@ import torch
 
 import niah
 import sparse
-from eval_niah import Meter, newest_runs, positive, sized, tokenizer_for, usable_device
+import weights
+from data import tokenizer_of
+from eval_niah import Meter, newest_runs, positive, sized, usable_device
 from model import Transformer
 
 
@@ -39,7 +41,7 @@ def run(args):
         raise ValueError(f"--temperature {args.temperature}: at least 0")
     path = args.ckpt or newest_runs()[-1]
     model = Transformer.from_pretrained(path, torch.bfloat16 if args.device.startswith("cuda") else torch.float32, args.device)
-    tokenizer = tokenizer_for(path, model.config.vocab_size, args.tokenizer)
+    tokenizer = tokenizer_of(weights.resolve(path), model.config.vocab_size, args.tokenizer)
     context_len = args.context_len or model.config.context_len
     prompt, methods = args.prompt, [args.method]
     if prompt is None:

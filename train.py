@@ -63,7 +63,7 @@ RECIPES = {
 
 
 def flags():
-    parser = argparse.ArgumentParser(description="Train a model; with no flags, a lesson of a few minutes.",
+    parser = argparse.ArgumentParser(description="Train a model; with no flags, a lesson of a few minutes.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")
     add = parser.add_argument
@@ -71,24 +71,24 @@ def flags():
     # what to train
     add("--preset", choices=PRESETS, metavar="NAME", help="a new model: " + ", ".join(PRESETS))
     add("--init", metavar="PATH", help="or a model to start from: anything that Transformer.from_pretrained loads")
-    add("--memory", choices=["on", "off"], help="the decaying memory: on adds one to an --init without; default: as preset or init")
-    add("--arl", type=int, metavar="TOKENS", help="length that ARL teaches the memory, 0 for none; default: 64 with a memory")
+    add("--memory", choices=["on", "off"], help="the decaying memory: on adds one to an --init without; None: as it is")
+    add("--arl", type=int, metavar="TOKENS", help="length that ARL teaches the memory, 0 for none; None: 64 with a memory")
     # on what
     add("--data", default="niah", metavar="niah|DIR", help="needles made on the fly, or token shards that data.py wrote")
-    add("--tokenizer", metavar="SPEC", help="as in data.py; default: the one beside --init, bytes for our presets")
-    add("--context_len", type=int, metavar="TOKENS", help="length of a sequence; default: the model's")
+    add("--tokenizer", metavar="SPEC", help="as in data.py; None: the one beside --init, bytes for our presets")
+    add("--context_len", type=int, metavar="TOKENS", help="length of a sequence; None: the model's")
     add("--protocol", default="base", choices=niah.PROTOCOLS, help="needles: base (RULER's answer prefix) or sft (the question alone)")
-    add("--tasks", nargs="+", choices=niah.TASKS, metavar="TASK", help="needles: which of RULER's; default: those that fit")
+    add("--tasks", nargs="+", choices=niah.TASKS, metavar="TASK", help="needles: which of RULER's; None: those that fit")
     add("--drills", type=float, default=0.0, metavar="SHARE", help="needles: so long, drills alone; then 30 %% drills (0: none)")
     add("--many", type=float, default=0.5, metavar="SHARE", help="needles: share of samples with many questions")
     add("--other_weight", type=float, default=0.1, metavar="W", help="needles: loss weight of tokens that are no answer")
-    add("--haystack", metavar="FILE", help="needles: text of the essays; default: Python's help pages")
+    add("--haystack", metavar="FILE", help="needles: text of the essays; None: Python's help pages")
     # how long, how fast
     add("--steps", type=int, default=1000, help="batches")
     add("--batch", type=int, default=64, help="sequences per step, over all GPUs")
     add("--device_batch", type=int, default=16, help="sequences per GPU at a time; the rest is accumulated")
     add("--lr", type=float, default=1e-3, help="peak learning rate")
-    add("--memory_lr", type=float, help="that of the memory's gates; default: the same")
+    add("--memory_lr", type=float, help="that of the memory's gates; None: the same")
     add("--min_lr", type=float, default=0.0, help="where the cosine ends")
     add("--warmup", type=float, default=0.05, metavar="SHARE", help="of the steps, linear")
     add("--weight_decay", type=float, default=0.1, help="on all parameters, as RAT+")
@@ -96,10 +96,10 @@ def flags():
     add("--seed", type=int, default=0, help="of weights and data")
     # where, and what is kept
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--compile", choices=["on", "off"], help="torch.compile; default: on with a GPU")
-    add("--workers", type=int, help="processes that make batches; default: 8 with a GPU, else 0")
+    add("--compile", choices=["on", "off"], help="torch.compile; None: on with a GPU")
+    add("--workers", type=int, help="processes that make batches; None: 8 with a GPU, else 0")
     add("--out", default="out", metavar="DIR", help="folder of all runs")
-    add("--name", help="this run's folder in it; default: the recipe's or preset's name")
+    add("--name", help="this run's folder in it; None: the recipe's or preset's name")
     add("--log_every", type=int, default=20, help="steps between printed lines; log.jsonl has every step")
     add("--eval_every", type=int, default=200, help="steps between validations")
     add("--save_every", type=int, default=200, help="steps between checkpoints; the last two are kept")
@@ -266,7 +266,7 @@ FREE = {"resume", "device", "workers", "compile", "device_batch", "log_every", "
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gather what fully_shard has spread
 
 
-def save(run, step, model, optimizer, args, tokenizer_from, rank):
+def save(run, step, model, optimizer, args, rank):
     """run/step_N: the model as save_pretrained writes it, optimizer.safetensors, train.json. Whole or not at all."""
     state, momenta = get_model_state_dict(model, options=WHOLE), get_optimizer_state_dict(model, optimizer, options=WHOLE)
     if rank == 0:
@@ -276,7 +276,7 @@ def save(run, step, model, optimizer, args, tokenizer_from, rank):
             weights.write(temporary, model.config, state)
             flat = {f"{name}/{key}": value for name, entry in momenta["state"].items() for key, value in entry.items()}
             weights.whole_or_nothing(temporary / "optimizer.safetensors", lambda file: save_file(flat, file))
-            for file in tokenizer_files(tokenizer_from):
+            for file in tokenizer_files(Path(args.tokenizer or args.init or ".")):
                 shutil.copy(file, temporary)
             (temporary / "train.json").write_text(json.dumps({"step": step, "settings": vars(args)}, indent=1))
             os.rename(temporary, final)
@@ -316,7 +316,7 @@ def restore_optimizer(path, model, optimizer):
 # ---------------------------------------------------------------- the loop
 
 def train(args):
-    """One run. Returns its newest checkpoint's path and its last validation."""
+    """One run. Returns its newest checkpoint's path and the last line of its log."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     say = print if rank == 0 else lambda *_, **__: None
     on_gpu = args.device.startswith("cuda")
@@ -329,12 +329,14 @@ def train(args):
 
     # what to train on what
     model = make_model(args)
-    tokenizer = tokenizer_of(args.tokenizer or args.init, model.config.vocab_size)
+    tokenizer = tokenizer_of(args.init, model.config.vocab_size, args.tokenizer)
     training, validation = make_data(args, tokenizer, model.config.vocab_size)
     run = Path(args.out) / args.name
     checkpoint, first_step = newest(run, args)
     if checkpoint:
         model = Transformer.from_pretrained(checkpoint, dtype=torch.float32)
+    elif args.preset:
+        model.config = replace(model.config, context_len=args.context_len)
     model.to(args.device)
     n_parameters, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token(args.context_len)
     passes = arl_passes(args.arl)
@@ -368,7 +370,7 @@ def train(args):
     stop = []  # ctrl-C and kill end the run after the step, with a checkpoint
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
 
-    entry, started, step = {}, time.time(), first_step
+    started, step = time.time(), first_step
     for step, (tokens, weight) in enumerate(batches(training, args, first_step, rank, world), start=first_step + 1):
         tokens, weight = tokens.to(args.device, non_blocking=True), weight.to(args.device, non_blocking=True)
         whole_weight, = summed(weight[:, 1:].sum().item())
@@ -405,7 +407,7 @@ def train(args):
                 + (f"  validation {entry['val_loss']:.3f}, {entry['val_accuracy']:.1%} of answer tokens right" if "val_loss" in entry else "")
                 + f"  lr {entry['lr']:.1e}  norm {entry['grad_norm']:.2f}  {speed:,.0f} tokens/s  {left:.1f} min left", flush=True)
         if step % args.save_every == 0 or last:
-            save(run, step, model, optimizer, args, args.tokenizer or args.init, rank)
+            save(run, step, model, optimizer, args, rank)
         if stop:
             break
     if log:
@@ -415,20 +417,31 @@ def train(args):
     if stop:
         say(f"{run}: stopped after step {step}; go on with the same command and --resume")
         sys.exit(130)
-    checkpoint, step = newest(run, argparse.Namespace(**{**vars(args), "resume": True}))
+    checkpoint = weights.resolve(run)
     say(f"{run}: done, {checkpoint}")
-    return checkpoint, entry
+    return checkpoint, json.loads(log_file.read_text().splitlines()[-1])
 
 
 # ---------------------------------------------------------------- python train.py
 
 def lesson():
-    """The same needles for a model without and one with the memory, then the same sparse methods on both."""
+    """The same needles, in the same order, for a model without and one with the memory; then both are asked for some."""
+    import eval_niah  # here, because it is not needed to train
     recipe = "nano" if torch.cuda.is_available() else "pico"
-    checkpoints = []
+    print(f"Two models from scratch, recipe {recipe}: 'attention' is OLMo 2's form, 'memory' the same with Eq. 1 on its keys "
+          "and values. Ctrl-C stops; the same command goes on.\n")
+    results = {}
     for name, memory in ("attention", "off"), ("memory", "on"):
-        args = parse([f"--recipe={recipe}", f"--memory={memory}", f"--name={name}", "--resume"])
-        checkpoints.append(train(args)[0])
+        arl = ["--arl=0"] if memory == "off" else []
+        args = parse([f"--recipe={recipe}", f"--memory={memory}", f"--name={name}", "--resume", *arl])
+        results[name] = *train(args), args
+        print()
+    for name, (checkpoint, last, args) in results.items():
+        print(f"{name:10} loss per answer token {last['val_loss']:.2f}, {last['val_accuracy']:.0%} of answer tokens right")
+    print("\nNow they write their answers themselves, reading all of the prompt or a quarter of it:\n")
+    eval_niah.main(["--ckpt", *(str(Path(args.out) / name) for name in results), "--samples=32",
+                    "--methods", "quest:budget=1/4", "--out=out/lesson"])
+    print("\nNext: python eval_niah.py (all methods and budgets)   python sample.py (one prompt, to read)")
 
 
 def main():

@@ -1,0 +1,250 @@
+"""
+train.py: the schedule, resuming, accumulation and processes all leave the same numbers. Tiny models, a few steps.
+"""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import eval_niah
+import train
+import weights
+from conftest import ORACLE
+from model import PRESETS, Config, Transformer
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+TINY = Config(257, n_layer=1, width=32, n_head=2, n_kv_head=2, mlp_width=64, context_len=512, eos_id=256)
+BASE = ["--preset=pico", "--memory=on", "--arl=16", "--tasks", "niah_single_1", "--drills=0.5", "--steps=4", "--batch=4",
+        "--log_every=1", "--eval_every=4", "--save_every=2", "--device=cpu"]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setitem(PRESETS, "pico", TINY)
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*flags):
+    return train.train(train.parse([*BASE, *flags]))
+
+
+def log_of(name):
+    rows = [json.loads(line) for line in Path("out", name, "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def assert_same_files(a, b):
+    for name in "model.safetensors", "optimizer.safetensors":
+        a_tensors, b_tensors = load_file(a / name), load_file(b / name)
+        assert a_tensors.keys() == b_tensors.keys()
+        for key in a_tensors:
+            assert torch.equal(a_tensors[key], b_tensors[key]), key
+
+
+def test_learning_rate_is_the_official_schedule():
+    """An off-by-one in warm-up or cosine would train other models than the paper's."""
+    official = json.loads((ORACLE / "ratplus.json").read_text())["lr_schedule"]
+    args = train.parse(["--preset=pico", f"--steps={official['steps']}", f"--lr={official['base']}",
+                        f"--min_lr={official['min']}", f"--warmup={official['warmup']}"])
+    ours = [train.learning_rate(step, args) * args.lr for step in range(official["steps"])]
+    assert ours == pytest.approx(official["lr"][:official["steps"]], rel=1e-6)
+
+
+def test_resumed_run_equals_uninterrupted_run():
+    """State that a checkpoint forgets (moments, position in the data, schedule) would change the weights."""
+    whole, _ = run("--name=whole")
+    run("--name=parts")
+    shutil.rmtree("out/parts/step_0000004")
+    resumed, _ = run("--name=parts", "--resume")
+    assert_same_files(whole, resumed)
+    assert log_of("whole") == log_of("parts")
+
+
+def test_killed_run_goes_on_as_if_nothing_had_happened():
+    """kill -9 between two checkpoints must cost the steps since the last one, and nothing else."""
+    script = f"import sys; sys.path[:0] = {[str(TRAIN.parent), str(Path(__file__).parent)]}; import torch; torch.set_num_threads(1)\n" \
+             f"import train, model, test_train; model.PRESETS['pico'] = test_train.TINY; train.main()"
+    command = [sys.executable, "-c", script, *BASE, "--name=killed", "--steps=60", "--eval_every=60"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not Path("out/killed/step_0000004").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    run("--name=killed", "--resume", "--steps=60", "--eval_every=60")
+    run("--name=whole", "--steps=60", "--eval_every=60")
+    assert_same_files(Path("out/killed/step_0000060"), Path("out/whole/step_0000060"))
+    assert log_of("killed") == log_of("whole")
+
+
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(capsys, monkeypatch):
+    """An interrupted run must keep its last step, end with status 130 and a line, and restore the handlers."""
+    original, calls = train.losses, []
+
+    def interrupt(*args):
+        calls.append(1)
+        if len(calls) == 5:  # in step 3 of 4: two passes each
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+    monkeypatch.setattr(train, "losses", interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as stop:
+        run("--name=stopped")
+    assert stop.value.code == 130 and "--resume" in capsys.readouterr().out
+    assert Path("out/stopped/step_0000003/config.json").exists()
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_accumulation_changes_nothing_but_rounding():
+    """Averaging micro-batches instead of weighting them by their answers would change the loss."""
+    run("--name=whole")
+    run("--name=parts", "--device_batch=1")
+    for a, b in zip(log_of("whole"), log_of("parts")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["arl_loss"] == pytest.approx(b["arl_loss"], rel=1e-4)
+
+
+def test_two_processes_train_like_one():
+    """Ranks that see the same samples, or gradients averaged instead of summed, would give another curve."""
+    script = Path("ranks.py")
+    script.write_text(f"import sys; sys.path[:0] = {[str(TRAIN.parent), str(Path(__file__).parent)]}\n"
+                      "import torch; torch.set_num_threads(1)\n"
+                      "import train, model, test_train; model.PRESETS['pico'] = test_train.TINY; train.main()\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", str(script)]
+    result = subprocess.run([*command, *BASE, "--name=two"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    one, _ = run("--name=one")
+    for a, b in zip(log_of("one"), log_of("two"), strict=True):
+        for key in "loss", "arl_loss", "grad_norm", "lr":
+            assert a[key] == pytest.approx(b[key], rel=2e-3), (a["step"], key)
+    two = Path("out/two/step_0000004")
+    a, b = Transformer.from_pretrained(one), Transformer.from_pretrained(two)
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=2e-3, rtol=0, msg=name)  # Adam's first steps are lr-sized, lr is 1e-3
+    # and what two have begun, one can end
+    shutil.rmtree(two)
+    resumed, _ = run("--name=two", "--resume")
+    assert Transformer.from_pretrained(resumed).config == a.config
+
+
+def test_two_groups_learn_at_their_own_rates(monkeypatch):
+    """A gate in the wrong group would stall or spike in continued pretraining."""
+    args = train.parse([*BASE, "--lr=1e-4", "--memory_lr=1e-2"])
+    model = train.make_model(args)
+    optimizer = train.make_optimizer(model, args)
+    peak = {id(p): group["peak"] for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        assert peak[id(p)] == (1e-2 if "memory_proj" in name else 1e-4), name
+
+
+def test_arl_is_two_optimizer_steps_on_one_batch_at_one_rate():
+    """One step on the sum of both losses is another algorithm."""
+    checkpoint, _ = run("--name=arl")
+    moments = load_file(checkpoint / "optimizer.safetensors")
+    assert {int(value) for key, value in moments.items() if key.endswith("/step")} == {8}  # 4 batches
+    checkpoint, last = run("--name=dense", "--arl=0")
+    moments = load_file(checkpoint / "optimizer.safetensors")
+    assert {int(value) for key, value in moments.items() if key.endswith("/step")} == {4} and "arl_loss" not in last
+
+
+def test_training_learns():
+    """A sign error, or targets not shifted by one, would leave the loss at ln 257 = 5.5."""
+    _, last = run("--name=learn", "--steps=40", "--lr=1e-2", "--arl=0", "--eval_every=40", "--save_every=40")
+    assert last["loss"] < 3.5
+
+
+def test_loss_weighs_answers_and_ignores_padding():
+    """The loss is the mean over weighted targets; tokens[0] is never a target."""
+    model = Transformer(TINY)
+    tokens, weight = torch.randint(257, (2, 9)), torch.rand(2, 9)
+    logp = model(tokens[:, :-1]).log_softmax(-1)
+    expected = -(logp.gather(-1, tokens[:, 1:, None]).squeeze(-1) * weight[:, 1:]).sum()
+    torch.testing.assert_close(train.losses(model, tokens, weight, None, train.nullcontext()), expected)
+
+
+def test_shards_train_and_are_checked_against_the_vocabulary():
+    """Text from data.py trains through the same loop; a foreign vocabulary is refused before the first step."""
+    data.save_shard(Path("shards/000000.bin") if Path("shards").mkdir() is None else None,
+                    [(data.ByteTokenizer().encode("to be or not to be. " * 20) + [256]) for _ in range(200)], 257, "bytes", 0)
+    _, last = run("--name=text", "--data=shards", "--context_len=64", "--arl=0", "--drills=0")
+    assert last["val_loss"] < 5.5
+    with pytest.raises(ValueError, match="vocabulary"):
+        train.Text(train.parse([*BASE, "--data=shards", "--context_len=64"]), 100, "train")
+
+
+def test_memory_is_added_to_a_trained_model_and_the_run_is_its_own():
+    """Continued pretraining: --init a run without memory, --memory=on."""
+    run("--name=plain", "--memory=off", "--arl=0")
+    flags = [flag for flag in BASE if not flag.startswith("--preset")]
+    checkpoint, last = train.train(train.parse([*flags, "--init=out/plain", "--name=more"]))
+    assert Transformer.from_pretrained(checkpoint).config.memory and "arl_loss" in last
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--preset=pico", "--stepz=3"], "stepz"),
+    (["--preset=huge"], "invalid choice"),
+    ([], "--preset"),
+    (["--preset=pico", "--init=x"], "one of --preset"),
+    (["--preset=pico", "--batch=6", "--device_batch=4"], "does not divide"),
+    (["--preset=pico", "--memory=off", "--arl=64"], "--arl"),
+    (["--init=nowhere"], "nowhere"),
+    (["--preset=pico", "--context_len=100"], "too short"),
+    (["--preset=pico", "--data=nowhere"], "nowhere"),
+    (["--preset=pico", "--tokenizer=nowhere"], "nowhere"),
+    (["--preset=olmo2-1b", "--context_len=512"], "--tokenizer"),
+])
+def test_bad_flags_are_one_line_and_exit_2(flags, message, capsys, monkeypatch):
+    """A traceback tells a user nothing."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--device=cpu"])
+    monkeypatch.setitem(PRESETS, "olmo2-1b", Config(1000, n_layer=1, width=32, n_head=2, n_kv_head=2, mlp_width=64))
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1, error
+
+
+def test_runs_do_not_mix():
+    """A second run under the same name must neither overwrite the first nor go on with other settings."""
+    run("--name=one")
+    with pytest.raises(ValueError, match="--resume"):
+        run("--name=one")
+    with pytest.raises(ValueError, match="--lr=0.001"):
+        run("--name=one", "--resume", "--lr=0.5")
+
+
+def test_failed_save_leaves_the_last_checkpoint(monkeypatch):
+    """A full disk at step 4 must not take step 2 with it, nor leave half a checkpoint."""
+    original = train.save_file
+    monkeypatch.setattr(train, "save_file", lambda flat, file: original(flat, file) if "0000002" in str(file) else
+                        (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(OSError, match="step 4.*No space left"):
+        run("--name=full")
+    assert [path.name for path in sorted(Path("out/full").iterdir())] == ["log.jsonl", "step_0000002"]
+    monkeypatch.undo()
+
+
+def test_loss_that_is_not_finite_stops_the_run():
+    """Hours of NaN must not overwrite good checkpoints."""
+    with pytest.raises(FloatingPointError, match="step"):
+        run("--name=nan", "--lr=1e30", "--clip=1e30", "--steps=20")
+
+
+def test_lesson_trains_both_models_and_compares_them(monkeypatch, capsys):
+    """`python train.py` without a flag, in small: it ends with a table, and again without training."""
+    monkeypatch.setitem(train.RECIPES, "pico", {**train.RECIPES["pico"], "steps": 2})
+    monkeypatch.setattr(train.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(eval_niah.niah, "default_new_tokens", lambda context_len: 12)
+    for _ in range(2):
+        train.lesson()
+        text = capsys.readouterr().out
+        assert "attention" in text and "memory" in text and "quest" in text and "python eval_niah.py" in text
+    assert "goes on from" in text
+    assert weights.resolve("out/memory").name == "step_0000002"
