@@ -193,9 +193,13 @@ def get_tokenizer(spec):
 
 
 def tokenizer_files(folder):
-    """The tokenizer's files in a model's folder; none for bytes."""
+    """The files of a tokenizer in this folder, if any."""
     names = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
     return [Path(folder) / name for name in names if (Path(folder) / name).is_file()]
+
+
+def folder_of(path):
+    return Path(path) if Path(path).is_dir() else Path(path).parent
 
 
 def tokenizer_of(model, vocab_size, spec=None):
@@ -203,15 +207,14 @@ def tokenizer_of(model, vocab_size, spec=None):
     The tokenizer of a model at the path `model` (None: there is none yet): the one that spec names, else the files beside
     the model, else bytes if the vocabulary is theirs. ValueError if there is none, or if it makes ids that the model lacks.
     """
-    folder = None if model is None else Path(model) if Path(model).is_dir() else Path(model).parent
     if spec:
         tokenizer = get_tokenizer(spec)
-    elif folder and tokenizer_files(folder):
-        tokenizer = get_tokenizer(folder)
+    elif model is not None and tokenizer_files(folder_of(model)):
+        tokenizer = get_tokenizer(folder_of(model))
     elif vocab_size == ByteTokenizer.n_vocab:
         tokenizer = ByteTokenizer()
     else:
-        raise ValueError(f"no tokenizer.json or tokenizer.model in {folder}: name one with --tokenizer")
+        raise ValueError(f"no tokenizer.json or tokenizer.model beside {model or 'a new model'}: name one with --tokenizer")
     if tokenizer.n_vocab > vocab_size:
         raise ValueError(f"tokenizer {tokenizer.name} makes ids up to {tokenizer.n_vocab - 1}, the model's vocabulary is "
                          f"{vocab_size}: they do not belong together")
@@ -477,7 +480,7 @@ def write_shards(docs, total, out, spec, shard_tokens, workers, job):
         n_shards += 1
     if not n_shards:
         raise ValueError(f"no documents in the input; nothing was written to {out}")
-    print(f"{n_tokens:,} tokens in {n_shards} shards. Next: python train.py --data={out}")
+    print(f"{n_tokens:,} tokens in {n_shards} shards. Next: python train.py --preset=pico --data={out}")
 
 
 def count(text):

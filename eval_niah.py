@@ -481,7 +481,7 @@ def prepare(args):
 def choose_tasks(args, tokenizers):
     """--tasks, else those that train.py trained the first model on, else those that fit in the tokens of every model."""
     run = weights.resolve(args.ckpt[0]) / "train.json"
-    args.tasks = args.tasks or (json.loads(run.read_text())["settings"]["tasks"] if run.exists() else None)
+    args.tasks = args.tasks or (json.loads(run.read_text())["settings"].get("tasks") if run.exists() else None)
     fitting = [niah.fitting_tasks(args.context_len, tokenizer, args.protocol, args.max_new_tokens) for tokenizer in tokenizers]
     tasks = args.tasks or [task for task in niah.TASKS if all(task in those for those in fitting)]
     if not tasks:
@@ -531,7 +531,7 @@ def run(args):
     print(" ".join(methods.values()), flush=True)
 
     results, progress = [], Progress(n_prompts * n_methods)
-    report = {"command": shlex.join(["python", "eval_niah.py", *args.argv]), "commit": commit(), "device": device,
+    report = {"command": shlex.join(["python", Path(sys.argv[0]).name, *args.argv]), "commit": commit(), "device": device,
               "torch": torch.__version__, "settings": vars(args), "finished": False, "results": results}
     for label, path in labels.items():
         model, tokenizer = Transformer.from_pretrained(path, getattr(torch, args.dtype), args.device), tokenizers[label]

@@ -5,7 +5,7 @@ The decaying memory: before attention, each key and value becomes an average of 
     v~[t] = g[t] * v~[t-1] + (1 - g[t]) * v[t]        the same gate for both
 
 This is Eq. 1 of arXiv 2605.28640, from RAT+ (arXiv 2602.18196). It sits right after the projections: before QK-norm
-and before RoPE. One key then speaks for the few tokens before it too, so a selector that finds one of them finds all.
+and before RoPE. A key then carries a fading trace of the tokens before it, so a selector has more than one way to find them.
 
 One recurrence in three forms, clearest first; tests/test_memory.py holds them equal, in values and in gradients:
 
@@ -13,8 +13,8 @@ One recurrence in three forms, clearest first; tests/test_memory.py holds them e
     memory_scan   all t at once in O(log T) steps, for training and prefill.
     memory_step   one t, for decoding, carrying the state from call to call.
 
-Then active recurrence learning, which teaches a model to use its memory, and effective_length, which measures how far
-back a trained memory reaches. Read model.py first; sparse.py, which selects among k~, is next.
+Then active recurrence learning (ARL), which teaches a model to use its memory, and effective_length, which measures how far
+back a trained memory reaches. Read model.py first; sparse.py, which selects among k~ and defines Dilated, is next.
 
 Letters: B batch, T tokens, KV key/value heads, D head width.
 """

@@ -61,7 +61,7 @@ RATPLUS = dict(vocab_size=32000, rope_theta=10000.0, tied=True, pre_norm=True, q
                output_gate=True, memory=True)
 PRESETS = {
     # ours, over bytes (256 values and the end of text): to train in minutes
-    "pico": Config(257, n_layer=2, width=128, n_head=4, n_kv_head=4, mlp_width=384, context_len=512,        # 0.5M
+    "pico": Config(257, n_layer=2, width=96, n_head=3, n_kv_head=3, mlp_width=256, context_len=512,         # 0.3M
                    rope_theta=10000.0, eos_id=256),
     "nano": Config(257, n_layer=8, width=512, n_head=8, n_kv_head=8, mlp_width=1408, context_len=2048,      # 26M
                    rope_theta=10000.0, eos_id=256),
@@ -88,11 +88,11 @@ class Feed:
     sparse: Dense                # the method
     lengths: torch.Tensor | None  # (B,)    real tokens per row in this call; None: all T
     real: torch.Tensor | None    # (B, T)   True where there is a real token; None: everywhere
-    dice: torch.Tensor | None    # (B, T)   a hash of the row's tokens so far, for the random selectors
-    # with a cache:
+    dice: torch.Tensor | None    # (B, T)   a hash of the row's tokens so far: chance for H2's selectors, else ignored
     position: torch.Tensor       # (1 or B, T)  each token's
+    # with a cache, whose places for tokens are called slots (see Cache):
     start: object = 0            # int, or (B,)  the slot of the first token
-    slots: tuple = ()            # index of all real tokens' slots in a (B, slots, ...) tensor of the cache
+    slots: tuple = ()            # index of the real tokens' slots in a (B, max_len, ...) tensor
 
 
 # ---------------------------------------------------------------- the model
@@ -259,7 +259,10 @@ class Transformer(nn.Module):
 
 
 def init(module):
-    """Normal weights of std 0.02 (OLMo 2 and RAT+ alike), biases 0: a memory trained from scratch starts at g = 1/2."""
+    """
+    Normal weights of std 0.02 (OLMo 2 and RAT+ alike), biases 0. A memory trained from scratch thus starts at g = 1/2;
+    one that a trained model is given (add_memory) must first leave k and v almost as they are.
+    """
     if not isinstance(module, (nn.Linear, nn.Embedding)) or module.weight.is_meta:
         return
     nn.init.normal_(module.weight, std=0.02)
@@ -332,7 +335,7 @@ class Attention(nn.Module):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.memory_proj is not None:
             k, v = self.remember(x, heads(k), heads(v), feed, cache)
-            k = k.flatten(2)
+            k = k.flatten(2)  # QK-norm spans the whole projection, all heads together
         q, k, v = heads(self.q_norm(q)), heads(self.k_norm(k)), v.view(B, T, -1, self.config.head_width)
         q, k = rotate(q, feed), rotate(k, feed)
 
@@ -351,7 +354,7 @@ class Attention(nn.Module):
         if not self.config.pre_norm:
             x = F.rms_norm(x, x.shape[-1:], eps=self.config.norm_eps)
         gate = self.memory_proj(x).view_as(k)
-        if feed.real is not None:  # g = 1: what was remembered passes padding unchanged
+        if feed.real is not None:  # g = 1 and 1 - g = 0: padding adds nothing, and what was remembered passes unchanged
             gate = gate.masked_fill(~feed.real[..., None, None], torch.inf)
         form = memory_step if k.shape[1] == 1 else memory_scan
         if cache is None:
@@ -419,7 +422,8 @@ class Cache:
         self.v = [torch.zeros(entries, device=device, dtype=dtype) for _ in layers]
         self.positions = [None for _ in layers]  # (B, slots, KV), once compressed
         self.state = [None for _ in layers]      # (2, B, KV, D) fp32, of the memory
-        # each row's last queries, the newest at the end: SnapKV asks what they attend to
+        # each row's last queries, the newest at the end: SnapKV asks what they attend to. Kept whatever the method is, as a
+        # fork of this cache may be SnapKV's
         queries = B, window, config.n_head, config.head_width
         self.recent_q = [torch.zeros(queries, device=device, dtype=dtype) for _ in layers]
         self.selected = [None for _ in layers]   # what the method read in the last call, in the words of sparse.py

@@ -12,7 +12,7 @@ held by the hashes of its own prompts in tests/test_niah.py. Here otherwise, on 
     RULER's essays are Paul Graham's, cut into sentences by nltk; here any text, cut after . ! or ? (quotes included).
     The default is the prose of Python's own help pages (pydoc_data.topics), which needs no download.
 
-Two protocols (DESIGN.md, decision 11). "base": RULER's prompt, which ends in the opening of the answer ("... is");
+Two protocols. "base": RULER's prompt, which ends in the opening of the answer ("... is");
 the model goes on with " 123, 456". "sft", as official RAT+: the prompt ends with the question, the answer is "123,456".
 Both scores read both forms. Training samples are at the end; train.py and eval_niah.py use this file.
 """

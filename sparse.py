@@ -29,7 +29,7 @@ hash a row's tokens so far and the layer: only the random selectors of H2 read t
 
 Selection is per KV head: scores are averaged over the G query heads of its group (see `per_kv_head`). The originals
 know no groups: they repeat k and v up to H heads and select for each. Checked against them in tests/test_sparse.py.
-Read kernels.py next for the same in Triton (once it is there), model.py for who calls the hooks.
+model.py calls the hooks; read niah.py next for what they are asked to find.
 """
 import math
 from dataclasses import dataclass, fields, replace
@@ -293,8 +293,25 @@ class Dilated(Dense):
         return keep & (j <= i)
 
     def prefill(self, q, k, v, start, dice):
-        keep = self.pattern(query_slots(q, start)[:, None, :, None], torch.arange(k.shape[1], device=q.device))
+        slot = query_slots(q, start)                                                           # (1 or B, Tq)
+        if self.local == 0:  # then all queries share their few keys, but for their own
+            return self.attend_to_shared(q, k, v, slot), None
+        keep = self.pattern(slot[:, None, :, None], torch.arange(k.shape[1], device=q.device))
         return attend(q, k, v, keep), None  # keep: (1 or B, 1, Tq, Tk)
+
+    def attend_to_shared(self, q, k, v, slot):
+        """The pattern with local=0 in Tq * Tk / dilation products: M shared keys, and each query's own. -> (B, Tq, H, D)"""
+        B, Tk, KV, D = k.shape
+        j = torch.arange(Tk, device=q.device)
+        shared = j[self.pattern(Tk, j)]                                                        # (M,) read from afar
+        own = slot.expand(B, -1)[..., None, None].expand(-1, -1, KV, D)                        # (B, Tq, KV, D)
+        q = q.unflatten(2, (KV, -1)) / math.sqrt(D)                                            # (B, Tq, KV, G, D)
+        to_shared = torch.einsum("btkgd,bmkd->btkgm", q, k[:, shared])
+        to_shared = to_shared.masked_fill(shared >= slot[:, :, None, None, None], NEVER)       # its own comes by itself
+        to_own = (q * k.gather(1, own).unsqueeze(3)).sum(-1, keepdim=True)
+        p = torch.cat([to_shared, to_own], dim=-1).float().softmax(-1).to(v.dtype)             # (B, Tq, KV, G, M + 1)
+        y = torch.einsum("btkgm,bmkd->btkgd", p[..., :-1], v[:, shared]) + p[..., -1:] * v.gather(1, own).unsqueeze(3)
+        return y.flatten(2, 3)
 
     def decode(self, q, cache):
         slot = torch.arange(cache.k.shape[1], device=q.device)

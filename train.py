@@ -37,14 +37,14 @@ from torch.nn import functional as F
 
 import niah
 import weights
-from data import Shards, tokenizer_files, tokenizer_of
+from data import Shards, folder_of, tokenizer_files, tokenizer_of
 from memory import arl_passes, effective_length
 from model import PRESETS, Transformer
 
 # What --recipe sets; a flag given beside it wins. The paper's: arXiv 2605.28640 and the configs of official RAT+.
 RECIPES = {
     # the lesson of `python train.py`, on a CPU and on a GPU
-    "pico": dict(preset="pico", context_len=512, tasks=["niah_single_1", "niah_single_2"], drills=0.5, many=0.3, steps=1400,
+    "pico": dict(preset="pico", context_len=512, tasks=["niah_single_1", "niah_single_2"], drills=0.5, many=0.3, steps=1600,
                  batch=4, device_batch=4, lr=3e-3, arl=32, log_every=100, eval_every=200, save_every=700),
     "nano": dict(preset="nano", context_len=1024, drills=0.3, many=0.5, steps=1500, batch=32, device_batch=32, lr=1e-3, arl=32,
                  log_every=100, eval_every=250, save_every=500),
@@ -54,7 +54,7 @@ RECIPES = {
     # about 7M tokens of needles before the evaluation, both backbones (official: 32 a step, weight decay 0.01)
     "niah-sft": dict(data="niah", context_len=4096, steps=54, batch=32, device_batch=1, lr=1e-5, min_lr=1e-6, warmup=0.05,
                      weight_decay=0.01, arl=0, protocol="sft", many=0.0, other_weight=0.0),
-    # RAT+ from scratch, 100B tokens, and its adaptation to a dilation, 1B tokens
+    # RAT+ from scratch, 100B tokens
     "ratplus-1b": dict(preset="ratplus-1b", context_len=4096, steps=47684, batch=512, device_batch=4, lr=8e-4, min_lr=1e-6,
                        warmup=0.05, arl=64),
     "ratplus-7b": dict(preset="ratplus-7b", context_len=4096, steps=31789, batch=768, device_batch=1, lr=6e-4, min_lr=1e-6,
@@ -79,7 +79,7 @@ def flags():
     add("--context_len", type=int, metavar="TOKENS", help="length of a sequence; None: the model's")
     add("--protocol", default="base", choices=niah.PROTOCOLS, help="needles: base (RULER's answer prefix) or sft (the question alone)")
     add("--tasks", nargs="+", choices=niah.TASKS, metavar="TASK", help="needles: which of RULER's; None: those that fit")
-    add("--drills", type=float, default=0.0, metavar="SHARE", help="needles: so long, drills alone; then 30 %% drills (0: none)")
+    add("--drills", type=float, default=0.0, metavar="SHARE", help="needles: of the steps that begin with drills alone; of the rest 30 %% are; 0: none at all")
     add("--many", type=float, default=0.5, metavar="SHARE", help="needles: share of samples with many questions")
     add("--other_weight", type=float, default=0.1, metavar="W", help="needles: loss weight of tokens that are no answer")
     add("--haystack", metavar="FILE", help="needles: text of the essays; None: Python's help pages")
@@ -266,8 +266,11 @@ FREE = {"resume", "device", "workers", "compile", "device_batch", "log_every", "
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gather what fully_shard has spread
 
 
-def save(run, step, model, optimizer, args, rank):
-    """run/step_N: the model as save_pretrained writes it, optimizer.safetensors, train.json. Whole or not at all."""
+def save(run, step, model, optimizer, args, beside, rank):
+    """
+    run/step_N: the model as save_pretrained writes it, the files `beside` it (its tokenizer's), optimizer.safetensors and
+    train.json. Whole or not at all.
+    """
     state, momenta = get_model_state_dict(model, options=WHOLE), get_optimizer_state_dict(model, optimizer, options=WHOLE)
     if rank == 0:
         final, temporary = run / f"step_{step:07d}", run / f".step_{step:07d}.tmp"
@@ -276,7 +279,7 @@ def save(run, step, model, optimizer, args, rank):
             weights.write(temporary, model.config, state)
             flat = {f"{name}/{key}": value for name, entry in momenta["state"].items() for key, value in entry.items()}
             weights.whole_or_nothing(temporary / "optimizer.safetensors", lambda file: save_file(flat, file))
-            for file in tokenizer_files(Path(args.tokenizer or args.init or ".")):
+            for file in beside:
                 shutil.copy(file, temporary)
             (temporary / "train.json").write_text(json.dumps({"step": step, "settings": vars(args)}, indent=1))
             os.rename(temporary, final)
@@ -330,6 +333,7 @@ def train(args):
     # what to train on what
     model = make_model(args)
     tokenizer = tokenizer_of(args.init, model.config.vocab_size, args.tokenizer)
+    beside = [] if tokenizer.name == "bytes" else tokenizer_files(folder_of(args.tokenizer or args.init))
     training, validation = make_data(args, tokenizer, model.config.vocab_size)
     run = Path(args.out) / args.name
     checkpoint, first_step = newest(run, args)
@@ -358,6 +362,7 @@ def train(args):
         f"{len(passes)} pass{'es' if len(passes) > 1 else ''} each, {flops * per_step * len(passes) / 1e12:.2f} TFLOP a step")
     if isinstance(training, Needles):
         say(f"{run}: needles of {', '.join(niah.TASKS[task].short for task in training.tasks)}")
+    what = "answer tokens" if isinstance(training, Needles) else "tokens"
     if first_step:
         say(f"{run}: goes on from {checkpoint}")
 
@@ -404,10 +409,10 @@ def train(args):
             left = (args.steps - step) * per_step / speed / 60
             say(f"step {step:>5}  loss {entry['loss']:.3f}"
                 + (f"  arl {entry['arl_loss']:.3f}" if "arl_loss" in entry else "")
-                + (f"  validation {entry['val_loss']:.3f}, {entry['val_accuracy']:.1%} of answer tokens right" if "val_loss" in entry else "")
+                + (f"  validation {entry['val_loss']:.3f}, {entry['val_accuracy']:.1%} of {what} right" if "val_loss" in entry else "")
                 + f"  lr {entry['lr']:.1e}  norm {entry['grad_norm']:.2f}  {speed:,.0f} tokens/s  {left:.1f} min left", flush=True)
         if step % args.save_every == 0 or last:
-            save(run, step, model, optimizer, args, rank)
+            save(run, step, model, optimizer, args, beside, rank)
         if stop:
             break
     if log:
@@ -436,6 +441,8 @@ def lesson():
         args = parse([f"--recipe={recipe}", f"--memory={memory}", f"--name={name}", "--resume", *arl])
         results[name] = *train(args), args
         print()
+    if int(os.environ.get("RANK", 0)):
+        return
     for name, (checkpoint, last, args) in results.items():
         print(f"{name:10} loss per answer token {last['val_loss']:.2f}, {last['val_accuracy']:.0%} of answer tokens right")
     print("\nNow they write their answers themselves, reading all of the prompt or a quarter of it:\n")
@@ -450,6 +457,8 @@ def main():
             train(parse(sys.argv[1:]))
         else:
             lesson()
+        if dist.is_initialized():
+            dist.barrier()  # all leave together
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)

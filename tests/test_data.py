@@ -423,7 +423,7 @@ def test_no_argument_tokenises_the_text_of_cpython(tmp_path, monkeypatch, capsys
     """Catches a first command that does nothing, or whose next command has nothing to read."""
     monkeypatch.chdir(tmp_path)
     run_main(monkeypatch)
-    assert "python train.py --data=data/pydoc" in capsys.readouterr().out
+    assert "python train.py --preset=pico --data=data/pydoc" in capsys.readouterr().out
     tok = data.get_tokenizer("bytes")
     shards = data.Shards("data/pydoc", 256, seed=0)
     assert (shards.tokenizer, shards.n_vocab) == (tok.name, tok.n_vocab)

@@ -249,7 +249,7 @@ def test_with_no_checkpoint_it_takes_what_train_made_last(runs):
 def test_results_hold_what_a_reader_needs_to_repeat_them(runs, capsys):
     """A JSON without commit, prompts or dtype; predictions that do not give its scores; a table that lacks a row."""
     eval_niah.main(["--samples=2", "--tasks", "niah_single_1", "niah_single_2", "--methods", "quest:budget=1/4", "moba:budget=1/4",
-                    "--hits", "--random=2", "--out=eval"])
+                    "--hits", "--random=2", "--out=eval", "--device=cpu"])
     printed = capsys.readouterr().out
     report = json.loads((runs / "eval" / "results.json").read_text())
     assert {"command", "commit", "device", "torch", "settings", "finished", "results"} <= report.keys() and report["finished"]
@@ -275,7 +275,7 @@ def test_results_hold_what_a_reader_needs_to_repeat_them(runs, capsys):
 def test_rulers_own_file_gives_what_the_generator_gives(runs):
     """Spans, answers or protocol lost in the file's form."""
     niah.write_jsonl("niah_single_2.jsonl", make(n=2))
-    common = ["--ckpt", "out/memory", "--samples=2", "--methods", "snapkv:budget=1/4", "--hits"]
+    common = ["--ckpt", "out/memory", "--samples=2", "--methods", "snapkv:budget=1/4", "--hits", "--device=cpu"]
     eval_niah.main([*common, "--jsonl", "niah_single_2.jsonl", "--out=a"])
     eval_niah.main([*common, "--tasks", "niah_single_2", "--out=b"])
     a, b = (json.loads((runs / name / "results.json").read_text())["results"] for name in "ab")

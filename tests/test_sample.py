@@ -16,7 +16,7 @@ def out(tmp_path, monkeypatch):
 
 
 def run(capsys, *argv):
-    sample.main(list(argv))
+    sample.main([*argv, "--device=cpu"])
     return capsys.readouterr().out
 
 
