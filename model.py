@@ -131,6 +131,8 @@ class Transformer(nn.Module):
         x = self.embed_tokens(tokens)
         for layer in self.layers:
             x = layer(x, feed, cache)
+            if feed.dice is not None:  # each layer throws its own
+                feed.dice = feed.dice + LAYER_DICE
         return self.norm(x)
 
     def head(self, x):
@@ -339,11 +341,10 @@ class Attention(nn.Module):
         q, k, v = heads(self.q_norm(q)), heads(self.k_norm(k)), v.view(B, T, -1, self.config.head_width)
         q, k = rotate(q, feed), rotate(k, feed)
 
-        dice = None if feed.dice is None else feed.dice + self.index * LAYER_DICE
         if cache is None:
-            y, _ = feed.sparse.prefill(q, k, v, 0, dice)
+            y, _ = feed.sparse.prefill(q, k, v, 0, feed.dice)
         else:
-            y = cache.attend(self.index, q, k, v, dice, feed)  # the same, with what the cache holds before k and v
+            y = cache.attend(self.index, q, k, v, feed)  # the same, with what the cache holds before k and v
         y = y.flatten(2)  # (B, T, C)
         if self.output_gate is not None:
             y = y * torch.sigmoid(self.output_gate(x))
@@ -465,7 +466,7 @@ class Cache:
         row = torch.arange(B, device=device)[:, None]
         return start, tuple(only_real(x.expand(B, T), real) for x in (row, slot))
 
-    def attend(self, i, q, k, v, dice, feed):
+    def attend(self, i, q, k, v, feed):
         """Store k, v (B, T, KV, D) of layer i, and attend with q (B, T, H, D) to all it holds, through the hooks."""
         self.store(self.k[i], k, feed)
         self.store(self.v[i], v, feed)
@@ -474,12 +475,12 @@ class Cache:
         else:
             self.store(self.positions[i], feed.position.expand(q.shape[:2])[..., None], feed)
         if q.shape[1] == 1 and feed.lengths is None:
-            y, self.selected[i] = feed.sparse.decode(q, self.layer(i, dice))
+            y, self.selected[i] = feed.sparse.decode(q, self.layer(i, feed.dice))
         elif isinstance(feed.start, int) and feed.start == 0:  # nothing came before
-            y, self.selected[i] = feed.sparse.prefill(q, k, v, 0, dice)
+            y, self.selected[i] = feed.sparse.prefill(q, k, v, 0, feed.dice)
         else:
             y, self.selected[i] = feed.sparse.prefill(q, self.k[i][:, :self.filled], self.v[i][:, :self.filled],
-                                                      feed.start, dice)
+                                                      feed.start, feed.dice)
         return y
 
     def layer(self, i, dice):

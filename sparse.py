@@ -302,8 +302,9 @@ class Dilated(Dense):
     def attend_to_shared(self, q, k, v, slot):
         """The pattern with local=0 in Tq * Tk / dilation products: M shared keys, and each query's own. -> (B, Tq, H, D)"""
         B, Tk, KV, D = k.shape
-        j = torch.arange(Tk, device=q.device)
-        shared = j[self.pattern(Tk, j)]                                                        # (M,) read from afar
+        P, every = min(self.initial, Tk), self.dilation
+        ends = range(P + (every - 1 - P) % every, Tk, every) if every else ()                  # of the chunks after P
+        shared = torch.tensor([*range(P), *ends], dtype=torch.long, device=q.device)           # (M,)
         own = slot.expand(B, -1)[..., None, None].expand(-1, -1, KV, D)                        # (B, Tq, KV, D)
         q = q.unflatten(2, (KV, -1)) / math.sqrt(D)                                            # (B, Tq, KV, G, D)
         to_shared = torch.einsum("btkgd,bmkd->btkgm", q, k[:, shared])

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
 import model as model_file
 from conftest import FORMS, RATPLUS_FORM, assert_close, draw_tokens, error, official_names, one_line, randomize, save_pth, tiny
-from model import PRESETS, Transformer, sample
+from model import PRESETS, Config, Transformer, sample
 from sparse import Dense, Dilated, MoBA, Quest, SnapKV, attend_to_slots, compose, name
 
 METHODS = [
@@ -696,3 +696,26 @@ def test_gradients_reach_every_parameter():
             model(draw_tokens(2, 30), sparse=method).logsumexp(-1).sum().backward()
             for parameter, p in model.named_parameters():
                 assert p.grad is not None and p.grad.abs().sum() > 0, parameter
+
+
+def test_compiled_layers_share_their_graphs():
+    """Something of its own in each layer's forward (an index, say) would compile every layer anew, until torch gives up."""
+    model = Transformer(Config(97, n_layer=12, width=16, n_head=2, n_kv_head=1, mlp_width=32, memory=True))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    tokens, arl = torch.randint(97, (2, 20)), Dilated(dilation=8, local=0, initial=0)
+    eager = model(tokens), model(tokens, sparse=arl)
+    for layer in model.layers:
+        layer.compile(backend="eager")
+    compiled = model(tokens), model(tokens, sparse=arl)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    for a, b in zip(eager, compiled):
+        assert_close(b, a)
+
+
+def test_a_deep_model_throws_dice_in_every_layer():
+    """A hash that outgrows 64 bits would end models of more than a few layers."""
+    model = Transformer(Config(97, n_layer=80, width=4, n_head=1, n_kv_head=1, mlp_width=4))
+    new = model.generate(torch.randint(97, (1, 20)), 2, sparse=Quest(budget=8, block_size=4, random=2**40))
+    assert new.shape == (1, 2)
