@@ -57,6 +57,7 @@ class Meter:
 
     def __init__(self, method):
         self.prefill, self.compress, self.method = method.prefill, method.compress, method
+        self.compress_by = phases(method).compress_by  # whose window the cache must hold
         self.mean, self.most = [], []  # over KV heads: (B,) per layer and step
 
     def decode(self, q, cache):

@@ -77,7 +77,7 @@ PRESETS = {
 }
 
 
-LAYER_DICE = 0x9E3779B97F4A7D  # any large odd number gives each layer dice of its own; 2**63 holds 127 times this one
+LAYER_DICE = 0x9E3779B97F4A7D  # large and odd, gives each layer its own dice; times the number of layers it stays below 2**63
 
 
 @dataclass
@@ -143,8 +143,7 @@ class Transformer(nn.Module):
         B, T = tokens.shape
         device, D = tokens.device, self.config.head_width
         index = torch.arange(T, device=device)
-        # rows that are all full are not padded, whatever `lengths` says: one question to the GPU per prompt. (One token
-        # with lengths stays a prompt: it is a decoding step only without.)
+        # full rows are not padded. One token with lengths stays a prompt: only without is it a decoding step
         if lengths is not None and T > 1 and bool((lengths == T).all()):
             lengths = None
         real = None if lengths is None else index < lengths[:, None]
@@ -172,6 +171,8 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def prefill(self, tokens, lengths=None, cache=None, sparse=None):
         """Feed a prompt; the logits (B, V) of the token to follow each row."""
+        if lengths is None and tokens.shape[1] == 1:  # without lengths it would be a decoding step
+            lengths = torch.ones(len(tokens), dtype=torch.long, device=tokens.device)
         x = self.hidden(tokens, lengths, cache, sparse)
         last = x[:, -1] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1]
         return self.head(last)
@@ -205,8 +206,8 @@ class Transformer(nn.Module):
         """Prompts (B, T), right-padded to T where lengths (B,) says so -> new tokens alone. Settings as in decode."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        snapkv = getattr(sparse, "compress_by", sparse)
-        cache = self.new_cache(len(tokens), tokens.shape[1] + max_new_tokens, window=max(64, getattr(snapkv, "window", 0)))
+        compressor = getattr(sparse, "compress_by", sparse)
+        cache = self.new_cache(len(tokens), tokens.shape[1] + max_new_tokens, window=max(64, getattr(compressor, "window", 0)))
         logits = self.prefill(tokens, lengths, cache, sparse)
         return self.decode(logits, cache, max_new_tokens, sparse, temperature, top_k, eos_id, seed)
 
@@ -338,7 +339,7 @@ class Attention(nn.Module):
         if self.memory_proj is not None:
             k, v = self.remember(x, heads(k), heads(v), feed, cache)
             k = k.flatten(2)  # QK-norm spans the whole projection, all heads together
-        q, k, v = heads(self.q_norm(q)), heads(self.k_norm(k)), v.view(B, T, -1, self.config.head_width)
+        q, k, v = heads(self.q_norm(q)), heads(self.k_norm(k)), heads(v)
         q, k = rotate(q, feed), rotate(k, feed)
 
         if cache is None:
@@ -423,8 +424,7 @@ class Cache:
         self.v = [torch.zeros(entries, device=device, dtype=dtype) for _ in layers]
         self.positions = [None for _ in layers]  # (B, slots, KV), once compressed
         self.state = [None for _ in layers]      # (2, B, KV, D) fp32, of the memory
-        # each row's last queries, the newest at the end: SnapKV asks what they attend to. Kept whatever the method is, as a
-        # fork of this cache may be SnapKV's
+        # each row's last queries, the newest at the end, for SnapKV; kept with any method, as a fork may use it
         queries = B, window, config.n_head, config.head_width
         self.recent_q = [torch.zeros(queries, device=device, dtype=dtype) for _ in layers]
         self.selected = [None for _ in layers]   # what the method read in the last call, in the words of sparse.py
@@ -488,7 +488,7 @@ class Cache:
         return LayerCache(self.k[i][:, :self.filled], self.v[i][:, :self.filled], self.used, self.ragged, dice, positions)
 
     def store(self, where, x, feed):
-        where[feed.slots] = x if isinstance(feed.slots[1], slice) else only_real(x, feed.real)
+        where[feed.slots] = x if isinstance(feed.slots[1], slice) else only_real(x, feed.real).to(where.dtype)
 
     def newest(self, old, q, lengths):
         """The last W queries of each row: of old (B, W, H, D), then the first lengths (B,) of q (B, T, H, D)."""

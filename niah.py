@@ -556,7 +556,7 @@ def main():
                                  split=args.split, max_new_tokens=new_tokens) for index in range(args.samples)]
         if args.output:
             write_jsonl(args.output, examples)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.error(error)
     e = examples[0]
     if not args.output:

@@ -295,7 +295,8 @@ class Dilated(Dense):
     def prefill(self, q, k, v, start, dice):
         slot = query_slots(q, start)                                                           # (1 or B, Tq)
         if self.local == 0:  # then all queries share their few keys, but for their own
-            return self.attend_to_shared(q, k, v, slot), None
+            with torch.autocast(q.device.type, enabled=False):  # few products: fp32 is affordable
+                return self.attend_to_shared(q.float(), k.float(), v.float(), slot).to(v.dtype), None
         keep = self.pattern(slot[:, None, :, None], torch.arange(k.shape[1], device=q.device))
         return attend(q, k, v, keep), None  # keep: (1 or B, 1, Tq, Tk)
 
@@ -305,16 +306,18 @@ class Dilated(Dense):
         P, every = min(self.initial, Tk), self.dilation
         ends = range(P + (every - 1 - P) % every, Tk, every) if every else ()                  # of the chunks after P
         shared = torch.tensor([*range(P), *ends], dtype=torch.long, device=q.device)           # (M,)
-        own = slot.expand(B, -1)[..., None, None].expand(-1, -1, KV, D)                        # (B, Tq, KV, D)
+        own = slot.clamp(max=Tk - 1)  # padding may stand past the last slot
+        own = own.expand(B, -1)[..., None, None].expand(-1, -1, KV, D)                         # (B, Tq, KV, D)
         q = q.unflatten(2, (KV, -1)) / math.sqrt(D)                                            # (B, Tq, KV, G, D)
         to_shared = torch.einsum("btkgd,bmkd->btkgm", q, k[:, shared])
         to_shared = to_shared.masked_fill(shared >= slot[:, :, None, None, None], NEVER)       # its own comes by itself
         to_own = (q * k.gather(1, own).unsqueeze(3)).sum(-1, keepdim=True)
-        p = torch.cat([to_shared, to_own], dim=-1).float().softmax(-1).to(v.dtype)             # (B, Tq, KV, G, M + 1)
+        p = torch.cat([to_shared, to_own], dim=-1).softmax(-1)                                 # (B, Tq, KV, G, M + 1)
         y = torch.einsum("btkgm,bmkd->btkgd", p[..., :-1], v[:, shared]) + p[..., -1:] * v.gather(1, own).unsqueeze(3)
         return y.flatten(2, 3)
 
     def decode(self, q, cache):
+        check(cache.positions is None, "dilated cannot read a compressed cache: its pattern needs every position")
         slot = torch.arange(cache.k.shape[1], device=q.device)
         keep = self.pattern((cache.used - 1)[:, None, None], slot)                             # (B, 1, Tk)
         selected = torch.where(keep, slot, -1).expand(-1, cache.k.shape[2], -1)                # (B, KV, Tk)
@@ -348,8 +351,8 @@ def compose(*methods):
                     raise ValueError(f"{name(hooks[hook])} and {name(method)} both decide {hook}: combine methods of "
                                      "different phases only")
                 hooks[hook] = method
-    # Dilated reads positions, which after SnapKV are no longer slots
-    check(not ("compress" in hooks and isinstance(hooks.get("decode"), Dilated)), "dilated cannot follow snapkv")
+    if "compress" in hooks and isinstance(hooks.get("decode"), Dilated):
+        raise ValueError(f"dilated cannot follow {name(hooks['compress'])}: its pattern needs every position")
     return Compose(**{f"{hook}_by": method for hook, method in hooks.items()})
 
 

@@ -12,7 +12,7 @@ with the memory and one without, and are compared. Everything else is flags; `--
 paper's are there: `python train.py --recipe=olmo2-continue --init=OLMo-2-1124-7B --data=shards`.
 
 A run lives in out/NAME: log.jsonl, a line per step, and step_*/, complete checkpoints that model.Transformer, eval_niah
-and sample load. A run that was stopped, by ctrl-C, kill or a power cut, goes on with --resume as if it never had: on a
+and sample load. A run that was stopped, by ctrl-C or kill, goes on with --resume as if it never had: on a
 CPU to the bit. Checked in tests/test_train.py. Read niah.py and data.py for the batches, eval_niah.py for what follows.
 """
 import argparse
@@ -38,8 +38,8 @@ from torch.nn import functional as F
 import niah
 import weights
 from data import Shards, folder_of, tokenizer_files, tokenizer_of
-from memory import arl_passes, effective_length
-from model import PRESETS, Transformer
+from memory import arl_passes
+from model import PRESETS, Config, Transformer
 
 # What --recipe sets; a flag given beside it wins. The paper's: arXiv 2605.28640 and the configs of official RAT+.
 RECIPES = {
@@ -49,17 +49,25 @@ RECIPES = {
     "nano": dict(preset="nano", context_len=1024, drills=0.3, many=0.5, steps=1500, batch=32, device_batch=32, lr=1e-3, arl=32,
                  log_every=100, eval_every=250, save_every=500),
     # OLMo 2 continued with a memory: 10B tokens of FineWeb-Edu, 768 x 4096 a step
-    "olmo2-continue": dict(memory="on", context_len=4096, steps=3179, batch=768, device_batch=1, lr=6e-5, memory_lr=6e-4,
+    "olmo2-continue": dict(data=None, memory="on", context_len=4096, steps=3179, batch=768, device_batch=1, lr=6e-5, memory_lr=6e-4,
                            min_lr=1e-6, warmup=0.02, arl=64),
     # about 7M tokens of needles before the evaluation, both backbones (official: 32 a step, weight decay 0.01)
     "niah-sft": dict(data="niah", context_len=4096, steps=54, batch=32, device_batch=1, lr=1e-5, min_lr=1e-6, warmup=0.05,
                      weight_decay=0.01, arl=0, protocol="sft", many=0.0, other_weight=0.0),
     # RAT+ from scratch, 100B tokens
-    "ratplus-1b": dict(preset="ratplus-1b", context_len=4096, steps=47684, batch=512, device_batch=4, lr=8e-4, min_lr=1e-6,
+    "ratplus-1b": dict(data=None, preset="ratplus-1b", context_len=4096, steps=47684, batch=512, device_batch=4, lr=8e-4, min_lr=1e-6,
                        warmup=0.05, arl=64),
-    "ratplus-7b": dict(preset="ratplus-7b", context_len=4096, steps=31789, batch=768, device_batch=1, lr=6e-4, min_lr=1e-6,
+    "ratplus-7b": dict(data=None, preset="ratplus-7b", context_len=4096, steps=31789, batch=768, device_batch=1, lr=6e-4, min_lr=1e-6,
                        warmup=0.05, arl=64),
 }
+
+
+def usable_device(text):
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from None
+    return text
 
 
 def flags():
@@ -89,13 +97,13 @@ def flags():
     add("--device_batch", type=int, default=16, help="sequences per GPU at a time; the rest is accumulated")
     add("--lr", type=float, default=1e-3, help="peak learning rate")
     add("--memory_lr", type=float, help="that of the memory's gates; None: the same")
-    add("--min_lr", type=float, default=0.0, help="where the cosine ends")
+    add("--min_lr", type=float, default=0.0, help="where the cosine of --lr ends; that of --memory_lr in proportion")
     add("--warmup", type=float, default=0.05, metavar="SHARE", help="of the steps, linear")
     add("--weight_decay", type=float, default=0.1, help="on all parameters, as RAT+")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--seed", type=int, default=0, help="of weights and data")
     # where, and what is kept
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--compile", choices=["on", "off"], help="torch.compile; None: on with a GPU")
     add("--workers", type=int, help="processes that make batches; None: 8 with a GPU, else 0")
     add("--out", default="out", metavar="DIR", help="folder of all runs")
@@ -113,15 +121,28 @@ def parse(argv):
     recipe, _ = parser.parse_known_args(argv)
     parser.set_defaults(**RECIPES.get(recipe.recipe, {}))
     args = parser.parse_args(argv)
+    given = {word.split("=")[0] for word in argv}
+    if args.init and "--preset" not in given:  # the recipe's preset gives way
+        args.preset = None
+    if args.memory != "on" and not args.init and "--arl" not in given and not PRESETS.get(args.preset, Config()).memory:
+        args.arl = 0  # and its ARL, to a model without memory
     if (args.preset is None) == (args.init is None):
         parser.error("give one of --preset (a new model) and --init (one to start from)")
+    if args.data is None:
+        parser.error(f"--recipe={args.recipe} trains on text: give --data, a folder of shards that data.py wrote")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.steps < 1 or args.batch < 1 or args.device_batch < 1:
-        parser.error("--steps, --batch and --device_batch must be at least 1")
+    if args.clip <= 0 or not 0 <= args.warmup < 1 or not 0 <= args.drills <= 1 or not 0 <= args.many <= 1:
+        parser.error("--clip must be above 0, --warmup, --drills and --many shares from 0 to 1")
+    for flag in "steps", "batch", "device_batch", "log_every", "eval_every", "save_every":
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag} must be at least 1")
+    if args.lr <= 0:
+        parser.error(f"--lr {args.lr} must be above 0")
     if args.batch % world or (args.batch // world) % min(args.device_batch, args.batch // world):
         parser.error(f"--batch {args.batch} does not divide into {world} processes times --device_batch {args.device_batch}")
     args.device_batch = min(args.device_batch, args.batch // world)
-    args.memory_lr = args.memory_lr or args.lr
+    if args.memory_lr is None:
+        args.memory_lr = args.lr
     args.name = args.name or args.recipe or args.preset or "run"
     on_gpu = args.device.startswith("cuda")
     args.compile = args.compile or ("on" if on_gpu else "off")
@@ -131,19 +152,18 @@ def parse(argv):
 
 # ---------------------------------------------------------------- pieces
 
-def make_model(args):
-    """The model to train, in fp32, and the path its tokenizer is beside."""
+def make_model(args, checkpoint=None):
+    """The model to train, in fp32: the checkpoint's that the run goes on from, else --init's, else a new one."""
     torch.manual_seed(args.seed)
-    if args.init:
-        args.init = str(weights.resolve(args.init))
-        model = Transformer.from_pretrained(args.init, dtype=torch.float32)
+    if checkpoint or args.init:
+        model = Transformer.from_pretrained(checkpoint or args.init, dtype=torch.float32)
     else:
         model = Transformer(PRESETS[args.preset] if args.memory is None else
                             replace(PRESETS[args.preset], memory=args.memory == "on"))
     if args.memory == "on" and not model.config.memory:
         model.add_memory()
     if args.memory == "off" and model.config.memory:
-        raise ValueError(f"{args.init} has a memory, which --memory=off cannot take out")
+        raise ValueError(f"{checkpoint or args.init} has a memory, which --memory=off cannot take out")
     args.context_len = args.context_len or model.config.context_len
     args.arl = (64 if model.config.memory else 0) if args.arl is None else args.arl
     if args.arl and not model.config.memory:
@@ -163,8 +183,8 @@ class Needles(torch.utils.data.Dataset):
         self.haystack = Path(args.haystack).read_text(encoding="utf-8") if args.haystack else None
         self.new_tokens = niah.default_new_tokens(args.context_len)
         fitting = niah.fitting_tasks(args.context_len, tokenizer, args.protocol, max_new_tokens=self.new_tokens)
-        self.tasks = [task for task in args.tasks or fitting if task in fitting]
-        if not self.tasks:
+        self.tasks = args.tasks or fitting
+        if not self.tasks or set(self.tasks) - set(fitting):
             raise ValueError(f"--context_len {args.context_len} is too short for these tasks; it has room for "
                              f"{', '.join(fitting) or 'none (512 bytes hold the simplest)'}")
         self.args, self.tokenizer, self.seed = args, tokenizer, seed
@@ -178,11 +198,11 @@ class Needles(torch.utils.data.Dataset):
 class Text(torch.utils.data.Dataset):
     """Window `index` of token shards, every token with weight 1."""
 
-    def __init__(self, args, vocab_size, split):
+    def __init__(self, args, tokenizer, split):
         self.shards = Shards(args.data, args.context_len, args.seed, split)
-        if self.shards.n_vocab > vocab_size:
-            raise ValueError(f"{args.data} holds tokens up to {self.shards.n_vocab - 1}, the model's vocabulary is "
-                             f"{vocab_size}: make shards with the model's tokenizer")
+        if self.shards.tokenizer != tokenizer.name:
+            raise ValueError(f"{args.data} was made with tokenizer {self.shards.tokenizer}, the model's is {tokenizer.name}: "
+                             "make shards with the model's tokenizer, or name theirs with --tokenizer")
 
     def __getitem__(self, index):
         tokens = self.shards.sample(index)
@@ -191,12 +211,14 @@ class Text(torch.utils.data.Dataset):
         return tokens, one
 
 
-def make_data(args, tokenizer, vocab_size):
+def make_data(args, tokenizer):
     """Training and validation samples, both functions of an index."""
     if args.data != "niah":
-        return Text(args, vocab_size, "train"), Text(args, vocab_size, "val")
+        return Text(args, tokenizer, "train"), Text(args, tokenizer, "val")
     only_drills = int(args.drills * args.steps) * args.batch
-    return Needles(args, tokenizer, args.seed, only_drills), Needles(args, tokenizer, f"val-{args.seed}", only_drills=0)
+    # in validation only answers count, however much the rest weighs in training
+    held_out = argparse.Namespace(**{**vars(args), "other_weight": 0.0})
+    return Needles(args, tokenizer, args.seed, only_drills), Needles(held_out, tokenizer, f"val-{args.seed}", only_drills=0)
 
 
 def batches(dataset, args, first_step, rank, world):
@@ -234,8 +256,8 @@ def summed(*values):
     return total.tolist()
 
 
-def losses(model, tokens, weight, sparse, autocast):
-    """Weighted sum of the cross entropy of tokens[:, 1:], in nats. tokens, weight: (B, T + 1)."""
+def weighted_loss(model, tokens, weight, sparse, autocast):
+    """Sum of weight * cross entropy of tokens[:, 1:], in nats; the caller divides. tokens, weight: (B, T + 1)."""
     with autocast:
         logits = model(tokens[:, :-1], sparse=sparse)  # (B, T, V)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
@@ -245,9 +267,10 @@ def losses(model, tokens, weight, sparse, autocast):
 @torch.no_grad()
 def validate(model, dataset, args, autocast, rank, world, samples=64):
     """-> mean loss per token of weight 1 (an answer's, or any of a text's), and the share of these predicted first."""
-    share, total, right, count = samples // world, 0.0, 0.0, 0.0
-    for start in range(rank * share, (rank + 1) * share, args.device_batch):
-        rows = [dataset[i] for i in range(start, min(start + args.device_batch, (rank + 1) * share))]
+    share, (total, right, count) = math.ceil(samples / world), (0.0, 0.0, 0.0)
+    mine = range(rank * share, (rank + 1) * share)
+    for start in range(0, share, args.device_batch):
+        rows = [dataset[i] for i in mine[start:start + args.device_batch]]
         tokens, weight = (torch.stack([torch.as_tensor(row[part]) for row in rows]).to(args.device) for part in (0, 1))
         answer = weight[:, 1:] == 1
         with autocast:
@@ -262,7 +285,7 @@ def validate(model, dataset, args, autocast, rank, world, samples=64):
 
 # ---------------------------------------------------------------- checkpoints
 
-FREE = {"resume", "device", "workers", "compile", "device_batch", "log_every", "eval_every", "save_every", "out"}  # may change
+MAY_CHANGE = {"resume", "device", "workers", "compile", "device_batch", "log_every", "eval_every", "save_every", "out"}  # on --resume
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gather what fully_shard has spread
 
 
@@ -285,7 +308,7 @@ def save(run, step, model, optimizer, args, beside, rank):
             os.rename(temporary, final)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise OSError(f"checkpoint of step {step} failed ({error}); the one before is whole: make room, then --resume") from None
+            raise OSError(f"checkpoint of step {step} failed ({error}); those before it, if any, are whole: make room, then --resume") from None
         for old in sorted(run.glob("step_*"))[:-2]:
             shutil.rmtree(old)
     if dist.is_initialized():
@@ -301,14 +324,14 @@ def newest(run, args):
         raise ValueError(f"{run} holds a run already: go on with --resume, choose another --name, or delete it")
     saved = json.loads((found[-1] / "train.json").read_text())
     for key, value in saved["settings"].items():
-        if key not in FREE and vars(args).get(key) != value:
+        if key not in MAY_CHANGE and vars(args).get(key) != value:
             raise ValueError(f"--resume: {run} was started with --{key}={value}, not {vars(args).get(key)}: "
                              "give the same flags, or another --name")
     return found[-1], saved["step"]
 
 
 def restore_optimizer(path, model, optimizer):
-    momenta = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    momenta = get_optimizer_state_dict(model, optimizer)  # its groups, on every rank: with WHOLE only rank 0 gets any
     momenta["state"] = {}
     for name, value in load_file(path / "optimizer.safetensors").items():
         parameter, key = name.rsplit("/", 1)
@@ -331,15 +354,15 @@ def train(args):
         dist.init_process_group("nccl" if on_gpu else "gloo")
 
     # what to train on what
-    model = make_model(args)
-    tokenizer = tokenizer_of(args.init, model.config.vocab_size, args.tokenizer)
-    beside = [] if tokenizer.name == "bytes" else tokenizer_files(folder_of(args.tokenizer or args.init))
-    training, validation = make_data(args, tokenizer, model.config.vocab_size)
     run = Path(args.out) / args.name
+    checkpoint = weights.resolve(run) if args.resume and list(run.glob("step_*")) else None
+    model = make_model(args, checkpoint)
+    source = checkpoint or (args.init and weights.resolve(args.init))
+    tokenizer = tokenizer_of(source, model.config.vocab_size, args.tokenizer)
+    beside = [] if tokenizer.name == "bytes" else tokenizer_files(folder_of(args.tokenizer or source))
+    training, validation = make_data(args, tokenizer)
     checkpoint, first_step = newest(run, args)
-    if checkpoint:
-        model = Transformer.from_pretrained(checkpoint, dtype=torch.float32)
-    elif args.preset:
+    if args.preset:
         model.config = replace(model.config, context_len=args.context_len)
     model.to(args.device)
     n_parameters, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token(args.context_len)
@@ -368,14 +391,15 @@ def train(args):
 
     run.mkdir(parents=True, exist_ok=True)
     log_file = run / "log.jsonl"
-    before = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] <= first_step] if first_step else []
-    log = open(log_file, "w") if rank == 0 else None
-    if log:
-        log.writelines(line + "\n" for line in before)
+    log = None
+    if rank == 0:  # the lines up to the checkpoint; a power cut may have torn the last one, after it
+        lines = log_file.read_text().splitlines(keepends=True)[:first_step] if first_step else []
+        weights.whole_or_nothing(log_file, lambda file: file.write_text("".join(lines)))
+        log = open(log_file, "a")
     stop = []  # ctrl-C and kill end the run after the step, with a checkpoint
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
 
-    started, step = time.time(), first_step
+    started, step, stopped = time.time(), first_step, False
     for step, (tokens, weight) in enumerate(batches(training, args, first_step, rank, world), start=first_step + 1):
         tokens, weight = tokens.to(args.device, non_blocking=True), weight.to(args.device, non_blocking=True)
         whole_weight, = summed(weight[:, 1:].sum().item())
@@ -386,7 +410,7 @@ def train(args):
         for sparse in passes:
             loss = 0.0
             for rows in torch.arange(len(tokens)).split(args.device_batch):
-                part = losses(model, tokens[rows], weight[rows], sparse, autocast) / whole_weight
+                part = weighted_loss(model, tokens[rows], weight[rows], sparse, autocast) / whole_weight
                 # fully_shard averages gradients over the processes; we want their sum
                 (part * world).backward()
                 loss += part.detach()
@@ -398,7 +422,8 @@ def train(args):
             if not math.isfinite(entry[label]):
                 raise FloatingPointError(f"{label} is {entry[label]} at step {step}: lower --lr; the last checkpoint is unharmed")
         entry |= {"grad_norm": float(norm), "seconds": round(time.time() - started, 2)}
-        last = step == args.steps or bool(summed(len(stop))[0])
+        stopped = summed(len(stop))[0] > 0  # all leave together, though a signal may have reached one process alone
+        last = step == args.steps or stopped
         if step % args.eval_every == 0 or last:
             entry["val_loss"], entry["val_accuracy"] = validate(model, validation, args, autocast, rank, world)
         if log:
@@ -413,13 +438,13 @@ def train(args):
                 + f"  lr {entry['lr']:.1e}  norm {entry['grad_norm']:.2f}  {speed:,.0f} tokens/s  {left:.1f} min left", flush=True)
         if step % args.save_every == 0 or last:
             save(run, step, model, optimizer, args, beside, rank)
-        if stop:
+        if stopped:
             break
     if log:
         log.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if stop:
+    if stopped:
         say(f"{run}: stopped after step {step}; go on with the same command and --resume")
         sys.exit(130)
     checkpoint = weights.resolve(run)
@@ -437,8 +462,7 @@ def lesson():
           "and values. Ctrl-C stops; the same command goes on.\n")
     results = {}
     for name, memory in ("attention", "off"), ("memory", "on"):
-        arl = ["--arl=0"] if memory == "off" else []
-        args = parse([f"--recipe={recipe}", f"--memory={memory}", f"--name={name}", "--resume", *arl])
+        args = parse([f"--recipe={recipe}", f"--memory={memory}", f"--name={name}", "--resume"])
         results[name] = *train(args), args
         print()
     if int(os.environ.get("RANK", 0)):

@@ -204,10 +204,10 @@ def test_fork_is_independent_and_equals_a_fresh_run(method):
     texts = [draw_tokens(2, 10, seed=seed) for seed in (8, 9)]
     side_by_side = []
     for t in range(10):
-        side_by_side.append(model.prefill(texts[0][:, t:t + 1], cache=forks[0], sparse=method))
-        model.prefill(texts[1][:, t:t + 1], cache=forks[1], sparse=method)
+        side_by_side.append(model(texts[0][:, t:t + 1], cache=forks[0], sparse=method)[:, -1])
+        model(texts[1][:, t:t + 1], cache=forks[1], sparse=method)
     for t in range(10):
-        alone = model.prefill(texts[0][:, t:t + 1], cache=forks[2], sparse=method)
+        alone = model(texts[0][:, t:t + 1], cache=forks[2], sparse=method)[:, -1]
         assert torch.equal(side_by_side[t], alone), f"step {t}"
     if method != Quest(8, 4) and type(method) not in (Dense, MoBA):
         assert not torch.equal(first, other)
@@ -337,7 +337,7 @@ def test_snapkv_compresses_once_and_only_before_decoding():
         model.prefill(tokens[:, start:end], cache=cache, sparse=method)
     assert cache.used.tolist() == [30, 30] and cache.positions == [None, None]
     for t in range(30, 40):
-        model.prefill(tokens[:, t:t + 1], cache=cache, sparse=method)
+        model(tokens[:, t:t + 1], cache=cache, sparse=method)
         assert cache.used.tolist() == [14 + t - 29] * 2
 
 
@@ -367,7 +367,7 @@ def test_reads_in_the_model_stay_within_the_budget(method):
     budget = method.budget if isinstance(method, Quest) else method.decode_by.budget
     seen = set()
     for _ in range(6):
-        model.prefill(torch.ones(3, 1, dtype=torch.long), cache=cache, sparse=method)
+        model(torch.ones(3, 1, dtype=torch.long), cache=cache, sparse=method)
         for selected in cache.selected:
             assert selected.shape[:2] == (3, 2)
             for positions in selected.flatten(0, 1).tolist():
@@ -384,7 +384,7 @@ def test_random_methods_redraw_per_layer_and_step():
     cache, draws = model.new_cache(1, 48), []
     model.prefill(tokens[:, :40], cache=cache, sparse=method)
     for t in range(40, 44):  # inside one block of 4: what may be drawn is the same
-        model.prefill(tokens[:, 40:41], cache=cache, sparse=method)  # and so is the token
+        model(tokens[:, 40:41], cache=cache, sparse=method)  # and so is the token
         draws += [frozenset(selected[0, h].tolist()) - {40, 41, 42, 43} for selected in cache.selected for h in range(4)]
     # 4 of 9 blocks, drawn 32 times: shared by steps there would be 8 at most, shared by layers 16
     assert len(set(draws)) > 20, f"{len(set(draws))} different ones of {len(draws)} draws"
@@ -719,3 +719,26 @@ def test_a_deep_model_throws_dice_in_every_layer():
     model = Transformer(Config(97, n_layer=80, width=4, n_head=1, n_kv_head=1, mlp_width=4))
     new = model.generate(torch.randint(97, (1, 20)), 2, sparse=Quest(budget=8, block_size=4, random=2**40))
     assert new.shape == (1, 2)
+
+
+@pytest.mark.parametrize("method", [None, Quest(budget=8, block_size=4), MoBA(budget=8, block_size=4), SnapKV(budget=12, window=4),
+                                    Dilated(dilation=4, local=0, initial=1)])
+def test_a_last_chunk_of_one_token_is_still_prompt(method):
+    """Chunks of 8 of a prompt of 33: the last would be taken for a decoding step, and read sparsely."""
+    model, tokens = tiny(**FORMS["gqa memory"]), draw_tokens(2, 33)
+    whole = model.prefill(tokens, cache=model.new_cache(2, 40), sparse=method)
+    cache = model.new_cache(2, 40)
+    for chunk in tokens.split(8, dim=1):
+        logits = model.prefill(chunk, cache=cache, sparse=method)
+    assert_close(logits, whole)
+
+
+def test_ragged_chunks_run_under_autocast_and_the_shared_pattern():
+    """Padding of a later chunk may stand past the last slot, and autocast computes k in another dtype than the cache's."""
+    model = tiny(**FORMS["gqa memory"])
+    for method in None, Dilated(dilation=4, local=0, initial=1):
+        cache = model.new_cache(2, 40)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            model(draw_tokens(2, 8), lengths=torch.tensor([8, 4]), cache=cache, sparse=method)
+        with torch.no_grad():
+            assert model(draw_tokens(2, 8), lengths=torch.tensor([1, 2]), cache=cache, sparse=method).isfinite().all()
