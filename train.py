@@ -445,7 +445,7 @@ def train(args):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if stopped:
-        say(f"{run}: stopped after step {step}; go on with the same command and --resume")
+        say(f"{run}: stopped after step {step}; go on with the same command{'' if args.resume else ' and --resume'}")
         sys.exit(130)
     checkpoint = weights.resolve(run)
     say(f"{run}: done, {checkpoint}")
