@@ -12,8 +12,8 @@ with the memory and one without, and are compared. Everything else is flags; `--
 paper's are there: `python train.py --recipe=olmo2-continue --init=OLMo-2-1124-7B --data=shards`.
 
 A run lives in out/NAME: log.jsonl, a line per step, and step_*/, complete checkpoints that model.Transformer, eval_niah
-and sample load. A run that was stopped, by ctrl-C or kill, goes on with --resume as if it never had: on a
-CPU to the bit. Checked in tests/test_train.py. Read niah.py and data.py for the batches, eval_niah.py for what follows.
+and sample load. A run that was stopped, by ctrl-C or kill, goes on with --resume as if it never had: on a CPU to the
+bit. Checked in tests/test_train.py. Read niah.py and data.py for the batches, eval_niah.py for what follows.
 """
 import argparse
 import json
@@ -35,11 +35,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
+import eval_niah
 import niah
 import weights
 from data import Shards, folder_of, tokenizer_files, tokenizer_of
+from eval_niah import positive, usable_device
 from memory import arl_passes
-from model import PRESETS, Config, Transformer
+from model import PRESETS, Transformer
 
 # What --recipe sets; a flag given beside it wins. The paper's: arXiv 2605.28640 and the configs of official RAT+.
 RECIPES = {
@@ -62,14 +64,6 @@ RECIPES = {
 }
 
 
-def usable_device(text):
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from None
-    return text
-
-
 def flags():
     parser = argparse.ArgumentParser(description="Train a model; with no flags, a lesson of a few minutes.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -84,7 +78,7 @@ def flags():
     # on what
     add("--data", default="niah", metavar="niah|DIR", help="needles made on the fly, or token shards that data.py wrote")
     add("--tokenizer", metavar="SPEC", help="as in data.py; None: the one beside --init, bytes for our presets")
-    add("--context_len", type=int, metavar="TOKENS", help="length of a sequence; None: the model's")
+    add("--context_len", type=positive, metavar="TOKENS", help="length of a sequence; None: the model's")
     add("--protocol", default="base", choices=niah.PROTOCOLS, help="needles: base (RULER's answer prefix) or sft (the question alone)")
     add("--tasks", nargs="+", choices=niah.TASKS, metavar="TASK", help="needles: which of RULER's; None: those that fit")
     add("--drills", type=float, default=0.0, metavar="SHARE", help="needles: of the steps that begin with drills alone; of the rest 30 %% are; 0: none at all")
@@ -92,9 +86,9 @@ def flags():
     add("--other_weight", type=float, default=0.1, metavar="W", help="needles: loss weight of tokens that are no answer")
     add("--haystack", metavar="FILE", help="needles: text of the essays; None: Python's help pages")
     # how long, how fast
-    add("--steps", type=int, default=1000, help="batches")
-    add("--batch", type=int, default=64, help="sequences per step, over all GPUs")
-    add("--device_batch", type=int, default=16, help="sequences per GPU at a time; the rest is accumulated")
+    add("--steps", type=positive, default=1000, help="batches")
+    add("--batch", type=positive, default=64, help="sequences per step, over all GPUs")
+    add("--device_batch", type=positive, default=16, help="sequences per GPU at a time; the rest is accumulated")
     add("--lr", type=float, default=1e-3, help="peak learning rate")
     add("--memory_lr", type=float, help="that of the memory's gates; None: the same")
     add("--min_lr", type=float, default=0.0, help="where the cosine of --lr ends; that of --memory_lr in proportion")
@@ -108,9 +102,9 @@ def flags():
     add("--workers", type=int, help="processes that make batches; None: 8 with a GPU, else 0")
     add("--out", default="out", metavar="DIR", help="folder of all runs")
     add("--name", help="this run's folder in it; None: the recipe's or preset's name")
-    add("--log_every", type=int, default=20, help="steps between printed lines; log.jsonl has every step")
-    add("--eval_every", type=int, default=200, help="steps between validations")
-    add("--save_every", type=int, default=200, help="steps between checkpoints; the last two are kept")
+    add("--log_every", type=positive, default=20, help="steps between printed lines; log.jsonl has every step")
+    add("--eval_every", type=positive, default=200, help="steps between validations")
+    add("--save_every", type=positive, default=200, help="steps between checkpoints; the last two are kept")
     add("--resume", action="store_true", help="go on from the run's newest checkpoint, if there is one")
     return parser
 
@@ -124,18 +118,15 @@ def parse(argv):
     given = {word.split("=")[0] for word in argv}
     if args.init and "--preset" not in given:  # the recipe's preset gives way
         args.preset = None
-    if args.memory != "on" and not args.init and "--arl" not in given and not PRESETS.get(args.preset, Config()).memory:
-        args.arl = 0  # and its ARL, to a model without memory
     if (args.preset is None) == (args.init is None):
         parser.error("give one of --preset (a new model) and --init (one to start from)")
+    if args.preset and "--arl" not in given and not new_config(args).memory:  # so does its ARL, which needs a memory
+        args.arl = 0
     if args.data is None:
         parser.error(f"--recipe={args.recipe} trains on text: give --data, a folder of shards that data.py wrote")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.clip <= 0 or not 0 <= args.warmup < 1 or not 0 <= args.drills <= 1 or not 0 <= args.many <= 1:
         parser.error("--clip must be above 0, --warmup, --drills and --many shares from 0 to 1")
-    for flag in "steps", "batch", "device_batch", "log_every", "eval_every", "save_every":
-        if getattr(args, flag) < 1:
-            parser.error(f"--{flag} must be at least 1")
     if args.lr <= 0:
         parser.error(f"--lr {args.lr} must be above 0")
     if args.batch % world or (args.batch // world) % min(args.device_batch, args.batch // world):
@@ -152,14 +143,19 @@ def parse(argv):
 
 # ---------------------------------------------------------------- pieces
 
+def new_config(args):
+    """The preset's, with or without memory as the flags say."""
+    preset = PRESETS[args.preset]
+    return preset if args.memory is None else replace(preset, memory=args.memory == "on")
+
+
 def make_model(args, checkpoint=None):
     """The model to train, in fp32: the checkpoint's that the run goes on from, else --init's, else a new one."""
     torch.manual_seed(args.seed)
     if checkpoint or args.init:
         model = Transformer.from_pretrained(checkpoint or args.init, dtype=torch.float32)
     else:
-        model = Transformer(PRESETS[args.preset] if args.memory is None else
-                            replace(PRESETS[args.preset], memory=args.memory == "on"))
+        model = Transformer(new_config(args))
     if args.memory == "on" and not model.config.memory:
         model.add_memory()
     if args.memory == "off" and model.config.memory:
@@ -315,19 +311,24 @@ def save(run, step, model, optimizer, args, beside, rank):
         dist.barrier()
 
 
-def newest(run, args):
-    """The run's newest checkpoint and its step, or None and 0. ValueError if --resume would mix two runs."""
-    found = sorted(run.glob("step_*"))
-    if not found:
-        return None, 0
-    if not args.resume:
+def newest(run, resume):
+    """The run's newest checkpoint, None if it has none. ValueError if there is one and it was not asked for."""
+    checkpoint = weights.resolve(run)
+    if checkpoint == run:
+        return None
+    if not resume:
         raise ValueError(f"{run} holds a run already: go on with --resume, choose another --name, or delete it")
-    saved = json.loads((found[-1] / "train.json").read_text())
+    return checkpoint
+
+
+def step_of(checkpoint, run, args):
+    """How many steps the checkpoint has seen. ValueError if going on with these flags would mix two runs."""
+    saved = json.loads((checkpoint / "train.json").read_text())
     for key, value in saved["settings"].items():
         if key not in MAY_CHANGE and vars(args).get(key) != value:
             raise ValueError(f"--resume: {run} was started with --{key}={value}, not {vars(args).get(key)}: "
                              "give the same flags, or another --name")
-    return found[-1], saved["step"]
+    return saved["step"]
 
 
 def restore_optimizer(path, model, optimizer):
@@ -355,13 +356,13 @@ def train(args):
 
     # what to train on what
     run = Path(args.out) / args.name
-    checkpoint = weights.resolve(run) if args.resume and list(run.glob("step_*")) else None
+    checkpoint = newest(run, args.resume)
     model = make_model(args, checkpoint)
     source = checkpoint or (args.init and weights.resolve(args.init))
     tokenizer = tokenizer_of(source, model.config.vocab_size, args.tokenizer)
     beside = [] if tokenizer.name == "bytes" else tokenizer_files(folder_of(args.tokenizer or source))
     training, validation = make_data(args, tokenizer)
-    checkpoint, first_step = newest(run, args)
+    first_step = step_of(checkpoint, run, args) if checkpoint else 0
     if args.preset:
         model.config = replace(model.config, context_len=args.context_len)
     model.to(args.device)
@@ -456,7 +457,6 @@ def train(args):
 
 def lesson():
     """The same needles, in the same order, for a model without and one with the memory; then both are asked for some."""
-    import eval_niah  # here, because it is not needed to train
     recipe = "nano" if torch.cuda.is_available() else "pico"
     print(f"Two models from scratch, recipe {recipe}: 'attention' is OLMo 2's form, 'memory' the same with Eq. 1 on its keys "
           "and values. Ctrl-C stops; the same command goes on.\n")
