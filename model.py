@@ -15,12 +15,14 @@ Checked against transformers' Olmo2 and the official RAT+ in tests/test_model.py
 
 Letters: B batch, T tokens, C model width, H query heads, KV key/value heads, D = C / H head width, V vocabulary.
 """
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import backend
 import weights
 from memory import memory_scan, memory_step
 from sparse import Dense
@@ -90,6 +92,7 @@ class Feed:
     real: torch.Tensor | None    # (B, T)   True where there is a real token; None: everywhere
     dice: torch.Tensor | None    # (B, T)   a hash of the row's tokens so far: chance for H2's selectors, else ignored
     position: torch.Tensor       # (1 or B, T)  each token's
+    decoding: bool = False       # one new token per row of a cache
     # with a cache, whose places for tokens are called slots (see Cache):
     start: object = 0            # int, or (B,)  the slot of the first token
     slots: tuple = ()            # index of the real tokens' slots in a (B, max_len, ...) tensor
@@ -125,9 +128,10 @@ class Transformer(nn.Module):
         """forward without the head: (B, T, C), normalised. A prompt's last token alone may need the head."""
         self.check_tokens(tokens)
         sparse = sparse or Dense()
-        if cache is not None and tokens.shape[1] == 1 and lengths is None:
+        decoding = cache is not None and tokens.shape[1] == 1 and lengths is None
+        if decoding:
             cache.compress(sparse)  # once, and only if the method drops entries
-        feed = self.feed(tokens, lengths, cache, sparse)
+        feed = self.feed(tokens, lengths, cache, sparse, decoding)
         x = self.embed_tokens(tokens)
         for layer in self.layers:
             x = layer(x, feed, cache)
@@ -138,7 +142,7 @@ class Transformer(nn.Module):
     def head(self, x):
         return F.linear(x, self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
 
-    def feed(self, tokens, lengths, cache, sparse):
+    def feed(self, tokens, lengths, cache, sparse, decoding):
         """Where these tokens stand: positions, padding, dice. Makes room for them in the cache."""
         B, T = tokens.shape
         device, D = tokens.device, self.config.head_width
@@ -161,7 +165,7 @@ class Transformer(nn.Module):
             if cache is not None:
                 dice = dice + cache.token_hash[:, None]
                 cache.token_hash = dice[:, -1]
-        return Feed(cos, sin, sparse, lengths, real, dice, position, start, slots)
+        return Feed(cos, sin, sparse, lengths, real, dice, position, decoding, start, slots)
 
     def new_cache(self, B, max_len, window=64):
         """An empty cache for B rows of at most max_len tokens each. window: last queries kept, for SnapKV."""
@@ -335,30 +339,39 @@ class Attention(nn.Module):
     def forward(self, x, feed, cache):
         B, T, C = x.shape
         heads = lambda y: y.view(B, T, -1, self.config.head_width)  # (B, T, C) -> (B, T, H, D); for k, v (B, T, KV, D)
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self.memory_proj is not None:
-            k, v = self.remember(x, heads(k), heads(v), feed, cache)
-            k = k.flatten(2)  # QK-norm spans the whole projection, all heads together
-        q, k, v = heads(self.q_norm(q)), heads(self.k_norm(k)), heads(v)
-        q, k = rotate(q, feed), rotate(k, feed)
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        gate = None if self.memory_proj is None else heads(self.gate(x))
 
-        if cache is None:
-            y, _ = feed.sparse.prefill(q, k, v, 0, feed.dice)
+        if feed.decoding and backend.triton_for(q):
+            q = cache.step(self, q, k, v, gate, feed)  # all of what follows until attention, in one kernel
+            y = cache.read(self.index, q, feed)
         else:
-            y = cache.attend(self.index, q, k, v, feed)  # the same, with what the cache holds before k and v
+            if gate is not None:
+                k, v = self.remember(k, v, gate, feed, cache)
+            # QK-norm spans the whole projection, all heads together
+            q, k = heads(self.q_norm(q.flatten(2))), heads(self.k_norm(k.flatten(2)))
+            q, k = rotate(q, feed), rotate(k, feed)
+            if cache is None:
+                y, _ = feed.sparse.prefill(q, k, v, 0, feed.dice)
+            else:
+                y = cache.attend(self.index, q, k, v, feed)  # the same, with what the cache holds before k and v
         y = y.flatten(2)  # (B, T, C)
         if self.output_gate is not None:
             y = y * torch.sigmoid(self.output_gate(x))
         return self.o_proj(y)
 
-    def remember(self, x, k, v, feed, cache):
-        """Eq. 1 on k and v (B, T, KV, D). The gate reads the block's input at RMS 1: pre-norm has seen to that."""
-        if not self.config.pre_norm:
-            x = F.rms_norm(x, x.shape[-1:], eps=self.config.norm_eps)
-        gate = self.memory_proj(x).view_as(k)
+    def gate(self, x):
+        """Logits of Eq. 1's g. They read the block's input at RMS 1: pre-norm has seen to that."""
+        return self.memory_proj(x if self.config.pre_norm else F.rms_norm(x, x.shape[-1:], eps=self.config.norm_eps))
+
+    def remember(self, k, v, gate, feed, cache):
+        """Eq. 1 on k and v (B, T, KV, D), from the cache's state and to it."""
         if feed.real is not None:  # g = 1 and 1 - g = 0: padding adds nothing, and what was remembered passes unchanged
             gate = gate.masked_fill(~feed.real[..., None, None], torch.inf)
-        form = memory_step if k.shape[1] == 1 else memory_scan
+        if backend.triton_for(k):
+            from kernels import memory_scan as form
+        else:
+            form = memory_step if k.shape[1] == 1 else memory_scan
         if cache is None:
             k, v, _ = form(k, v, gate)
         else:
@@ -397,6 +410,7 @@ class LayerCache:
     ragged: bool                    # rows differ in `used`
     dice: torch.Tensor              # (B, 1)
     positions: torch.Tensor | None  # (B, Tk, KV)     true position of each slot; None: the slot itself
+    bounds_of: Callable = None      # block size -> low, high (B, N, KV, D) of its blocks' keys, which the cache keeps for Triton
 
     def filled_slots(self):
         """(B, Tk) True where a slot holds an entry."""
@@ -424,6 +438,7 @@ class Cache:
         self.v = [torch.zeros(entries, device=device, dtype=dtype) for _ in layers]
         self.positions = [None for _ in layers]  # (B, slots, KV), once compressed
         self.state = [None for _ in layers]      # (2, B, KV, D) fp32, of the memory
+        self.bounds = [None for _ in layers]     # (low, high, block size) of Quest's kernels: (B, N, KV, D), once asked for
         # each row's last queries, the newest at the end, for SnapKV; kept with any method, as a fork may use it
         queries = B, window, config.n_head, config.head_width
         self.recent_q = [torch.zeros(queries, device=device, dtype=dtype) for _ in layers]
@@ -440,7 +455,7 @@ class Cache:
 
     def fork(self):
         """An independent copy: one prefill can serve many settings."""
-        clone = lambda x: x.clone() if isinstance(x, torch.Tensor) else x
+        clone = lambda x: x.clone() if isinstance(x, torch.Tensor) else tuple(map(clone, x)) if isinstance(x, tuple) else x
         copy = object.__new__(Cache)
         for field, value in vars(self).items():
             setattr(copy, field, [clone(x) for x in value] if isinstance(value, list) else clone(value))
@@ -470,14 +485,40 @@ class Cache:
         """Store k, v (B, T, KV, D) of layer i, and attend with q (B, T, H, D) to all it holds, through the hooks."""
         self.store(self.k[i], k, feed)
         self.store(self.v[i], v, feed)
+        self.bounds[i] = None  # of fewer keys
+        self.note(i, q, feed)
+        if isinstance(feed.start, int) and feed.start == 0 and not feed.decoding:  # nothing came before
+            y, self.selected[i] = feed.sparse.prefill(q, k, v, 0, feed.dice)
+            return y
+        return self.read(i, q, feed)
+
+    def step(self, attention, q, k, v, gate, feed):
+        """
+        The projections q (B, 1, H, D), k, v, gate (B, 1, KV, D) of a new token, through memory, QK-norm and RoPE, k and v
+        into the cache: in one kernel, and in fp32 all the way. -> q, ready for attention.
+        """
+        from kernels import decode_step
+        i, config = attention.index, attention.config
+        if gate is not None and self.state[i] is None:
+            self.state[i] = torch.zeros(2, *k[:, 0].shape, device=k.device)
+        norms = (attention.q_norm.weight, attention.k_norm.weight) if config.qk_norm else (None, None)
+        low, high, block_size = self.bounds[i] or (None, None, 1)
+        q = decode_step(q, k, v, gate, *norms, config.norm_eps, feed.cos, feed.sin, self.state[i], self.k[i], self.v[i],
+                        low, high, block_size, self.used)
+        self.note(i, q, feed)
+        return q
+
+    def note(self, i, q, feed):
+        """Keep what a later compression, or a compressed cache, needs to know of these tokens."""
         if self.positions[i] is None:
             self.recent_q[i] = self.newest(self.recent_q[i], q, feed.lengths)
         else:
             self.store(self.positions[i], feed.position.expand(q.shape[:2])[..., None], feed)
-        if q.shape[1] == 1 and feed.lengths is None:
+
+    def read(self, i, q, feed):
+        """Attend with q (B, T, H, D), whose tokens are stored, to all that layer i holds, through the hooks."""
+        if feed.decoding:
             y, self.selected[i] = feed.sparse.decode(q, self.layer(i, feed.dice))
-        elif isinstance(feed.start, int) and feed.start == 0:  # nothing came before
-            y, self.selected[i] = feed.sparse.prefill(q, k, v, 0, feed.dice)
         else:
             y, self.selected[i] = feed.sparse.prefill(q, self.k[i][:, :self.filled], self.v[i][:, :self.filled],
                                                       feed.start, feed.dice)
@@ -485,7 +526,16 @@ class Cache:
 
     def layer(self, i, dice):
         positions = None if self.positions[i] is None else self.positions[i][:, :self.filled]
-        return LayerCache(self.k[i][:, :self.filled], self.v[i][:, :self.filled], self.used, self.ragged, dice, positions)
+        return LayerCache(self.k[i][:, :self.filled], self.v[i][:, :self.filled], self.used, self.ragged, dice, positions,
+                          lambda block_size: self.bounds_of(i, block_size))
+
+    def bounds_of(self, i, block_size):
+        """Each block's least and greatest key, per channel: low, high (B, N, KV, D). From then on, step keeps them up to date."""
+        from kernels_sparse import block_bounds
+        if self.bounds[i] is None or self.bounds[i][2] != block_size:
+            self.bounds[i] = *block_bounds(self.k[i], self.used, block_size), block_size
+        N = -(-self.filled // block_size)
+        return self.bounds[i][0][:, :N], self.bounds[i][1][:, :N]
 
     def store(self, where, x, feed):
         where[feed.slots] = x if isinstance(feed.slots[1], slice) else only_real(x, feed.real).to(where.dtype)
@@ -517,7 +567,7 @@ class Cache:
             self.k[i] = grown(k.gather(1, index).masked_fill(gap, 0))
             self.v[i] = grown(v.gather(1, index).masked_fill(gap, 0))
             self.positions[i] = grown(kept)
-            self.recent_q[i] = None
+            self.recent_q[i] = self.bounds[i] = None
             used = (kept[:, :, 0] >= 0).sum(1)                                  # (B,), the same in all layers and heads
         self.used, self.filled = used, kept.shape[1]
 

@@ -38,6 +38,8 @@ from typing import get_args
 import torch
 from torch.nn import functional as F
 
+import backend
+
 NEVER, ALWAYS = -math.inf, math.inf  # scores of what must not and what must be selected
 
 
@@ -159,25 +161,37 @@ class Quest(Dense):
         return bound.mean(dim=2, keepdim=True)
 
     def decode(self, q, cache):
-        filled = cache.filled_slots()                                                          # (B, Tk)
-        B, Tk, KV, D = cache.k.shape
-        N = math.ceil(Tk / self.block_size)
-        if self.random is None:
-            scores = self.score(q, cache.k, filled)
-        else:
-            scores = chance(cache.dice, self.random, KV, N)
-        block = torch.arange(N, device=q.device)
-        current = ((cache.used - 1) // self.block_size)[:, None, None, None]                   # (B, 1, 1, 1)
+        S, N = self.budget // self.block_size, math.ceil(cache.k.shape[1] / self.block_size)
+        if backend.triton_for(q):
+            from kernels_sparse import quest_attend, quest_scores, select
+            if self.random is None:
+                low, high = cache.bounds_of(self.block_size)
+                scores = quest_scores(q, low, high, cache.used, self.block_size, self.keep_first, self.keep_current)
+            else:
+                scores = self.forced(self.drawn(q, cache, N), cache.used).squeeze(2)
+            chosen = select(scores, min(S, N))                                                 # (B, KV, S) blocks
+            y, slots = quest_attend(q, cache.k, cache.v, chosen, cache.used, self.block_size)
+            return y, cache.positions_of(slots)
+        scores = self.drawn(q, cache, N) if self.random is not None else self.score(q, cache.k, cache.filled_slots())
+        chosen = top(self.forced(scores, cache.used), S).squeeze(2)                            # (B, KV, S) blocks
+        slots = chosen.unsqueeze(-1) * self.block_size + torch.arange(self.block_size, device=q.device)
+        unread = (chosen < 0).unsqueeze(-1) | (slots >= cache.used[:, None, None, None])
+        slots = slots.masked_fill(unread, -1).flatten(2)                                       # (B, KV, S * block)
+        return attend_to_slots(q, cache.k, cache.v, slots), cache.positions_of(slots)
+
+    def drawn(self, q, cache, N):
+        return chance(cache.dice, self.random, cache.k.shape[2], N)                            # (B, KV, 1, N)
+
+    def forced(self, scores, used):
+        """Scores (B, KV, 1, N) with what must and must not be read marked."""
+        block = torch.arange(scores.shape[-1], device=scores.device)
+        current = ((used - 1) // self.block_size)[:, None, None, None]                         # (B, 1, 1, 1)
         scores = scores.masked_fill(block > current, NEVER)
         if self.keep_first:
             scores = scores.masked_fill(block == 0, ALWAYS)
         if self.keep_current:
             scores = scores.masked_fill(block == current, ALWAYS)
-        chosen = top(scores, self.budget // self.block_size).squeeze(2)                        # (B, KV, S) blocks
-        slots = chosen.unsqueeze(-1) * self.block_size + torch.arange(self.block_size, device=q.device)
-        unread = (chosen < 0).unsqueeze(-1) | (slots >= cache.used[:, None, None, None])
-        slots = slots.masked_fill(unread, -1).flatten(2)                                       # (B, KV, S * block)
-        return attend_to_slots(q, cache.k, cache.v, slots), cache.positions_of(slots)
+        return scores
 
 
 @dataclass(frozen=True)
@@ -204,22 +218,34 @@ class MoBA(Dense):
         return per_kv_head(torch.einsum("bthd,bnhd->bhtn", q.float(), mean), k.shape[2])
 
     def prefill(self, q, k, v, start, dice):
-        B, Tk, KV, D = k.shape
-        N = math.ceil(Tk / self.block_size)
-        scores = self.score(q, k) if self.random is None else chance(dice, self.random, KV, N)
+        Tk, KV = k.shape[1:3]
+        S, N = self.budget // self.block_size, math.ceil(Tk / self.block_size)
         slot = query_slots(q, start)                                                           # (1 or B, Tq)
-        block = torch.arange(N, device=q.device)
-        current = (slot // self.block_size)[:, None, :, None]                                  # (1 or B, 1, Tq, 1)
-        scores = scores.masked_fill(block > current, NEVER).masked_fill(block == current, ALWAYS)
-        if self.keep_first:
-            scores = scores.masked_fill(block == 0, ALWAYS)
-        chosen = top(scores, self.budget // self.block_size)                                   # (B, KV, Tq, S) blocks
+        if backend.triton_for(q):
+            from kernels_moba import moba_attend, moba_route
+            check(not (torch.is_grad_enabled() and q.requires_grad), "moba's Triton kernels have no gradient: train with "
+                  "--kernels=torch")
+            first = slot[:, 0].expand(len(q)).contiguous()                                     # (B,)
+            if self.random is None:
+                chosen = moba_route(q, k, first, self.block_size, min(S, N), self.keep_first)
+            else:
+                chosen = top(self.forced(chance(dice, self.random, KV, N), slot), S).int()
+            return moba_attend(q, k, v, chosen, first, self.block_size), chosen
+        scores = self.score(q, k) if self.random is None else chance(dice, self.random, KV, N)
+        chosen = top(self.forced(scores, slot), S)                                             # (B, KV, Tq, S) blocks
         # one more column takes the -1s, then goes
         keep = torch.zeros(*scores.shape[:-1], N + 1, dtype=torch.bool, device=q.device)
         keep = keep.scatter(-1, chosen.where(chosen >= 0, N), True)[..., :N]                   # (B, KV, Tq, N)
         keep = keep.repeat_interleave(self.block_size, dim=-1)[..., :Tk]                       # (B, KV, Tq, Tk)
         keep = keep & (torch.arange(Tk, device=q.device) <= slot[:, None, :, None])
         return attend(q, k, v, keep.repeat_interleave(q.shape[2] // KV, dim=1)), chosen
+
+    def forced(self, scores, slot):
+        """Scores (B, KV, Tq, N) with what must and must not be read marked; slot (1 or B, Tq) of each query."""
+        block = torch.arange(scores.shape[-1], device=scores.device)
+        current = (slot // self.block_size)[:, None, :, None]                                  # (1 or B, 1, Tq, 1)
+        scores = scores.masked_fill(block > current, NEVER).masked_fill(block == current, ALWAYS)
+        return scores.masked_fill(block == 0, ALWAYS) if self.keep_first else scores
 
 
 @dataclass(frozen=True)
@@ -257,11 +283,18 @@ class SnapKV(Dense):
     def compress(self, q, k, v, lengths, dice):
         check(q.shape[1] >= self.window, f"snapkv: window={self.window} is more than the {q.shape[1]} queries that the "
               "cache keeps; make it with new_cache(..., window=)")
-        q = q[:, -self.window:]
+        q, triton = q[:, -self.window:], backend.triton_for(k)
         Tk, KV = k.shape[1:3]
-        scores = self.score(q, k, lengths) if self.random is None else chance(dice, self.random, KV, Tk).squeeze(2)
-        slot, lengths = torch.arange(Tk, device=q.device), lengths[:, None, None]
-        scores = scores.masked_fill(slot >= lengths - self.window, ALWAYS).masked_fill(slot >= lengths, NEVER)
+        if triton:
+            from kernels_sparse import select, snapkv_scores
+        if triton and self.random is None:
+            scores = snapkv_scores(q, k, lengths, self.kernel)
+        else:
+            scores = self.score(q, k, lengths) if self.random is None else chance(dice, self.random, KV, Tk).squeeze(2)
+            slot, lengths = torch.arange(Tk, device=q.device), lengths[:, None, None]
+            scores = scores.masked_fill(slot >= lengths - self.window, ALWAYS).masked_fill(slot >= lengths, NEVER)
+        if triton:
+            return select(scores, min(self.budget, Tk)).long()
         chosen = top(scores, self.budget)                                                      # (B, KV, S)
         ascending = chosen.where(chosen >= 0, Tk).sort(dim=-1).values
         return ascending.where(ascending < Tk, -1)
@@ -294,6 +327,11 @@ class Dilated(Dense):
 
     def prefill(self, q, k, v, start, dice):
         slot = query_slots(q, start)                                                           # (1 or B, Tq)
+        if backend.triton_for(v):
+            from kernels_dilated import dilated
+            first = slot[:, 0].expand(len(q)).contiguous()                                     # (B,)
+            # autocast leaves q and k in fp32, behind their norms
+            return dilated(q.to(v.dtype), k.to(v.dtype), v, first, self.dilation, self.local, self.initial), None
         if self.local == 0:  # then all queries share their few keys, but for their own
             with torch.autocast(q.device.type, enabled=False):  # few products: fp32 is affordable
                 return self.attend_to_shared(q.float(), k.float(), v.float(), slot).to(v.dtype), None
@@ -321,6 +359,9 @@ class Dilated(Dense):
         slot = torch.arange(cache.k.shape[1], device=q.device)
         keep = self.pattern((cache.used - 1)[:, None, None], slot)                             # (B, 1, Tk)
         selected = torch.where(keep, slot, -1).expand(-1, cache.k.shape[2], -1)                # (B, KV, Tk)
+        if backend.triton_for(q):
+            from kernels_dilated import dilated
+            return dilated(q, cache.k, cache.v, cache.used - 1, self.dilation, self.local, self.initial), selected
         return attend(q, cache.k, cache.v, keep.unsqueeze(2)), selected
 
 

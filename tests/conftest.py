@@ -3,6 +3,7 @@ What the tests share: the originals' recorded data (oracle/), tiny random models
 
     error(out, ref) = rms(out - ref) / rms(ref)
 """
+import os
 import sys
 import types
 from pathlib import Path
@@ -11,9 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels' tests; on a CPU Triton's interpreter runs them
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)  # tiny tensors: threads would only get in each other's way
 
+import backend  # noqa: E402
 from model import Config, Transformer  # noqa: E402
 
 ORACLE = Path(__file__).parent / "oracle"
@@ -38,6 +44,72 @@ def ratplus():
 def selectors():
     """What the originals of MoBA, SnapKV and Quest compute."""
     return load_file(ORACLE / "selectors.safetensors")
+
+
+# ---------------------------------------------------------------- Triton kernels
+
+def repair_interpreter():
+    """
+    Three faults of Triton's interpreter (seen in 3.6 with numpy 2.4): a range() takes no bound that the kernel computed;
+    tl.dot multiplies the bit patterns of bf16 numbers; fp32 to bf16 cuts off instead of rounding to nearest.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+    patch_tensor, dot, convert = (interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot,
+                                  interpreter._convert_float)
+
+    def patched_tensor(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def patched_dot(self, a, b, *rest):
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    def patched_convert(x, old, new, rounding):
+        if (old, new) != (tl.float32, tl.bfloat16):
+            return convert(x, old, new, rounding)
+        return torch.from_numpy(x.copy()).bfloat16().view(torch.int16).numpy().view("uint16")
+
+    interpreter._patch_lang_tensor, interpreter._convert_float = patched_tensor, patched_convert
+    interpreter.InterpreterBuilder.create_dot = patched_dot
+
+
+if DEVICE == "cpu" and sys.platform == "linux":
+    repair_interpreter()
+
+
+@pytest.fixture
+def poisoned():
+    """torch.empty fills with NaN, or the largest integer: an element that no kernel wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture
+def plain_references(monkeypatch):
+    """sparse.py in PyTorch on a GPU too: there it is what the kernels are compared with."""
+    monkeypatch.setattr(backend, "choice", "torch")
+
+
+def assert_as_good(out, plain, ref, what="values", dtype=None):
+    """
+    The house rule: at most twice as far from the exact `ref` as PyTorch (`plain`), plus a floor, both for the dtype that
+    went in (None: the one that came out).
+    """
+    dtype = dtype or plain.dtype
+    assert out.shape == ref.shape and out.dtype == plain.dtype, f"{what}: {out.dtype} {tuple(out.shape)} for {plain.dtype} {tuple(ref.shape)}"
+    assert out.isfinite().all(), f"{what}: {(~out.isfinite()).sum()} elements are not finite"
+    floor = {torch.float32: 1e-6, torch.bfloat16: 2e-3}[dtype]
+    if ref.abs().max() < 1e-12:  # a gradient that is zero has no relative error
+        return assert_close(out.double(), ref.double(), atol=floor, what=what)
+    allowed, rms = min(2 * error(plain, ref) + floor, LIMIT[dtype]), error(out, ref)
+    assert rms <= allowed, f"{what}: rms error {rms:.2e}, allowed {allowed:.2e}, max {(out.double() - ref.double()).abs().max():.2e}"
 
 
 def error(out, ref):

@@ -1,0 +1,452 @@
+"""
+The memory in Triton: Eq. 1 for whole sequences, forward and backward, and one decoding step with all that surrounds it.
+
+    memory_scan   k~[t] = g[t] k~[t-1] + (1 - g[t]) k[t], v~ alike: as memory.memory_scan, with gradients
+    decode_step   for one new token: memory, QK-norm, RoPE, the write into the cache, Quest's block bounds; one launch
+
+How a scan is made parallel in time. A stretch of tokens turns the state before it into the state after it as one step
+would: after = decay * before + own, where decay is the product of its gates and own what it gives from a zero state.
+Two stretches in a row are again such a stretch (`two_steps`). So three levels work at once, each from zero:
+
+    rows     one thread walks down ROWS tokens of its channels, in registers
+    strips   STRIPS warps, each with its rows, make a tile; a small scan tells each strip what came before it
+    tiles    a program has one tile; it waits for the state before it, and passes on the state after it
+
+The tiles of a sequence thus form a chain of programs, but only handing over the state is serial: tokens are loaded
+before the wait. Everything is read once and written once, which two passes over the tokens could not do.
+(Single-pass scan with chained tiles: Merrill and Garland, "Decoupled look-back", 2016; without the look-back here.)
+
+Checked against memory.memory_loop, and against the parts of model.py, in tests/test_kernels.py. The other kernels:
+kernels_dilated.py (ARL's sparse pass), kernels_sparse.py (Quest, SnapKV), kernels_moba.py. backend.py decides who runs.
+
+Letters: B batch, T tokens, KV key/value heads, H query heads, D head width, W = KV * D channels, N blocks.
+"""
+from typing import Optional
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Registers bound both: a thread holds its rows' states in fp32. More rows spill or leave too few programs per SM to hide
+# the latency of memory; fewer make the chain of tiles longer than the memory traffic takes.
+FORWARD = dict(ROWS=4, STRIPS=8, BLOCK_W=64, num_warps=8)
+BACKWARD = dict(ROWS=4, STRIPS=8, BLOCK_W=64, num_warps=8)
+
+EMPTY = tl.constexpr(-1)  # the bits of a state nobody has written yet: as a float a NaN that no arithmetic gives
+
+
+# ---------------------------------------------------------------- the memory scan
+
+@triton.jit
+def gates(logit):
+    """g = sigmoid(logit) and 1 - g = sigmoid(-logit), both to full relative precision, from one exponential."""
+    small = tl.exp(-tl.abs(logit))  # in (0, 1]: no overflow
+    near = 1 / (1 + small)          # the larger of g and 1 - g
+    far = small * near
+    return tl.where(logit >= 0, near, far), tl.where(logit >= 0, far, near)
+
+
+@triton.jit
+def two_steps(g1, k1, v1, g2, k2, v2):
+    """m -> g1 m + k1, then m -> g2 m + k2, as one step; the same for v."""
+    return g1 * g2, g2 * k1 + k2, g2 * v1 + v2
+
+
+@triton.jit
+def two_strips(g1, k1, v1, g1_before, k1_before, v1_before, g2, k2, v2, g2_before, k2_before, v2_before):
+    """two_steps of whole strips; and beside it, all that came before the last of them."""
+    g, k, v = two_steps(g1, k1, v1, g2, k2, v2)
+    g_before, k_before, v_before = two_steps(g1, k1, v1, g2_before, k2_before, v2_before)
+    return g, k, v, g_before, k_before, v_before
+
+
+@triton.jit
+def wait_for(k_ptr, v_ptr, mask):
+    """The states at k_ptr and v_ptr, tiles of pointers, as soon as another program has written all of them."""
+    k, v = tl.load(k_ptr, mask, other=0, volatile=True), tl.load(v_ptr, mask, other=0, volatile=True)
+    while tl.max(tl.max(((k == EMPTY) | (v == EMPTY)).to(tl.int32), axis=1), axis=0) == 1:
+        k, v = tl.load(k_ptr, mask, other=0, volatile=True), tl.load(v_ptr, mask, other=0, volatile=True)
+    return k.to(tl.float32, bitcast=True), v.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def memory_forward_kernel(
+    k_ptr, v_ptr, gate_ptr,    # (B, T, W)  with strides for b and t
+    k_out_ptr, v_out_ptr,      # (B, T, W)  contiguous
+    before_ptr,                # (n_tiles, 2, B, W)  the state before each tile, fp32 as int32; the first is given
+    last_ptr,                  # (2, B, W)  fp32: the state after the last token
+    B, T, W, n_tiles,
+    k_stride_b, k_stride_t, v_stride_b, v_stride_t, gate_stride_b, gate_stride_t,
+    ROWS: tl.constexpr, STRIPS: tl.constexpr, BLOCK_W: tl.constexpr,
+):
+    """
+    Eq. 1 for one tile of STRIPS * ROWS tokens and BLOCK_W channels.                  reference: memory.memory_loop
+
+    grid   n_tiles * B * cdiv(W, BLOCK_W), the tiles slowest: the GPU starts programs in this order, so whoever waits,
+           waits for one that runs already
+    tile   one warp per strip, two channels per lane, ROWS tokens one after the other in registers
+    bytes  reads k, v, gate and writes k~, v~ once: 5 * B * T * W elements
+    dtype  any in and out; gates and states in fp32
+    """
+    n_w = tl.cdiv(W, BLOCK_W)
+    program = tl.program_id(0)
+    tile, b, w = program // (n_w * B), (program // n_w % B).to(tl.int64), program % n_w
+    strip = tl.arange(0, STRIPS)[:, None]
+    channel = w * BLOCK_W + tl.arange(0, BLOCK_W)[None]
+    first = (tile * STRIPS + strip) * ROWS                        # (STRIPS, 1)  token
+    inside = channel < W
+    k_ptr += b * k_stride_b + channel
+    v_ptr += b * v_stride_b + channel
+    gate_ptr += b * gate_stride_b + channel
+
+    # each strip from a zero state. Past the end g = 1 and 1 - g = 0 let the state through unchanged
+    zero = tl.zeros((STRIPS, BLOCK_W), tl.float32)
+    decay, k_own, v_own = zero + 1, zero, zero
+    decays, k_owns, v_owns = (), (), ()
+    for r in tl.static_range(ROWS):
+        t = (first + r).to(tl.int64)
+        mask = inside & (t < T)
+        g, rest = gates(tl.load(gate_ptr + t * gate_stride_t, mask, other=float("inf")).to(tl.float32))
+        k = tl.load(k_ptr + t * k_stride_t, mask, other=0).to(tl.float32)
+        v = tl.load(v_ptr + t * v_stride_t, mask, other=0).to(tl.float32)
+        decay, k_own, v_own = two_steps(decay, k_own, v_own, g, rest * k, rest * v)
+        decays, k_owns, v_owns = decays + (decay,), k_owns + (k_own,), v_owns + (v_own,)
+
+    # all strips up to and with each one; and without it
+    decay, k_own, v_own, decay_before, k_before, v_before = tl.associative_scan(
+        (decay, k_own, v_own, zero + 1, zero, zero), 0, two_strips)
+
+    size = (B * W).to(tl.int64)
+    state = b * W + channel + tl.zeros((STRIPS, 1), tl.int32)      # offset in (B, W), for all strips
+    at = before_ptr + 2 * tile * size + state
+    k_start, v_start = wait_for(at, at + size, inside)                    # before the tile
+    k_end, v_end = decay * k_start + k_own, decay * v_start + v_own
+    last_strip = inside & (strip == STRIPS - 1)
+    if tile + 1 < n_tiles:  # an exchange, as it is seen by other SMs at once
+        tl.atomic_xchg(at + 2 * size, k_end.to(tl.int32, bitcast=True), last_strip, sem="relaxed")
+        tl.atomic_xchg(at + 3 * size, v_end.to(tl.int32, bitcast=True), last_strip, sem="relaxed")
+    else:
+        tl.store(last_ptr + state, k_end, last_strip)
+        tl.store(last_ptr + size + state, v_end, last_strip)
+
+    k_start, v_start = decay_before * k_start + k_before, decay_before * v_start + v_before  # before the strip
+    for r in tl.static_range(ROWS):
+        t = (first + r).to(tl.int64)
+        mask = inside & (t < T)
+        tl.store(k_out_ptr + (b * T + t) * W + channel, decays[r] * k_start + k_owns[r], mask)
+        tl.store(v_out_ptr + (b * T + t) * W + channel, decays[r] * v_start + v_owns[r], mask)
+
+
+@triton.jit
+def memory_backward_kernel(
+    k_ptr, v_ptr, gate_ptr,       # (B, T, W)  with strides
+    dk_mem_ptr, dv_mem_ptr,       # (B, T, W)  gradients of k~ and v~, with strides
+    before_ptr,                   # (n_tiles, 2, B, W)  states before each tile, from the forward pass
+    dk_ptr, dv_ptr, dgate_ptr,    # (B, T, W)  contiguous
+    dafter_ptr,                   # (n_tiles, 2, B, W)  fp32 as int32: gradient of the state after each tile; the last is given
+    dstate_ptr,                   # (2, B, W)  fp32: gradient of the state before the first token
+    B, T, W, n_tiles,
+    k_stride_b, k_stride_t, v_stride_b, v_stride_t, gate_stride_b, gate_stride_t,
+    dk_stride_b, dk_stride_t, dv_stride_b, dv_stride_t,
+    ROWS: tl.constexpr, STRIPS: tl.constexpr, BLOCK_W: tl.constexpr,
+):
+    """
+    The gradient of Eq. 1: the same recurrence backwards in time.               reference: autograd of memory.memory_loop
+
+        G[t] = dk~[t] + g[t+1] G[t+1]        dk[t] = (1 - g[t]) G[t]        dlogit[t] = g (1 - g) G[t] (k~[t-1] - k[t])
+
+    summed over k and v for the logit. k~[t-1] is computed again from the forward pass's states: saved in bf16 it would
+    lose percents where g is near 1.
+
+    grid   as forward, the last tile first, and waits for the tile after it
+    bytes  reads k, v, gate, dk~, dv~ and writes dk, dv, dgate once: 8 * B * T * W elements
+    """
+    n_w = tl.cdiv(W, BLOCK_W)
+    program = tl.program_id(0)
+    tile, b, w = n_tiles - 1 - program // (n_w * B), (program // n_w % B).to(tl.int64), program % n_w
+    strip = tl.arange(0, STRIPS)[:, None]
+    channel = w * BLOCK_W + tl.arange(0, BLOCK_W)[None]
+    first = (tile * STRIPS + strip) * ROWS                        # (STRIPS, 1)  token
+    inside = channel < W
+    k_ptr += b * k_stride_b + channel
+    v_ptr += b * v_stride_b + channel
+    gate_ptr += b * gate_stride_b + channel
+    dk_mem_ptr += b * dk_stride_b + channel
+    dv_mem_ptr += b * dv_stride_b + channel
+
+    # each strip from zero, forwards (own) and, as it passes on g[first] G[first], backwards (back)
+    zero = tl.zeros((STRIPS, BLOCK_W), tl.float32)
+    decay, k_own, v_own, k_back, v_back = zero + 1, zero, zero, zero, zero
+    logits, ks, vs, dk_mems, dv_mems = (), (), (), (), ()
+    for r in tl.static_range(ROWS):
+        t = (first + r).to(tl.int64)
+        mask = inside & (t < T)
+        logit = tl.load(gate_ptr + t * gate_stride_t, mask, other=float("inf"))
+        k = tl.load(k_ptr + t * k_stride_t, mask, other=0)
+        v = tl.load(v_ptr + t * v_stride_t, mask, other=0)
+        dk_mem = tl.load(dk_mem_ptr + t * dk_stride_t, mask, other=0)
+        dv_mem = tl.load(dv_mem_ptr + t * dv_stride_t, mask, other=0)
+        g, rest = gates(logit.to(tl.float32))
+        decay, k_own, v_own = two_steps(decay, k_own, v_own, g, rest * k.to(tl.float32), rest * v.to(tl.float32))
+        k_back += decay * dk_mem.to(tl.float32)
+        v_back += decay * dv_mem.to(tl.float32)
+        logits, ks, vs, dk_mems, dv_mems = logits + (logit,), ks + (k,), vs + (v,), dk_mems + (dk_mem,), dv_mems + (dv_mem,)
+
+    _, _, _, decay_before, k_before, v_before = tl.associative_scan(
+        (decay, k_own, v_own, zero + 1, zero, zero), 0, two_strips)
+    decay, k_back, v_back, decay_behind, k_behind, v_behind = tl.associative_scan(
+        (decay, k_back, v_back, zero + 1, zero, zero), 0, two_strips, reverse=True)
+
+    size = (B * W).to(tl.int64)
+    state = b * W + channel + tl.zeros((STRIPS, 1), tl.int32)      # offset in (B, W), for all strips
+    at = before_ptr + 2 * tile * size + state
+    k_start = tl.load(at, inside, other=0).to(tl.float32, bitcast=True)
+    v_start = tl.load(at + size, inside, other=0).to(tl.float32, bitcast=True)
+    k_start, v_start = decay_before * k_start + k_before, decay_before * v_start + v_before  # before the strip
+
+    at = dafter_ptr + 2 * tile * size + state
+    k_grad, v_grad = wait_for(at, at + size, inside)                      # of the state after the tile
+    k_back, v_back = decay * k_grad + k_back, decay * v_grad + v_back
+    first_strip = inside & (strip == 0)
+    if tile > 0:
+        tl.atomic_xchg(at - 2 * size, k_back.to(tl.int32, bitcast=True), first_strip, sem="relaxed")
+        tl.atomic_xchg(at - size, v_back.to(tl.int32, bitcast=True), first_strip, sem="relaxed")
+    else:
+        tl.store(dstate_ptr + state, k_back, first_strip)
+        tl.store(dstate_ptr + size + state, v_back, first_strip)
+    k_grad, v_grad = decay_behind * k_grad + k_behind, decay_behind * v_grad + v_behind      # after the strip
+
+    k_states, v_states = (), ()                                   # before each token
+    for r in tl.static_range(ROWS):
+        k_states, v_states = k_states + (k_start,), v_states + (v_start,)
+        g, rest = gates(logits[r].to(tl.float32))
+        k_start = g * k_start + rest * ks[r].to(tl.float32)
+        v_start = g * v_start + rest * vs[r].to(tl.float32)
+    for i in tl.static_range(ROWS):                               # r = ROWS - 1 - i, from the last token to the first
+        t = (first + ROWS - 1 - i).to(tl.int64)
+        mask = inside & (t < T)
+        out = (b * T + t) * W + channel
+        g, rest = gates(logits[ROWS - 1 - i].to(tl.float32))
+        k_grad += dk_mems[ROWS - 1 - i].to(tl.float32)            # G[t]
+        v_grad += dv_mems[ROWS - 1 - i].to(tl.float32)
+        tl.store(dk_ptr + out, rest * k_grad, mask)
+        tl.store(dv_ptr + out, rest * v_grad, mask)
+        pull = (k_grad * (k_states[ROWS - 1 - i] - ks[ROWS - 1 - i].to(tl.float32))
+                + v_grad * (v_states[ROWS - 1 - i] - vs[ROWS - 1 - i].to(tl.float32)))
+        tl.store(dgate_ptr + out, g * rest * pull, mask)
+        k_grad, v_grad = g * k_grad, g * v_grad
+
+
+def by_token(x):
+    """(B, T, KV, D) -> (B, T, W) with channels side by side: a view if they are."""
+    x = x.flatten(2)
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def unwritten(n_tiles, B, W, device):
+    return torch.full((n_tiles, 2, B, W), EMPTY.value, dtype=torch.int32, device=device)
+
+
+def as_bits(state):
+    """fp32 (2, B, KV, D), or None for zeros -> int32 (2, B, W), or 0."""
+    return 0 if state is None else state.float().flatten(2).contiguous().view(torch.int32)
+
+
+@torch.library.custom_op("nanorat::memory_forward", mutates_args=())
+def memory_forward(k: Tensor, v: Tensor, gate: Tensor, state: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> k~, v~, the last state, the states before each tile"""
+    B, T, KV, D = k.shape
+    assert k.shape == v.shape == gate.shape, f"k {tuple(k.shape)}, v {tuple(v.shape)}, gate {tuple(gate.shape)} must agree"
+    k_mem, v_mem, last, before = empty_forward(k, v, gate, state)
+    before[1:], before[0] = EMPTY.value, as_bits(state)
+    k, v, gate = by_token(k), by_token(v), by_token(gate)
+    grid = (len(before) * B * triton.cdiv(KV * D, FORWARD["BLOCK_W"]),)
+    memory_forward_kernel[grid](k, v, gate, k_mem, v_mem, before, last, B, T, KV * D, len(before),
+                                *k.stride()[:2], *v.stride()[:2], *gate.stride()[:2], **FORWARD)
+    return k_mem, v_mem, last, before
+
+
+@memory_forward.register_fake
+def empty_forward(k, v, gate, state):
+    B, T, KV, D = k.shape
+    n_tiles = triton.cdiv(T, FORWARD["ROWS"] * FORWARD["STRIPS"])
+    return (k.new_empty(B, T, KV, D), v.new_empty(B, T, KV, D), k.new_empty(2, B, KV, D, dtype=torch.float32),
+            k.new_empty(n_tiles, 2, B, KV * D, dtype=torch.int32))
+
+
+@torch.library.custom_op("nanorat::memory_backward", mutates_args=())
+def memory_backward(k: Tensor, v: Tensor, gate: Tensor, before: Tensor, dk_mem: Tensor, dv_mem: Tensor,
+                    dlast: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> dk, dv, dgate, dstate"""
+    B, T, KV, D = k.shape
+    dk, dv, dgate, dstate = empty_backward(k, v, gate, before, dk_mem, dv_mem, dlast)
+    dafter = torch.full_like(before, EMPTY.value)
+    dafter[-1] = as_bits(dlast)
+    k, v, gate, dk_mem, dv_mem = by_token(k), by_token(v), by_token(gate), by_token(dk_mem), by_token(dv_mem)
+    grid = (len(before) * B * triton.cdiv(KV * D, BACKWARD["BLOCK_W"]),)
+    memory_backward_kernel[grid](k, v, gate, dk_mem, dv_mem, before, dk, dv, dgate, dafter, dstate, B, T, KV * D, len(before),
+                                 *k.stride()[:2], *v.stride()[:2], *gate.stride()[:2], *dk_mem.stride()[:2],
+                                 *dv_mem.stride()[:2], **BACKWARD)
+    return dk, dv, dgate, dstate
+
+
+@memory_backward.register_fake
+def empty_backward(k, v, gate, before, dk_mem, dv_mem, dlast):
+    return k.new_empty(k.shape), v.new_empty(k.shape), gate.new_empty(k.shape), torch.empty_like(dlast)
+
+
+def save_for_backward(ctx, inputs, output):
+    k, v, gate, state = inputs
+    ctx.save_for_backward(k, v, gate, output[3])
+    ctx.has_state = state is not None
+
+
+def backward(ctx, dk_mem, dv_mem, dlast, _):
+    *gradients, dstate = memory_backward(*ctx.saved_tensors, dk_mem, dv_mem, dlast)
+    return *gradients, dstate if ctx.has_state else None
+
+
+memory_forward.register_autograd(backward, setup_context=save_for_backward)
+
+
+def memory_scan(
+    k, v,        # (B, T, KV, D)  any strides; without a copy if a token's KV * D channels lie side by side
+    gate,        # (B, T, KV, D)  logits of g
+    state=None,  # (2, B, KV, D)  fp32: k~ and v~ before the first token; None is zeros
+):               # -> k~, v~ in the dtypes of k and v; the state after the last token, fp32
+    """Eq. 1, as memory.memory_scan, with gradients for all four. Bit for bit the same each time."""
+    k_mem, v_mem, last, _ = memory_forward(k, v, gate, state)
+    return k_mem, v_mem, last
+
+
+# ---------------------------------------------------------------- the decoding step
+
+@triton.jit
+def load_halves(ptr, n, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
+    """A token's n heads (n, 2 * HALF), side by side at ptr, as two fp32 tiles (BLOCK_H, HALF): what RoPE pairs."""
+    head, d = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, HALF)[None]
+    at = ptr + head * 2 * HALF + d
+    return tl.load(at, head < n, other=0).to(tl.float32), tl.load(at + HALF, head < n, other=0).to(tl.float32)
+
+
+@triton.jit
+def store_halves(ptr, low, high, n, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
+    head, d = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, HALF)[None]
+    at = ptr + head * 2 * HALF + d
+    tl.store(at, low, head < n)
+    tl.store(at + HALF, high, head < n)
+
+
+@triton.jit
+def remember_halves(low, high, gate_ptr, state_ptr, n, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Eq. 1 for one token of k or v, whose state (n, 2 * HALF) is updated in place."""
+    gate_low, gate_high = load_halves(gate_ptr, n, HALF, BLOCK_H)
+    state_low, state_high = load_halves(state_ptr, n, HALF, BLOCK_H)
+    g, rest = gates(gate_low)
+    low = g * state_low + rest * low
+    g, rest = gates(gate_high)
+    high = g * state_high + rest * high
+    store_halves(state_ptr, low, high, n, HALF, BLOCK_H)
+    return low, high
+
+
+@triton.jit
+def norm_and_rotate(low, high, weight_ptr, cos_ptr, sin_ptr, n, eps, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
+    """QK-norm over all n heads together (weight_ptr None: without), then RoPE: the halves of a head are pairs."""
+    if weight_ptr is not None:
+        scale = tl.rsqrt((tl.sum(low * low) + tl.sum(high * high)) / (n * 2 * HALF) + eps)
+        weight_low, weight_high = load_halves(weight_ptr, n, HALF, BLOCK_H)
+        low, high = low * scale * weight_low, high * scale * weight_high
+    d = tl.arange(0, HALF)[None]
+    cos, sin = tl.load(cos_ptr + d), tl.load(sin_ptr + d)
+    return low * cos - high * sin, high * cos + low * sin
+
+
+@triton.jit
+def decode_step_kernel(
+    q_ptr,                                 # (B, H, D)   projections of one token per row
+    k_ptr, v_ptr, gate_ptr,                # (B, KV, D)  gate None: no memory
+    q_weight_ptr, k_weight_ptr,            # (H * D), (KV * D)  of QK-norm, or None
+    cos_ptr, sin_ptr,                      # (1 or B, D / 2)  fp32
+    state_ptr,                             # (2, B, KV, D)  fp32, updated in place
+    k_cache_ptr, v_cache_ptr,              # (B, slots, KV, D)  written at the token's slot
+    low_ptr, high_ptr,                     # (B, N, KV, D)  Quest's bounds, updated in place, or None
+    used_ptr,                              # (B,)  slots filled per row, this token's included
+    q_out_ptr,                             # (B, H, D)
+    B, H, KV, eps,
+    q_stride, k_stride, v_stride, gate_stride, cos_stride, k_cache_stride, v_cache_stride, bounds_stride,  # from row to row
+    HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):
+    """
+    What surrounds attention in a decoding step: k, v -> memory; q, k -> QK-norm -> RoPE; k, v -> cache and block bounds.
+
+    reference: memory.memory_step, and model.Attention.forward without the projections
+    grid   (B, 3): one program each for q, k and v of a row: QK-norm needs all heads of a token together
+    bytes  some 100 KB a row at 32 heads of 128: the time is one launch and one trip to memory and back
+    dtype  fp32 from the projections to the cache
+    """
+    b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    D: tl.constexpr = 2 * HALF
+    slot = tl.load(used_ptr + b) - 1
+    if part == 0:
+        low, high = load_halves(q_ptr + b * q_stride, H, HALF, BLOCK_H)
+        low, high = norm_and_rotate(low, high, q_weight_ptr, cos_ptr + b * cos_stride, sin_ptr + b * cos_stride, H, eps, HALF, BLOCK_H)
+        store_halves(q_out_ptr + b * H * D, low, high, H, HALF, BLOCK_H)
+    elif part == 1:
+        low, high = load_halves(k_ptr + b * k_stride, KV, HALF, BLOCK_H)
+        if gate_ptr is not None:
+            low, high = remember_halves(low, high, gate_ptr + b * gate_stride, state_ptr + b * KV * D, KV, HALF, BLOCK_H)
+        low, high = norm_and_rotate(low, high, k_weight_ptr, cos_ptr + b * cos_stride, sin_ptr + b * cos_stride, KV, eps, HALF, BLOCK_H)
+        store_halves(k_cache_ptr + b * k_cache_stride + slot * KV * D, low, high, KV, HALF, BLOCK_H)
+        if low_ptr is not None:
+            block = b * bounds_stride + slot // BLOCK_SIZE * KV * D
+            new = slot % BLOCK_SIZE == 0
+            # as the cache holds them: rounded to its dtype
+            low, high = low.to(k_cache_ptr.dtype.element_ty).to(tl.float32), high.to(k_cache_ptr.dtype.element_ty).to(tl.float32)
+            a, b_ = load_halves(low_ptr + block, KV, HALF, BLOCK_H)
+            store_halves(low_ptr + block, tl.where(new, low, tl.minimum(a, low)), tl.where(new, high, tl.minimum(b_, high)), KV, HALF, BLOCK_H)
+            a, b_ = load_halves(high_ptr + block, KV, HALF, BLOCK_H)
+            store_halves(high_ptr + block, tl.where(new, low, tl.maximum(a, low)), tl.where(new, high, tl.maximum(b_, high)), KV, HALF, BLOCK_H)
+    else:
+        low, high = load_halves(v_ptr + b * v_stride, KV, HALF, BLOCK_H)
+        if gate_ptr is not None:
+            low, high = remember_halves(low, high, gate_ptr + b * gate_stride, state_ptr + (B + b) * KV * D, KV, HALF, BLOCK_H)
+        store_halves(v_cache_ptr + b * v_cache_stride + slot * KV * D, low, high, KV, HALF, BLOCK_H)
+
+
+@torch.library.custom_op("nanorat::decode_step", mutates_args=("state", "k_cache", "v_cache", "low", "high"))
+def decode_step(
+    q: Tensor,                   # (B, 1, H, D)   projections of the new token
+    k: Tensor, v: Tensor,        # (B, 1, KV, D)
+    gate: Optional[Tensor],      # (B, 1, KV, D)  logits; None: a model without memory
+    q_weight: Optional[Tensor],  # (H * D,)       of QK-norm; None: without
+    k_weight: Optional[Tensor],  # (KV * D,)
+    eps: float,                  #                of QK-norm
+    cos: Tensor, sin: Tensor,    # (1 or B, 1, 1, D / 2)  fp32, of RoPE
+    state: Optional[Tensor],     # (2, B, KV, D)  fp32, contiguous; updated in place
+    k_cache: Tensor, v_cache: Tensor,  # (B, slots, KV, D)  written in place at slot used - 1
+    low: Optional[Tensor], high: Optional[Tensor],  # (B, N, KV, D)  Quest's bounds per block; updated in place
+    block_size: int,             #                of these blocks
+    used: Tensor,                # (B,)  int64    slots filled per row, the new token's included
+) -> Tensor:                     # q (B, 1, H, D), ready for attention
+    """All of a decoding step between the projections and attention, in one launch. See decode_step_kernel."""
+    B, _, H, D = q.shape
+    KV = k.shape[2]
+    assert D % 2 == 0 and D & D - 1 == 0, f"head width {D} is not a power of two"
+    q, k, v = (by_token(x) for x in (q, k, v))
+    gate = None if gate is None else by_token(gate)
+    for x in k_cache, v_cache, low, high:
+        assert x is None or x.stride()[1:] == (KV * D, D, 1), f"a cache's slots must lie side by side, not with strides {x.stride()}"
+    q_out = q.new_empty(B, 1, H, D)
+    decode_step_kernel[(B, 3)](
+        q, k, v, gate, q_weight, k_weight, cos, sin, state, k_cache, v_cache, low, high, used, q_out, B, H, KV, eps,
+        q.stride(0), k.stride(0), v.stride(0), 0 if gate is None else gate.stride(0), 0 if len(cos) == 1 else cos.stride(0),
+        k_cache.stride(0), v_cache.stride(0), 0 if low is None else low.stride(0),
+        HALF=D // 2, BLOCK_H=triton.next_power_of_2(max(H, KV)), BLOCK_SIZE=block_size, num_warps=8)
+    return q_out
+
+
+@decode_step.register_fake
+def _(q, k, v, gate, q_weight, k_weight, eps, cos, sin, state, k_cache, v_cache, low, high, block_size, used):
+    return q.new_empty(q.shape)
