@@ -266,7 +266,6 @@ def bench_quest(table):
                    {}, n_bytes=2 * n / 16)
         if T > 4096:
             table.line("  block_bounds (once)", f"B{B} T{T}", calls(lambda q, k, *_: block_bounds(k, used, block_size)), {}, n_bytes=n)
-        del sets, scores, chosen, peers
 
 
 def bench_moba(table):

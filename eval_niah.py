@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+import backend
 import niah
 import sparse
 import weights
@@ -455,6 +456,7 @@ def flags():
     add("--batch", type=positive, default=16, help="prompts at a time")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="of the model; None: bfloat16 on a GPU, else float32")
+    add("--kernels", default="auto", choices=backend.CHOICES, metavar="WHO", help="who computes memory and methods: triton, torch, or auto (Triton on a GPU)")
     add("--tokenizer", metavar="SPEC", help="as in data.py; None: the one beside each model")
     # where to
     add("--out", metavar="DIR", help="folder of the predictions; None: a new one, out/niah-DATE-TIME")
@@ -511,6 +513,7 @@ def read_examples(args, tokenizer):
 # ---------------------------------------------------------------- python eval_niah.py
 
 def run(args):
+    backend.use(args.kernels)
     labels, tokenizers, methods = prepare(args)
     asked = [m for m in methods if getattr(m, "budget", 0) * 4 == args.context_len] if args.random else []
     if args.random and not asked:

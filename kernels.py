@@ -21,6 +21,7 @@ kernels_dilated.py (ARL's sparse pass), kernels_sparse.py (Quest, SnapKV), kerne
 
 Letters: B batch, T tokens, KV key/value heads, H query heads, D head width, W = KV * D channels, N blocks.
 """
+import math
 from typing import Optional
 
 import torch
@@ -30,8 +31,8 @@ from torch import Tensor
 
 # Registers bound both: a thread holds its rows' states in fp32. More rows spill or leave too few programs per SM to hide
 # the latency of memory; fewer make the chain of tiles longer than the memory traffic takes.
-FORWARD = dict(ROWS=4, STRIPS=8, BLOCK_W=64, num_warps=8)
-BACKWARD = dict(ROWS=4, STRIPS=8, BLOCK_W=64, num_warps=8)
+FORWARD = dict(ROWS=8, STRIPS=8, num_warps=8)
+BACKWARD = dict(ROWS=8, STRIPS=8, num_warps=8)
 
 EMPTY = tl.constexpr(-1)  # the bits of a state nobody has written yet: as a float a NaN that no arithmetic gives
 
@@ -40,11 +41,15 @@ EMPTY = tl.constexpr(-1)  # the bits of a state nobody has written yet: as a flo
 
 @triton.jit
 def gates(logit):
-    """g = sigmoid(logit) and 1 - g = sigmoid(-logit), both to full relative precision, from one exponential."""
-    small = tl.exp(-tl.abs(logit))  # in (0, 1]: no overflow
-    near = 1 / (1 + small)          # the larger of g and 1 - g
-    far = small * near
-    return tl.where(logit >= 0, near, far), tl.where(logit >= 0, far, near)
+    """
+    g = sigmoid(logit) and 1 - g = sigmoid(-logit), the smaller one to full relative precision, also where the other
+    rounds to 1. Spelled for few instructions: a square of rsqrt is the hardware's shortest reciprocal.
+    """
+    odds = tl.exp2(tl.minimum(logit * -1.4426950408889634, 126))  # (1 - g) / g = exp(-logit), kept finite
+    root = tl.rsqrt(1 + odds)
+    g = root * root
+    rest = odds * g
+    return tl.where(logit > 0, 1 - rest, g), rest
 
 
 @triton.jit
@@ -62,11 +67,11 @@ def two_strips(g1, k1, v1, g1_before, k1_before, v1_before, g2, k2, v2, g2_befor
 
 
 @triton.jit
-def wait_for(k_ptr, v_ptr, mask):
+def wait_for(k_ptr, v_ptr):
     """The states at k_ptr and v_ptr, tiles of pointers, as soon as another program has written all of them."""
-    k, v = tl.load(k_ptr, mask, other=0, volatile=True), tl.load(v_ptr, mask, other=0, volatile=True)
+    k, v = tl.load(k_ptr, volatile=True), tl.load(v_ptr, volatile=True)
     while tl.max(tl.max(((k == EMPTY) | (v == EMPTY)).to(tl.int32), axis=1), axis=0) == 1:
-        k, v = tl.load(k_ptr, mask, other=0, volatile=True), tl.load(v_ptr, mask, other=0, volatile=True)
+        k, v = tl.load(k_ptr, volatile=True), tl.load(v_ptr, volatile=True)
     return k.to(tl.float32, bitcast=True), v.to(tl.float32, bitcast=True)
 
 
@@ -76,8 +81,9 @@ def memory_forward_kernel(
     k_out_ptr, v_out_ptr,      # (B, T, W)  contiguous
     before_ptr,                # (n_tiles, 2, B, W)  the state before each tile, fp32 as int32; the first is given
     last_ptr,                  # (2, B, W)  fp32: the state after the last token
-    B, T, W, n_tiles,
-    k_stride_b, k_stride_t, v_stride_b, v_stride_t, gate_stride_b, gate_stride_t,
+    B, T, n_tiles, k_stride_b, v_stride_b, gate_stride_b,
+    # constants, so that a row's address is its strip's plus an immediate: that is a third of all instructions
+    W: tl.constexpr, k_stride_t: tl.constexpr, v_stride_t: tl.constexpr, gate_stride_t: tl.constexpr,
     ROWS: tl.constexpr, STRIPS: tl.constexpr, BLOCK_W: tl.constexpr,
 ):
     """
@@ -89,27 +95,26 @@ def memory_forward_kernel(
     bytes  reads k, v, gate and writes k~, v~ once: 5 * B * T * W elements
     dtype  any in and out; gates and states in fp32
     """
-    n_w = tl.cdiv(W, BLOCK_W)
+    n_w = W // BLOCK_W
     program = tl.program_id(0)
     tile, b, w = program // (n_w * B), (program // n_w % B).to(tl.int64), program % n_w
     strip = tl.arange(0, STRIPS)[:, None]
     channel = w * BLOCK_W + tl.arange(0, BLOCK_W)[None]
     first = (tile * STRIPS + strip) * ROWS                        # (STRIPS, 1)  token
-    inside = channel < W
-    k_ptr += b * k_stride_b + channel
-    v_ptr += b * v_stride_b + channel
-    gate_ptr += b * gate_stride_b + channel
+    t0 = first.to(tl.int64)
+    k_ptr += b * k_stride_b + t0 * k_stride_t + channel           # (STRIPS, BLOCK_W)
+    v_ptr += b * v_stride_b + t0 * v_stride_t + channel
+    gate_ptr += b * gate_stride_b + t0 * gate_stride_t + channel
 
     # each strip from a zero state. Past the end g = 1 and 1 - g = 0 let the state through unchanged
     zero = tl.zeros((STRIPS, BLOCK_W), tl.float32)
     decay, k_own, v_own = zero + 1, zero, zero
     decays, k_owns, v_owns = (), (), ()
     for r in tl.static_range(ROWS):
-        t = (first + r).to(tl.int64)
-        mask = inside & (t < T)
-        g, rest = gates(tl.load(gate_ptr + t * gate_stride_t, mask, other=float("inf")).to(tl.float32))
-        k = tl.load(k_ptr + t * k_stride_t, mask, other=0).to(tl.float32)
-        v = tl.load(v_ptr + t * v_stride_t, mask, other=0).to(tl.float32)
+        mask = first + r < T
+        g, rest = gates(tl.load(gate_ptr + r * gate_stride_t, mask, other=float("inf")).to(tl.float32))
+        k = tl.load(k_ptr + r * k_stride_t, mask, other=0).to(tl.float32)
+        v = tl.load(v_ptr + r * v_stride_t, mask, other=0).to(tl.float32)
         decay, k_own, v_own = two_steps(decay, k_own, v_own, g, rest * k, rest * v)
         decays, k_owns, v_owns = decays + (decay,), k_owns + (k_own,), v_owns + (v_own,)
 
@@ -117,12 +122,12 @@ def memory_forward_kernel(
     decay, k_own, v_own, decay_before, k_before, v_before = tl.associative_scan(
         (decay, k_own, v_own, zero + 1, zero, zero), 0, two_strips)
 
-    size = (B * W).to(tl.int64)
+    size = B * W                                                  # of one state
     state = b * W + channel + tl.zeros((STRIPS, 1), tl.int32)      # offset in (B, W), for all strips
-    at = before_ptr + 2 * tile * size + state
-    k_start, v_start = wait_for(at, at + size, inside)                    # before the tile
+    at = before_ptr + tile.to(tl.int64) * 2 * size + state
+    k_start, v_start = wait_for(at, at + size)                    # before the tile
     k_end, v_end = decay * k_start + k_own, decay * v_start + v_own
-    last_strip = inside & (strip == STRIPS - 1)
+    last_strip = strip == STRIPS - 1
     if tile + 1 < n_tiles:  # an exchange, as it is seen by other SMs at once
         tl.atomic_xchg(at + 2 * size, k_end.to(tl.int32, bitcast=True), last_strip, sem="relaxed")
         tl.atomic_xchg(at + 3 * size, v_end.to(tl.int32, bitcast=True), last_strip, sem="relaxed")
@@ -131,11 +136,11 @@ def memory_forward_kernel(
         tl.store(last_ptr + size + state, v_end, last_strip)
 
     k_start, v_start = decay_before * k_start + k_before, decay_before * v_start + v_before  # before the strip
+    out = (b * T + t0) * W + channel                              # (STRIPS, BLOCK_W)
     for r in tl.static_range(ROWS):
-        t = (first + r).to(tl.int64)
-        mask = inside & (t < T)
-        tl.store(k_out_ptr + (b * T + t) * W + channel, decays[r] * k_start + k_owns[r], mask)
-        tl.store(v_out_ptr + (b * T + t) * W + channel, decays[r] * v_start + v_owns[r], mask)
+        mask = first + r < T
+        tl.store(k_out_ptr + out + r * W, decays[r] * k_start + k_owns[r], mask)
+        tl.store(v_out_ptr + out + r * W, decays[r] * v_start + v_owns[r], mask)
 
 
 @triton.jit
@@ -146,9 +151,9 @@ def memory_backward_kernel(
     dk_ptr, dv_ptr, dgate_ptr,    # (B, T, W)  contiguous
     dafter_ptr,                   # (n_tiles, 2, B, W)  fp32 as int32: gradient of the state after each tile; the last is given
     dstate_ptr,                   # (2, B, W)  fp32: gradient of the state before the first token
-    B, T, W, n_tiles,
-    k_stride_b, k_stride_t, v_stride_b, v_stride_t, gate_stride_b, gate_stride_t,
-    dk_stride_b, dk_stride_t, dv_stride_b, dv_stride_t,
+    B, T, n_tiles, k_stride_b, v_stride_b, gate_stride_b, dk_stride_b, dv_stride_b,
+    W: tl.constexpr, k_stride_t: tl.constexpr, v_stride_t: tl.constexpr, gate_stride_t: tl.constexpr,
+    dk_stride_t: tl.constexpr, dv_stride_t: tl.constexpr,
     ROWS: tl.constexpr, STRIPS: tl.constexpr, BLOCK_W: tl.constexpr,
 ):
     """
@@ -162,31 +167,30 @@ def memory_backward_kernel(
     grid   as forward, the last tile first, and waits for the tile after it
     bytes  reads k, v, gate, dk~, dv~ and writes dk, dv, dgate once: 8 * B * T * W elements
     """
-    n_w = tl.cdiv(W, BLOCK_W)
+    n_w = W // BLOCK_W
     program = tl.program_id(0)
     tile, b, w = n_tiles - 1 - program // (n_w * B), (program // n_w % B).to(tl.int64), program % n_w
     strip = tl.arange(0, STRIPS)[:, None]
     channel = w * BLOCK_W + tl.arange(0, BLOCK_W)[None]
     first = (tile * STRIPS + strip) * ROWS                        # (STRIPS, 1)  token
-    inside = channel < W
-    k_ptr += b * k_stride_b + channel
-    v_ptr += b * v_stride_b + channel
-    gate_ptr += b * gate_stride_b + channel
-    dk_mem_ptr += b * dk_stride_b + channel
-    dv_mem_ptr += b * dv_stride_b + channel
+    t0 = first.to(tl.int64)
+    k_ptr += b * k_stride_b + t0 * k_stride_t + channel           # (STRIPS, BLOCK_W)
+    v_ptr += b * v_stride_b + t0 * v_stride_t + channel
+    gate_ptr += b * gate_stride_b + t0 * gate_stride_t + channel
+    dk_mem_ptr += b * dk_stride_b + t0 * dk_stride_t + channel
+    dv_mem_ptr += b * dv_stride_b + t0 * dv_stride_t + channel
 
     # each strip from zero, forwards (own) and, as it passes on g[first] G[first], backwards (back)
     zero = tl.zeros((STRIPS, BLOCK_W), tl.float32)
     decay, k_own, v_own, k_back, v_back = zero + 1, zero, zero, zero, zero
     logits, ks, vs, dk_mems, dv_mems = (), (), (), (), ()
     for r in tl.static_range(ROWS):
-        t = (first + r).to(tl.int64)
-        mask = inside & (t < T)
-        logit = tl.load(gate_ptr + t * gate_stride_t, mask, other=float("inf"))
-        k = tl.load(k_ptr + t * k_stride_t, mask, other=0)
-        v = tl.load(v_ptr + t * v_stride_t, mask, other=0)
-        dk_mem = tl.load(dk_mem_ptr + t * dk_stride_t, mask, other=0)
-        dv_mem = tl.load(dv_mem_ptr + t * dv_stride_t, mask, other=0)
+        mask = first + r < T
+        logit = tl.load(gate_ptr + r * gate_stride_t, mask, other=float("inf"))
+        k = tl.load(k_ptr + r * k_stride_t, mask, other=0)
+        v = tl.load(v_ptr + r * v_stride_t, mask, other=0)
+        dk_mem = tl.load(dk_mem_ptr + r * dk_stride_t, mask, other=0)
+        dv_mem = tl.load(dv_mem_ptr + r * dv_stride_t, mask, other=0)
         g, rest = gates(logit.to(tl.float32))
         decay, k_own, v_own = two_steps(decay, k_own, v_own, g, rest * k.to(tl.float32), rest * v.to(tl.float32))
         k_back += decay * dk_mem.to(tl.float32)
@@ -198,17 +202,17 @@ def memory_backward_kernel(
     decay, k_back, v_back, decay_behind, k_behind, v_behind = tl.associative_scan(
         (decay, k_back, v_back, zero + 1, zero, zero), 0, two_strips, reverse=True)
 
-    size = (B * W).to(tl.int64)
+    size = B * W                                                  # of one state
     state = b * W + channel + tl.zeros((STRIPS, 1), tl.int32)      # offset in (B, W), for all strips
-    at = before_ptr + 2 * tile * size + state
-    k_start = tl.load(at, inside, other=0).to(tl.float32, bitcast=True)
-    v_start = tl.load(at + size, inside, other=0).to(tl.float32, bitcast=True)
+    at = before_ptr + tile.to(tl.int64) * 2 * size + state
+    k_start = tl.load(at).to(tl.float32, bitcast=True)
+    v_start = tl.load(at + size).to(tl.float32, bitcast=True)
     k_start, v_start = decay_before * k_start + k_before, decay_before * v_start + v_before  # before the strip
 
-    at = dafter_ptr + 2 * tile * size + state
-    k_grad, v_grad = wait_for(at, at + size, inside)                      # of the state after the tile
+    at = dafter_ptr + tile.to(tl.int64) * 2 * size + state
+    k_grad, v_grad = wait_for(at, at + size)                      # of the state after the tile
     k_back, v_back = decay * k_grad + k_back, decay * v_grad + v_back
-    first_strip = inside & (strip == 0)
+    first_strip = strip == 0
     if tile > 0:
         tl.atomic_xchg(at - 2 * size, k_back.to(tl.int32, bitcast=True), first_strip, sem="relaxed")
         tl.atomic_xchg(at - size, v_back.to(tl.int32, bitcast=True), first_strip, sem="relaxed")
@@ -223,18 +227,17 @@ def memory_backward_kernel(
         g, rest = gates(logits[r].to(tl.float32))
         k_start = g * k_start + rest * ks[r].to(tl.float32)
         v_start = g * v_start + rest * vs[r].to(tl.float32)
+    out = (b * T + t0) * W + channel                              # (STRIPS, BLOCK_W)
     for i in tl.static_range(ROWS):                               # r = ROWS - 1 - i, from the last token to the first
-        t = (first + ROWS - 1 - i).to(tl.int64)
-        mask = inside & (t < T)
-        out = (b * T + t) * W + channel
+        mask = first + ROWS - 1 - i < T
         g, rest = gates(logits[ROWS - 1 - i].to(tl.float32))
         k_grad += dk_mems[ROWS - 1 - i].to(tl.float32)            # G[t]
         v_grad += dv_mems[ROWS - 1 - i].to(tl.float32)
-        tl.store(dk_ptr + out, rest * k_grad, mask)
-        tl.store(dv_ptr + out, rest * v_grad, mask)
+        tl.store(dk_ptr + out + (ROWS - 1 - i) * W, rest * k_grad, mask)
+        tl.store(dv_ptr + out + (ROWS - 1 - i) * W, rest * v_grad, mask)
         pull = (k_grad * (k_states[ROWS - 1 - i] - ks[ROWS - 1 - i].to(tl.float32))
                 + v_grad * (v_states[ROWS - 1 - i] - vs[ROWS - 1 - i].to(tl.float32)))
-        tl.store(dgate_ptr + out, g * rest * pull, mask)
+        tl.store(dgate_ptr + out + (ROWS - 1 - i) * W, g * rest * pull, mask)
         k_grad, v_grad = g * k_grad, g * v_grad
 
 
@@ -244,8 +247,11 @@ def by_token(x):
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def unwritten(n_tiles, B, W, device):
-    return torch.full((n_tiles, 2, B, W), EMPTY.value, dtype=torch.int32, device=device)
+def block_of(W):
+    """Channels of a tile: two for each of a warp's 32 lanes, fewer only where they do not divide W."""
+    BLOCK_W = math.gcd(W, 64)
+    assert BLOCK_W >= 16, f"{W} channels of k: the kernels cover multiples of 16"
+    return BLOCK_W
 
 
 def as_bits(state):
@@ -261,9 +267,11 @@ def memory_forward(k: Tensor, v: Tensor, gate: Tensor, state: Optional[Tensor]) 
     k_mem, v_mem, last, before = empty_forward(k, v, gate, state)
     before[1:], before[0] = EMPTY.value, as_bits(state)
     k, v, gate = by_token(k), by_token(v), by_token(gate)
-    grid = (len(before) * B * triton.cdiv(KV * D, FORWARD["BLOCK_W"]),)
-    memory_forward_kernel[grid](k, v, gate, k_mem, v_mem, before, last, B, T, KV * D, len(before),
-                                *k.stride()[:2], *v.stride()[:2], *gate.stride()[:2], **FORWARD)
+    W, BLOCK_W = KV * D, block_of(KV * D)
+    grid = (len(before) * B * (W // BLOCK_W),)
+    memory_forward_kernel[grid](
+        k, v, gate, k_mem, v_mem, before, last, B, T, len(before), *(x.stride(0) for x in (k, v, gate)),
+        W, *(x.stride(1) for x in (k, v, gate)), BLOCK_W=BLOCK_W, **FORWARD)
     return k_mem, v_mem, last, before
 
 
@@ -284,10 +292,11 @@ def memory_backward(k: Tensor, v: Tensor, gate: Tensor, before: Tensor, dk_mem: 
     dafter = torch.full_like(before, EMPTY.value)
     dafter[-1] = as_bits(dlast)
     k, v, gate, dk_mem, dv_mem = by_token(k), by_token(v), by_token(gate), by_token(dk_mem), by_token(dv_mem)
-    grid = (len(before) * B * triton.cdiv(KV * D, BACKWARD["BLOCK_W"]),)
-    memory_backward_kernel[grid](k, v, gate, dk_mem, dv_mem, before, dk, dv, dgate, dafter, dstate, B, T, KV * D, len(before),
-                                 *k.stride()[:2], *v.stride()[:2], *gate.stride()[:2], *dk_mem.stride()[:2],
-                                 *dv_mem.stride()[:2], **BACKWARD)
+    W, BLOCK_W = KV * D, block_of(KV * D)
+    grid = (len(before) * B * (W // BLOCK_W),)
+    memory_backward_kernel[grid](
+        k, v, gate, dk_mem, dv_mem, before, dk, dv, dgate, dafter, dstate, B, T, len(before),
+        *(x.stride(0) for x in (k, v, gate, dk_mem, dv_mem)), W, *(x.stride(1) for x in (k, v, gate, dk_mem, dv_mem)), BLOCK_W=BLOCK_W, **BACKWARD)
     return dk, dv, dgate, dstate
 
 

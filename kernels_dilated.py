@@ -46,7 +46,7 @@ TILES = {
     "step": dict(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=3),           # decoding: at most 16 rows
     "forward": dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=1),        # no second tile of keys
     "forward_long": dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),   # several, or a band
-    "query_grad": dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2, maxnreg=128),  # two on an SM
+    "query_grad": dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2, maxnreg=128),  # two on an SM
     "query_grad_groups": dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),        # sums over heads need more
     "key_grad": dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
     "fp32": dict(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1),           # no tensor cores, so registers are short

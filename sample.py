@@ -10,6 +10,7 @@ import argparse
 
 import torch
 
+import backend
 import niah
 import sparse
 import weights
@@ -33,10 +34,12 @@ def flags():
     add("--context_len", type=positive, metavar="TOKENS", help="what budgets are fractions of; None: the model's")
     add("--tokenizer", metavar="SPEC", help="as in data.py; None: the one beside the model")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--kernels", default="auto", choices=backend.CHOICES, metavar="WHO", help="who computes memory and methods: triton, torch, or auto (Triton on a GPU)")
     return parser
 
 
 def run(args):
+    backend.use(args.kernels)
     if args.temperature < 0:
         raise ValueError(f"--temperature {args.temperature}: at least 0")
     path = args.ckpt or newest_runs()[-1]

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
+import backend
 import eval_niah
 import niah
 import weights
@@ -99,6 +100,7 @@ def flags():
     # where, and what is kept
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--compile", choices=["on", "off"], help="torch.compile; None: on with a GPU")
+    add("--kernels", default="auto", choices=backend.CHOICES, metavar="WHO", help="who computes memory and methods: triton, torch, or auto (Triton on a GPU)")
     add("--workers", type=int, help="processes that make batches; None: 8 with a GPU, else 0")
     add("--out", default="out", metavar="DIR", help="folder of all runs")
     add("--name", help="this run's folder in it; None: the recipe's or preset's name")
@@ -281,7 +283,7 @@ def validate(model, dataset, args, autocast, rank, world, samples=64):
 
 # ---------------------------------------------------------------- checkpoints
 
-MAY_CHANGE = {"resume", "device", "workers", "compile", "device_batch", "log_every", "eval_every", "save_every", "out"}  # on --resume
+MAY_CHANGE = {"resume", "device", "kernels", "workers", "compile", "device_batch", "log_every", "eval_every", "save_every", "out"}  # on --resume
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gather what fully_shard has spread
 
 
@@ -346,6 +348,7 @@ def train(args):
     """One run. Returns its newest checkpoint's path and the last line of its log."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     say = print if rank == 0 else lambda *_, **__: None
+    backend.use(args.kernels)
     on_gpu = args.device.startswith("cuda")
     if on_gpu:
         torch.set_float32_matmul_precision("high")

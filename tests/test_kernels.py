@@ -39,10 +39,10 @@ def check(*inputs):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("T", [1, 15, 16, 17, 63, 64, 65, 200])
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 63, 64, 65, 150])
 def test_scan_matches_the_loop(T, dtype):
     """A strip or tile that starts from the wrong state, rows past the end that count, a gradient of the wrong token."""
-    check(*draw(2, T, 3, 16, dtype, seed=T))
+    check(*draw(2, T, 1, 16, dtype, seed=T))
 
 
 @pytest.mark.parametrize("KV, D", [(1, 64), (2, 128), (3, 32), (1, 16)])
