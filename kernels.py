@@ -29,12 +29,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Registers bound both: a thread holds its rows' states in fp32. More rows spill or leave too few programs per SM to hide
-# the latency of memory; fewer make the chain of tiles longer than the memory traffic takes.
-FORWARD = dict(ROWS=8, STRIPS=8, num_warps=8)
-BACKWARD = dict(ROWS=8, STRIPS=8, num_warps=8)
+# A tile is ROWS * STRIPS tokens, the same in both: the backward pass starts from the states that the forward pass left.
+# A thread holds its rows in fp32, so registers are what is short. More rows leave too few programs per SM to hide the
+# latency of memory; fewer spend more instructions between strips, and make the chain longer than the memory traffic takes.
+FORWARD = dict(ROWS=6, STRIPS=8, num_warps=8, maxnreg=64)
+BACKWARD = dict(ROWS=6, STRIPS=8, num_warps=8)
 
-EMPTY = tl.constexpr(-1)  # the bits of a state nobody has written yet: as a float a NaN that no arithmetic gives
+# the bits of a state nobody has written yet: as a float a signalling NaN, which no arithmetic, sign flip or bf16 gives
+EMPTY = tl.constexpr(0x7F800001)
 
 
 # ---------------------------------------------------------------- the memory scan

@@ -25,8 +25,8 @@ LOG2E = math.log2(math.e)  # exp(x) = exp2(x * LOG2E); logsumexps are in base 2 
 # Tiles for an H100. A block of up to 128 keys is one tile: K and V (64 KB at D = 128) stay in shared memory while CHUNK
 # tiles of a list pass; two programs share an SM, one multiplies while the other takes exponentials. A longer block
 # streams past each tile, which then should be large.
-GATHER = dict(BLOCK_M=64, BLOCK_N=128, CHUNK=16, num_warps=4, num_stages=3)
-GATHER_LONG = dict(BLOCK_M=128, BLOCK_N=128, CHUNK=1, num_warps=8, num_stages=2)
+GATHER = dict(BLOCK_M=64, BLOCK_N=128, CHUNK=64, num_warps=4, num_stages=3)
+GATHER_LONG = dict(BLOCK_M=128, BLOCK_N=128, CHUNK=4, num_warps=8, num_stages=2)
 FINISH = dict(BLOCK_M=64, BLOCK_N=64, PART_STAGES=3, num_warps=4, num_stages=2)
 # ieee products of fp32 run without tensor cores, from registers: small tiles
 GATHER_FP32 = dict(BLOCK_M=32, BLOCK_N=32, CHUNK=8, num_warps=4, num_stages=1)

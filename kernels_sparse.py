@@ -340,7 +340,7 @@ def quest_attend_kernel(
         else:
             block = tl.load(chosen_ptr + offs_e // block_size, mask=mask_e, other=-1).to(tl.int64)
             slot = block * block_size + offs_e % block_size
-        keep = (block >= 0) & (slot < used)
+        keep = (slot >= 0) & (slot < used)  # a block of -1 lies before slot 0
         k = tl.load(k_ptr + slot[:, None] * stride_kt + offs_d[None, :], mask=keep[:, None], other=0)  # [BLOCK_E, D]
         v = tl.load(v_ptr + slot[:, None] * stride_vt + offs_d[None, :], mask=keep[:, None], other=0)
         tl.store(slots_ptr + offs_e, tl.where(keep, slot, -1), mask=mask_e)

@@ -100,6 +100,7 @@ def test_nan_in_one_row_stays_there():
     k, v, gate, state, *gradients = draw(2, TILE + 9, 2, 16, seed=10)
     clean = run(memory_scan, k, v, gate, state, *gradients)
     k[0, 3], gate[0, 5] = torch.nan, torch.nan
+    state[:, 0] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # a negative NaN, with all bits set
     for what, out, expected in zip(("k~", "v~", "state", "dk", "dv", "dgate", "dstate"), run(memory_scan, k, v, gate, state, *gradients), clean):
         row = (slice(None), 1) if what in ("state", "dstate") else 1
         assert torch.equal(out[row], expected[row]), what
