@@ -29,11 +29,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A tile is ROWS * STRIPS tokens, the same in both: the backward pass starts from the states that the forward pass left.
-# A thread holds its rows in fp32, so registers are what is short. More rows leave too few programs per SM to hide the
-# latency of memory; fewer spend more instructions between strips, and make the chain longer than the memory traffic takes.
-FORWARD = dict(ROWS=6, STRIPS=8, num_warps=8, maxnreg=64)
-BACKWARD = dict(ROWS=6, STRIPS=8, num_warps=8)
+# A tile is ROWS * STRIPS tokens. A thread holds its rows in fp32, so registers are what is short: more rows leave too few
+# programs on an SM to hide the latency of memory, fewer spend more instructions where strips meet. A chain of tiles is
+# serial; where sequences and channels are too few to fill the GPU, longer tiles make it shorter. Measured on an H100.
+TILE = dict(ROWS=5, STRIPS=8, num_warps=8)
+LONG_TILE = dict(ROWS=6, STRIPS=16, num_warps=16)  # the backward pass has no registers for it
+FILLED = 264                                       # chains: two programs on each of 132 SMs
 
 # the bits of a state nobody has written yet: as a float a signalling NaN, which no arithmetic, sign flip or bf16 gives
 EMPTY = tl.constexpr(0x7F800001)
@@ -256,31 +257,38 @@ def block_of(W):
     return BLOCK_W
 
 
+def tile_of(B, W, saves):
+    """saves: the backward pass will start from the states between the tiles, so they must be its own."""
+    return TILE if saves or B * W // block_of(W) >= FILLED else LONG_TILE
+
+
 def as_bits(state):
     """fp32 (2, B, KV, D), or None for zeros -> int32 (2, B, W), or 0."""
     return 0 if state is None else state.float().flatten(2).contiguous().view(torch.int32)
 
 
 @torch.library.custom_op("nanorat::memory_forward", mutates_args=())
-def memory_forward(k: Tensor, v: Tensor, gate: Tensor, state: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def memory_forward(k: Tensor, v: Tensor, gate: Tensor, state: Optional[Tensor],
+                   saves: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> k~, v~, the last state, the states before each tile"""
     B, T, KV, D = k.shape
     assert k.shape == v.shape == gate.shape, f"k {tuple(k.shape)}, v {tuple(v.shape)}, gate {tuple(gate.shape)} must agree"
-    k_mem, v_mem, last, before = empty_forward(k, v, gate, state)
+    k_mem, v_mem, last, before = empty_forward(k, v, gate, state, saves)
     before[1:], before[0] = EMPTY.value, as_bits(state)
     k, v, gate = by_token(k), by_token(v), by_token(gate)
     W, BLOCK_W = KV * D, block_of(KV * D)
     grid = (len(before) * B * (W // BLOCK_W),)
     memory_forward_kernel[grid](
         k, v, gate, k_mem, v_mem, before, last, B, T, len(before), *(x.stride(0) for x in (k, v, gate)),
-        W, *(x.stride(1) for x in (k, v, gate)), BLOCK_W=BLOCK_W, **FORWARD)
+        W, *(x.stride(1) for x in (k, v, gate)), BLOCK_W=BLOCK_W, maxnreg=64, **tile_of(B, W, saves))
     return k_mem, v_mem, last, before
 
 
 @memory_forward.register_fake
-def empty_forward(k, v, gate, state):
+def empty_forward(k, v, gate, state, saves):
     B, T, KV, D = k.shape
-    n_tiles = triton.cdiv(T, FORWARD["ROWS"] * FORWARD["STRIPS"])
+    tile = tile_of(B, KV * D, saves)
+    n_tiles = -(-T // (tile["ROWS"] * tile["STRIPS"]))
     return (k.new_empty(B, T, KV, D), v.new_empty(B, T, KV, D), k.new_empty(2, B, KV, D, dtype=torch.float32),
             k.new_empty(n_tiles, 2, B, KV * D, dtype=torch.int32))
 
@@ -298,7 +306,8 @@ def memory_backward(k: Tensor, v: Tensor, gate: Tensor, before: Tensor, dk_mem: 
     grid = (len(before) * B * (W // BLOCK_W),)
     memory_backward_kernel[grid](
         k, v, gate, dk_mem, dv_mem, before, dk, dv, dgate, dafter, dstate, B, T, len(before),
-        *(x.stride(0) for x in (k, v, gate, dk_mem, dv_mem)), W, *(x.stride(1) for x in (k, v, gate, dk_mem, dv_mem)), BLOCK_W=BLOCK_W, **BACKWARD)
+        *(x.stride(0) for x in (k, v, gate, dk_mem, dv_mem)), W, *(x.stride(1) for x in (k, v, gate, dk_mem, dv_mem)),
+        BLOCK_W=BLOCK_W, **TILE)
     return dk, dv, dgate, dstate
 
 
@@ -308,14 +317,14 @@ def empty_backward(k, v, gate, before, dk_mem, dv_mem, dlast):
 
 
 def save_for_backward(ctx, inputs, output):
-    k, v, gate, state = inputs
+    k, v, gate, state, _ = inputs
     ctx.save_for_backward(k, v, gate, output[3])
     ctx.has_state = state is not None
 
 
 def backward(ctx, dk_mem, dv_mem, dlast, _):
     *gradients, dstate = memory_backward(*ctx.saved_tensors, dk_mem, dv_mem, dlast)
-    return *gradients, dstate if ctx.has_state else None
+    return *gradients, dstate if ctx.has_state else None, None
 
 
 memory_forward.register_autograd(backward, setup_context=save_for_backward)
@@ -327,7 +336,8 @@ def memory_scan(
     state=None,  # (2, B, KV, D)  fp32: k~ and v~ before the first token; None is zeros
 ):               # -> k~, v~ in the dtypes of k and v; the state after the last token, fp32
     """Eq. 1, as memory.memory_scan, with gradients for all four. Bit for bit the same each time."""
-    k_mem, v_mem, last, _ = memory_forward(k, v, gate, state)
+    saves = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (k, v, gate, state))
+    k_mem, v_mem, last, _ = memory_forward(k, v, gate, state, saves)
     return k_mem, v_mem, last
 
 

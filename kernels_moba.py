@@ -25,14 +25,15 @@ LOG2E = math.log2(math.e)  # exp(x) = exp2(x * LOG2E); logsumexps are in base 2 
 # Tiles for an H100. A block of up to 128 keys is one tile: K and V (64 KB at D = 128) stay in shared memory while CHUNK
 # tiles of a list pass; two programs share an SM, one multiplies while the other takes exponentials. A longer block
 # streams past each tile, which then should be large.
-GATHER = dict(BLOCK_M=64, BLOCK_N=128, CHUNK=64, num_warps=4, num_stages=3)
+GATHER = dict(BLOCK_M=64, BLOCK_N=128, CHUNK=64, num_warps=4, num_stages=2)
 GATHER_LONG = dict(BLOCK_M=128, BLOCK_N=128, CHUNK=4, num_warps=8, num_stages=2)
+# queries a program files. More: longer runs in the lists. Up to 2**15 fit the mask's words
+LISTS = dict(BLOCK_T=256, num_warps=8)
 FINISH = dict(BLOCK_M=64, BLOCK_N=64, PART_STAGES=3, num_warps=4, num_stages=2)
 # ieee products of fp32 run without tensor cores, from registers: small tiles
 GATHER_FP32 = dict(BLOCK_M=32, BLOCK_N=32, CHUNK=8, num_warps=4, num_stages=1)
 FINISH_FP32 = dict(BLOCK_M=32, BLOCK_N=16, PART_STAGES=1, num_warps=8, num_stages=1)
-ROUTE_SCORES = 32768       # scores a program of moba_route_kernel holds in registers: 128 a thread
-LIST_PAIRS = 4096          # (query, block) pairs a program counts or files
+ROUTE_SCORES = 16384       # scores a program of moba_route_kernel holds in registers: 64 a thread, 128 spill
 PARTIAL_BYTES = 4 * 2**30  # bound on the buffer of partial outputs
 
 
@@ -237,7 +238,7 @@ def moba_route(
         BLOCK_M = max(16, min(64, ROUTE_SCORES // W) // (1 if parts == 2 else 2))
         # the own block of query t is at least t // block_size: later tiles are wider than W
         tiles = min(triton.cdiv(Tq, BLOCK_M), triton.cdiv((W + 1) * block_size, BLOCK_M))
-        num_warps = min(16, max(4, BLOCK_M * W // (4096 if parts == 2 else 2048)))  # fp32 products need more registers
+        num_warps = min(16, max(4, BLOCK_M * W // 2048))
         moba_route_kernel[tiles, B * KV](
             q, mean, start, chosen, *q.stride()[:3], Tq, Tk, N, KV, block_size,
             G=H // KV, D=D, S=S, S_PAD=triton.next_power_of_2(S), KEEP_FIRST=keep_first, PARTS=parts,
@@ -264,57 +265,86 @@ def load_chosen(chosen_ptr, start_ptr, z, KV, offs_t, offs_s, Tq, Tk, block_size
 
 @triton.jit
 def moba_count_kernel(
-    chosen_ptr, start_ptr, count_ptr, Tq, Tk, N, KV, block_size: tl.constexpr,
-    S: tl.constexpr, S_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BINS: tl.constexpr,
+    chosen_ptr, start_ptr, mask_ptr, count_ptr, Tq, Tk, N, KV, block_size: tl.constexpr,
+    S: tl.constexpr, S_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
     """
-    How many queries chose each earlier block.
+    Turns `chosen` about: per block the queries that chose it, as bits, and their number in this tile of queries.
 
-        count[n] = #{(t, s): chosen[t, s] = n, n < own[t]}
+        mask[t // 16, n]    bit t % 16: n is among chosen[t], n < own[t];  bits 16 and up: how many earlier t of the tile
+        count[n, tile]      how many t of the tile
+    Two turns of 32 blocks at a time: a query's choices become one word, bit n % 32; then the word's bits become 32
+    columns, and 16 queries the bits of a column. No atomics: the lists come out ascending, the same in every run.
     grid   (cdiv(Tq, BLOCK_T), B * KV)
-    tile   chosen [BLOCK_T, S], as a histogram: one atomic per tile and block, not per pair
-    bytes  chosen once
+    tile   chosen [BLOCK_T, S] in registers, mask [BLOCK_T / 16, 32]
+    bytes  chosen once, 4 N / 16 a query for the mask. Some 10 instructions a query and block up to its own
     """
-    z = tl.program_id(1)
-    offs_t, offs_s, offs_n = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, S_PAD), tl.arange(0, BINS)
+    tile, z = tl.program_id(0), tl.program_id(1)
+    offs_t, offs_s = tile * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, S_PAD)
     n, earlier = load_chosen(chosen_ptr, start_ptr, z, KV, offs_t, offs_s, Tq, Tk, block_size, S)
-    n, earlier = tl.reshape(n, (BLOCK_T * S_PAD,)), tl.reshape(earlier, (BLOCK_T * S_PAD,))
-    count = tl.histogram(n, BINS, mask=earlier)                                      # [BINS]
-    tl.atomic_add(count_ptr + z.to(tl.int64) * N + offs_n, count, mask=(offs_n < N) & (count > 0), sem="relaxed")
+    n = tl.where(earlier, n, -1)                                                     # [BLOCK_T, S]
+    bit = tl.full((BLOCK_T, S_PAD), 1, tl.uint32) << (n & 31).to(tl.uint32)
+    ROWS: tl.constexpr = BLOCK_T // 16
+    offs_r, offs_i, offs_n = tl.arange(0, ROWS), tl.arange(0, 16), tl.arange(0, 32)
+    mask_ptr += (z.to(tl.int64) * tl.cdiv(Tq, BLOCK_T) + tile) * ROWS * N
+    count_ptr += z.to(tl.int64) * N * tl.cdiv(Tq, BLOCK_T) + tile
+    for first in range(0, tl.max(tl.max(n, axis=1), axis=0) + 1, 32):
+        word = tl.sum(tl.where(n >> 5 == first >> 5, bit, 0), axis=1)                # [BLOCK_T] bits are blocks
+        # queries of a row stand along axis 0, so that one thread holds all 16 and adds them
+        word = tl.trans(tl.reshape(word, (ROWS, 16)))                                # [16, ROWS]
+        asks = (word[:, :, None] >> offs_n[None, None, :].to(tl.uint32)) & 1         # [16, ROWS, 32]
+        row = tl.sum(asks << offs_i[:, None, None].to(tl.uint32), axis=0)            # [ROWS, 32] bits are queries
+        number = popcount(row)
+        upto = tl.cumsum(number, axis=0)
+        inside = (first + offs_n < N)[None, :]
+        tl.store(mask_ptr + offs_r[:, None] * N + first + offs_n[None, :],
+                 row.to(tl.int32) | ((upto - number) << 16), mask=inside)
+        tl.store(count_ptr + (first + offs_n).to(tl.int64) * tl.cdiv(Tq, BLOCK_T), tl.sum(number, axis=0),
+                 mask=first + offs_n < N)
 
 
 @triton.jit
 def moba_fill_kernel(
-    chosen_ptr, start_ptr, next_ptr, list_ptr, Tq, Tk, N, KV, block_size: tl.constexpr,
+    chosen_ptr, start_ptr, mask_ptr, end_ptr, place_ptr, list_ptr, Tq, Tk, N, KV, block_size: tl.constexpr,
     S: tl.constexpr, S_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
     """
-    Files each (query, block) pair in its block's list, as the number t * S + s.
+    Files each (query, block) pair in its block's list, and notes where: list[place[t, s]] = t.
 
-    `next` holds the place of each list's next entry; atomic_add hands it out. The order within a list may differ from
-    run to run. Results do not: a row of a tile is computed alone, and its result goes to its own place.
-    grid   (cdiv(Tq, BLOCK_T), B * KV)
-    bytes  chosen once, the lists once
+        place[t, s] = (pairs of the lists and tiles before) + (pairs of the tile before), -1 if not filed
+    grid   (cdiv(Tq, BLOCK_T), B * KV), tiles as in moba_count_kernel; end is the running sum of its counts
+    bytes  chosen once, place and the lists once; two words a pair from the cache
     """
-    z = tl.program_id(1)
-    offs_t, offs_s = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, S_PAD)
+    tile, z = tl.program_id(0), tl.program_id(1)
+    offs_t, offs_s = tile * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, S_PAD)
     n, earlier = load_chosen(chosen_ptr, start_ptr, z, KV, offs_t, offs_s, Tq, Tk, block_size, S)
-    place = tl.atomic_add(next_ptr + z.to(tl.int64) * N + n, 1, mask=earlier, sem="relaxed")
-    pair = offs_t[:, None] * S + offs_s[None, :]
-    tl.store(list_ptr + z.to(tl.int64) * Tq * S + place, pair, mask=earlier)
+    tiles = tl.cdiv(Tq, BLOCK_T)
+    row = tl.arange(0, BLOCK_T) // 16                                                # [BLOCK_T]
+    mask_ptr += (z.to(tl.int64) * tiles + tile) * (BLOCK_T // 16) * N
+    mask = tl.load(mask_ptr + row[:, None] * N + n, mask=earlier, other=0)           # [BLOCK_T, S]
+    before = mask & ((1 << offs_t % 16) - 1)[:, None]
+    end_ptr += z.to(tl.int64) * N * tiles - 1
+    at = n * tiles + tile
+    place = tl.load(end_ptr + at, mask=earlier & ((at > 0) | (z > 0)), other=0)      # the end of what comes before
+    place += (mask >> 16) + popcount(before.to(tl.uint32))
+    tl.store(list_ptr + place, tl.broadcast_to(offs_t[:, None], (BLOCK_T, S_PAD)), mask=earlier)
+    tl.store(place_ptr + (z.to(tl.int64) * Tq + offs_t)[:, None] * S + offs_s[None, :], tl.where(earlier, place, -1),
+             mask=(offs_t < Tq)[:, None] & (offs_s < S)[None, :])
 
 
 @triton.jit
 def moba_gather_kernel(
     q_ptr, k_ptr, v_ptr, list_ptr, end_ptr, chunk_end_ptr, part_ptr, lse_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    Tq, N, KV, z0, scale, block_size: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+    N, KV, z0, scale, block_size: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, N_PAD: tl.constexpr,
 ):
     """
     Attention of the queries on a block's list to that block: a normalised partial output and its logsumexp each.
 
-        part[h, t, s] = softmax(q K_n^T) V_n,  lse[h, t, s] = log2 sum exp2(q K_n^T)        for n = chosen[t, s]
+        part[place, g] = softmax(q K_n^T) V_n,  lse[place, g] = log2 sum exp2(q K_n^T)        for q = q[list[place], g]
+    Partials stand in the order of the lists, so that a tile is written in one piece: the queries' order would make
+    neither kernel's reads better, as moba_finish_kernel takes whole rows of D in either.
     grid   (chunks, (b, kv) pairs of this launch). A chunk is up to CHUNK * BLOCK_M rows of one list; a row is an entry
            with one of the G query heads. chunk_end counts the chunks up to each block: comparing finds the program's
     tile   q [BLOCK_M, D] gathered row by row; K, V [BLOCK_N, D] stay for the whole chunk if the block is one tile, else
@@ -323,8 +353,6 @@ def moba_gather_kernel(
     dtype  bf16 products, fp32 softmax; part in the input's dtype, lse in fp32
     """
     chunk, z = tl.program_id(0), z0 + tl.program_id(1)
-    list_ptr += z.to(tl.int64) * Tq * S
-    end_ptr += z.to(tl.int64) * N
     chunk_end_ptr += z.to(tl.int64) * N
     offs_c = tl.arange(0, N_PAD)
     ends = tl.load(chunk_end_ptr + offs_c, mask=offs_c < N, other=2**31 - 1)                  # [N_PAD]
@@ -332,8 +360,13 @@ def moba_gather_kernel(
     if n >= N:  # the grid is for the longest lists there may be
         return
     chunk -= tl.max(tl.where(ends <= chunk, ends, 0), axis=0)                                 # counted within the list
-    first = tl.load(end_ptr + n - 1, mask=n > 0, other=0)
-    rows = (tl.load(end_ptr + n) - first) * G
+    block = z * N + n
+    first = tl.load(end_ptr + block - 1, mask=block > 0, other=0)
+    base = tl.load(end_ptr + z0 * N - 1, mask=z0 > 0, other=0)  # what is filed for earlier launches
+    rows = (tl.load(end_ptr + block) - first) * G
+    list_ptr += first
+    part_ptr += (first - base).to(tl.int64) * G * D
+    lse_ptr += (first - base).to(tl.int64) * G
     b, kv = (z // KV).to(tl.int64), z % KV
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, D)
     k_ptr += b * stride_kb + kv * stride_kh + (n.to(tl.int64) * block_size + offs_n)[:, None] * stride_kt + offs_d
@@ -343,12 +376,15 @@ def moba_gather_kernel(
         k = tl.load(k_ptr, mask=(offs_n < block_size)[:, None], other=0)                      # [BLOCK_N, D]
         v = tl.load(v_ptr, mask=(offs_n < block_size)[:, None], other=0)
     m0 = chunk * (CHUNK * BLOCK_M)
+    offs_m = m0 + tl.arange(0, BLOCK_M)
+    t = tl.load(list_ptr + offs_m // G, mask=offs_m < rows, other=0)                          # [BLOCK_M]
     for m in range(m0, tl.minimum(m0 + CHUNK * BLOCK_M, rows), BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < rows
-        pair = tl.load(list_ptr + first + offs_m // G, mask=mask_m, other=0)                  # [BLOCK_M]
-        t, head = (pair // S).to(tl.int64), offs_m % G
-        q = tl.load(q_ptr + b * stride_qb + (t * stride_qt + (kv * G + head) * stride_qh)[:, None] + offs_d,
+        head, here = offs_m % G, t.to(tl.int64)
+        # the next tile's entries come a tile ahead: then nothing stands between the pipeline and its loads of q
+        t = tl.load(list_ptr + (offs_m + BLOCK_M) // G, mask=offs_m + BLOCK_M < rows, other=0)
+        q = tl.load(q_ptr + b * stride_qb + (here * stride_qt + (kv * G + head) * stride_qh)[:, None] + offs_d,
                     mask=mask_m[:, None], other=0)                                            # [BLOCK_M, D]
         if ONE_TILE:
             x = tl.dot(q, tl.trans(k), input_precision="ieee")                                # [BLOCK_M, BLOCK_N]
@@ -379,28 +415,27 @@ def moba_gather_kernel(
                 total = total * shrink + tl.sum(p, axis=1)
                 y = tl.dot(p.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")     # [BLOCK_M, D]
                 top = higher
-        at = ((tl.program_id(1) * G + head).to(tl.int64) * Tq + t) * S + pair % S
-        tl.store(part_ptr + at[:, None] * D + offs_d, y / total[:, None], mask=mask_m[:, None])
-        tl.store(lse_ptr + at, top + tl.log2(total), mask=mask_m)
+        at = part_ptr + offs_m.to(tl.int64)[:, None] * D + offs_d
+        tl.store(at, (y / total[:, None]).to(part_ptr.dtype.element_ty), mask=mask_m[:, None])
+        tl.store(lse_ptr + offs_m, top + tl.log2(total), mask=mask_m)
 
 
 @triton.jit
 def moba_finish_kernel(
-    q_ptr, k_ptr, v_ptr, chosen_ptr, start_ptr, part_ptr, lse_ptr, y_ptr,
+    q_ptr, k_ptr, v_ptr, place_ptr, end_ptr, start_ptr, part_ptr, lse_ptr, y_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    Tq, Tk, KV, z0, scale, block_size: tl.constexpr,
+    Tq, Tk, N, KV, z0, scale, block_size: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART_STAGES: tl.constexpr,
 ):
     """
     Attention to the own block, causally, merged with the partial outputs of the others.
 
-        y = (sum_{own j <= t} exp2(q k_j) v_j + sum_s exp2(lse[s]) part[s]) / (the same without v_j and part[s])
+        y = (sum_{own j <= t} exp2(q k_j) v_j + sum_s exp2(lse[place[s]]) part[place[s]]) / (the same without v_j, part)
     grid   (cdiv(Tq, BLOCK_M), query heads of this launch): BLOCK_M neighbouring queries of one head
     tile   q [BLOCK_M, D]; K, V [BLOCK_N, D] from the first query's own block to the last query; part [BLOCK_M, D]
     bytes  the partial outputs once: S * D elements a query and head
     dtype  bf16 products, fp32 softmax and sums
-    Of part and lse only what the lists wrote is read: the rest may be NaN.
     """
     z, head = z0 + tl.program_id(1) // G, tl.program_id(1) % G
     b, kv, m0 = (z // KV).to(tl.int64), z % KV, tl.program_id(0) * BLOCK_M
@@ -416,18 +451,21 @@ def moba_finish_kernel(
 
     # the online softmax starts from the partials, as if it had just read their blocks
     offs_s = tl.arange(0, S_PAD)
-    _, earlier = load_chosen(chosen_ptr, start_ptr, z, KV, offs_m, offs_s, Tq, Tk, block_size, S)
-    row = (tl.program_id(1).to(tl.int64) * Tq + offs_m) * S                                   # [BLOCK_M]
-    lse = tl.load(lse_ptr + row[:, None] + offs_s, mask=earlier, other=float("-inf"))         # [BLOCK_M, S_PAD]
+    place_ptr += (z.to(tl.int64) * Tq + offs_m) * S                                           # [BLOCK_M]
+    base = tl.load(end_ptr + z0 * N - 1, mask=z0 > 0, other=0)
+    inside = mask_m[:, None] & (offs_s < S)[None, :]
+    place = tl.load(place_ptr[:, None] + offs_s, mask=inside, other=-1)                       # [BLOCK_M, S_PAD]
+    row = (place - base) * G + head                                                           # fits: part does
+    lse = tl.load(lse_ptr + row, mask=place >= 0, other=float("-inf"))
     top = tl.maximum(tl.max(lse, axis=1), -1e30)  # finite: a query's own block may begin in a later tile of keys
     total = tl.sum(tl.exp2(lse - top[:, None]), axis=1)
     y = tl.zeros((BLOCK_M, D), tl.float32)
     for s in tl.range(0, S, num_stages=PART_STAGES):
-        # chosen and lse again, from the cache: a column of a tile in registers cannot be had
-        n = tl.load(chosen_ptr + (z.to(tl.int64) * Tq + offs_m) * S + s, mask=mask_m, other=-1)
-        read = (n >= 0) & (n < slot // block_size)
-        weight = tl.exp2(tl.load(lse_ptr + row + s, mask=read, other=float("-inf")) - top)
-        part = tl.load(part_ptr + (row + s)[:, None] * D + offs_d, mask=read[:, None], other=0)  # [BLOCK_M, D]
+        # place and lse again, from the cache: a column of a tile in registers cannot be had
+        one = tl.load(place_ptr + s, mask=mask_m, other=-1)                                   # [BLOCK_M]
+        at = (one - base) * G + head
+        weight = tl.exp2(tl.load(lse_ptr + at, mask=one >= 0, other=float("-inf")) - top)
+        part = tl.load(part_ptr + at.to(tl.int64)[:, None] * D + offs_d, mask=(one >= 0)[:, None], other=0)  # [BLOCK_M, D]
         y += weight[:, None] * part.to(tl.float32)
 
     oldest = tl.minimum(start + m0, Tk - 1) // block_size * block_size
@@ -445,8 +483,8 @@ def moba_finish_kernel(
         y = tl.dot(p.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")             # [BLOCK_M, D]
         top = higher
 
-    at = ((b * Tq + offs_m) * (KV * G) + kv * G + head)[:, None] * D + offs_d
-    tl.store(y_ptr + at, y / total[:, None], mask=mask_m[:, None])
+    y_at = ((b * Tq + offs_m) * (KV * G) + kv * G + head)[:, None] * D + offs_d
+    tl.store(y_ptr + y_at, y / total[:, None], mask=mask_m[:, None])
 
 
 @torch.library.custom_op("nanorat::moba_attend", mutates_args=())
@@ -465,38 +503,44 @@ def moba_attend(
     Tk, KV = k.shape[1:3]
     G, S, N = H // KV, chosen.shape[3], triton.cdiv(Tk, block_size)
     assert chosen.shape == (B, KV, Tq, S) and chosen.dtype == torch.int32, f"chosen: {chosen.shape}, {chosen.dtype}"
-    assert Tq * S < 2**31, f"{Tq=} * {S=} pairs do not fit int32"
+    assert max(B * KV, G) * Tq * S < 2**31, f"{max(B * KV, G) * Tq * S} pairs or rows do not fit int32"
     chosen, S_PAD = chosen.contiguous(), triton.next_power_of_2(S)
     gather, finish = GATHER_FP32, FINISH_FP32
     if q.dtype == torch.bfloat16:
         gather, finish = GATHER if block_size <= GATHER["BLOCK_N"] else GATHER_LONG, FINISH
     gather = gather | dict(BLOCK_N=max(16, min(gather["BLOCK_N"], triton.next_power_of_2(block_size))))
 
-    # the lists of all blocks of a KV head, one behind the other; list n ends at ends[n]
-    BLOCK_T = max(1, LIST_PAIRS // S_PAD)
-    grid, sizes = (triton.cdiv(Tq, BLOCK_T), B * KV), dict(S=S, S_PAD=S_PAD, BLOCK_T=BLOCK_T)
-    count = torch.zeros(B, KV, N, dtype=torch.int32, device=q.device)
-    lists = torch.empty(B, KV, Tq * S, dtype=torch.int32, device=q.device)
-    N_PAD = max(16, triton.next_power_of_2(N))
-    moba_count_kernel[grid](chosen, start, count, Tq, Tk, N, KV, block_size, **sizes, BINS=N_PAD)
-    ends = count.cumsum(2, dtype=torch.int32)
-    moba_fill_kernel[grid](chosen, start, ends - count, lists, Tq, Tk, N, KV, block_size, **sizes)
+    # one list a block, one behind the other over all (b, kv); in ascending order of queries
+    BLOCK_T, warps = LISTS["BLOCK_T"], LISTS["num_warps"]
+    tiles, z = triton.cdiv(Tq, BLOCK_T), B * KV
+    sizes = dict(block_size=block_size, S=S, S_PAD=S_PAD, BLOCK_T=BLOCK_T)
+    mask = torch.empty(z, tiles * BLOCK_T // 16, N, dtype=torch.int32, device=q.device)
+    count = torch.zeros(z, N, tiles, dtype=torch.int32, device=q.device)
+    moba_count_kernel[tiles, z](chosen, start, mask, count, Tq, Tk, N, KV, **sizes, num_warps=warps)
+    tile_ends = count.view(-1).cumsum(0, dtype=torch.int32)
+    place = torch.empty(z, Tq, S, dtype=torch.int32, device=q.device)
+    lists = torch.empty(z * Tq * S, dtype=torch.int32, device=q.device)
+    moba_fill_kernel[tiles, z](chosen, start, mask, tile_ends, place, lists, Tq, Tk, N, KV, **sizes,
+                               num_warps=2 * warps)
+    ends = tile_ends[tiles - 1::tiles].contiguous()                                  # (B * KV * N)
+    length = torch.cat([ends[:1], ends.diff()]).view(z, N)
     rows = gather["BLOCK_M"] * gather["CHUNK"]
-    chunk_ends = ((count * G + rows - 1) // rows).cumsum(2, dtype=torch.int32)
+    chunk_ends = ((length * G + rows - 1) // rows).cumsum(1, dtype=torch.int32)
     chunks = triton.cdiv(Tq * S * G, rows) + N  # at most: the grid must not depend on what was chosen
+    N_PAD = max(16, triton.next_power_of_2(N))
 
     y = torch.empty(B, Tq, H, D, dtype=q.dtype, device=q.device)
     pairs = max(1, min(B * KV, PARTIAL_BYTES // (G * Tq * S * D * q.element_size())))  # of (b, kv) at a time
-    part = torch.empty(pairs * G, Tq, S, D, dtype=q.dtype, device=q.device)
-    lse = torch.empty(pairs * G, Tq, S, dtype=torch.float32, device=q.device)
+    part = torch.empty(pairs * Tq * S, G, D, dtype=q.dtype, device=q.device)
+    lse = torch.empty(pairs * Tq * S, G, dtype=torch.float32, device=q.device)
     strides, scale = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]), LOG2E / math.sqrt(D)
     for z0 in range(0, B * KV, pairs):
         here = min(pairs, B * KV - z0)
         moba_gather_kernel[chunks, here](
-            q, k, v, lists, ends, chunk_ends, part, lse, *strides, Tq, N, KV, z0, scale,
-            block_size=block_size, G=G, D=D, S=S, N_PAD=N_PAD, **gather)
+            q, k, v, lists, ends, chunk_ends, part, lse, *strides, N, KV, z0, scale,
+            block_size=block_size, G=G, D=D, N_PAD=N_PAD, **gather)
         moba_finish_kernel[triton.cdiv(Tq, finish["BLOCK_M"]), here * G](
-            q, k, v, chosen, start, part, lse, y, *strides, Tq, Tk, KV, z0, scale, block_size,
+            q, k, v, place, ends, start, part, lse, y, *strides, Tq, Tk, N, KV, z0, scale, block_size,
             G=G, D=D, S=S, S_PAD=S_PAD, **finish)
     return y
 

@@ -80,8 +80,8 @@ if not backend.HAS_TRITON:  # Mac, Windows
 elif DEVICE == "cpu":
     import kernels
     repair_interpreter()
-    for tile in kernels.FORWARD, kernels.BACKWARD:  # the interpreter is slow, above all where strips meet
-        tile.update(ROWS=16, STRIPS=2)
+    kernels.TILE.update(ROWS=16, STRIPS=2)  # the interpreter is slow, above all where strips meet
+    kernels.LONG_TILE.update(ROWS=32, STRIPS=2)
 
 
 @pytest.fixture

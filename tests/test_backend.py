@@ -115,7 +115,7 @@ def test_what_the_kernels_do_not_cover_is_an_error(shape, dtype, monkeypatch):
     """A silent fall to plain PyTorch on a GPU."""
     monkeypatch.setattr(backend, "choice", "triton")
     with pytest.raises(ValueError) as raised:
-        backend.triton_for(torch.empty(shape, dtype=dtype))
+        backend.triton_for(torch.empty(shape, dtype=dtype, device=DEVICE))
     one_line(raised, shape[-1], "--kernels=torch")
 
 

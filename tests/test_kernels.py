@@ -11,7 +11,7 @@ from memory import memory_scan as plain_scan
 
 pytestmark = pytest.mark.usefixtures("poisoned", "plain_references")
 
-TILE = kernels.FORWARD["ROWS"] * kernels.FORWARD["STRIPS"]
+TILE = kernels.TILE["ROWS"] * kernels.TILE["STRIPS"]
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
@@ -49,6 +49,18 @@ def test_scan_matches_the_loop(T, dtype):
 def test_scan_covers_channels_off_the_tile(KV, D):
     """Channels beyond a tile's width left unwritten, or read from the next row."""
     check(*draw(1, TILE + 3, KV, D, seed=D))
+
+
+@pytest.mark.parametrize("filled", [0, 10**9])
+def test_long_tiles_give_what_short_ones_give(filled, monkeypatch):
+    """A tile of another length than its grid, or than the states between tiles are kept for."""
+    monkeypatch.setattr(kernels, "FILLED", filled)
+    inputs = draw(2, 210, 1, 16, seed=2)
+    with torch.no_grad():
+        outs = memory_scan(*inputs[:4])
+    for what, out, ref in zip(("k~", "v~", "state"), outs, memory_loop(*(x.double() for x in inputs[:4]))):
+        assert error(out, ref) < 1e-6, what
+    check(*inputs)
 
 
 def test_scan_without_state_starts_from_zero():

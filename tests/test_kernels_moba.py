@@ -183,6 +183,16 @@ def test_groups_of_heads_share_one_buffer(monkeypatch):
         assert torch.equal(moba_attend(q, k, v, chosen, slots(0, 0), 8), at_once)
 
 
+def test_lists_go_on_from_tile_to_tile(monkeypatch):
+    """A pair filed over another's place where a tile of queries ends, or counted into the wrong 16 or 32."""
+    q, k, v = draw(2, 150, 2, 1, 16, seed=14)
+    chosen = moba_route(q, k, slots(0, 0), 4, 6, True)  # 38 blocks
+    at_once = moba_attend(q, k, v, chosen, slots(0, 0), 4)
+    for BLOCK_T in 16, 64:
+        monkeypatch.setitem(kernels_moba.LISTS, "BLOCK_T", BLOCK_T)
+        assert torch.equal(moba_attend(q, k, v, chosen, slots(0, 0), 4), at_once)
+
+
 def test_long_lists_are_cut_into_chunks(monkeypatch):
     """Rows lost or read twice where a list goes on in another program."""
     q, k, v = draw(1, 100, 4, 1, 16, seed=10)
