@@ -32,9 +32,9 @@ from torch import Tensor
 # A tile is ROWS * STRIPS tokens. A thread holds its rows in fp32, so registers are what is short: more rows leave too few
 # programs on an SM to hide the latency of memory, fewer spend more instructions where strips meet. A chain of tiles is
 # serial; where sequences and channels are too few to fill the GPU, longer tiles make it shorter. Measured on an H100.
-TILE = dict(ROWS=5, STRIPS=8, num_warps=8)
-LONG_TILE = dict(ROWS=6, STRIPS=16, num_warps=16)  # the backward pass has no registers for it
-FILLED = 264                                       # chains: two programs on each of 132 SMs
+TILE = dict(ROWS=5, STRIPS=8)
+LONG_TILE = dict(ROWS=6, STRIPS=16)  # the backward pass has no registers for it
+FILLED = 264                         # chains: two programs on each of 132 SMs
 
 # the bits of a state nobody has written yet: as a float a signalling NaN, which no arithmetic, sign flip or bf16 gives
 EMPTY = tl.constexpr(0x7F800001)
@@ -71,7 +71,10 @@ def two_strips(g1, k1, v1, g1_before, k1_before, v1_before, g2, k2, v2, g2_befor
 
 @triton.jit
 def wait_for(k_ptr, v_ptr):
-    """The states at k_ptr and v_ptr, tiles of pointers, as soon as another program has written all of them."""
+    """
+    The states at k_ptr and v_ptr, tiles of pointers, as soon as another program has written all of them. One thread alone
+    must hold an element: of two, one could see it written and go on with the other's older copy (see `layout`).
+    """
     k, v = tl.load(k_ptr, volatile=True), tl.load(v_ptr, volatile=True)
     while tl.max(tl.max(((k == EMPTY) | (v == EMPTY)).to(tl.int32), axis=1), axis=0) == 1:
         k, v = tl.load(k_ptr, volatile=True), tl.load(v_ptr, volatile=True)
@@ -262,6 +265,12 @@ def tile_of(B, W, saves):
     return TILE if saves or B * W // block_of(W) >= FILLED else LONG_TILE
 
 
+def layout(tile, W):
+    """The tile's constants, and as many warps as give each element of a (STRIPS, BLOCK_W) tile a thread of its own."""
+    BLOCK_W = block_of(W)
+    return tile | dict(BLOCK_W=BLOCK_W, num_warps=tile["STRIPS"] * min(BLOCK_W, 32) // 32)
+
+
 def as_bits(state):
     """fp32 (2, B, KV, D), or None for zeros -> int32 (2, B, W), or 0."""
     return 0 if state is None else state.float().flatten(2).contiguous().view(torch.int32)
@@ -276,11 +285,11 @@ def memory_forward(k: Tensor, v: Tensor, gate: Tensor, state: Optional[Tensor],
     k_mem, v_mem, last, before = empty_forward(k, v, gate, state, saves)
     before[1:], before[0] = EMPTY.value, as_bits(state)
     k, v, gate = by_token(k), by_token(v), by_token(gate)
-    W, BLOCK_W = KV * D, block_of(KV * D)
-    grid = (len(before) * B * (W // BLOCK_W),)
+    W, constants = KV * D, layout(tile_of(B, KV * D, saves), KV * D)
+    grid = (len(before) * B * (W // constants["BLOCK_W"]),)
     memory_forward_kernel[grid](
         k, v, gate, k_mem, v_mem, before, last, B, T, len(before), *(x.stride(0) for x in (k, v, gate)),
-        W, *(x.stride(1) for x in (k, v, gate)), BLOCK_W=BLOCK_W, maxnreg=64, **tile_of(B, W, saves))
+        W, *(x.stride(1) for x in (k, v, gate)), maxnreg=64, **constants)
     return k_mem, v_mem, last, before
 
 
@@ -302,12 +311,12 @@ def memory_backward(k: Tensor, v: Tensor, gate: Tensor, before: Tensor, dk_mem: 
     dafter = torch.full_like(before, EMPTY.value)
     dafter[-1] = as_bits(dlast)
     k, v, gate, dk_mem, dv_mem = by_token(k), by_token(v), by_token(gate), by_token(dk_mem), by_token(dv_mem)
-    W, BLOCK_W = KV * D, block_of(KV * D)
-    grid = (len(before) * B * (W // BLOCK_W),)
+    W, constants = KV * D, layout(TILE, KV * D)
+    grid = (len(before) * B * (W // constants["BLOCK_W"]),)
     memory_backward_kernel[grid](
         k, v, gate, dk_mem, dv_mem, before, dk, dv, dgate, dafter, dstate, B, T, len(before),
         *(x.stride(0) for x in (k, v, gate, dk_mem, dv_mem)), W, *(x.stride(1) for x in (k, v, gate, dk_mem, dv_mem)),
-        BLOCK_W=BLOCK_W, **TILE)
+        **constants)
     return dk, dv, dgate, dstate
 
 

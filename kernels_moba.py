@@ -26,14 +26,14 @@ LOG2E = math.log2(math.e)  # exp(x) = exp2(x * LOG2E); logsumexps are in base 2 
 # tiles of a list pass; two programs share an SM, one multiplies while the other takes exponentials. A longer block
 # streams past each tile, which then should be large.
 GATHER = dict(BLOCK_M=64, BLOCK_N=128, CHUNK=64, num_warps=4, num_stages=2)
-GATHER_LONG = dict(BLOCK_M=128, BLOCK_N=128, CHUNK=4, num_warps=8, num_stages=2)
+GATHER_LONG = dict(BLOCK_M=128, BLOCK_N=64, CHUNK=4, num_warps=8, num_stages=3)
 # queries a program files. More: longer runs in the lists. Up to 2**15 fit the mask's words
-LISTS = dict(BLOCK_T=256, num_warps=8)
+LISTS = dict(BLOCK_T=128, num_warps=4)
 FINISH = dict(BLOCK_M=64, BLOCK_N=64, PART_STAGES=3, num_warps=4, num_stages=2)
 # ieee products of fp32 run without tensor cores, from registers: small tiles
 GATHER_FP32 = dict(BLOCK_M=32, BLOCK_N=32, CHUNK=8, num_warps=4, num_stages=1)
 FINISH_FP32 = dict(BLOCK_M=32, BLOCK_N=16, PART_STAGES=1, num_warps=8, num_stages=1)
-ROUTE_SCORES = 16384       # scores a program of moba_route_kernel holds in registers: 64 a thread, 128 spill
+ROUTE_SCORES = 32768       # scores a program of moba_route_kernel holds in registers: 128 a thread
 PARTIAL_BYTES = 4 * 2**30  # bound on the buffer of partial outputs
 
 
@@ -238,7 +238,7 @@ def moba_route(
         BLOCK_M = max(16, min(64, ROUTE_SCORES // W) // (1 if parts == 2 else 2))
         # the own block of query t is at least t // block_size: later tiles are wider than W
         tiles = min(triton.cdiv(Tq, BLOCK_M), triton.cdiv((W + 1) * block_size, BLOCK_M))
-        num_warps = min(16, max(4, BLOCK_M * W // 2048))
+        num_warps = min(16, max(4, BLOCK_M * W // (4096 if parts == 2 else 2048)))  # fp32 products need more registers
         moba_route_kernel[tiles, B * KV](
             q, mean, start, chosen, *q.stride()[:3], Tq, Tk, N, KV, block_size,
             G=H // KV, D=D, S=S, S_PAD=triton.next_power_of_2(S), KEEP_FIRST=keep_first, PARTS=parts,
@@ -425,8 +425,7 @@ def moba_finish_kernel(
     q_ptr, k_ptr, v_ptr, place_ptr, end_ptr, start_ptr, part_ptr, lse_ptr, y_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     Tq, Tk, N, KV, z0, scale, block_size: tl.constexpr,
-    G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART_STAGES: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART_STAGES: tl.constexpr,
 ):
     """
     Attention to the own block, causally, merged with the partial outputs of the others.
@@ -449,24 +448,22 @@ def moba_finish_kernel(
     k_ptr += b * stride_kb + kv * stride_kh
     v_ptr += b * stride_vb + kv * stride_vh
 
-    # the online softmax starts from the partials, as if it had just read their blocks
-    offs_s = tl.arange(0, S_PAD)
+    # an online softmax, over the partials first. Columns, not a tile of places: that would dictate y a slow layout
     place_ptr += (z.to(tl.int64) * Tq + offs_m) * S                                           # [BLOCK_M]
     base = tl.load(end_ptr + z0 * N - 1, mask=z0 > 0, other=0)
-    inside = mask_m[:, None] & (offs_s < S)[None, :]
-    place = tl.load(place_ptr[:, None] + offs_s, mask=inside, other=-1)                       # [BLOCK_M, S_PAD]
-    row = (place - base) * G + head                                                           # fits: part does
-    lse = tl.load(lse_ptr + row, mask=place >= 0, other=float("-inf"))
-    top = tl.maximum(tl.max(lse, axis=1), -1e30)  # finite: a query's own block may begin in a later tile of keys
-    total = tl.sum(tl.exp2(lse - top[:, None]), axis=1)
+    top = tl.full((BLOCK_M,), -1e30, tl.float32)  # finite: a query's own block may begin in a later tile of keys
+    total = tl.zeros((BLOCK_M,), tl.float32)
     y = tl.zeros((BLOCK_M, D), tl.float32)
     for s in tl.range(0, S, num_stages=PART_STAGES):
-        # place and lse again, from the cache: a column of a tile in registers cannot be had
-        one = tl.load(place_ptr + s, mask=mask_m, other=-1)                                   # [BLOCK_M]
-        at = (one - base) * G + head
-        weight = tl.exp2(tl.load(lse_ptr + at, mask=one >= 0, other=float("-inf")) - top)
-        part = tl.load(part_ptr + at.to(tl.int64)[:, None] * D + offs_d, mask=(one >= 0)[:, None], other=0)  # [BLOCK_M, D]
-        y += weight[:, None] * part.to(tl.float32)
+        place = tl.load(place_ptr + s, mask=mask_m, other=-1)                                 # [BLOCK_M]
+        row = (place - base) * G + head                                                       # fits: part does
+        lse = tl.load(lse_ptr + row, mask=place >= 0, other=float("-inf"))
+        part = tl.load(part_ptr + row.to(tl.int64)[:, None] * D + offs_d, mask=(place >= 0)[:, None], other=0)  # [BLOCK_M, D]
+        higher = tl.maximum(top, lse)
+        shrink, weight = tl.exp2(top - higher), tl.exp2(lse - higher)
+        total = total * shrink + weight
+        y = y * shrink[:, None] + weight[:, None] * part.to(tl.float32)
+        top = higher
 
     oldest = tl.minimum(start + m0, Tk - 1) // block_size * block_size
     newest = tl.minimum(start + tl.minimum(m0 + BLOCK_M, Tq) - 1, Tk - 1)
@@ -541,7 +538,7 @@ def moba_attend(
             block_size=block_size, G=G, D=D, N_PAD=N_PAD, **gather)
         moba_finish_kernel[triton.cdiv(Tq, finish["BLOCK_M"]), here * G](
             q, k, v, place, ends, start, part, lse, y, *strides, Tq, Tk, N, KV, z0, scale, block_size,
-            G=G, D=D, S=S, S_PAD=S_PAD, **finish)
+            G=G, D=D, S=S, **finish)
     return y
 
 
