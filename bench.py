@@ -3,8 +3,8 @@ How fast the kernels are: each beside its floor, what the hardware allows at bes
 
     floor = max(fewest bytes / copy bandwidth, FLOPs / matmul rate)         both rates are measured in the same run
 
-A line is checked, then timed: the median of several replays of a CUDA graph that calls the function many times over
-different inputs, so that neither launches from Python nor a warm L2 cache flatter it. Peers are timed in the same way:
+A line is the median of several replays of a CUDA graph that calls the function many times over different inputs, so that
+neither launches from Python nor a warm L2 cache flatter it. That the results are right is shown in tests/test_kernels*.py. Peers are timed in the same way:
 official RAT+'s scan and Quest as their formulas stand in PyTorch under torch.compile, fla's chunk_hgrn where it is
 installed (pip install fla-core), dense attention by cuDNN and by flash. Everything is bf16, 32 heads of 128, the layer
 of a 7B model, unless the line says otherwise. Selection is always included.

@@ -29,7 +29,8 @@ hash a row's tokens so far and the layer: only the random selectors of H2 read t
 
 Selection is per KV head: scores are averaged over the G query heads of its group (see `per_kv_head`). The originals
 know no groups: they repeat k and v up to H heads and select for each. Checked against them in tests/test_sparse.py.
-model.py calls the hooks; read niah.py next for what they are asked to find.
+model.py calls the hooks; read niah.py next for what they are asked to find. On a GPU the hooks call the same in Triton
+(kernels_sparse.py, kernels_moba.py, kernels_dilated.py; see backend.py): what is written out here is the definition.
 """
 import math
 from dataclasses import dataclass, fields, replace
