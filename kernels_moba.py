@@ -325,7 +325,7 @@ def moba_fill_kernel(
     before = mask & ((1 << offs_t % 16) - 1)[:, None]
     end_ptr += z.to(tl.int64) * N * tiles - 1
     at = n * tiles + tile
-    place = tl.load(end_ptr + at, mask=earlier & ((at > 0) | (z > 0)), other=0)      # the end of what comes before
+    place = tl.load(end_ptr + at, mask=earlier & (at + z > 0), other=0)      # the end of what comes before
     place += (mask >> 16) + popcount(before.to(tl.uint32))
     tl.store(list_ptr + place, tl.broadcast_to(offs_t[:, None], (BLOCK_T, S_PAD)), mask=earlier)
     tl.store(place_ptr + (z.to(tl.int64) * Tq + offs_t)[:, None] * S + offs_s[None, :], tl.where(earlier, place, -1),
