@@ -88,14 +88,14 @@ def memory_forward_kernel(
     before_ptr,                # (n_tiles, 2, B, W)  the state before each tile, fp32 as int32; the first is given
     last_ptr,                  # (2, B, W)  fp32: the state after the last token
     B, T, n_tiles, k_stride_b, v_stride_b, gate_stride_b,
-    # constants, so that a row's address is its strip's plus an immediate: that is a third of all instructions
+    # constants, so that a row's address is its strip's plus an immediate, without instructions of its own
     W: tl.constexpr, k_stride_t: tl.constexpr, v_stride_t: tl.constexpr, gate_stride_t: tl.constexpr,
     ROWS: tl.constexpr, STRIPS: tl.constexpr, BLOCK_W: tl.constexpr,
 ):
     """
     Eq. 1 for one tile of STRIPS * ROWS tokens and BLOCK_W channels.                  reference: memory.memory_loop
 
-    grid   n_tiles * B * cdiv(W, BLOCK_W), the tiles slowest: the GPU starts programs in this order, so whoever waits,
+    grid   n_tiles * B * W / BLOCK_W, the tiles slowest: the GPU starts programs in this order, so whoever waits,
            waits for one that runs already
     tile   one warp per strip, two channels per lane, ROWS tokens one after the other in registers
     bytes  reads k, v, gate and writes k~, v~ once: 5 * B * T * W elements
