@@ -20,6 +20,12 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None  # Linux has wheels
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def add_flag(parser):
+    """--kernels, of every script."""
+    parser.add_argument("--kernels", default="auto", choices=CHOICES, metavar="WHO",
+                        help="who computes memory and methods: triton, torch, or auto (Triton on a GPU)")
+
+
 def use(which):
     """Choose for all that follows. ValueError if it cannot be had here."""
     global choice

@@ -456,7 +456,7 @@ def flags():
     add("--batch", type=positive, default=16, help="prompts at a time")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="of the model; None: bfloat16 on a GPU, else float32")
-    add("--kernels", default="auto", choices=backend.CHOICES, metavar="WHO", help="who computes memory and methods: triton, torch, or auto (Triton on a GPU)")
+    backend.add_flag(parser)
     add("--tokenizer", metavar="SPEC", help="as in data.py; None: the one beside each model")
     # where to
     add("--out", metavar="DIR", help="folder of the predictions; None: a new one, out/niah-DATE-TIME")

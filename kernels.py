@@ -361,36 +361,36 @@ def load_halves(ptr, n, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
 
 
 @triton.jit
-def store_halves(ptr, low, high, n, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
+def store_halves(ptr, left, right, n, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
     head, d = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, HALF)[None]
     at = ptr + head * 2 * HALF + d
-    tl.store(at, low, head < n)
-    tl.store(at + HALF, high, head < n)
+    tl.store(at, left, head < n)
+    tl.store(at + HALF, right, head < n)
 
 
 @triton.jit
-def remember_halves(low, high, gate_ptr, state_ptr, n, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
+def remember_halves(left, right, gate_ptr, state_ptr, n, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
     """Eq. 1 for one token of k or v, whose state (n, 2 * HALF) is updated in place."""
-    gate_low, gate_high = load_halves(gate_ptr, n, HALF, BLOCK_H)
-    state_low, state_high = load_halves(state_ptr, n, HALF, BLOCK_H)
-    g, rest = gates(gate_low)
-    low = g * state_low + rest * low
-    g, rest = gates(gate_high)
-    high = g * state_high + rest * high
-    store_halves(state_ptr, low, high, n, HALF, BLOCK_H)
-    return low, high
+    gate_left, gate_right = load_halves(gate_ptr, n, HALF, BLOCK_H)
+    state_left, state_right = load_halves(state_ptr, n, HALF, BLOCK_H)
+    g, rest = gates(gate_left)
+    left = g * state_left + rest * left
+    g, rest = gates(gate_right)
+    right = g * state_right + rest * right
+    store_halves(state_ptr, left, right, n, HALF, BLOCK_H)
+    return left, right
 
 
 @triton.jit
-def norm_and_rotate(low, high, weight_ptr, cos_ptr, sin_ptr, n, eps, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
+def norm_and_rotate(left, right, weight_ptr, cos_ptr, sin_ptr, n, eps, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
     """QK-norm over all n heads together (weight_ptr None: without), then RoPE: the halves of a head are pairs."""
     if weight_ptr is not None:
-        scale = tl.rsqrt((tl.sum(low * low) + tl.sum(high * high)) / (n * 2 * HALF) + eps)
-        weight_low, weight_high = load_halves(weight_ptr, n, HALF, BLOCK_H)
-        low, high = low * scale * weight_low, high * scale * weight_high
+        scale = tl.rsqrt((tl.sum(left * left) + tl.sum(right * right)) / (n * 2 * HALF) + eps)
+        weight_left, weight_right = load_halves(weight_ptr, n, HALF, BLOCK_H)
+        left, right = left * scale * weight_left, right * scale * weight_right
     d = tl.arange(0, HALF)[None]
     cos, sin = tl.load(cos_ptr + d), tl.load(sin_ptr + d)
-    return low * cos - high * sin, high * cos + low * sin
+    return left * cos - right * sin, right * cos + left * sin
 
 
 @triton.jit
@@ -420,29 +420,31 @@ def decode_step_kernel(
     D: tl.constexpr = 2 * HALF
     slot = tl.load(used_ptr + b) - 1
     if part == 0:
-        low, high = load_halves(q_ptr + b * q_stride, H, HALF, BLOCK_H)
-        low, high = norm_and_rotate(low, high, q_weight_ptr, cos_ptr + b * cos_stride, sin_ptr + b * cos_stride, H, eps, HALF, BLOCK_H)
-        store_halves(q_out_ptr + b * H * D, low, high, H, HALF, BLOCK_H)
+        left, right = load_halves(q_ptr + b * q_stride, H, HALF, BLOCK_H)
+        left, right = norm_and_rotate(left, right, q_weight_ptr, cos_ptr + b * cos_stride, sin_ptr + b * cos_stride, H, eps, HALF, BLOCK_H)
+        store_halves(q_out_ptr + b * H * D, left, right, H, HALF, BLOCK_H)
     elif part == 1:
-        low, high = load_halves(k_ptr + b * k_stride, KV, HALF, BLOCK_H)
+        left, right = load_halves(k_ptr + b * k_stride, KV, HALF, BLOCK_H)
         if gate_ptr is not None:
-            low, high = remember_halves(low, high, gate_ptr + b * gate_stride, state_ptr + b * KV * D, KV, HALF, BLOCK_H)
-        low, high = norm_and_rotate(low, high, k_weight_ptr, cos_ptr + b * cos_stride, sin_ptr + b * cos_stride, KV, eps, HALF, BLOCK_H)
-        store_halves(k_cache_ptr + b * k_cache_stride + slot * KV * D, low, high, KV, HALF, BLOCK_H)
+            left, right = remember_halves(left, right, gate_ptr + b * gate_stride, state_ptr + b * KV * D, KV, HALF, BLOCK_H)
+        left, right = norm_and_rotate(left, right, k_weight_ptr, cos_ptr + b * cos_stride, sin_ptr + b * cos_stride, KV, eps, HALF, BLOCK_H)
+        store_halves(k_cache_ptr + b * k_cache_stride + slot * KV * D, left, right, KV, HALF, BLOCK_H)
         if low_ptr is not None:
             block = b * bounds_stride + slot // BLOCK_SIZE * KV * D
             new = slot % BLOCK_SIZE == 0
-            # as the cache holds them: rounded to its dtype
-            low, high = low.to(k_cache_ptr.dtype.element_ty).to(tl.float32), high.to(k_cache_ptr.dtype.element_ty).to(tl.float32)
-            a, b_ = load_halves(low_ptr + block, KV, HALF, BLOCK_H)
-            store_halves(low_ptr + block, tl.where(new, low, tl.minimum(a, low)), tl.where(new, high, tl.minimum(b_, high)), KV, HALF, BLOCK_H)
-            a, b_ = load_halves(high_ptr + block, KV, HALF, BLOCK_H)
-            store_halves(high_ptr + block, tl.where(new, low, tl.maximum(a, low)), tl.where(new, high, tl.maximum(b_, high)), KV, HALF, BLOCK_H)
+            dtype: tl.constexpr = k_cache_ptr.dtype.element_ty  # as the cache holds them
+            left, right = left.to(dtype).to(tl.float32), right.to(dtype).to(tl.float32)
+            old_left, old_right = load_halves(low_ptr + block, KV, HALF, BLOCK_H)
+            store_halves(low_ptr + block, tl.where(new, left, tl.minimum(old_left, left)),
+                         tl.where(new, right, tl.minimum(old_right, right)), KV, HALF, BLOCK_H)
+            old_left, old_right = load_halves(high_ptr + block, KV, HALF, BLOCK_H)
+            store_halves(high_ptr + block, tl.where(new, left, tl.maximum(old_left, left)),
+                         tl.where(new, right, tl.maximum(old_right, right)), KV, HALF, BLOCK_H)
     else:
-        low, high = load_halves(v_ptr + b * v_stride, KV, HALF, BLOCK_H)
+        left, right = load_halves(v_ptr + b * v_stride, KV, HALF, BLOCK_H)
         if gate_ptr is not None:
-            low, high = remember_halves(low, high, gate_ptr + b * gate_stride, state_ptr + (B + b) * KV * D, KV, HALF, BLOCK_H)
-        store_halves(v_cache_ptr + b * v_cache_stride + slot * KV * D, low, high, KV, HALF, BLOCK_H)
+            left, right = remember_halves(left, right, gate_ptr + b * gate_stride, state_ptr + (B + b) * KV * D, KV, HALF, BLOCK_H)
+        store_halves(v_cache_ptr + b * v_cache_stride + slot * KV * D, left, right, KV, HALF, BLOCK_H)
 
 
 @torch.library.custom_op("nanorat::decode_step", mutates_args=("state", "k_cache", "v_cache", "low", "high"))

@@ -19,22 +19,24 @@ import math
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-LOG2E = math.log2(math.e)  # exp(x) = exp2(x * LOG2E); logsumexps are in base 2 too
+LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x * LOG2E); logsumexps are in base 2 too
 
 # Tiles for an H100. A block of up to 128 keys is one tile: K and V (64 KB at D = 128) stay in shared memory while CHUNK
 # tiles of a list pass; two programs share an SM, one multiplies while the other takes exponentials. A longer block
 # streams past each tile, which then should be large.
 GATHER = dict(BLOCK_M=64, BLOCK_N=128, CHUNK=64, num_warps=4, num_stages=2)
 GATHER_LONG = dict(BLOCK_M=128, BLOCK_N=64, CHUNK=4, num_warps=8, num_stages=3)
+MERGE = dict(BLOCK_T=32, BLOCK_S=4, num_warps=4)
+GRAD = dict(BLOCK_M=64, BLOCK_N=128, CHUNK=64, num_warps=8, num_stages=2)
 # queries a program files. More: longer runs in the lists. Up to 2**15 fit the mask's words
 LISTS = dict(BLOCK_T=128, num_warps=4)
-FINISH = dict(BLOCK_M=64, BLOCK_N=64, PART_STAGES=3, num_warps=4, num_stages=2)
 # ieee products of fp32 run without tensor cores, from registers: small tiles
 GATHER_FP32 = dict(BLOCK_M=32, BLOCK_N=32, CHUNK=8, num_warps=4, num_stages=1)
-FINISH_FP32 = dict(BLOCK_M=32, BLOCK_N=16, PART_STAGES=1, num_warps=8, num_stages=1)
+GRAD_FP32 = dict(BLOCK_M=16, BLOCK_N=32, CHUNK=16, num_warps=4, num_stages=1)
 ROUTE_SCORES = 32768       # scores a program of moba_route_kernel holds in registers: 128 a thread
-PARTIAL_BYTES = 4 * 2**30  # bound on the buffer of partial outputs
+PARTIAL_BYTES = 4 * 2**30  # bound on the buffer of partial outputs (one group of heads must fit)
 
 
 # ---------------------------------------------------------------- routing: which blocks a query reads
@@ -256,11 +258,11 @@ def _(q, k, start, block_size, S, keep_first):
 
 @triton.jit
 def load_chosen(chosen_ptr, start_ptr, z, KV, offs_t, offs_s, Tq, Tk, block_size: tl.constexpr, S: tl.constexpr):
-    """A tile of `chosen`, [BLOCK_T, BLOCK_S], and which of it are earlier blocks, to be read through the lists."""
+    """A tile of `chosen`, [BLOCK_T, BLOCK_S], and which of it are blocks to read: none that is later than the own."""
     slot = tl.minimum(tl.load(start_ptr + z // KV) + offs_t, Tk - 1)
     inside = (offs_t < Tq)[:, None] & (offs_s < S)[None, :]
     n = tl.load(chosen_ptr + (z.to(tl.int64) * Tq + offs_t)[:, None] * S + offs_s[None, :], mask=inside, other=-1)
-    return n, (n >= 0) & (n < (slot // block_size)[:, None])
+    return n, (n >= 0) & (n <= (slot // block_size)[:, None])
 
 
 @triton.jit
@@ -271,7 +273,7 @@ def moba_count_kernel(
     """
     Turns `chosen` about: per block the queries that chose it, as bits, and their number in this tile of queries.
 
-        mask[t // 16, n]    bit t % 16: n is among chosen[t], n < own[t];  bits 16 and up: how many earlier t of the tile
+        mask[t // 16, n]    bit t % 16: n is among chosen[t];  bits 16 and up: how many earlier t of the tile
         count[n, tile]      how many t of the tile
     Two turns of 32 blocks at a time: a query's choices become one word, bit n % 32; then the word's bits become 32
     columns, and 16 queries the bits of a column. No atomics: the lists come out ascending, the same in every run.
@@ -281,8 +283,8 @@ def moba_count_kernel(
     """
     tile, z = tl.program_id(0), tl.program_id(1)
     offs_t, offs_s = tile * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, S_PAD)
-    n, earlier = load_chosen(chosen_ptr, start_ptr, z, KV, offs_t, offs_s, Tq, Tk, block_size, S)
-    n = tl.where(earlier, n, -1)                                                     # [BLOCK_T, S]
+    n, reads = load_chosen(chosen_ptr, start_ptr, z, KV, offs_t, offs_s, Tq, Tk, block_size, S)
+    n = tl.where(reads, n, -1)                                                     # [BLOCK_T, S]
     bit = tl.full((BLOCK_T, S_PAD), 1, tl.uint32) << (n & 31).to(tl.uint32)
     ROWS: tl.constexpr = BLOCK_T // 16
     offs_r, offs_i, offs_n = tl.arange(0, ROWS), tl.arange(0, 16), tl.arange(0, 32)
@@ -309,242 +311,408 @@ def moba_fill_kernel(
     S: tl.constexpr, S_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
     """
-    Files each (query, block) pair in its block's list, and notes where: list[place[t, s]] = t.
+    Files each (query, block) pair in its block's list, and notes where: list[place[s, t]] = t.
 
-        place[t, s] = (pairs of the lists and tiles before) + (pairs of the tile before), -1 if not filed
+        place[s, t] = (pairs of the lists and tiles before) + (pairs of the tile before), -1 if not filed
     grid   (cdiv(Tq, BLOCK_T), B * KV), tiles as in moba_count_kernel; end is the running sum of its counts
     bytes  chosen once, place and the lists once; two words a pair from the cache
     """
     tile, z = tl.program_id(0), tl.program_id(1)
     offs_t, offs_s = tile * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, S_PAD)
-    n, earlier = load_chosen(chosen_ptr, start_ptr, z, KV, offs_t, offs_s, Tq, Tk, block_size, S)
+    n, reads = load_chosen(chosen_ptr, start_ptr, z, KV, offs_t, offs_s, Tq, Tk, block_size, S)
     tiles = tl.cdiv(Tq, BLOCK_T)
     row = tl.arange(0, BLOCK_T) // 16                                                # [BLOCK_T]
     mask_ptr += (z.to(tl.int64) * tiles + tile) * (BLOCK_T // 16) * N
-    mask = tl.load(mask_ptr + row[:, None] * N + n, mask=earlier, other=0)           # [BLOCK_T, S]
+    mask = tl.load(mask_ptr + row[:, None] * N + n, mask=reads, other=0)             # [BLOCK_T, S]
     before = mask & ((1 << offs_t % 16) - 1)[:, None]
     end_ptr += z.to(tl.int64) * N * tiles - 1
     at = n * tiles + tile
-    place = tl.load(end_ptr + at, mask=earlier & (at + z > 0), other=0)      # the end of what comes before
+    place = tl.load(end_ptr + at, mask=reads & (at + z > 0), other=0)      # the end of what comes before
     place += (mask >> 16) + popcount(before.to(tl.uint32))
-    tl.store(list_ptr + place, tl.broadcast_to(offs_t[:, None], (BLOCK_T, S_PAD)), mask=earlier)
-    tl.store(place_ptr + (z.to(tl.int64) * Tq + offs_t)[:, None] * S + offs_s[None, :], tl.where(earlier, place, -1),
+    tl.store(list_ptr + place, tl.broadcast_to(offs_t[:, None], (BLOCK_T, S_PAD)), mask=reads)
+    tl.store(place_ptr + (z.to(tl.int64) * S + offs_s)[None, :] * Tq + offs_t[:, None], tl.where(reads, place, -1),
              mask=(offs_t < Tq)[:, None] & (offs_s < S)[None, :])
 
 
 @triton.jit
+def chunk_of(chunk, z, end_ptr, chunk_end_ptr, N, ROWS: tl.constexpr, N_PAD: tl.constexpr):
+    """
+    Chunk number `chunk` of the lists of z: block n, the chunk's first entry in all lists, the same in those of z, the
+    number of entries, and of these how many may be queries that stand in the block itself. n = N: there is none.
+    """
+    offs = tl.arange(0, N_PAD)
+    ends = tl.load(chunk_end_ptr + z.to(tl.int64) * N + offs, mask=offs < N, other=2**31 - 1)   # [N_PAD]
+    n = tl.sum((ends <= chunk).to(tl.int32), axis=0)
+    into = (chunk - tl.max(tl.where(ends <= chunk, ends, 0), axis=0)) * ROWS                    # the block's list
+    list_at = z * N + tl.minimum(n, N - 1)
+    first = into + tl.load(end_ptr + list_at - 1, mask=list_at > 0, other=0)
+    before = tl.load(end_ptr + z * N - 1, mask=z > 0, other=0)
+    return n, into, first, first - before, tl.minimum(tl.load(end_ptr + list_at) - first, ROWS)
+
+
+@triton.jit
 def moba_gather_kernel(
-    q_ptr, k_ptr, v_ptr, list_ptr, end_ptr, chunk_end_ptr, part_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, list_ptr, end_ptr, chunk_end_ptr, start_ptr, part_ptr, lse_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    N, KV, z0, scale, block_size: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, N_PAD: tl.constexpr,
+    Tq, Tk, N, KV, h0, scale, block_size: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+    N_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):
     """
     Attention of the queries on a block's list to that block: a normalised partial output and its logsumexp each.
 
-        part[place, g] = softmax(q K_n^T) V_n,  lse[place, g] = log2 sum exp2(q K_n^T)        for q = q[list[place], g]
+        part[place] = softmax(q K_n^T) V_n,  lse[place] = log2 sum exp2(q K_n^T)                for q = q[list[place]]
     Partials stand in the order of the lists, so that a tile is written in one piece: the queries' order would make
-    neither kernel's reads better, as moba_finish_kernel takes whole rows of D in either.
-    grid   (chunks, (b, kv) pairs of this launch). A chunk is up to CHUNK * BLOCK_M rows of one list; a row is an entry
-           with one of the G query heads. chunk_end counts the chunks up to each block: comparing finds the program's
-    tile   q [BLOCK_M, D] gathered row by row; K, V [BLOCK_N, D] stay for the whole chunk if the block is one tile, else
-           they stream past each q tile. The block is complete and earlier: no causal mask
-    FLOPs  4 * block_size * D a row. bytes: q read from L2, part written to HBM
+    neither kernel's memory accesses better, as moba_merge_kernel takes whole rows of D in either.
+    grid   (chunks, query heads of this launch): a chunk is up to CHUNK * BLOCK_M entries of one list
+    tile   q [BLOCK_M, D] gathered row by row, a tile ahead; K, V [BLOCK_N, D] stay for the whole chunk if the block is
+           one tile, else they stream past each q tile. The queries that stand in the block itself, which alone need the
+           causal mask, come first in its list
+    FLOPs  4 * block_size * D an entry. bytes: q read from L2, part written to HBM
     dtype  bf16 products, fp32 softmax; part in the input's dtype, lse in fp32
     """
-    chunk, z = tl.program_id(0), z0 + tl.program_id(1)
-    chunk_end_ptr += z.to(tl.int64) * N
-    offs_c = tl.arange(0, N_PAD)
-    ends = tl.load(chunk_end_ptr + offs_c, mask=offs_c < N, other=2**31 - 1)                  # [N_PAD]
-    n = tl.sum((ends <= chunk).to(tl.int32), axis=0)
+    head = h0 + tl.program_id(1)
+    b, h = (head // (KV * G)).to(tl.int64), head % (KV * G)
+    n, into, first, row, entries = chunk_of(tl.program_id(0), head // G, end_ptr, chunk_end_ptr, N, CHUNK * BLOCK_M, N_PAD)
     if n >= N:  # the grid is for the longest lists there may be
         return
-    chunk -= tl.max(tl.where(ends <= chunk, ends, 0), axis=0)                                 # counted within the list
-    block = z * N + n
-    first = tl.load(end_ptr + block - 1, mask=block > 0, other=0)
-    base = tl.load(end_ptr + z0 * N - 1, mask=z0 > 0, other=0)  # what is filed for earlier launches
-    rows = (tl.load(end_ptr + block) - first) * G
+    offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
+    begin = n * block_size
+    inside = tl.minimum(block_size, Tk - begin)                                                 # keys of the block
+    masked = tl.where(inside % BLOCK_N == 0, block_size - into, entries)                        # entries with a mask
+    q_ptr += b * stride_qb + h * stride_qh
+    k_ptr += b * stride_kb + (h // G) * stride_kh + (begin.to(tl.int64) + offs_n)[:, None] * stride_kt + offs_d
+    v_ptr += b * stride_vb + (h // G) * stride_vh + (begin.to(tl.int64) + offs_n)[:, None] * stride_vt + offs_d
     list_ptr += first
-    part_ptr += (first - base).to(tl.int64) * G * D
-    lse_ptr += (first - base).to(tl.int64) * G
-    b, kv = (z // KV).to(tl.int64), z % KV
-    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, D)
-    k_ptr += b * stride_kb + kv * stride_kh + (n.to(tl.int64) * block_size + offs_n)[:, None] * stride_kt + offs_d
-    v_ptr += b * stride_vb + kv * stride_vh + (n.to(tl.int64) * block_size + offs_n)[:, None] * stride_vt + offs_d
+    part_ptr += (tl.program_id(1).to(tl.int64) * Tq * S + row) * D
+    lse_ptr += tl.program_id(1).to(tl.int64) * Tq * S + row
+    start = (tl.load(start_ptr + b) - begin).to(tl.int32)                                       # counted in the block
     ONE_TILE: tl.constexpr = block_size <= BLOCK_N
     if ONE_TILE:
-        k = tl.load(k_ptr, mask=(offs_n < block_size)[:, None], other=0)                      # [BLOCK_N, D]
-        v = tl.load(v_ptr, mask=(offs_n < block_size)[:, None], other=0)
-    m0 = chunk * (CHUNK * BLOCK_M)
-    offs_m = m0 + tl.arange(0, BLOCK_M)
-    t = tl.load(list_ptr + offs_m // G, mask=offs_m < rows, other=0)                          # [BLOCK_M]
-    for m in range(m0, tl.minimum(m0 + CHUNK * BLOCK_M, rows), BLOCK_M):
-        offs_m = m + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < rows
-        head, here = offs_m % G, t.to(tl.int64)
-        # the next tile's entries come a tile ahead: then nothing stands between the pipeline and its loads of q
-        t = tl.load(list_ptr + (offs_m + BLOCK_M) // G, mask=offs_m + BLOCK_M < rows, other=0)
-        q = tl.load(q_ptr + b * stride_qb + (here * stride_qt + (kv * G + head) * stride_qh)[:, None] + offs_d,
-                    mask=mask_m[:, None], other=0)                                            # [BLOCK_M, D]
+        k = tl.load(k_ptr, mask=(offs_n < inside)[:, None], other=0)                            # [BLOCK_N, D]
+        v = tl.load(v_ptr, mask=(offs_n < inside)[:, None], other=0)
+    # a tile's list is fetched two tiles ahead and its q one tile ahead; past the end they are some query's
+    t = tl.load(list_ptr + offs_m, mask=offs_m < entries, other=0)                              # [BLOCK_M]
+    q = tl.load(q_ptr + (t * stride_qt)[:, None] + offs_d)                                      # [BLOCK_M, D]
+    next_t = tl.load(list_ptr + BLOCK_M + offs_m, mask=BLOCK_M + offs_m < entries, other=0)
+    for m in tl.range(0, entries, BLOCK_M, num_stages=1 if ONE_TILE else None):
+        next_q = tl.load(q_ptr + (next_t * stride_qt)[:, None] + offs_d)
+        newest = tl.minimum(start + t, inside - 1)                                              # [BLOCK_M] key
+        t, following = next_t, m + 2 * BLOCK_M + offs_m
+        next_t = tl.load(list_ptr + following, mask=following < entries, other=0)
         if ONE_TILE:
-            x = tl.dot(q, tl.trans(k), input_precision="ieee")                                # [BLOCK_M, BLOCK_N]
-            if block_size < BLOCK_N:
-                x = tl.where((offs_n < block_size)[None, :], x, float("-inf"))
-            top = tl.max(x, axis=1) * scale                                                   # [BLOCK_M]
+            x = tl.dot(q, tl.trans(k), input_precision="ieee")                                  # [BLOCK_M, BLOCK_N]
+            if m < masked:
+                x = tl.where(offs_n[None, :] <= newest[:, None], x, float("-inf"))
+            top = tl.max(x, axis=1) * scale                                                     # [BLOCK_M]
             p = tl.exp2(x * scale - top[:, None])
             total = tl.sum(p, axis=1)
-            y = tl.dot(p.to(v.dtype), v, input_precision="ieee")                              # [BLOCK_M, D]
+            y = tl.dot(p.to(v.dtype), v, input_precision="ieee")                                # [BLOCK_M, D]
         else:
-            top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            top = tl.full((BLOCK_M,), -1e30, tl.float32)
             total = tl.zeros((BLOCK_M,), tl.float32)
             y = tl.zeros((BLOCK_M, D), tl.float32)
-            for j in range(0, block_size, BLOCK_N):
-                inside = j + offs_n < block_size
-                if block_size % BLOCK_N == 0:
-                    k = tl.load(k_ptr + j * stride_kt)
-                    v = tl.load(v_ptr + j * stride_vt)
-                else:
-                    k = tl.load(k_ptr + j * stride_kt, mask=inside[:, None], other=0)
-                    v = tl.load(v_ptr + j * stride_vt, mask=inside[:, None], other=0)
-                x = tl.dot(q, tl.trans(k), input_precision="ieee")                            # [BLOCK_M, BLOCK_N]
-                if block_size % BLOCK_N != 0:
-                    x = tl.where(inside[None, :], x, float("-inf"))
+            for j in range(0, inside, BLOCK_N):
+                k = tl.load(k_ptr + j * stride_kt, mask=(j + offs_n < inside)[:, None], other=0)
+                v = tl.load(v_ptr + j * stride_vt, mask=(j + offs_n < inside)[:, None], other=0)
+                x = tl.dot(q, tl.trans(k), input_precision="ieee")                              # [BLOCK_M, BLOCK_N]
+                if m < masked:
+                    x = tl.where(j + offs_n[None, :] <= newest[:, None], x, float("-inf"))
                 higher = tl.maximum(top, tl.max(x, axis=1) * scale)
                 p = tl.exp2(x * scale - higher[:, None])
                 shrink = tl.exp2(top - higher)
                 total = total * shrink + tl.sum(p, axis=1)
-                y = tl.dot(p.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")     # [BLOCK_M, D]
+                y = tl.dot(p.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")       # [BLOCK_M, D]
                 top = higher
-        at = part_ptr + offs_m.to(tl.int64)[:, None] * D + offs_d
-        tl.store(at, (y / total[:, None]).to(part_ptr.dtype.element_ty), mask=mask_m[:, None])
-        tl.store(lse_ptr + offs_m, top + tl.log2(total), mask=mask_m)
+        here = m + offs_m
+        y = (y * (1 / total)[:, None]).to(part_ptr.dtype.element_ty)
+        tl.store(part_ptr + here[:, None] * D + offs_d, y, mask=(here < entries)[:, None])
+        tl.store(lse_ptr + here, top + tl.log2(total), mask=here < entries)
+        q = next_q
 
 
 @triton.jit
-def moba_finish_kernel(
-    q_ptr, k_ptr, v_ptr, place_ptr, end_ptr, start_ptr, part_ptr, lse_ptr, y_ptr,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    Tq, Tk, N, KV, z0, scale, block_size: tl.constexpr,
-    G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART_STAGES: tl.constexpr,
+def moba_merge_kernel(
+    part_ptr, lse_ptr, place_ptr, end_ptr, y_ptr, y_lse_ptr, Tq, N, KV, h0, G: tl.constexpr, D: tl.constexpr,
+    S: tl.constexpr, S_PAD: tl.constexpr, TILES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):
     """
-    Attention to the own block, causally, merged with the partial outputs of the others.
+    Collects what a query got from each of its blocks.
 
-        y = (sum_{own j <= t} exp2(q k_j) v_j + sum_s exp2(lse[place[s]]) part[place[s]]) / (the same without v_j, part)
-    grid   (cdiv(Tq, BLOCK_M), query heads of this launch): BLOCK_M neighbouring queries of one head
-    tile   q [BLOCK_M, D]; K, V [BLOCK_N, D] from the first query's own block to the last query; part [BLOCK_M, D]
-    bytes  the partial outputs once: S * D elements a query and head
-    dtype  bf16 products, fp32 softmax and sums
+        y = sum_s w[s] part[place[s]],  y_lse = log2 sum_s exp2(lse[place[s]]),  w[s] = exp2(lse[place[s]] - y_lse)
+    Without lse it is a plain sum (w = 1), of dq: then from each of the TILES that a block's keys are cut into.
+    grid   (cdiv(Tq, BLOCK_T), query heads of this launch)
+    tile   y [BLOCK_T, D]; part [BLOCK_S * BLOCK_T, D] streams past, once y_lse is known
+    bytes  the parts once: S * D elements a query and head
+    dtype  fp32 sums
     """
-    z, head = z0 + tl.program_id(1) // G, tl.program_id(1) % G
-    b, kv, m0 = (z // KV).to(tl.int64), z % KV, tl.program_id(0) * BLOCK_M
-    offs_m, offs_n, offs_d = m0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
-    mask_m = offs_m < Tq
-    start = tl.load(start_ptr + b)
-    slot = tl.minimum(start + offs_m, Tk - 1)                                                 # [BLOCK_M]
-    begin = slot // block_size * block_size                                                   # of the own block
-    q = tl.load(q_ptr + b * stride_qb + offs_m.to(tl.int64)[:, None] * stride_qt + (kv * G + head) * stride_qh + offs_d,
-                mask=mask_m[:, None], other=0)                                                # [BLOCK_M, D]
-    k_ptr += b * stride_kb + kv * stride_kh
-    v_ptr += b * stride_vb + kv * stride_vh
-
-    # an online softmax, over the partials first. Columns, not a tile of places: that would dictate y a slow layout
-    place_ptr += (z.to(tl.int64) * Tq + offs_m) * S                                           # [BLOCK_M]
-    base = tl.load(end_ptr + z0 * N - 1, mask=z0 > 0, other=0)
-    top = tl.full((BLOCK_M,), -1e30, tl.float32)  # finite: a query's own block may begin in a later tile of keys
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    y = tl.zeros((BLOCK_M, D), tl.float32)
-    for s in tl.range(0, S, num_stages=PART_STAGES):
-        place = tl.load(place_ptr + s, mask=mask_m, other=-1)                                 # [BLOCK_M]
-        row = (place - base) * G + head                                                       # fits: part does
-        lse = tl.load(lse_ptr + row, mask=place >= 0, other=float("-inf"))
-        part = tl.load(part_ptr + row.to(tl.int64)[:, None] * D + offs_d, mask=(place >= 0)[:, None], other=0)  # [BLOCK_M, D]
-        higher = tl.maximum(top, lse)
-        shrink, weight = tl.exp2(top - higher), tl.exp2(lse - higher)
-        total = total * shrink + weight
-        y = y * shrink[:, None] + weight[:, None] * part.to(tl.float32)
-        top = higher
-
-    oldest = tl.minimum(start + m0, Tk - 1) // block_size * block_size
-    newest = tl.minimum(start + tl.minimum(m0 + BLOCK_M, Tq) - 1, Tk - 1)
-    for j in range(oldest, newest + 1, BLOCK_N):
-        key = j + offs_n                                                                      # [BLOCK_N] int64
-        k = tl.load(k_ptr + key[:, None] * stride_kt + offs_d, mask=(key <= newest)[:, None], other=0)
-        v = tl.load(v_ptr + key[:, None] * stride_vt + offs_d, mask=(key <= newest)[:, None], other=0)
-        x = tl.dot(q, tl.trans(k), input_precision="ieee") * scale                            # [BLOCK_M, BLOCK_N]
-        x = tl.where((key[None, :] <= slot[:, None]) & (key[None, :] >= begin[:, None]), x, float("-inf"))
-        higher = tl.maximum(top, tl.max(x, axis=1))
-        p = tl.exp2(x - higher[:, None])
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(p, axis=1)
-        y = tl.dot(p.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")             # [BLOCK_M, D]
-        top = higher
-
-    y_at = ((b * Tq + offs_m) * (KV * G) + kv * G + head)[:, None] * D + offs_d
-    tl.store(y_ptr + y_at, y / total[:, None], mask=mask_m[:, None])
+    head = h0 + tl.program_id(1)
+    b, h, z = (head // (KV * G)).to(tl.int64), head % (KV * G), head // G
+    offs_t, offs_d = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, D)
+    mask_t = offs_t < Tq
+    place_ptr += z.to(tl.int64) * S * Tq
+    before = tl.load(end_ptr + z * N - 1, mask=z > 0, other=0)  # places count from the first list of all
+    part_ptr += (tl.program_id(1).to(tl.int64) * TILES * Tq * S - before) * D
+    # BLOCK_S columns at a time, one below the other: a thread finds the rows of one query among its own
+    rows = tl.arange(0, BLOCK_S * BLOCK_T)
+    row_t, row_s = tl.program_id(0) * BLOCK_T + rows % BLOCK_T, rows // BLOCK_T
+    if lse_ptr is not None:
+        lse_ptr += tl.program_id(1).to(tl.int64) * Tq * S - before
+        offs_s = tl.arange(0, S_PAD)
+        place = tl.load(place_ptr + offs_s[:, None] * Tq + offs_t[None, :],
+                        mask=(offs_s < S)[:, None] & mask_t[None, :], other=-1)                 # [S, BLOCK_T]
+        lse = tl.load(lse_ptr + place, mask=place >= 0, other=float("-inf"))
+        top = tl.max(lse, axis=0)
+        y_lse = top + tl.log2(tl.sum(tl.exp2(lse - top[None, :]), axis=0))                      # [BLOCK_T]
+        tl.store(y_lse_ptr + head.to(tl.int64) * Tq + offs_t, y_lse, mask=mask_t)
+        row_lse = tl.reshape(tl.broadcast_to(y_lse[None, :], (BLOCK_S, BLOCK_T)), (BLOCK_S * BLOCK_T,))
+    y = tl.zeros((BLOCK_T, D), tl.float32)
+    row_place = tl.load(place_ptr + row_s * Tq + row_t, mask=(row_s < S) & (row_t < Tq), other=-1)
+    for s in tl.range(BLOCK_S, S + BLOCK_S, BLOCK_S, num_stages=1):  # the next columns' places come ahead
+        there = row_place >= 0
+        at = row_place.to(tl.int64)
+        weight = there.to(tl.float32)                                                           # [BLOCK_S * BLOCK_T]
+        if lse_ptr is not None:
+            weight = tl.exp2(tl.load(lse_ptr + row_place, mask=there, other=float("-inf")) - row_lse)
+        row_place = tl.load(place_ptr + (s + row_s) * Tq + row_t, mask=(s + row_s < S) & (row_t < Tq), other=-1)
+        for tile in range(TILES):
+            part = tl.load(part_ptr + (tile * Tq * S + at)[:, None] * D + offs_d, mask=there[:, None], other=0)
+            y += tl.sum(tl.reshape(weight[:, None] * part.to(tl.float32), (BLOCK_S, BLOCK_T, D)), axis=0)
+    tl.store(y_ptr + ((b * Tq + offs_t) * (KV * G) + h)[:, None] * D + offs_d, y, mask=mask_t[:, None])
 
 
-@torch.library.custom_op("nanorat::moba_attend", mutates_args=())
-def moba_attend(
-    q: torch.Tensor,       # (B, Tq, H, D)
-    k: torch.Tensor,       # (B, Tk, KV, D)
-    v: torch.Tensor,       # (B, Tk, KV, D)
-    chosen: torch.Tensor,  # (B, KV, Tq, S) int32: distinct blocks per query, in any order, -1 for none
-    start: torch.Tensor,   # (B,) int64: the slot of each row's first query
-    block_size: int,
-) -> torch.Tensor:         # (B, Tq, H, D). The own block is read even if not chosen, a later one not even if chosen
+def file_queries(chosen, start, N, Tk, block_size, rows):
+    """
+    The lists of all blocks, one behind the other over all (b, kv), their queries ascending.
+
+    chosen (B, KV, Tq, S) -> lists (B * KV * Tq * S,) queries; place (B * KV, S, Tq) of each in the lists, -1 for none;
+    ends (B * KV * N,) of the lists; chunk_ends (B * KV, N): where a chunk is `rows` entries, how many chunks up to there
+    """
+    (B, KV, Tq, S), device = chosen.shape, chosen.device
+    BLOCK_T, warps = LISTS["BLOCK_T"], LISTS["num_warps"]
+    tiles, z = triton.cdiv(Tq, BLOCK_T), B * KV
+    sizes = dict(block_size=block_size, S=S, S_PAD=triton.next_power_of_2(S), BLOCK_T=BLOCK_T)
+    mask = torch.empty(z, tiles * BLOCK_T // 16, N, dtype=torch.int32, device=device)
+    count = torch.zeros(z, N, tiles, dtype=torch.int32, device=device)
+    moba_count_kernel[tiles, z](chosen, start, mask, count, Tq, Tk, N, KV, **sizes, num_warps=warps)
+    tile_ends = count.view(-1).cumsum(0, dtype=torch.int32)
+    place = torch.empty(z, S, Tq, dtype=torch.int32, device=device)
+    lists = torch.empty(z * Tq * S, dtype=torch.int32, device=device)
+    moba_fill_kernel[tiles, z](chosen, start, mask, tile_ends, place, lists, Tq, Tk, N, KV, **sizes,
+                               num_warps=2 * warps)
+    ends = tile_ends[tiles - 1::tiles].contiguous()
+    length = torch.cat([ends[:1], ends.diff()]).view(z, N)
+    return lists, place, ends, ((length + rows - 1) // rows).cumsum(1, dtype=torch.int32)
+
+
+@torch.library.custom_op("nanorat::moba_forward", mutates_args=())
+def moba_forward(
+    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, start: Tensor, block_size: int,
+) -> tuple[Tensor, Tensor]:  # y (B, Tq, H, D), logsumexp (B, H, Tq) in base 2
     check_inputs(q, k, start)
     assert v.shape == k.shape and v.dtype == q.dtype, f"v {v.shape} {v.dtype}, k {k.shape} {k.dtype}"
     assert v.stride(3) == 1, f"channels must be contiguous: strides {v.stride()}"
-    B, Tq, H, D = q.shape
-    Tk, KV = k.shape[1:3]
+    (B, Tq, H, D), (_, Tk, KV, _) = q.shape, k.shape
     G, S, N = H // KV, chosen.shape[3], triton.cdiv(Tk, block_size)
     assert chosen.shape == (B, KV, Tq, S) and chosen.dtype == torch.int32, f"chosen: {chosen.shape}, {chosen.dtype}"
-    assert max(B * KV, G) * Tq * S < 2**31, f"{max(B * KV, G) * Tq * S} pairs or rows do not fit int32"
-    chosen, S_PAD = chosen.contiguous(), triton.next_power_of_2(S)
-    gather, finish = GATHER_FP32, FINISH_FP32
-    if q.dtype == torch.bfloat16:
-        gather, finish = GATHER if block_size <= GATHER["BLOCK_N"] else GATHER_LONG, FINISH
-    gather = gather | dict(BLOCK_N=max(16, min(gather["BLOCK_N"], triton.next_power_of_2(block_size))))
-
-    # one list a block, one behind the other over all (b, kv); in ascending order of queries
-    BLOCK_T, warps = LISTS["BLOCK_T"], LISTS["num_warps"]
-    tiles, z = triton.cdiv(Tq, BLOCK_T), B * KV
-    sizes = dict(block_size=block_size, S=S, S_PAD=S_PAD, BLOCK_T=BLOCK_T)
-    mask = torch.empty(z, tiles * BLOCK_T // 16, N, dtype=torch.int32, device=q.device)
-    count = torch.zeros(z, N, tiles, dtype=torch.int32, device=q.device)
-    moba_count_kernel[tiles, z](chosen, start, mask, count, Tq, Tk, N, KV, **sizes, num_warps=warps)
-    tile_ends = count.view(-1).cumsum(0, dtype=torch.int32)
-    place = torch.empty(z, Tq, S, dtype=torch.int32, device=q.device)
-    lists = torch.empty(z * Tq * S, dtype=torch.int32, device=q.device)
-    moba_fill_kernel[tiles, z](chosen, start, mask, tile_ends, place, lists, Tq, Tk, N, KV, **sizes,
-                               num_warps=2 * warps)
-    ends = tile_ends[tiles - 1::tiles].contiguous()                                  # (B * KV * N)
-    length = torch.cat([ends[:1], ends.diff()]).view(z, N)
-    rows = gather["BLOCK_M"] * gather["CHUNK"]
-    chunk_ends = ((length * G + rows - 1) // rows).cumsum(1, dtype=torch.int32)
-    chunks = triton.cdiv(Tq * S * G, rows) + N  # at most: the grid must not depend on what was chosen
-    N_PAD = max(16, triton.next_power_of_2(N))
+    assert B * KV * Tq * S < 2**31 and Tq * q.stride(1) < 2**31, f"{q.shape}, {S=}: places do not fit int32"
+    tile = GATHER_FP32 if q.dtype == torch.float32 else GATHER if block_size <= GATHER["BLOCK_N"] else GATHER_LONG
+    tile = tile | dict(BLOCK_N=tile_of_keys(tile, block_size))
+    rows = tile["BLOCK_M"] * tile["CHUNK"]
+    lists, place, ends, chunk_ends = file_queries(chosen.contiguous(), start, N, Tk, block_size, rows)
+    sizes = dict(G=G, D=D, S=S)
 
     y = torch.empty(B, Tq, H, D, dtype=q.dtype, device=q.device)
-    pairs = max(1, min(B * KV, PARTIAL_BYTES // (G * Tq * S * D * q.element_size())))  # of (b, kv) at a time
-    part = torch.empty(pairs * Tq * S, G, D, dtype=q.dtype, device=q.device)
-    lse = torch.empty(pairs * Tq * S, G, dtype=torch.float32, device=q.device)
-    strides, scale = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]), LOG2E / math.sqrt(D)
-    for z0 in range(0, B * KV, pairs):
-        here = min(pairs, B * KV - z0)
-        moba_gather_kernel[chunks, here](
-            q, k, v, lists, ends, chunk_ends, part, lse, *strides, N, KV, z0, scale,
-            block_size=block_size, G=G, D=D, N_PAD=N_PAD, **gather)
-        moba_finish_kernel[triton.cdiv(Tq, finish["BLOCK_M"]), here * G](
-            q, k, v, place, ends, start, part, lse, y, *strides, Tq, Tk, N, KV, z0, scale, block_size,
-            G=G, D=D, S=S, **finish)
-    return y
+    y_lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
+    heads = heads_at_once(Tq * S * D * q.element_size(), G, B * H)
+    part = torch.empty(heads, Tq * S, D, dtype=q.dtype, device=q.device)
+    lse = torch.empty(heads, Tq * S, dtype=torch.float32, device=q.device)
+    for h0 in range(0, B * H, heads):
+        here = min(heads, B * H - h0)
+        moba_gather_kernel[triton.cdiv(Tq * S, rows) + N, here](
+            q, k, v, lists, ends, chunk_ends, start, part, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            Tq, Tk, N, KV, h0, D ** -0.5 * LOG2E.value, block_size, **sizes, N_PAD=triton.next_power_of_2(N), **tile)
+        moba_merge_kernel[triton.cdiv(Tq, MERGE["BLOCK_T"]), here](
+            part, lse, place, ends, y, y_lse, Tq, N, KV, h0, **sizes, S_PAD=triton.next_power_of_2(S), TILES=1, **MERGE)
+    return y, y_lse
 
 
-@moba_attend.register_fake
+@moba_forward.register_fake
 def _(q, k, v, chosen, start, block_size):
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    B, Tq, H, D = q.shape
+    return q.new_empty(B, Tq, H, D), q.new_empty(B, H, Tq, dtype=torch.float32)
+
+
+# ---------------------------------------------------------------- backward
+
+@triton.jit
+def moba_delta_kernel(y_ptr, dy_ptr, delta_ptr, rows, D: tl.constexpr, BLOCK_M: tl.constexpr):
+    """
+    delta = y . dy, in fp32. y, dy (rows, D) contiguous -> delta (rows,). grid (cdiv(rows, BLOCK_M),)
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = row[:, None] * D + tl.arange(0, D)
+    y = tl.load(y_ptr + at, mask=(row < rows)[:, None], other=0).to(tl.float32)
+    dy = tl.load(dy_ptr + at, mask=(row < rows)[:, None], other=0).to(tl.float32)
+    tl.store(delta_ptr + row, tl.sum(y * dy, axis=1), mask=row < rows)
+
+
+@triton.jit
+def moba_gather_grad_kernel(
+    q_ptr, k_ptr, v_ptr, dy_ptr, lse_ptr, delta_ptr, list_ptr, end_ptr, chunk_end_ptr, start_ptr,
+    dq_ptr, dk_ptr, dv_ptr,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    Tq, Tk, N, KV, h0, scale, block_size: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+    N_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+):
+    """
+    Gradients between the queries of a chunk and a tile of the block's keys.
+
+        p = exp2(q k - lse),  ds = p (dy v - delta),  dq[place] = ds k,  dk[chunk] = ds^T q,  dv[chunk] = p^T dy
+    All are parts: a query has one per block (and tile), moba_merge_kernel adds them; a key has one per chunk and query
+    head, moba_merge_keys_kernel adds them. No atomics: the same in every run.
+    grid   (chunks, tiles of a block's keys, query heads of this launch), chunks as in moba_gather_kernel
+    tile   K, V and their gradients [BLOCK_N, D] stay; q, dy [BLOCK_M, D] are gathered; scores as [BLOCK_N, BLOCK_M], so
+           that p^T and ds^T are where the products want them
+    FLOPs  10 * block_size * D an entry. bytes: q, dy from L2, dq to HBM
+    dtype  bf16 products, fp32 sums; dq in the input's dtype, dk and dv in fp32
+    """
+    chunk, tile, head = tl.program_id(0), tl.program_id(1), h0 + tl.program_id(2)
+    b, h = (head // (KV * G)).to(tl.int64), head % (KV * G)
+    n, into, first, row, entries = chunk_of(chunk, head // G, end_ptr, chunk_end_ptr, N, CHUNK * BLOCK_M, N_PAD)
+    if n >= N:
+        return
+    offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
+    begin = n * block_size + tile * BLOCK_N
+    inside = tl.minimum(block_size - tile * BLOCK_N, Tk - begin)                                # keys of the tile
+    q_ptr += b * stride_qb + h * stride_qh
+    k_ptr += b * stride_kb + (h // G) * stride_kh + (begin.to(tl.int64) + offs_n)[:, None] * stride_kt + offs_d
+    v_ptr += b * stride_vb + (h // G) * stride_vh + (begin.to(tl.int64) + offs_n)[:, None] * stride_vt + offs_d
+    dy_ptr += (b * Tq * KV * G + h) * D
+    lse_ptr += head.to(tl.int64) * Tq
+    delta_ptr += b * Tq * KV * G + h
+    list_ptr += first
+    tiles, local = tl.num_programs(1), tl.program_id(2).to(tl.int64)
+    dq_ptr += ((local * tiles + tile) * Tq * S + row) * D
+    key_at = (((local * tl.num_programs(0) + chunk) * tiles + tile) * BLOCK_N + offs_n)[:, None] * D + offs_d
+    start = (tl.load(start_ptr + b) - begin).to(tl.int32)                                       # counted in the tile
+    k = tl.load(k_ptr, mask=(offs_n < inside)[:, None], other=0)                                # [BLOCK_N, D]
+    v = tl.load(v_ptr, mask=(offs_n < inside)[:, None], other=0)
+    dk = tl.zeros((BLOCK_N, D), tl.float32)
+    dv = tl.zeros((BLOCK_N, D), tl.float32)
+    for m in range(0, entries, BLOCK_M):
+        mask_m = m + offs_m < entries
+        t = tl.load(list_ptr + m + offs_m, mask=mask_m, other=0)                                # [BLOCK_M]
+        q = tl.load(q_ptr + (t * stride_qt)[:, None] + offs_d, mask=mask_m[:, None], other=0)   # [BLOCK_M, D]
+        dy = tl.load(dy_ptr + (t * (KV * G * D))[:, None] + offs_d, mask=mask_m[:, None], other=0)
+        lse = tl.load(lse_ptr + t, mask=mask_m, other=0)                                        # [BLOCK_M]
+        delta = tl.load(delta_ptr + t * (KV * G), mask=mask_m, other=0)
+        newest = tl.where(mask_m, tl.minimum(start + t, inside - 1), -1)
+        x = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)                    # [BLOCK_N, BLOCK_M]
+        p = tl.where(offs_n[:, None] <= newest[None, :], tl.exp2(x - lse[None, :]), 0)
+        dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee")                             # [BLOCK_N, D]
+        ds = (p * (tl.dot(v, tl.trans(dy), input_precision="ieee") - delta[None, :])).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision="ieee")                                          # [BLOCK_N, D]
+        dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale                            # [BLOCK_M, D]
+        tl.store(dq_ptr + (m + offs_m)[:, None] * D + offs_d, dq.to(dq_ptr.dtype.element_ty), mask=mask_m[:, None])
+    tl.store(dk_ptr + key_at, dk * scale)
+    tl.store(dv_ptr + key_at, dv)
+
+
+@triton.jit
+def moba_merge_keys_kernel(
+    part_ptr, chunk_end_ptr, dx_ptr, Tk, N, KV, z0, chunks, block_size: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """
+    dk or dv: the sum of a block's parts, over the chunks of its list and the query heads of the group.
+    grid   (N, tiles of a block's keys, (b, kv) of this launch)
+    bytes  the parts once. Few, beside those of dq: one per chunk
+    """
+    n, tile, tiles, z = tl.program_id(0), tl.program_id(1), tl.num_programs(1), z0 + tl.program_id(2)
+    chunk_end_ptr += z.to(tl.int64) * N + n
+    begin = tl.load(chunk_end_ptr - 1, mask=n > 0, other=0)
+    end = tl.load(chunk_end_ptr)
+    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, D)
+    total = tl.zeros((BLOCK_N, D), tl.float32)
+    for g in range(G):
+        head = tl.program_id(2).to(tl.int64) * G + g
+        for chunk in range(begin, end):
+            total += tl.load(part_ptr + (((head * chunks + chunk) * tiles + tile) * BLOCK_N + offs_n)[:, None] * D + offs_d)
+    inside = tile * BLOCK_N + offs_n
+    key = n.to(tl.int64) * block_size + inside
+    at = (((z // KV).to(tl.int64) * Tk + key) * KV + z % KV)[:, None] * D + offs_d
+    tl.store(dx_ptr + at, total, mask=((inside < block_size) & (key < Tk))[:, None])
+
+
+@torch.library.custom_op("nanorat::moba_backward", mutates_args=())
+def moba_backward(
+    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, start: Tensor, y: Tensor, y_lse: Tensor, dy: Tensor, block_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # dq, dk, dv
+    (B, Tq, H, D), (_, Tk, KV, _) = q.shape, k.shape
+    G, S, N = H // KV, chosen.shape[3], triton.cdiv(Tk, block_size)
+    tile = GRAD_FP32 if q.dtype == torch.float32 else GRAD
+    tile = tile | dict(BLOCK_N=tile_of_keys(tile, block_size))
+    rows, tiles = tile["BLOCK_M"] * tile["CHUNK"], triton.cdiv(block_size, tile["BLOCK_N"])
+    lists, place, ends, chunk_ends = file_queries(chosen.contiguous(), start, N, Tk, block_size, rows)
+    chunks = triton.cdiv(Tq * S, rows) + N
+    dy, delta = dy.contiguous(), torch.empty(B, Tq, H, dtype=torch.float32, device=q.device)
+    moba_delta_kernel[(triton.cdiv(delta.numel(), 64),)](y, dy, delta, delta.numel(), D=D, BLOCK_M=64)
+
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    heads = heads_at_once(tiles * Tq * S * D * q.element_size(), G, B * H)
+    part = torch.empty(heads, tiles, Tq * S, D, dtype=q.dtype, device=q.device)
+    dk_part, dv_part = torch.empty(2, heads, chunks, tiles, tile["BLOCK_N"], D, dtype=torch.float32, device=q.device)
+    for h0 in range(0, B * H, heads):
+        here = min(heads, B * H - h0)
+        moba_gather_grad_kernel[chunks, tiles, here](
+            q, k, v, dy, y_lse, delta, lists, ends, chunk_ends, start, part, dk_part, dv_part,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], Tq, Tk, N, KV, h0, D ** -0.5, block_size,
+            G=G, D=D, S=S, N_PAD=triton.next_power_of_2(N), **tile)
+        moba_merge_kernel[triton.cdiv(Tq, MERGE["BLOCK_T"]), here](
+            part, None, place, ends, dq, None, Tq, N, KV, h0, G=G, D=D, S=S, S_PAD=1, TILES=tiles, **MERGE)
+        for x_part, dx in (dk_part, dk), (dv_part, dv):
+            moba_merge_keys_kernel[N, tiles, here // G](
+                x_part, chunk_ends, dx, Tk, N, KV, h0 // G, chunks, block_size, G=G, D=D, BLOCK_N=tile["BLOCK_N"])
+    return dq, dk, dv
+
+
+@moba_backward.register_fake
+def _(q, k, v, chosen, start, y, y_lse, dy, block_size):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def save(ctx, inputs, output):
+    *tensors, ctx.block_size = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def backward(ctx, dy, _):
+    return *moba_backward(*ctx.saved_tensors, dy, ctx.block_size), None, None, None
+
+
+moba_forward.register_autograd(backward, setup_context=save)
+
+
+def tile_of_keys(tile, block_size):
+    """BLOCK_N: no more than a block, and no less than a product of tiles takes."""
+    return max(16, min(tile["BLOCK_N"], triton.next_power_of_2(block_size)))
+
+
+def heads_at_once(n_bytes, G, heads):
+    """Query heads per launch, whole groups of G, whose parts of n_bytes a head fit PARTIAL_BYTES."""
+    return min(heads, G * max(1, PARTIAL_BYTES // (n_bytes * G)))
+
+
+def moba_attend(
+    q,           # (B, Tq, H, D)  bf16 or fp32, D a power of two from 16 to 128
+    k, v,        # (B, Tk, KV, D)
+    chosen,      # (B, KV, Tq, S) int32: distinct blocks per query, in any order, its own among them, -1 for none
+    start,       # (B,) int64     the slot of each row's first query
+    block_size,  # int
+):               # -> y (B, Tq, H, D). A block later than the own is not read even if chosen
+    """Attention of each query to the chosen blocks, the last of them causally; differentiable in q, k and v."""
+    return moba_forward(q, k, v, chosen, start, block_size)[0]
 
 
 def check_inputs(q, k, start):

@@ -34,7 +34,7 @@ def flags():
     add("--context_len", type=positive, metavar="TOKENS", help="what budgets are fractions of; None: the model's")
     add("--tokenizer", metavar="SPEC", help="as in data.py; None: the one beside the model")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--kernels", default="auto", choices=backend.CHOICES, metavar="WHO", help="who computes memory and methods: triton, torch, or auto (Triton on a GPU)")
+    backend.add_flag(parser)
     return parser
 
 

@@ -72,6 +72,11 @@ def query_slots(q, start):
     return torch.as_tensor(start, device=q.device).view(-1, 1) + torch.arange(q.shape[1], device=q.device)
 
 
+def first_slots(q, start):
+    """start as the kernels take it: (B,) int64."""
+    return torch.as_tensor(start, device=q.device).expand(len(q)).contiguous()
+
+
 def per_kv_head(scores, KV):
     """Average scores (B, H, ...) over the query heads of each KV head: (B, KV, ...). Change the mean to a max here."""
     return scores.unflatten(1, (KV, -1)).mean(dim=2)
@@ -222,11 +227,10 @@ class MoBA(Dense):
         Tk, KV = k.shape[1:3]
         S, N = self.budget // self.block_size, math.ceil(Tk / self.block_size)
         slot = query_slots(q, start)                                                           # (1 or B, Tq)
-        if backend.triton_for(q):
+        if backend.triton_for(v):
             from kernels_moba import moba_attend, moba_route
-            check(not (torch.is_grad_enabled() and q.requires_grad), "moba's Triton kernels have no gradient: train with "
-                  "--kernels=torch")
-            first = slot[:, 0].expand(len(q)).contiguous()                                     # (B,)
+            q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves them in fp32, behind their norms
+            first = first_slots(q, start)
             if self.random is None:
                 chosen = moba_route(q, k, first, self.block_size, min(S, N), self.keep_first)
             else:
@@ -284,21 +288,22 @@ class SnapKV(Dense):
     def compress(self, q, k, v, lengths, dice):
         check(q.shape[1] >= self.window, f"snapkv: window={self.window} is more than the {q.shape[1]} queries that the "
               "cache keeps; make it with new_cache(..., window=)")
-        q, triton = q[:, -self.window:], backend.triton_for(k)
-        Tk, KV = k.shape[1:3]
-        if triton:
+        q, Tk, KV = q[:, -self.window:], *k.shape[1:3]
+        drawn = self.random is not None
+        if backend.triton_for(k):
             from kernels_sparse import select, snapkv_scores
-        if triton and self.random is None:
-            scores = snapkv_scores(q, k, lengths, self.kernel)
-        else:
-            scores = self.score(q, k, lengths) if self.random is None else chance(dice, self.random, KV, Tk).squeeze(2)
-            slot, lengths = torch.arange(Tk, device=q.device), lengths[:, None, None]
-            scores = scores.masked_fill(slot >= lengths - self.window, ALWAYS).masked_fill(slot >= lengths, NEVER)
-        if triton:
+            scores = (self.forced(chance(dice, self.random, KV, Tk).squeeze(2), lengths) if drawn
+                      else snapkv_scores(q, k, lengths, self.kernel))
             return select(scores, min(self.budget, Tk)).long()
-        chosen = top(scores, self.budget)                                                      # (B, KV, S)
+        scores = chance(dice, self.random, KV, Tk).squeeze(2) if drawn else self.score(q, k, lengths)
+        chosen = top(self.forced(scores, lengths), self.budget)                                # (B, KV, S)
         ascending = chosen.where(chosen >= 0, Tk).sort(dim=-1).values
         return ascending.where(ascending < Tk, -1)
+
+    def forced(self, scores, lengths):
+        """Scores (B, KV, Tk) with the window marked as to be kept, and what lies behind it as not."""
+        slot, lengths = torch.arange(scores.shape[-1], device=scores.device), lengths[:, None, None]
+        return scores.masked_fill(slot >= lengths - self.window, ALWAYS).masked_fill(slot >= lengths, NEVER)
 
 
 @dataclass(frozen=True)
@@ -330,9 +335,8 @@ class Dilated(Dense):
         slot = query_slots(q, start)                                                           # (1 or B, Tq)
         if backend.triton_for(v):
             from kernels_dilated import dilated
-            first = slot[:, 0].expand(len(q)).contiguous()                                     # (B,)
-            # autocast leaves q and k in fp32, behind their norms
-            return dilated(q.to(v.dtype), k.to(v.dtype), v, first, self.dilation, self.local, self.initial), None
+            q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves them in fp32, behind their norms
+            return dilated(q, k, v, first_slots(q, start), self.dilation, self.local, self.initial), None
         if self.local == 0:  # then all queries share their few keys, but for their own
             with torch.autocast(q.device.type, enabled=False):  # few products: fp32 is affordable
                 return self.attend_to_shared(q.float(), k.float(), v.float(), slot).to(v.dtype), None

@@ -100,7 +100,7 @@ def flags():
     # where, and what is kept
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--compile", choices=["on", "off"], help="torch.compile; None: on with a GPU")
-    add("--kernels", default="auto", choices=backend.CHOICES, metavar="WHO", help="who computes memory and methods: triton, torch, or auto (Triton on a GPU)")
+    backend.add_flag(parser)
     add("--workers", type=int, help="processes that make batches; None: 8 with a GPU, else 0")
     add("--out", default="out", metavar="DIR", help="folder of all runs")
     add("--name", help="this run's folder in it; None: the recipe's or preset's name")

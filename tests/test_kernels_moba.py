@@ -99,6 +99,57 @@ def test_prefill_matches_reference(B, T, H, KV, D, block_size, S, keep_first, dt
         assert error(y, expected) <= 1e-5
 
 
+def gradients(f, q, k, v, dy):
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    return torch.autograd.grad(f(*inputs), inputs, dy.to(q.dtype))
+
+
+def assert_gradients(q, k, v, chosen, start, block_size, seed):
+    """Those of moba_attend are those of Eq. 4 over what was chosen."""
+    dy = torch.randn(q.shape, generator=torch.Generator().manual_seed(seed)).bfloat16().to(q.device)
+    keep = mask_of(chosen, q, k, start, block_size)
+    ours = gradients(lambda *x: moba_attend(*x, chosen, start, block_size), q, k, v, dy)
+    plain = gradients(lambda *x: attend(*x, keep), q, k, v, dy)
+    exact = gradients(lambda *x: attend(*x, keep), q.double(), k.double(), v.double(), dy)
+    for x, y, z in zip(ours, plain, exact):
+        assert x.is_contiguous() and x.dtype == q.dtype
+        assert_as_good(x, y, z)
+
+
+@pytest.mark.parametrize("B, T, H, KV, D, block_size, S, keep_first, dtype", CASES)
+def test_gradients_match_reference(B, T, H, KV, D, block_size, S, keep_first, dtype):
+    """A key's gradient that misses a chunk, a head of the group or its own block's queries; a query's that misses a block."""
+    q, k, v = draw(B, T, H, KV, D, dtype=dtype, seed=T + 1)
+    start = slots(*[0] * B)
+    chosen = moba_route(q, k, start, block_size, S, keep_first)
+    assert_gradients(q, k, v, chosen, start, block_size, seed=T + 2)
+
+
+def test_gradients_of_a_chunk_and_of_any_choice(monkeypatch):
+    """Keys that no query reads (zero), queries that start late, long lists cut into chunks."""
+    start, block_size = slots(37, 5), 8
+    q, k, v = draw(2, 30, 4, 2, 16, Tk=67, seed=15)
+    own = own_blocks(q, k, start, block_size)[:, None, :, None].int()
+    source = torch.Generator().manual_seed(16)
+    chosen = torch.rand(2, 2, 30, 9, generator=source).argsort(-1)[..., :4].int().to(DEVICE)
+    chosen = torch.cat([chosen.where((chosen != 1) & (chosen < own), -1), own.expand(2, 2, 30, 1)], dim=-1)
+    for chunk in 1, 8:
+        monkeypatch.setitem(kernels_moba.GRAD_FP32, "CHUNK", chunk)
+        assert_gradients(q, k, v, chosen, start, block_size, seed=17)
+
+
+def test_nan_of_one_row_leaves_the_gradients_of_others():
+    """A gathered tile padded with another query's NaN, which 0 * NaN would spread."""
+    q, k, v = draw(2, 50, 2, 1, 16, seed=18)
+    chosen = moba_route(q, k, slots(0, 0), 8, 3, True)
+    dy = torch.ones(q.shape, device=DEVICE)
+    f = lambda *x: moba_attend(*x, chosen, slots(0, 0), 8)
+    clean = gradients(f, q, k, v, dy)
+    q[1, 0] = float("nan")  # a query that only the first block meets
+    for x, y in zip(gradients(f, q, k, v, dy), clean):
+        assert torch.equal(x[0], y[0]) and torch.equal(x[1, 8:], y[1, 8:])
+
+
 @pytest.mark.parametrize("H, KV, block_size", [(2, 2, 8), (4, 1, 16)])
 def test_chunk_of_a_prompt_starts_where_its_row_says(H, KV, block_size):
     """Rows that share one start, own blocks counted from the chunk, slots past the chunk, padding out of bounds."""
@@ -165,22 +216,27 @@ def test_any_choice_is_attended(dtype):
     source = torch.Generator().manual_seed(8)
     chosen = torch.rand(B, KV, T, 9, generator=source).argsort(-1)[..., :S].int()  # 8 blocks: 8 becomes -1
     chosen = chosen.where(chosen < 8, -1).to(DEVICE)
-    chosen = chosen.where(chosen != 3, -1)                                         # nobody chose this one
+    own = own_blocks(q, k, slots(0, 0), block_size)[:, None, :, None].int()
+    chosen = chosen.where((chosen != 3) & (chosen != own), -1)                     # nobody chose 3
+    chosen = torch.cat([chosen, own.expand(B, KV, T, 1)], dim=-1)
     y = moba_attend(q, k, v, chosen, slots(0, 0), block_size)
     assert_attends(y, q, k, v, mask_of(chosen, q, k, slots(0, 0), block_size))
-    nothing = torch.full_like(chosen, -1)
-    assert_attends(moba_attend(q, k, v, nothing, slots(0, 0), block_size), q, k, v,
-                   mask_of(nothing, q, k, slots(0, 0), block_size))
 
 
 def test_groups_of_heads_share_one_buffer(monkeypatch):
-    """A group of (b, kv) that reads what another left in the buffer, or writes to another's place."""
-    q, k, v = draw(2, 40, 4, 2, 16, seed=9)
+    """A head that reads what another left in the buffer, or writes to another's place."""
+    inputs = draw(2, 40, 4, 2, 16, seed=9)
+    q, k, v = (x.detach().requires_grad_() for x in inputs)
     chosen = moba_route(q, k, slots(0, 0), 8, 3, True)
-    at_once = moba_attend(q, k, v, chosen, slots(0, 0), 8)
-    for pairs in 1, 3:
-        monkeypatch.setattr(kernels_moba, "PARTIAL_BYTES", pairs * 2 * 40 * 3 * 16 * 4)
-        assert torch.equal(moba_attend(q, k, v, chosen, slots(0, 0), 8), at_once)
+
+    def outputs():
+        y = moba_attend(q, k, v, chosen, slots(0, 0), 8)
+        return y, *torch.autograd.grad(y, (q, k, v), y.detach())
+
+    at_once = outputs()
+    for heads in 2, 6:
+        monkeypatch.setattr(kernels_moba, "PARTIAL_BYTES", heads * 40 * 3 * 16 * 4)
+        assert all(torch.equal(x, other) for x, other in zip(outputs(), at_once))
 
 
 def test_lists_go_on_from_tile_to_tile(monkeypatch):
@@ -236,7 +292,9 @@ def test_launchers_are_operators_that_compile_can_trace():
     chosen = moba_route(q, k, slots(0, 3), 8, 2, True)
     checks = "test_schema", "test_faketensor"
     torch.library.opcheck(moba_route, (q, k, slots(0, 3), 8, 2, True), test_utils=checks)
-    torch.library.opcheck(moba_attend, (q, k, v, chosen, slots(0, 3), 8), test_utils=checks)
+    torch.library.opcheck(kernels_moba.moba_forward, (q, k, v, chosen, slots(0, 3), 8), test_utils=checks)
+    y, lse = kernels_moba.moba_forward(q, k, v, chosen, slots(0, 3), 8)
+    torch.library.opcheck(kernels_moba.moba_backward, (q, k, v, chosen, slots(0, 3), y, lse, y, 8), test_utils=checks)
 
 
 def test_what_is_not_covered_is_refused():
