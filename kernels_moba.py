@@ -29,7 +29,7 @@ LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x * LOG2E); logsumexps 
 GATHER = dict(BLOCK_M=64, BLOCK_N=128, CHUNK=64, num_warps=4, num_stages=2)
 GATHER_LONG = dict(BLOCK_M=128, BLOCK_N=64, CHUNK=4, num_warps=8, num_stages=3)
 MERGE = dict(BLOCK_T=32, BLOCK_S=4, num_warps=4)
-GRAD = dict(BLOCK_M=64, BLOCK_N=128, CHUNK=64, num_warps=8, num_stages=2)
+GRAD = dict(BLOCK_M=64, BLOCK_N=128, CHUNK=64, num_warps=8, num_stages=3)
 # queries a program files. More: longer runs in the lists. Up to 2**15 fit the mask's words
 LISTS = dict(BLOCK_T=128, num_warps=4)
 # ieee products of fp32 run without tensor cores, from registers: small tiles
@@ -99,17 +99,17 @@ def moba_mean_kernel(
 
 @triton.jit
 def moba_route_kernel(
-    q_ptr, mean_ptr, start_ptr, chosen_ptr, stride_b, stride_t, stride_h, Tq, Tk, N, KV, block_size: tl.constexpr,
-    G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr, KEEP_FIRST: tl.constexpr,
-    PARTS: tl.constexpr, ABOVE: tl.constexpr, W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_ptr, mean_ptr, start_ptr, word_ptr, stride_b, stride_t, stride_h, Tq, Tk, N, KV, block_size: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, KEEP_FIRST: tl.constexpr, PARTS: tl.constexpr,
+    WORDS: tl.constexpr, ABOVE: tl.constexpr, W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """
-    The S blocks of each query: its own, the first if KEEP_FIRST, and the best of those between by q . mean.
+    The best blocks of each query by q . mean, as bits: of those between its own and, if KEEP_FIRST, the first. These two
+    are chosen anyway: S - 1 or S - 2 are to be found.
 
         score[n] = (mean of the group's q) . mean[n]              reference: sparse.MoBA.prefill, down to `chosen`
     The mean over the group's scores is one score of the group's mean query. The cut, the smallest score still chosen,
     is found by bisection: halve an interval of numbers until exactly as many scores lie above as are needed.
-    A kept block's place among S is the number of kept ones before it; the own block, the newest, comes last.
     grid   (tiles, B * KV): BLOCK_M queries of one KV head. Launched once per width W, a power of two: a program goes on
            if its tile needs more than ABOVE and at most W blocks, so that early queries do not pay for the late
     tile   scores [BLOCK_M, W] stay in registers; q and means come in slices of BLOCK_D channels
@@ -192,27 +192,52 @@ def moba_route_kernel(
             open = open & (count != need) & (right > left + 1)
         scores = tl.where((scores == cut) & (offs_n[None, :] >= right[:, None]), float("-inf"), scores)
 
-    # 32 blocks in one word: the rest is small
     bit = tl.full((W,), 1, tl.uint32) << (offs_n % 32).to(tl.uint32)
     word = tl.reshape(tl.where(scores >= cut, bit[None, :], 0), (BLOCK_M, W // 32, 32))
     word = tl.sum(word, axis=2)                                                          # [BLOCK_M, W / 32]
     offs_w = tl.arange(0, W // 32)
-    if KEEP_FIRST:
-        word |= ((offs_w == 0)[None, :] & (own > 0)[:, None]).to(tl.uint32)
-    count = popcount(word)
-    place = tl.cumsum(count, axis=1) - count
-    kept = tl.sum(count, axis=1)                                                         # [BLOCK_M]
-    row = chosen_ptr + (z.to(tl.int64) * Tq + offs_m) * S
-    while tl.max(tl.max(word, axis=1), axis=0) > 0:  # the lowest one of each word goes to its place
+    tl.store(word_ptr + (z.to(tl.int64) * Tq + offs_m)[:, None] * WORDS + offs_w, word.to(tl.int32, bitcast=True),
+             mask=mask_m[:, None])
+
+
+@triton.jit
+def moba_unpack_kernel(
+    word_ptr, start_ptr, chosen_ptr, Tq, Tk, KV, block_size: tl.constexpr,
+    S: tl.constexpr, KEEP_FIRST: tl.constexpr, WORDS: tl.constexpr, BLOCK_T: tl.constexpr,
+):
+    """
+    The bits that moba_route_kernel kept, as lists of blocks: ascending, then the own block, then -1.
+
+    grid   (cdiv(Tq, BLOCK_T), B * KV)
+    tile   a thread per word: it counts the blocks of the words before, then sends its own blocks, the lowest first, to
+           the places that follow
+    bytes  chosen once, the words are a few percent of it
+    """
+    z, offs = tl.program_id(1), tl.arange(0, BLOCK_T * WORDS)
+    word_ptr += z.to(tl.int64) * Tq * WORDS
+    chosen_ptr += z.to(tl.int64) * Tq * S
+    start = tl.load(start_ptr + z // KV)
+    t, w = tl.program_id(0) * BLOCK_T + offs // WORDS, offs % WORDS                      # [BLOCK_T * WORDS]
+    own = (tl.minimum(start + t, Tk - 1) // block_size).to(tl.int32)
+    word, place = offs * 0, offs * 0
+    for i in range(WORDS):  # those past the own block's were not written
+        bits = tl.load(word_ptr + t * WORDS + i, mask=(t < Tq) & (i <= own // 32), other=0)
+        if KEEP_FIRST:
+            bits |= ((i == 0) & (own > 0)).to(tl.int32)
+        word = tl.where(i == w, bits, word)
+        place += tl.where(i < w, popcount(bits.to(tl.uint32, bitcast=True)), 0)
+    word = word.to(tl.uint32, bitcast=True)
+    kept = place + popcount(word)  # in the last word's thread: of all
+    at = chosen_ptr + t * S
+    tl.store(at + kept, own, mask=(w == WORDS - 1) & (kept < S) & (t < Tq))
+    for s in range(tl.min(tl.where(w == WORDS - 1, kept, S), axis=0) + 1, S):  # where there are fewer
+        tl.store(at + s, -1, mask=(w == WORDS - 1) & (s > kept) & (t < Tq))
+    while tl.max(word, axis=0) > 0:
         one = word & (0 - word)
         # NaN scores may have misled the search: never write outside the row
-        tl.store(row[:, None] + place, (offs_w * 32)[None, :] + popcount(one - 1),
-                 mask=(one > 0) & (place < S) & mask_m[:, None])
+        tl.store(at + place, w * 32 + popcount(one - 1), mask=(one > 0) & (place < S) & (t < Tq))
         word ^= one
         place += 1
-    offs_s = tl.arange(0, S_PAD)
-    tl.store(row[:, None] + offs_s, tl.where(offs_s[None, :] == kept[:, None], own[:, None], -1),
-             mask=(offs_s[None, :] >= kept[:, None]) & (offs_s < S)[None, :] & mask_m[:, None])
 
 
 @torch.library.custom_op("nanorat::moba_route", mutates_args=())
@@ -233,8 +258,8 @@ def moba_route(
     moba_mean_kernel[N, B * KV](
         k, mean, *k.stride()[:3], Tk, N, KV, block_size,
         D=D, PARTS=parts, BLOCK_T=min(64, triton.next_power_of_2(block_size)), num_warps=4)
-    chosen = torch.empty(B, KV, Tq, S, dtype=torch.int32, device=q.device)
     widest = max(32, triton.next_power_of_2(N))
+    words = torch.empty(B, KV, Tq, widest // 32, dtype=torch.int32, device=q.device)
     W, above = min(128, widest), -1
     while W <= widest:
         BLOCK_M = max(16, min(64, ROUTE_SCORES // W) // (1 if parts == 2 else 2))
@@ -242,10 +267,15 @@ def moba_route(
         tiles = min(triton.cdiv(Tq, BLOCK_M), triton.cdiv((W + 1) * block_size, BLOCK_M))
         num_warps = min(16, max(4, BLOCK_M * W // (4096 if parts == 2 else 2048)))  # fp32 products need more registers
         moba_route_kernel[tiles, B * KV](
-            q, mean, start, chosen, *q.stride()[:3], Tq, Tk, N, KV, block_size,
-            G=H // KV, D=D, S=S, S_PAD=triton.next_power_of_2(S), KEEP_FIRST=keep_first, PARTS=parts,
-            ABOVE=above, W=W, BLOCK_M=BLOCK_M, BLOCK_D=min(64, D), num_warps=num_warps, num_stages=2)
+            q, mean, start, words, *q.stride()[:3], Tq, Tk, N, KV, block_size,
+            G=H // KV, D=D, S=S, KEEP_FIRST=keep_first, PARTS=parts, WORDS=widest // 32, ABOVE=above, W=W,
+            BLOCK_M=BLOCK_M, BLOCK_D=min(64, D), num_warps=num_warps, num_stages=2)
         W, above = 2 * W, W
+    chosen = torch.empty(B, KV, Tq, S, dtype=torch.int32, device=q.device)
+    BLOCK_T = max(16, min(128, 1024 // (widest // 32)))
+    moba_unpack_kernel[triton.cdiv(Tq, BLOCK_T), B * KV](
+        words, start, chosen, Tq, Tk, KV, block_size, S=S, KEEP_FIRST=keep_first, WORDS=widest // 32,
+        BLOCK_T=BLOCK_T, num_warps=4)
     return chosen
 
 
@@ -307,14 +337,14 @@ def moba_count_kernel(
 
 @triton.jit
 def moba_fill_kernel(
-    chosen_ptr, start_ptr, mask_ptr, end_ptr, place_ptr, list_ptr, Tq, Tk, N, KV, block_size: tl.constexpr,
+    chosen_ptr, start_ptr, mask_ptr, begin_ptr, place_ptr, list_ptr, Tq, Tk, N, KV, block_size: tl.constexpr,
     S: tl.constexpr, S_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
     """
     Files each (query, block) pair in its block's list, and notes where: list[place[s, t]] = t.
 
         place[s, t] = (pairs of the lists and tiles before) + (pairs of the tile before), -1 if not filed
-    grid   (cdiv(Tq, BLOCK_T), B * KV), tiles as in moba_count_kernel; end is the running sum of its counts
+    grid   (cdiv(Tq, BLOCK_T), B * KV), tiles as in moba_count_kernel; begin[tile, n] is the sum of its counts before
     bytes  chosen once, place and the lists once; two words a pair from the cache
     """
     tile, z = tl.program_id(0), tl.program_id(1)
@@ -325,9 +355,7 @@ def moba_fill_kernel(
     mask_ptr += (z.to(tl.int64) * tiles + tile) * (BLOCK_T // 16) * N
     mask = tl.load(mask_ptr + row[:, None] * N + n, mask=reads, other=0)             # [BLOCK_T, S]
     before = mask & ((1 << offs_t % 16) - 1)[:, None]
-    end_ptr += z.to(tl.int64) * N * tiles - 1
-    at = n * tiles + tile
-    place = tl.load(end_ptr + at, mask=reads & (at + z > 0), other=0)      # the end of what comes before
+    place = tl.load(begin_ptr + (z.to(tl.int64) * tiles + tile) * N + n, mask=reads, other=0)
     place += (mask >> 16) + popcount(before.to(tl.uint32))
     tl.store(list_ptr + place, tl.broadcast_to(offs_t[:, None], (BLOCK_T, S_PAD)), mask=reads)
     tl.store(place_ptr + (z.to(tl.int64) * S + offs_s)[None, :] * Tq + offs_t[:, None], tl.where(reads, place, -1),
@@ -495,9 +523,10 @@ def file_queries(chosen, start, N, Tk, block_size, rows):
     count = torch.zeros(z, N, tiles, dtype=torch.int32, device=device)
     moba_count_kernel[tiles, z](chosen, start, mask, count, Tq, Tk, N, KV, **sizes, num_warps=warps)
     tile_ends = count.view(-1).cumsum(0, dtype=torch.int32)
+    begins = (tile_ends.view(z, N, tiles) - count).transpose(1, 2).contiguous()
     place = torch.empty(z, S, Tq, dtype=torch.int32, device=device)
     lists = torch.empty(z * Tq * S, dtype=torch.int32, device=device)
-    moba_fill_kernel[tiles, z](chosen, start, mask, tile_ends, place, lists, Tq, Tk, N, KV, **sizes,
+    moba_fill_kernel[tiles, z](chosen, start, mask, begins, place, lists, Tq, Tk, N, KV, **sizes,
                                num_warps=2 * warps)
     ends = tile_ends[tiles - 1::tiles].contiguous()
     length = torch.cat([ends[:1], ends.diff()]).view(z, N)
