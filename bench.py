@@ -4,10 +4,11 @@ How fast the kernels are: each beside its floor, what the hardware allows at bes
     floor = max(fewest bytes / copy bandwidth, FLOPs / matmul rate)         both rates are measured in the same run
 
 A line is the median of several replays of a CUDA graph that calls the function many times over different inputs, so that
-neither launches from Python nor a warm L2 cache flatter it. That the results are right is shown in tests/test_kernels*.py. Peers are timed in the same way:
-official RAT+'s scan and Quest as their formulas stand in PyTorch under torch.compile, fla's chunk_hgrn where it is
-installed (pip install fla-core), dense attention by cuDNN and by flash. Everything is bf16, 32 heads of 128, the layer
-of a 7B model, unless the line says otherwise. Selection is always included.
+neither launches from Python nor a warm L2 cache flatter it. Before it is timed, a kernel's result is compared with plain
+PyTorch's, for some of the queries where all would be too many; a relative error above 1e-2 ends the run. (The tests hold
+the kernels to more, at small shapes.) Peers are timed in the same way: and Quest as their formulas stand in PyTorch under torch.compile, fla's chunk_hgrn where it is installed (pip install
+fla-core), dense attention by cuDNN and by flash. Everything is bf16, 32 heads of 128, the layer of a 7B model. Selection
+is always included.
 
     python bench.py                         everything; a table, and out/bench.json
     python bench.py --only memory quest     some of it
@@ -15,21 +16,18 @@ of a 7B model, unless the line says otherwise. Selection is always included.
 Without a GPU it times plain PyTorch at a small shape: that says nothing about the kernels.
 """
 import argparse
-import json
 import math
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import backend
-from eval_niah import commit
+from eval_niah import commit, save
 from memory import memory_scan, memory_step
-from sparse import Dilated, MoBA, SnapKV
+from sparse import Dilated, MoBA, SnapKV, attend
 
 H, D = 32, 128
 DTYPE = torch.bfloat16
@@ -89,14 +87,16 @@ class Table:
     def __init__(self, rates):
         self.rates, self.rows = rates, []
 
-    def line(self, kernel, shape, functions, peers, n_bytes=0, flops=0, goal=None):
+    def line(self, kernel, shape, functions, peers, n_bytes=0, flops=0, goal=None, error=None):
         """
         functions: our kernel's, on different inputs; peers: {name: functions}; n_bytes, flops: the fewest possible;
-        goal: text.
+        goal: text; error: relative, of our result. None: part of a line that is checked.
         """
+        if error is not None and not error <= 1e-2:  # NaN too
+            raise SystemExit(f"bench.py: {kernel} {shape}: relative error {error:.1e} against plain PyTorch; not timed")
         ms = milliseconds(functions)
         floor = max(n_bytes / self.rates["copy"] / 1e6, flops / self.rates["matmul"] / 1e9)
-        row = {"kernel": kernel, "shape": shape, "ms": ms, "floor_ms": floor, "goal": goal,
+        row = {"kernel": kernel, "shape": shape, "ms": ms, "floor_ms": floor, "goal": goal, "error": error,
                "GB/s": n_bytes / ms / 1e6, "TFLOP/s": flops / ms / 1e9, "peers": {}}
         for name, of_peer in peers.items():
             try:
@@ -114,6 +114,25 @@ class Table:
 
 def randn(*shape, grad=False):
     return torch.randn(*shape, device=DEVICE, dtype=DTYPE, requires_grad=grad)
+
+
+def relative_error(ours, exact):
+    """Root mean square of the difference over that of `exact`, the worst of several tensors."""
+    return max(((x.float() - y.float()).norm() / y.float().norm()).item() for x, y in zip(ours, exact))
+
+
+def some_queries(y, q, k, v, reads):
+    """
+    Relative error of y (1, T, H, D) at 32 of the queries q. reads(t (32,), key (T,)) -> (32, T), or (H, 32, T): whether
+    query t reads key.
+    """
+    T = k.shape[1]
+    t = torch.randint(T, (32,), device=DEVICE)
+    k, v = k[0].float(), v[0].float()
+    scores = torch.einsum("thd,khd->htk", q[0, t].float(), k) / math.sqrt(D)
+    keep = reads(t, torch.arange(T, device=DEVICE)) & (torch.arange(T, device=DEVICE) <= t[:, None])
+    exact = torch.einsum("htk,khd->thd", scores.masked_fill(~keep, -math.inf).softmax(-1), v)
+    return relative_error([y[0, t]], [exact])
 
 
 def input_sets(n_bytes):
@@ -194,15 +213,23 @@ def bench_memory(table):
         for k, v, gate, *_ in sets:
             gate.mul_(2).add_(2)  # memories of a few to hundreds of tokens
         calls = lambda f: [lambda s=s: f(*s[:3]) for s in sets]
+        # the first row, forward and backward; plain in fp32
+        exact = lambda *x: memory_scan(*x)[:2]
+        *x, dk, dv = (x[:1].clone() for x in sets[0])
+        x32 = [x.float().requires_grad_() for x in x]
+        forward = relative_error([y[:1] for y in ours(*sets[0][:3])[:2]], exact(*x32))
+        x = [x.requires_grad_() for x in x]
+        backward = relative_error(forward_backward(lambda *x: ours(*x)[:2], x, (dk, dv)),
+                                  forward_backward(exact, x32, (dk.float(), dv.float())))
         table.line("memory_scan forward", f"B{B} T{T}", calls(lambda *x: ours(*x)[:2]),
-                   {"official, compiled": calls(official), "fla": calls(fla_memory)}, n_bytes=5 * n,
+                   {"official, compiled": calls(official), "fla": calls(fla_memory)}, n_bytes=5 * n, error=forward,
                    goal="80 %" if B == 8 else "55 %" if T == 4096 else "75 %")
         for s in sets:
             for x in s[:3]:
                 x.requires_grad_()
         both = lambda f: [lambda s=s: forward_backward(f, s[:3], s[3:]) for s in sets]
         table.line("memory_scan fwd+bwd (15)", f"B{B} T{T}", both(lambda *x: ours(*x)[:2]),
-                   {"official, compiled": both(official), "fla": both(fla_memory)}, n_bytes=15 * n,
+                   {"official, compiled": both(official), "fla": both(fla_memory)}, n_bytes=15 * n, error=backward,
                    goal="75 %" if B == 8 or T > 4096 else "55 %")
 
 
@@ -232,8 +259,13 @@ def bench_step(table):
             return q
 
         calls = lambda f: [lambda s=s: f(*s) for s in sets]
+        copy = [x.clone() for x in sets[0]]
+        bounds = low.clone(), high.clone()
+        expected = [plain(*copy), *copy[4:], low.clone(), high.clone()]
+        low.copy_(bounds[0]), high.copy_(bounds[1])
+        error = relative_error([ours(*sets[0]), *sets[0][4:], low, high], expected)
         table.line("decode_step", f"B{B}", calls(ours), {"compiled": calls(torch.compile(plain)), "eager": calls(plain)},
-                   n_bytes=B * H * D * (4 * 2 + 2 * 8 + 3 * 2 + 4 * 2))
+                   error=error, n_bytes=B * H * D * (4 * 2 + 2 * 8 + 3 * 2 + 4 * 2))
 
 
 def bench_quest(table):
@@ -256,7 +288,8 @@ def bench_quest(table):
         peers = {"cuDNN": calls(lambda q, k, v, *_: dense(q, k, v, CUDNN, causal=False)),
                  "compiled Quest": calls(lambda *s: compiled(*s, S, block_size))}
         read = 2 * n / 16 + 2 * n / block_size  # the chosen pages and all bounds
-        table.line("quest step 1/16", f"B{B} T{T}", calls(ours), peers, n_bytes=read, goal=goal)
+        error = relative_error([ours(*sets[0])[0]], [plain_quest(*sets[0], S, block_size).transpose(1, 2)])
+        table.line("quest step 1/16", f"B{B} T{T}", calls(ours), peers, n_bytes=read, goal=goal, error=error)
         table.line("  quest_scores", f"B{B} T{T}", calls(lambda q, k, v, low, high: quest_scores(q, low, high, used, block_size, True, True)),
                    {}, n_bytes=2 * n / block_size)
         scores = [quest_scores(q, low, high, used, block_size, True, True) for q, _, _, low, high in sets]
@@ -273,11 +306,41 @@ def bench_moba(table):
     for T, block_size, S, goal in (32768, 128, 32, "1.8x"), (65536, 128, 32, "2x"), (65536, 512, 8, "3.5x"), (65536, 128, 8, "5x"):
         q, k, v, start = *(randn(1, T, H, D) for _ in "qkv"), torch.zeros(1, dtype=torch.long, device=DEVICE)
         route = lambda: moba_route(q, k, start, block_size, S, True)
+        chosen = route()
+        method, some = MoBA(S * block_size, block_size), torch.randint(T, (256,), device=DEVICE)
+        scores = method.forced(method.score(q[:, some], k), some[None])                        # (1, H, 256, N)
+        plain = scores.topk(S).indices.where(scores.topk(S).values > -math.inf, -1).sort(-1).values
+        agree = (chosen[:, :, some].sort(-1).values == plain).all(-1).float().mean().item()
+        reads = lambda t, key: torch.zeros(H, 32, T // block_size + 1, dtype=torch.bool, device=DEVICE).scatter(
+            -1, chosen[0][:, t].long() % (T // block_size + 1), True)[..., key // block_size]  # -1 is one more block
+        listed = lambda: moba_attend(q, k, v, chosen, start, block_size)
+        error = max(some_queries(listed(), q, k, v, reads), 1 - agree)  # a choice in a hundred may be a near-tie
         # entries read: of each query its own block up to itself, and S - 1 others where there are so many
         entries = sum(min(S - 1, n) * block_size + (block_size + 1) / 2 for n in range(T // block_size)) * block_size
         table.line("moba prefill", f"T{T} block {block_size} x {S}", [lambda: moba_attend(q, k, v, route(), start, block_size)],
-                   {"cuDNN": [lambda: dense(q, k, v, CUDNN)]}, flops=4 * entries * H * D, goal=f"{goal} cuDNN")
+                   {"cuDNN": [lambda: dense(q, k, v, CUDNN)]}, flops=4 * entries * H * D, goal=f"{goal} cuDNN", error=error)
         table.line("  moba_route", f"T{T} block {block_size} x {S}", [route], {}, flops=2 * T * (T / block_size) / 2 * H * D)
+        table.line("  moba_attend", f"T{T} block {block_size} x {S}", [listed], {}, flops=4 * entries * H * D)
+    # training: forward and backward, routing included
+    T, block_size, S = 32768, 128, 32
+    q, k, v, dy = *(randn(1, T, H, D, grad=True) for _ in "qkv"), randn(1, T, H, D)
+    entries = sum(min(S - 1, n) * block_size + (block_size + 1) / 2 for n in range(T // block_size)) * block_size
+
+    def ours(q, k, v):
+        return moba_attend(q, k, v, moba_route(q.detach(), k.detach(), start, block_size, S, True), start, block_size)
+
+    # 4 heads of a shorter prompt, at the same share, against dense attention under a mask in fp32
+    some, S_some = 4096, S // 8
+    small = [x[:, :some, :4].detach().requires_grad_() for x in (q, k, v)]
+    chosen = moba_route(*small[:2], start, block_size, S_some, True)                           # (1, 4, some, S_some)
+    keep = (chosen.unsqueeze(-1) == torch.arange(some // block_size, device=DEVICE)).any(3).repeat_interleave(block_size, dim=-1)
+    keep = keep & torch.ones(some, some, dtype=torch.bool, device=DEVICE).tril()
+    error = relative_error(
+        forward_backward(lambda *x: moba_attend(*x, chosen, start, block_size), small, dy[:, :some, :4]),
+        forward_backward(lambda *x: attend(*x, keep), [x.detach().float().requires_grad_() for x in small], dy[:, :some, :4].float()))
+    cudnn = lambda q, k, v: dense(q, k, v, CUDNN).transpose(1, 2)
+    table.line("moba fwd+bwd", f"T{T} block {block_size} x {S}", [lambda: forward_backward(ours, (q, k, v), dy)],
+               {"cuDNN": [lambda: forward_backward(cudnn, (q, k, v), dy)]}, flops=14 * entries * H * D, error=error)
 
 
 def bench_snapkv(table):
@@ -286,24 +349,21 @@ def bench_snapkv(table):
     sets = [[randn(1, W, H, D), randn(1, T, H, D), randn(1, T, H, D)] for _ in range(4)]
     q, length = randn(1, T, H, D), torch.full((1,), T, device=DEVICE)
 
-    def ours(q, k, v):
-        kept = select(snapkv_scores(q, k, length, 5), budget).long()
+    def entries(kept, k, v):
         index = kept.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, D)
         return k.gather(1, index), v.gather(1, index)
 
-    calls = lambda f: [lambda s=s: f(*s) for s in sets]
     method = SnapKV(budget, W)
-
-    def plain(q, k, v):
-        with_torch = backend.choice
-        backend.choice = "torch"
-        index = method.compress(q, k, v, length, None).transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, D)
-        backend.choice = with_torch
-        return k.gather(1, index), v.gather(1, index)
-
+    ours = lambda q, k, v: entries(select(snapkv_scores(q, k, length, 5), budget).long(), k, v)
+    plain = lambda q, k, v: entries(method.forced(method.score(q, k, length), length).topk(budget).indices, k, v)
+    calls = lambda f: [lambda s=s: f(*s) for s in sets]
+    kept = select(snapkv_scores(*sets[0][:2], length, 5), budget)
+    expected = method.forced(method.score(*sets[0][:2], length), length).topk(budget).indices
+    other = [set(x) ^ set(y) for x, y in zip(kept[0].tolist(), expected[0].tolist())]
+    error = sum(map(len, other)) / (2 * kept.numel())  # scores of bf16 products nearly tie: a few entries differ
     table.line("snapkv compress to 1/16", f"T{T}", calls(ours),
                {"cuDNN prefill": [lambda: dense(q, sets[0][1], sets[0][2], CUDNN)], "eager": calls(plain)},
-               n_bytes=T * H * D * 2 + 4 * budget * H * D * 2, goal="3 % of cuDNN, 33x")
+               n_bytes=T * H * D * 2 + 4 * budget * H * D * 2, goal="3 % of cuDNN, 33x", error=error)
     table.line("  snapkv_scores", f"T{T}", calls(lambda q, k, v: snapkv_scores(q, k, length, 5)), {}, n_bytes=T * H * D * 2)
 
 
@@ -317,13 +377,20 @@ def bench_dilated(table):
         cudnn = lambda q, k, v: dense(q, k, v, CUDNN).transpose(1, 2)
         calls = lambda f: [lambda s=s: f(*(x.detach() for x in s[:3])) for s in sets]
         both = lambda f: [lambda s=s: forward_backward(f, s[:3], s[3]) for s in sets]
-        table.line("dilated 64 (ARL) forward", f"B{B} T{T}", calls(arl), {"cuDNN": calls(cudnn)}, n_bytes=4 * n)
+        one, x32 = [x[:1].detach().requires_grad_() for x in sets[0][:3]], [x[:1].detach().float().requires_grad_() for x in sets[0][:3]]
+        exact = lambda q, k, v: Dilated(64, 0, 0).attend_to_shared(q, k, v, torch.arange(T, device=DEVICE)[None])
+        ours = lambda q, k, v: dilated(q, k, v, start[:1], 64, 0, 0)
+        forward = relative_error([ours(*one)], [exact(*x32)])
+        backward = relative_error(forward_backward(ours, one, sets[0][3][:1]), forward_backward(exact, x32, sets[0][3][:1].float()))
+        table.line("dilated 64 (ARL) forward", f"B{B} T{T}", calls(arl), {"cuDNN": calls(cudnn)}, n_bytes=4 * n, error=forward)
         table.line("dilated 64 (ARL) fwd+bwd", f"B{B} T{T}", both(arl), {"cuDNN": both(cudnn)}, n_bytes=12 * n,
-                   goal="20 % of cuDNN, 5x")
+                   goal="20 % of cuDNN, 5x", error=backward)
     T = 32768
     q, k, v, start = *(randn(1, T, H, D) for _ in "qkv"), torch.zeros(1, dtype=torch.long, device=DEVICE)
+    reads = lambda t, key: Dilated(16, 256, 4).pattern(t[:, None], key)
+    error = some_queries(dilated(q, k, v, start, 16, 256, 4), q, k, v, reads)
     table.line("dilated 16, 256, 4 (RAT+)", f"B1 T{T}", [lambda: dilated(q, k, v, start, 16, 256, 4)],
-               {"cuDNN": [lambda: dense(q, k, v, CUDNN)]}, flops=4 * H * D * T * (T / 32 + 256), n_bytes=4 * T * H * D * 2)
+               {"cuDNN": [lambda: dense(q, k, v, CUDNN)]}, flops=4 * H * D * T * (T / 32 + 256), n_bytes=4 * T * H * D * 2, error=error)
 
 
 def bench_dense(table):
@@ -369,10 +436,13 @@ def main():
     table = Table(rates)
     report = {"command": " ".join(["python", *sys.argv]), "device": device, "torch": torch.__version__, "triton": triton.__version__,
               "commit": commit(), "dtype": "bfloat16", "heads": H, "head_width": D, "ceilings": rates, "rows": table.rows}
-    for part in args.only:
-        SECTIONS[part](table)
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(report, indent=1))
+    try:
+        save(report, args.json)  # if it can't be written, that is better known now
+        for part in args.only:
+            SECTIONS[part](table)
+            save(report, args.json)
+    except OSError as error:
+        parser.error(error)
     print(f"\nresults in {args.json}")
 
 
