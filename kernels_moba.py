@@ -1,15 +1,16 @@
 """
-MoBA's prefill in Triton (reference: sparse.MoBA), forward only.
+MoBA's prefill in Triton (reference: sparse.MoBA), forward and backward.
 
-    chosen = TopK_n q . mean(K_n)                        moba_route:  means -> route
-    y      = softmax(q K_chosen^T / sqrt(D)) V_chosen    moba_attend: count, fill -> gather -> finish
+    chosen = TopK_n q . mean(K_n)                        moba_route:  mean -> route -> unpack
+    y      = softmax(q K_chosen^T / sqrt(D)) V_chosen    moba_attend: count -> fill -> gather -> merge
+    dq, dk, dv                                           backward:    count -> fill -> delta, gather_grad -> merges
 
 Neighbouring queries choose different blocks, so a tile of queries has no block in common. But one block has many
 queries, up to all that follow it. So the attention is key-major: each block lists the queries that chose it, and a
 program holds the block's K and V and lets its list stream past, a tile of gathered queries at a time: tensor cores
-stay full, without a mask, whatever was chosen. What a query got from each of its blocks is a partial output with its
-logsumexp. The last kernel is query-major again: it merges the partials and adds the own block, which alone needs the
-causal mask.
+stay full, whatever was chosen. What a query got from each of its blocks is a partial output with its logsumexp; a
+second kernel, query-major again, merges them. Gradients go the same way. Nothing is added atomically: the same inputs
+give the same bits.
 
 Letters as in sparse.py. `start` (B,) is the slot of each row's first query; own = slot // block_size. A query past the
 last slot (padding) counts as standing in the last slot. tests/test_kernels_moba.py holds all of it to sparse.py.
@@ -25,9 +26,9 @@ LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x * LOG2E); logsumexps 
 
 # Tiles for an H100. A block of up to 128 keys is one tile: K and V (64 KB at D = 128) stay in shared memory while CHUNK
 # tiles of a list pass; two programs share an SM, one multiplies while the other takes exponentials. A longer block
-# streams past each tile, which then should be large.
+# streams past each tile.
 GATHER = dict(BLOCK_M=64, BLOCK_N=128, CHUNK=64, num_warps=4, num_stages=2)
-GATHER_LONG = dict(BLOCK_M=128, BLOCK_N=64, CHUNK=4, num_warps=8, num_stages=3)
+GATHER_LONG = dict(BLOCK_M=64, BLOCK_N=64, CHUNK=16, num_warps=4, num_stages=3)
 MERGE = dict(BLOCK_T=32, BLOCK_S=4, num_warps=4)
 GRAD = dict(BLOCK_M=64, BLOCK_N=128, CHUNK=64, num_warps=8, num_stages=3)
 # queries a program files. More: longer runs in the lists. Up to 2**15 fit the mask's words
@@ -113,7 +114,7 @@ def moba_route_kernel(
     grid   (tiles, B * KV): BLOCK_M queries of one KV head. Launched once per width W, a power of two: a program goes on
            if its tile needs more than ABOVE and at most W blocks, so that early queries do not pay for the late
     tile   scores [BLOCK_M, W] stay in registers; q and means come in slices of BLOCK_D channels
-    cost   about 15 rounds of 2.5 instructions a score (compare, count), and 20 a score for all the rest
+    cost   about 15 rounds of 2.5 instructions a score (compare, count), and 15 a score for all the rest
     dtype  bf16: products of bf16 parts, summed in fp32, good to 16 bits. fp32: products in fp32
     """
     m0, z = tl.program_id(0) * BLOCK_M, tl.program_id(1)
@@ -220,8 +221,8 @@ def moba_unpack_kernel(
     t, w = tl.program_id(0) * BLOCK_T + offs // WORDS, offs % WORDS                      # [BLOCK_T * WORDS]
     own = (tl.minimum(start + t, Tk - 1) // block_size).to(tl.int32)
     word, place = offs * 0, offs * 0
-    for i in range(WORDS):  # those past the own block's were not written
-        bits = tl.load(word_ptr + t * WORDS + i, mask=(t < Tq) & (i <= own // 32), other=0)
+    for i in range(WORDS):  # those without a block before the own were not written
+        bits = tl.load(word_ptr + t * WORDS + i, mask=(t < Tq) & (i * 32 < own), other=0)
         if KEEP_FIRST:
             bits |= ((i == 0) & (own > 0)).to(tl.int32)
         word = tl.where(i == w, bits, word)
