@@ -36,8 +36,9 @@ LISTS = dict(BLOCK_T=128, num_warps=4)
 # ieee products of fp32 run without tensor cores, from registers: small tiles
 GATHER_FP32 = dict(BLOCK_M=32, BLOCK_N=32, CHUNK=8, num_warps=4, num_stages=1)
 GRAD_FP32 = dict(BLOCK_M=16, BLOCK_N=32, CHUNK=16, num_warps=4, num_stages=1)
-ROUTE_SCORES = 32768       # scores a program of moba_route_kernel holds in registers: 128 a thread
-PARTIAL_BYTES = 4 * 2**30  # bound on the buffer of partial outputs (one group of heads must fit)
+ROUTE_SCORES = 32768       # scores a program of moba_route_kernel holds in registers, up to 128 a thread
+MOST_BLOCKS = {torch.bfloat16: 4096, torch.float32: 2048}  # beyond, they no longer fit
+PARTIAL_BYTES = 4 * 2**30  # aim of the buffers of partial results (more only if one head, or group of heads, needs more)
 
 
 # ---------------------------------------------------------------- routing: which blocks a query reads
@@ -255,6 +256,7 @@ def moba_route(
     Tk, KV = k.shape[1:3]
     N, parts = triton.cdiv(Tk, block_size), 2 if q.dtype == torch.bfloat16 else 1
     assert S >= min(1 + keep_first, N), f"{S=} leaves no room for the forced blocks ({keep_first=})"
+    assert N <= MOST_BLOCKS[q.dtype], f"{N} blocks; a program holds the scores of at most {MOST_BLOCKS[q.dtype]}"
     mean = q.new_empty(B, KV, N, parts, D)
     moba_mean_kernel[N, B * KV](
         k, mean, *k.stride()[:3], Tk, N, KV, block_size,
@@ -270,7 +272,7 @@ def moba_route(
         moba_route_kernel[tiles, B * KV](
             q, mean, start, words, *q.stride()[:3], Tq, Tk, N, KV, block_size,
             G=H // KV, D=D, S=S, KEEP_FIRST=keep_first, PARTS=parts, WORDS=widest // 32, ABOVE=above, W=W,
-            BLOCK_M=BLOCK_M, BLOCK_D=min(64, D), num_warps=num_warps, num_stages=2)
+            BLOCK_M=BLOCK_M, BLOCK_D=min(64, D, ROUTE_SCORES * parts // W), num_warps=num_warps, num_stages=2)
         W, above = 2 * W, W
     chosen = torch.empty(B, KV, Tq, S, dtype=torch.int32, device=q.device)
     BLOCK_T = max(16, min(128, 1024 // (widest // 32)))
@@ -366,8 +368,8 @@ def moba_fill_kernel(
 @triton.jit
 def chunk_of(chunk, z, end_ptr, chunk_end_ptr, N, ROWS: tl.constexpr, N_PAD: tl.constexpr):
     """
-    Chunk number `chunk` of the lists of z: block n, the chunk's first entry in all lists, the same in those of z, the
-    number of entries, and of these how many may be queries that stand in the block itself. n = N: there is none.
+    Chunk number `chunk` of the lists of z: block n, how far into its list the chunk begins, the chunk's first entry in
+    all lists, the same in those of z, the number of entries. n = N: there is none.
     """
     offs = tl.arange(0, N_PAD)
     ends = tl.load(chunk_end_ptr + z.to(tl.int64) * N + offs, mask=offs < N, other=2**31 - 1)   # [N_PAD]
@@ -383,13 +385,13 @@ def chunk_of(chunk, z, end_ptr, chunk_end_ptr, N, ROWS: tl.constexpr, N_PAD: tl.
 def moba_gather_kernel(
     q_ptr, k_ptr, v_ptr, list_ptr, end_ptr, chunk_end_ptr, start_ptr, part_ptr, lse_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    Tq, Tk, N, KV, h0, scale, block_size: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+    Tq, Tk, N, KV, h0, scale_log2, block_size: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
     N_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):
     """
     Attention of the queries on a block's list to that block: a normalised partial output and its logsumexp each.
 
-        part[place] = softmax(q K_n^T) V_n,  lse[place] = log2 sum exp2(q K_n^T)                for q = q[list[place]]
+        x = q K_n^T log2(e) / sqrt(D),  lse[place] = log2 sum exp2(x),  part[place] = exp2(x - lse) V_n,  q = q[list[place]]
     Partials stand in the order of the lists, so that a tile is written in one piece: the queries' order would make
     neither kernel's memory accesses better, as moba_merge_kernel takes whole rows of D in either.
     grid   (chunks, query heads of this launch): a chunk is up to CHUNK * BLOCK_M entries of one list
@@ -401,20 +403,20 @@ def moba_gather_kernel(
     """
     head = h0 + tl.program_id(1)
     b, h = (head // (KV * G)).to(tl.int64), head % (KV * G)
-    n, into, first, row, entries = chunk_of(tl.program_id(0), head // G, end_ptr, chunk_end_ptr, N, CHUNK * BLOCK_M, N_PAD)
+    n, into, first, place, entries = chunk_of(tl.program_id(0), head // G, end_ptr, chunk_end_ptr, N, CHUNK * BLOCK_M, N_PAD)
     if n >= N:  # the grid is for the longest lists there may be
         return
     offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
     begin = n * block_size
     inside = tl.minimum(block_size, Tk - begin)                                                 # keys of the block
-    masked = tl.where(inside % BLOCK_N == 0, block_size - into, entries)                        # entries with a mask
+    n_masked = tl.where(inside % BLOCK_N == 0, block_size - into, entries)                      # entries with a mask
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + (h // G) * stride_kh + (begin.to(tl.int64) + offs_n)[:, None] * stride_kt + offs_d
     v_ptr += b * stride_vb + (h // G) * stride_vh + (begin.to(tl.int64) + offs_n)[:, None] * stride_vt + offs_d
     list_ptr += first
-    part_ptr += (tl.program_id(1).to(tl.int64) * Tq * S + row) * D
-    lse_ptr += tl.program_id(1).to(tl.int64) * Tq * S + row
-    start = (tl.load(start_ptr + b) - begin).to(tl.int32)                                       # counted in the block
+    part_ptr += (tl.program_id(1).to(tl.int64) * Tq * S + place) * D
+    lse_ptr += tl.program_id(1).to(tl.int64) * Tq * S + place
+    start_in_block = (tl.load(start_ptr + b) - begin).to(tl.int32)
     ONE_TILE: tl.constexpr = block_size <= BLOCK_N
     if ONE_TILE:
         k = tl.load(k_ptr, mask=(offs_n < inside)[:, None], other=0)                            # [BLOCK_N, D]
@@ -425,15 +427,15 @@ def moba_gather_kernel(
     next_t = tl.load(list_ptr + BLOCK_M + offs_m, mask=BLOCK_M + offs_m < entries, other=0)
     for m in tl.range(0, entries, BLOCK_M, num_stages=1 if ONE_TILE else None):
         next_q = tl.load(q_ptr + (next_t * stride_qt)[:, None] + offs_d)
-        newest = tl.minimum(start + t, inside - 1)                                              # [BLOCK_M] key
+        newest = tl.minimum(start_in_block + t, inside - 1)                                              # [BLOCK_M] key
         t, following = next_t, m + 2 * BLOCK_M + offs_m
         next_t = tl.load(list_ptr + following, mask=following < entries, other=0)
         if ONE_TILE:
             x = tl.dot(q, tl.trans(k), input_precision="ieee")                                  # [BLOCK_M, BLOCK_N]
-            if m < masked:
+            if m < n_masked:
                 x = tl.where(offs_n[None, :] <= newest[:, None], x, float("-inf"))
-            top = tl.max(x, axis=1) * scale                                                     # [BLOCK_M]
-            p = tl.exp2(x * scale - top[:, None])
+            top = tl.max(x, axis=1) * scale_log2                                                     # [BLOCK_M]
+            p = tl.exp2(x * scale_log2 - top[:, None])
             total = tl.sum(p, axis=1)
             y = tl.dot(p.to(v.dtype), v, input_precision="ieee")                                # [BLOCK_M, D]
         else:
@@ -444,10 +446,10 @@ def moba_gather_kernel(
                 k = tl.load(k_ptr + j * stride_kt, mask=(j + offs_n < inside)[:, None], other=0)
                 v = tl.load(v_ptr + j * stride_vt, mask=(j + offs_n < inside)[:, None], other=0)
                 x = tl.dot(q, tl.trans(k), input_precision="ieee")                              # [BLOCK_M, BLOCK_N]
-                if m < masked:
+                if m < n_masked:
                     x = tl.where(j + offs_n[None, :] <= newest[:, None], x, float("-inf"))
-                higher = tl.maximum(top, tl.max(x, axis=1) * scale)
-                p = tl.exp2(x * scale - higher[:, None])
+                higher = tl.maximum(top, tl.max(x, axis=1) * scale_log2)
+                p = tl.exp2(x * scale_log2 - higher[:, None])
                 shrink = tl.exp2(top - higher)
                 total = total * shrink + tl.sum(p, axis=1)
                 y = tl.dot(p.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")       # [BLOCK_M, D]
@@ -509,17 +511,18 @@ def moba_merge_kernel(
     tl.store(y_ptr + ((b * Tq + offs_t) * (KV * G) + h)[:, None] * D + offs_d, y, mask=mask_t[:, None])
 
 
-def file_queries(chosen, start, N, Tk, block_size, rows):
+def file_queries(chosen, start, N, Tk, block_size, chunk_len):
     """
     The lists of all blocks, one behind the other over all (b, kv), their queries ascending.
 
     chosen (B, KV, Tq, S) -> lists (B * KV * Tq * S,) queries; place (B * KV, S, Tq) of each in the lists, -1 for none;
-    ends (B * KV * N,) of the lists; chunk_ends (B * KV, N): where a chunk is `rows` entries, how many chunks up to there
+    ends (B * KV * N,) of the lists; chunk_ends (B * KV, N): where a chunk is up to chunk_len entries of one, the number of chunks
     """
     (B, KV, Tq, S), device = chosen.shape, chosen.device
-    BLOCK_T, warps = LISTS["BLOCK_T"], LISTS["num_warps"]
+    S_PAD, warps = triton.next_power_of_2(S), LISTS["num_warps"]
+    BLOCK_T = max(16, min(LISTS["BLOCK_T"], 8192 // S_PAD))
     tiles, z = triton.cdiv(Tq, BLOCK_T), B * KV
-    sizes = dict(block_size=block_size, S=S, S_PAD=triton.next_power_of_2(S), BLOCK_T=BLOCK_T)
+    sizes = dict(block_size=block_size, S=S, S_PAD=S_PAD, BLOCK_T=BLOCK_T)
     mask = torch.empty(z, tiles * BLOCK_T // 16, N, dtype=torch.int32, device=device)
     count = torch.zeros(z, N, tiles, dtype=torch.int32, device=device)
     moba_count_kernel[tiles, z](chosen, start, mask, count, Tq, Tk, N, KV, **sizes, num_warps=warps)
@@ -531,7 +534,7 @@ def file_queries(chosen, start, N, Tk, block_size, rows):
                                num_warps=2 * warps)
     ends = tile_ends[tiles - 1::tiles].contiguous()
     length = torch.cat([ends[:1], ends.diff()]).view(z, N)
-    return lists, place, ends, ((length + rows - 1) // rows).cumsum(1, dtype=torch.int32)
+    return lists, place, ends, ((length + chunk_len - 1) // chunk_len).cumsum(1, dtype=torch.int32)
 
 
 @torch.library.custom_op("nanorat::moba_forward", mutates_args=())
@@ -544,25 +547,28 @@ def moba_forward(
     (B, Tq, H, D), (_, Tk, KV, _) = q.shape, k.shape
     G, S, N = H // KV, chosen.shape[3], triton.cdiv(Tk, block_size)
     assert chosen.shape == (B, KV, Tq, S) and chosen.dtype == torch.int32, f"chosen: {chosen.shape}, {chosen.dtype}"
-    assert B * KV * Tq * S < 2**31 and Tq * q.stride(1) < 2**31, f"{q.shape}, {S=}: places do not fit int32"
+    assert B * KV * Tq * S < 2**31, f"{B * KV * Tq * S} pairs of a query and a block: places do not fit int32"
+    assert Tq * max(q.stride(1), H * D) < 2**31, f"q {q.shape}: offsets within a row do not fit int32"
     tile = GATHER_FP32 if q.dtype == torch.float32 else GATHER if block_size <= GATHER["BLOCK_N"] else GATHER_LONG
     tile = tile | dict(BLOCK_N=tile_of_keys(tile, block_size))
-    rows = tile["BLOCK_M"] * tile["CHUNK"]
-    lists, place, ends, chunk_ends = file_queries(chosen.contiguous(), start, N, Tk, block_size, rows)
+    chunk_len = tile["BLOCK_M"] * tile["CHUNK"]
+    lists, place, ends, chunk_ends = file_queries(chosen.contiguous(), start, N, Tk, block_size, chunk_len)
     sizes = dict(G=G, D=D, S=S)
 
     y = torch.empty(B, Tq, H, D, dtype=q.dtype, device=q.device)
     y_lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
-    heads = heads_at_once(Tq * S * D * q.element_size(), G, B * H)
+    chunks = triton.cdiv(Tq * S, chunk_len) + N  # at most: the grid must not depend on what was chosen
+    merge = merge_tile(S)
+    heads = heads_at_once(Tq * S * D * q.element_size(), 1, B * H)
     part = torch.empty(heads, Tq * S, D, dtype=q.dtype, device=q.device)
     lse = torch.empty(heads, Tq * S, dtype=torch.float32, device=q.device)
     for h0 in range(0, B * H, heads):
         here = min(heads, B * H - h0)
-        moba_gather_kernel[triton.cdiv(Tq * S, rows) + N, here](
+        moba_gather_kernel[chunks, here](
             q, k, v, lists, ends, chunk_ends, start, part, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             Tq, Tk, N, KV, h0, D ** -0.5 * LOG2E.value, block_size, **sizes, N_PAD=triton.next_power_of_2(N), **tile)
-        moba_merge_kernel[triton.cdiv(Tq, MERGE["BLOCK_T"]), here](
-            part, lse, place, ends, y, y_lse, Tq, N, KV, h0, **sizes, S_PAD=triton.next_power_of_2(S), TILES=1, **MERGE)
+        moba_merge_kernel[triton.cdiv(Tq, merge["BLOCK_T"]), here](
+            part, lse, place, ends, y, y_lse, Tq, N, KV, h0, **sizes, S_PAD=triton.next_power_of_2(S), TILES=1, **merge)
     return y, y_lse
 
 
@@ -608,7 +614,7 @@ def moba_gather_grad_kernel(
     """
     chunk, tile, head = tl.program_id(0), tl.program_id(1), h0 + tl.program_id(2)
     b, h = (head // (KV * G)).to(tl.int64), head % (KV * G)
-    n, into, first, row, entries = chunk_of(chunk, head // G, end_ptr, chunk_end_ptr, N, CHUNK * BLOCK_M, N_PAD)
+    n, _, first, place, entries = chunk_of(chunk, head // G, end_ptr, chunk_end_ptr, N, CHUNK * BLOCK_M, N_PAD)
     if n >= N:
         return
     offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
@@ -621,10 +627,10 @@ def moba_gather_grad_kernel(
     lse_ptr += head.to(tl.int64) * Tq
     delta_ptr += b * Tq * KV * G + h
     list_ptr += first
-    tiles, local = tl.num_programs(1), tl.program_id(2).to(tl.int64)
-    dq_ptr += ((local * tiles + tile) * Tq * S + row) * D
-    key_at = (((local * tl.num_programs(0) + chunk) * tiles + tile) * BLOCK_N + offs_n)[:, None] * D + offs_d
-    start = (tl.load(start_ptr + b) - begin).to(tl.int32)                                       # counted in the tile
+    key_tiles, local = tl.num_programs(1), tl.program_id(2).to(tl.int64)
+    dq_ptr += ((local * key_tiles + tile) * Tq * S + place) * D
+    key_at = (((local * tl.num_programs(0) + chunk) * key_tiles + tile) * BLOCK_N + offs_n)[:, None] * D + offs_d
+    start_in_tile = (tl.load(start_ptr + b) - begin).to(tl.int32)
     k = tl.load(k_ptr, mask=(offs_n < inside)[:, None], other=0)                                # [BLOCK_N, D]
     v = tl.load(v_ptr, mask=(offs_n < inside)[:, None], other=0)
     dk = tl.zeros((BLOCK_N, D), tl.float32)
@@ -636,7 +642,7 @@ def moba_gather_grad_kernel(
         dy = tl.load(dy_ptr + (t * (KV * G * D))[:, None] + offs_d, mask=mask_m[:, None], other=0)
         lse = tl.load(lse_ptr + t, mask=mask_m, other=0)                                        # [BLOCK_M]
         delta = tl.load(delta_ptr + t * (KV * G), mask=mask_m, other=0)
-        newest = tl.where(mask_m, tl.minimum(start + t, inside - 1), -1)
+        newest = tl.where(mask_m, tl.minimum(start_in_tile + t, inside - 1), -1)
         x = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)                    # [BLOCK_N, BLOCK_M]
         p = tl.where(offs_n[:, None] <= newest[None, :], tl.exp2(x - lse[None, :]), 0)
         dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee")                             # [BLOCK_N, D]
@@ -658,7 +664,7 @@ def moba_merge_keys_kernel(
     grid   (N, tiles of a block's keys, (b, kv) of this launch)
     bytes  the parts once. Few, beside those of dq: one per chunk
     """
-    n, tile, tiles, z = tl.program_id(0), tl.program_id(1), tl.num_programs(1), z0 + tl.program_id(2)
+    n, tile, key_tiles, z = tl.program_id(0), tl.program_id(1), tl.num_programs(1), z0 + tl.program_id(2)
     chunk_end_ptr += z.to(tl.int64) * N + n
     begin = tl.load(chunk_end_ptr - 1, mask=n > 0, other=0)
     end = tl.load(chunk_end_ptr)
@@ -667,7 +673,7 @@ def moba_merge_keys_kernel(
     for g in range(G):
         head = tl.program_id(2).to(tl.int64) * G + g
         for chunk in range(begin, end):
-            total += tl.load(part_ptr + (((head * chunks + chunk) * tiles + tile) * BLOCK_N + offs_n)[:, None] * D + offs_d)
+            total += tl.load(part_ptr + (((head * chunks + chunk) * key_tiles + tile) * BLOCK_N + offs_n)[:, None] * D + offs_d)
     inside = tile * BLOCK_N + offs_n
     key = n.to(tl.int64) * block_size + inside
     at = (((z // KV).to(tl.int64) * Tk + key) * KV + z % KV)[:, None] * D + offs_d
@@ -680,28 +686,32 @@ def moba_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # dq, dk, dv
     (B, Tq, H, D), (_, Tk, KV, _) = q.shape, k.shape
     G, S, N = H // KV, chosen.shape[3], triton.cdiv(Tk, block_size)
+    sizes = dict(G=G, D=D, S=S)
     tile = GRAD_FP32 if q.dtype == torch.float32 else GRAD
     tile = tile | dict(BLOCK_N=tile_of_keys(tile, block_size))
-    rows, tiles = tile["BLOCK_M"] * tile["CHUNK"], triton.cdiv(block_size, tile["BLOCK_N"])
-    lists, place, ends, chunk_ends = file_queries(chosen.contiguous(), start, N, Tk, block_size, rows)
-    chunks = triton.cdiv(Tq * S, rows) + N
-    dy, delta = dy.contiguous(), torch.empty(B, Tq, H, dtype=torch.float32, device=q.device)
+    chunk_len, key_tiles = tile["BLOCK_M"] * tile["CHUNK"], triton.cdiv(block_size, tile["BLOCK_N"])
+    # filed anew: chunks differ from forward's, and keeping the lists would take 8 bytes a pair
+    lists, place, ends, chunk_ends = file_queries(chosen.contiguous(), start, N, Tk, block_size, chunk_len)
+    chunks = triton.cdiv(Tq * S, chunk_len) + N  # at most: the grid must not depend on what was chosen
+    dy, delta = dy.contiguous(), torch.empty(B, Tq, H, dtype=torch.float32, device=q.device)  # y_lse is (B, H, Tq)
     moba_delta_kernel[(triton.cdiv(delta.numel(), 64),)](y, dy, delta, delta.numel(), D=D, BLOCK_M=64)
 
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    heads = heads_at_once(tiles * Tq * S * D * q.element_size(), G, B * H)
-    part = torch.empty(heads, tiles, Tq * S, D, dtype=q.dtype, device=q.device)
-    dk_part, dv_part = torch.empty(2, heads, chunks, tiles, tile["BLOCK_N"], D, dtype=torch.float32, device=q.device)
+    merge = merge_tile(S)
+    n_bytes = key_tiles * D * (Tq * S * q.element_size() + chunks * tile["BLOCK_N"] * 8)  # a head
+    heads = heads_at_once(n_bytes, G, B * H)  # whole groups: a key's gradient is the sum over its group
+    part = torch.empty(heads, key_tiles, Tq * S, D, dtype=q.dtype, device=q.device)
+    dk_part, dv_part = torch.empty(2, heads, chunks, key_tiles, tile["BLOCK_N"], D, dtype=torch.float32, device=q.device)
     for h0 in range(0, B * H, heads):
         here = min(heads, B * H - h0)
-        moba_gather_grad_kernel[chunks, tiles, here](
+        moba_gather_grad_kernel[chunks, key_tiles, here](
             q, k, v, dy, y_lse, delta, lists, ends, chunk_ends, start, part, dk_part, dv_part,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], Tq, Tk, N, KV, h0, D ** -0.5, block_size,
-            G=G, D=D, S=S, N_PAD=triton.next_power_of_2(N), **tile)
-        moba_merge_kernel[triton.cdiv(Tq, MERGE["BLOCK_T"]), here](
-            part, None, place, ends, dq, None, Tq, N, KV, h0, G=G, D=D, S=S, S_PAD=1, TILES=tiles, **MERGE)
+            **sizes, N_PAD=triton.next_power_of_2(N), **tile)
+        moba_merge_kernel[triton.cdiv(Tq, merge["BLOCK_T"]), here](
+            part, None, place, ends, dq, None, Tq, N, KV, h0, **sizes, S_PAD=1, TILES=key_tiles, **merge)
         for x_part, dx in (dk_part, dk), (dv_part, dv):
-            moba_merge_keys_kernel[N, tiles, here // G](
+            moba_merge_keys_kernel[N, key_tiles, here // G](
                 x_part, chunk_ends, dx, Tk, N, KV, h0 // G, chunks, block_size, G=G, D=D, BLOCK_N=tile["BLOCK_N"])
     return dq, dk, dv
 
@@ -711,17 +721,17 @@ def _(q, k, v, chosen, start, y, y_lse, dy, block_size):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-def save(ctx, inputs, output):
+def save_for_backward(ctx, inputs, output):
     *tensors, ctx.block_size = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
 
-def backward(ctx, dy, _):
+def moba_gradients(ctx, dy, _):
     return *moba_backward(*ctx.saved_tensors, dy, ctx.block_size), None, None, None
 
 
-moba_forward.register_autograd(backward, setup_context=save)
+moba_forward.register_autograd(moba_gradients, setup_context=save_for_backward)
 
 
 def tile_of_keys(tile, block_size):
@@ -729,26 +739,32 @@ def tile_of_keys(tile, block_size):
     return max(16, min(tile["BLOCK_N"], triton.next_power_of_2(block_size)))
 
 
-def heads_at_once(n_bytes, G, heads):
-    """Query heads per launch, whole groups of G, whose parts of n_bytes a head fit PARTIAL_BYTES."""
-    return min(heads, G * max(1, PARTIAL_BYTES // (n_bytes * G)))
+def merge_tile(S):
+    """Fewer queries a tile where each has many blocks: their places are all held at once."""
+    return MERGE | dict(BLOCK_T=max(8, min(MERGE["BLOCK_T"], 2048 // triton.next_power_of_2(S))))
+
+
+def heads_at_once(n_bytes, group, heads):
+    """Query heads per launch, in whole groups, whose partial results, n_bytes a head, fit PARTIAL_BYTES."""
+    return min(heads, group * max(1, PARTIAL_BYTES // (n_bytes * group)))
 
 
 def moba_attend(
     q,           # (B, Tq, H, D)  bf16 or fp32, D a power of two from 16 to 128
     k, v,        # (B, Tk, KV, D)
-    chosen,      # (B, KV, Tq, S) int32: distinct blocks per query, in any order, its own among them, -1 for none
+    chosen,      # (B, KV, Tq, S) int32: blocks per query, in any order, its own among them, none twice, -1 for none
     start,       # (B,) int64     the slot of each row's first query
     block_size,  # int
 ):               # -> y (B, Tq, H, D). A block later than the own is not read even if chosen
-    """Attention of each query to the chosen blocks, the last of them causally; differentiable in q, k and v."""
+    """Attention of each query to its chosen blocks, its own causally; differentiable in q, k and v."""
     return moba_forward(q, k, v, chosen, start, block_size)[0]
 
 
 def check_inputs(q, k, start):
-    """What both launchers cover."""
+    """What all launchers cover."""
     (B, _, H, D), KV = q.shape, k.shape[2]
     assert k.shape[0] == B and k.shape[3] == D and H % KV == 0, f"q {q.shape} and k {k.shape} do not go together"
+    assert q.shape[1] <= k.shape[1], f"more queries than slots: q {q.shape}, k {k.shape}"
     assert D in (16, 32, 64, 128), f"head width {D=}: must be 16, 32, 64 or 128"
     assert q.dtype == k.dtype and q.dtype in (torch.bfloat16, torch.float32), f"q {q.dtype}, k {k.dtype}: bf16 or fp32"
     assert q.stride(3) == k.stride(3) == 1, f"channels must be contiguous: strides {q.stride()}, {k.stride()}"

@@ -228,7 +228,9 @@ class MoBA(Dense):
         S, N = self.budget // self.block_size, math.ceil(Tk / self.block_size)
         slot = query_slots(q, start)                                                           # (1 or B, Tq)
         if backend.triton_for(v):
-            from kernels_moba import moba_attend, moba_route
+            from kernels_moba import MOST_BLOCKS, moba_attend, moba_route
+            check(N <= MOST_BLOCKS[v.dtype], f"moba: {N:,} blocks, and the Triton kernels route among at most "
+                  f"{MOST_BLOCKS[v.dtype]:,}: raise block_size={self.block_size}, or --kernels=torch computes it")
             q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves them in fp32, behind their norms
             first = first_slots(q, start)
             if self.random is None:

@@ -1,4 +1,4 @@
-"""kernels_moba.py: routing and attention of MoBA's prefill against sparse.MoBA, at lengths off the block."""
+"""kernels_moba.py: routing, attention and gradients of MoBA's prefill against sparse.MoBA, at lengths off the block."""
 import pytest
 import torch
 
@@ -208,6 +208,27 @@ def test_wide_tiles_route_like_narrow_ones():
     assert_routes(moba_route(q, k, start, block_size, 6, True), q, k, start, block_size, 6, True)
 
 
+def test_words_that_no_tile_wrote_are_not_read(monkeypatch):
+    """A query in block 128: routed by a tile of 128 blocks, whose four words are all there is of it."""
+    monkeypatch.setattr(kernels_moba.torch, "empty", lambda *shape, **kwargs: torch.full(shape, 8, **kwargs))
+    q, k, _ = draw(1, 8, 2, 1, 16, Tk=1080, seed=6)
+    assert_routes(moba_route(q, k, slots(1024), 8, 6, True), q, k, slots(1024), 8, 6, True)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU, whose shared memory is what may run out")
+@pytest.mark.parametrize("T, block_size, S, dtype", [(131072, 64, 8, BF16), (16384, 32, 256, BF16), (65536, 32, 4, FP32)])
+def test_many_blocks_fit_the_gpu(T, block_size, S, dtype):
+    """A tile that grows with the number of blocks, or of blocks per query, beyond shared memory."""
+    q, k, v = (x.requires_grad_() for x in draw(1, T, 1, 1, 128, dtype=dtype))
+    chosen = moba_route(q, k, slots(0), block_size, S, True)
+    y = moba_attend(q, k, v, chosen, slots(0), block_size)
+    torch.autograd.grad(y, (q, k, v), y.detach())
+    last = slice(T - 8, T)
+    assert_routes(chosen[:, :, last], q[:, last], k, slots(T - 8), block_size, S, True)
+    keep = mask_of(chosen[:, :, last], q[:, last], k, slots(T - 8), block_size)
+    assert_attends(y[:, last].contiguous(), q[:, last], k, v, keep)
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_any_choice_is_attended(dtype):
     """Lists that need sorted choices, their -1 at the end, or each block chosen by someone."""
@@ -290,7 +311,7 @@ def test_launchers_are_operators_that_compile_can_trace():
     """A fake that promises another shape, dtype or stride than the launcher gives."""
     q, k, v = draw(2, 20, 2, 1, 16, seed=13)
     chosen = moba_route(q, k, slots(0, 3), 8, 2, True)
-    checks = "test_schema", "test_faketensor"
+    checks = "test_schema", "test_faketensor", "test_autograd_registration"
     torch.library.opcheck(moba_route, (q, k, slots(0, 3), 8, 2, True), test_utils=checks)
     torch.library.opcheck(kernels_moba.moba_forward, (q, k, v, chosen, slots(0, 3), 8), test_utils=checks)
     y, lse = kernels_moba.moba_forward(q, k, v, chosen, slots(0, 3), 8)
@@ -304,6 +325,10 @@ def test_what_is_not_covered_is_refused():
     for bad in ((q[..., :8], k[..., :8]), (q.half(), k.half()), (q.transpose(1, 3), k), (q.bfloat16(), k)):
         with pytest.raises(AssertionError):
             moba_route(*bad, slots(0), 8, 2, True)
+    with pytest.raises(AssertionError, match="more queries than slots"):
+        moba_route(q, k[:, :9], slots(0), 8, 2, True)
+    with pytest.raises(AssertionError, match="3000 blocks"):
+        moba_route(q[:, :1], k[:, :1].expand(1, 3000, 1, 16), slots(0), 1, 2, True)
     with pytest.raises(AssertionError, match="room"):
         moba_route(q, k, slots(0), 8, 1, True)
     with pytest.raises(AssertionError, match="chosen"):
