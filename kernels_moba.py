@@ -211,35 +211,26 @@ def moba_unpack_kernel(
     The bits that moba_route_kernel kept, as lists of blocks: ascending, then the own block, then -1.
 
     grid   (cdiv(Tq, BLOCK_T), B * KV)
-    tile   a thread per word: it counts the blocks of the words before, then sends its own blocks, the lowest first, to
-           the places that follow
+    tile   32 lanes a query, one per bit of a word; a word's blocks go to places side by side
     bytes  chosen once, the words are a few percent of it
     """
-    z, offs = tl.program_id(1), tl.arange(0, BLOCK_T * WORDS)
+    z, offs = tl.program_id(1), tl.arange(0, BLOCK_T * 32)
     word_ptr += z.to(tl.int64) * Tq * WORDS
-    chosen_ptr += z.to(tl.int64) * Tq * S
-    start = tl.load(start_ptr + z // KV)
-    t, w = tl.program_id(0) * BLOCK_T + offs // WORDS, offs % WORDS                      # [BLOCK_T * WORDS]
-    own = (tl.minimum(start + t, Tk - 1) // block_size).to(tl.int32)
-    word, place = offs * 0, offs * 0
+    t, lane = tl.program_id(0) * BLOCK_T + offs // 32, offs % 32                         # [BLOCK_T * 32]
+    at = chosen_ptr + z.to(tl.int64) * Tq * S + t * S
+    own = (tl.minimum(tl.load(start_ptr + z // KV) + t, Tk - 1) // block_size).to(tl.int32)
+    kept = offs * 0
     for i in range(WORDS):  # those without a block before the own were not written
-        bits = tl.load(word_ptr + t * WORDS + i, mask=(t < Tq) & (i * 32 < own), other=0)
+        word = tl.load(word_ptr + t * WORDS + i, mask=(t < Tq) & (i * 32 < own), other=0).to(tl.uint32, bitcast=True)
         if KEEP_FIRST:
-            bits |= ((i == 0) & (own > 0)).to(tl.int32)
-        word = tl.where(i == w, bits, word)
-        place += tl.where(i < w, popcount(bits.to(tl.uint32, bitcast=True)), 0)
-    word = word.to(tl.uint32, bitcast=True)
-    kept = place + popcount(word)  # in the last word's thread: of all
-    at = chosen_ptr + t * S
-    tl.store(at + kept, own, mask=(w == WORDS - 1) & (kept < S) & (t < Tq))
-    for s in range(tl.min(tl.where(w == WORDS - 1, kept, S), axis=0) + 1, S):  # where there are fewer
-        tl.store(at + s, -1, mask=(w == WORDS - 1) & (s > kept) & (t < Tq))
-    while tl.max(word, axis=0) > 0:
-        one = word & (0 - word)
+            word |= ((i == 0) & (own > 0)).to(tl.uint32)
+        upto = word << (31 - lane).to(tl.uint32)  # this lane's bit on top, those before it below
+        place = kept + popcount(upto) - 1
         # NaN scores may have misled the search: never write outside the row
-        tl.store(at + place, w * 32 + popcount(one - 1), mask=(one > 0) & (place < S) & (t < Tq))
-        word ^= one
-        place += 1
+        tl.store(at + place, i * 32 + lane, mask=(upto >> 31 > 0) & (place < S) & (t < Tq))
+        kept += popcount(word)
+    for s in range(0, S, 32):
+        tl.store(at + s + lane, tl.where(s + lane == kept, own, -1), mask=(s + lane >= kept) & (s + lane < S) & (t < Tq))
 
 
 @torch.library.custom_op("nanorat::moba_route", mutates_args=())
@@ -275,10 +266,9 @@ def moba_route(
             BLOCK_M=BLOCK_M, BLOCK_D=min(64, D, ROUTE_SCORES * parts // W), num_warps=num_warps, num_stages=2)
         W, above = 2 * W, W
     chosen = torch.empty(B, KV, Tq, S, dtype=torch.int32, device=q.device)
-    BLOCK_T = max(16, min(128, 1024 // (widest // 32)))
-    moba_unpack_kernel[triton.cdiv(Tq, BLOCK_T), B * KV](
-        words, start, chosen, Tq, Tk, KV, block_size, S=S, KEEP_FIRST=keep_first, WORDS=widest // 32,
-        BLOCK_T=BLOCK_T, num_warps=4)
+    moba_unpack_kernel[triton.cdiv(Tq, 16), B * KV](
+        words, start, chosen, Tq, Tk, KV, block_size, S=S, KEEP_FIRST=keep_first, WORDS=widest // 32, BLOCK_T=16,
+        num_warps=4)
     return chosen
 
 
