@@ -119,6 +119,15 @@ def test_what_the_kernels_do_not_cover_is_an_error(shape, dtype, monkeypatch):
     one_line(raised, shape[-1], "--kernels=torch")
 
 
+def test_more_blocks_than_the_kernels_route_among_is_an_error(monkeypatch):
+    """A GPU that runs out of shared memory in the middle of a prompt."""
+    monkeypatch.setattr(backend, "choice", "triton")
+    q, k = torch.zeros(1, 1, 1, 16, device=DEVICE), torch.zeros(1, 2049, 1, 16, device=DEVICE)
+    with pytest.raises(ValueError) as raised:
+        parse("moba:budget=2,block_size=1", 2049).prefill(q, k, k, 2048, None)
+    one_line(raised, "moba", "2,049 blocks", "block_size=1", "--kernels=torch")
+
+
 def test_without_triton_the_choice_is_an_error(monkeypatch):
     """A traceback of an import on a machine without Triton, long after the command was given."""
     monkeypatch.setattr(backend, "HAS_TRITON", False)
