@@ -6,9 +6,11 @@ How fast the kernels are: each beside its floor, what the hardware allows at bes
 A line is the median of several replays of a CUDA graph that calls the function many times over different inputs, so that
 neither launches from Python nor a warm L2 cache flatter it. Before it is timed, a kernel's result is compared with plain
 PyTorch's, for some of the queries where all would be too many; a relative error above 1e-2 ends the run. (The tests hold
-the kernels to more, at small shapes.) Peers are timed in the same way: and Quest as their formulas stand in PyTorch under torch.compile, fla's chunk_hgrn where it is installed (pip install
-fla-core), dense attention by cuDNN and by flash. Everything is bf16, 32 heads of 128, the layer of a 7B model. Selection
-is always included.
+the kernels to more, at small shapes.)
+
+Peers are timed in the same way: official RAT+'s scan and Quest as their formulas stand in PyTorch under torch.compile,
+fla's chunk_hgrn where it is installed (pip install fla-core), dense attention by cuDNN and by flash. Everything is bf16,
+32 heads of 128, the layer of a 7B model. Selection is always included.
 
     python bench.py                         everything; a table, and out/bench.json
     python bench.py --only memory quest     some of it
@@ -301,46 +303,61 @@ def bench_quest(table):
             table.line("  block_bounds (once)", f"B{B} T{T}", calls(lambda q, k, *_: block_bounds(k, used, block_size)), {}, n_bytes=n)
 
 
+def moba_error(q, k, v, chosen, y, method):
+    """Relative error of y at some queries, given `chosen`, or the share of queries that chose otherwise than plain MoBA."""
+    T, size, S = k.shape[1], method.block_size, chosen.shape[3]
+    t = torch.randint(T, (256,), device=DEVICE)
+    best = method.forced(method.score(q[:, t], k), t[None]).topk(S)                            # (1, H, 256, S)
+    plain = best.indices.where(best.values > -math.inf, -1).sort(-1).values
+    agree = (chosen[:, :, t].sort(-1).values == plain).all(-1).float().mean().item()  # near-ties may swap
+
+    def reads(t, key):
+        read = torch.zeros(H, len(t), T // size + 1, dtype=torch.bool, device=DEVICE)          # one more for the -1s
+        return read.scatter(-1, chosen[0, :, t].long() % (T // size + 1), True)[..., key // size]
+
+    return max(some_queries(y, q, k, v, reads), 1 - agree)
+
+
+def moba_entries(T, block_size, S):
+    """Entries that all T queries read: of each its own block up to itself, and S - 1 others where there are so many."""
+    return sum(min(S - 1, n) * block_size + (block_size + 1) / 2 for n in range(T // block_size)) * block_size
+
+
 def bench_moba(table):
     from kernels_moba import moba_attend, moba_route
+    start = torch.zeros(1, dtype=torch.long, device=DEVICE)
     for T, block_size, S, goal in (32768, 128, 32, "1.8x"), (65536, 128, 32, "2x"), (65536, 512, 8, "3.5x"), (65536, 128, 8, "5x"):
-        q, k, v, start = *(randn(1, T, H, D) for _ in "qkv"), torch.zeros(1, dtype=torch.long, device=DEVICE)
+        q, k, v = (randn(1, T, H, D) for _ in "qkv")
+        shape, flops = f"T{T} block {block_size} x {S}", 4 * moba_entries(T, block_size, S) * H * D
         route = lambda: moba_route(q, k, start, block_size, S, True)
         chosen = route()
-        method, some = MoBA(S * block_size, block_size), torch.randint(T, (256,), device=DEVICE)
-        scores = method.forced(method.score(q[:, some], k), some[None])                        # (1, H, 256, N)
-        plain = scores.topk(S).indices.where(scores.topk(S).values > -math.inf, -1).sort(-1).values
-        agree = (chosen[:, :, some].sort(-1).values == plain).all(-1).float().mean().item()
-        reads = lambda t, key: torch.zeros(H, 32, T // block_size + 1, dtype=torch.bool, device=DEVICE).scatter(
-            -1, chosen[0][:, t].long() % (T // block_size + 1), True)[..., key // block_size]  # -1 is one more block
         listed = lambda: moba_attend(q, k, v, chosen, start, block_size)
-        error = max(some_queries(listed(), q, k, v, reads), 1 - agree)  # a choice in a hundred may be a near-tie
-        # entries read: of each query its own block up to itself, and S - 1 others where there are so many
-        entries = sum(min(S - 1, n) * block_size + (block_size + 1) / 2 for n in range(T // block_size)) * block_size
-        table.line("moba prefill", f"T{T} block {block_size} x {S}", [lambda: moba_attend(q, k, v, route(), start, block_size)],
-                   {"cuDNN": [lambda: dense(q, k, v, CUDNN)]}, flops=4 * entries * H * D, goal=f"{goal} cuDNN", error=error)
-        table.line("  moba_route", f"T{T} block {block_size} x {S}", [route], {}, flops=2 * T * (T / block_size) / 2 * H * D)
-        table.line("  moba_attend", f"T{T} block {block_size} x {S}", [listed], {}, flops=4 * entries * H * D)
-    # training: forward and backward, routing included
+        error = moba_error(q, k, v, chosen, listed(), MoBA(S * block_size, block_size))
+        table.line("moba prefill", shape, [lambda: moba_attend(q, k, v, route(), start, block_size)],
+                   {"cuDNN": [lambda: dense(q, k, v, CUDNN)]}, flops=flops, goal=f"{goal} cuDNN", error=error)
+        table.line("  moba_route", shape, [route], {}, flops=2 * T * (T / block_size) / 2 * H * D)
+        table.line("  moba_attend", shape, [listed], {}, flops=flops)
+
+    # training, routing included
     T, block_size, S = 32768, 128, 32
     q, k, v, dy = *(randn(1, T, H, D, grad=True) for _ in "qkv"), randn(1, T, H, D)
-    entries = sum(min(S - 1, n) * block_size + (block_size + 1) / 2 for n in range(T // block_size)) * block_size
 
-    def ours(q, k, v):
+    def ours(q, k, v, S=S):
         return moba_attend(q, k, v, moba_route(q.detach(), k.detach(), start, block_size, S, True), start, block_size)
 
-    # 4 heads of a shorter prompt, at the same share, against dense attention under a mask in fp32
-    some, S_some = 4096, S // 8
-    small = [x[:, :some, :4].detach().requires_grad_() for x in (q, k, v)]
-    chosen = moba_route(*small[:2], start, block_size, S_some, True)                           # (1, 4, some, S_some)
-    keep = (chosen.unsqueeze(-1) == torch.arange(some // block_size, device=DEVICE)).any(3).repeat_interleave(block_size, dim=-1)
-    keep = keep & torch.ones(some, some, dtype=torch.bool, device=DEVICE).tril()
-    error = relative_error(
-        forward_backward(lambda *x: moba_attend(*x, chosen, start, block_size), small, dy[:, :some, :4]),
-        forward_backward(lambda *x: attend(*x, keep), [x.detach().float().requires_grad_() for x in small], dy[:, :some, :4].float()))
+    # checked on 4 heads of an eighth of the prompt, an eighth of the blocks, against dense attention under a mask
+    some = [x[:, :T // 8, :4].detach().requires_grad_() for x in (q, k, v)]
+    chosen = moba_route(*some[:2], start, block_size, S // 8, True)                            # (1, 4, T / 8, S / 8)
+    block = torch.arange(T // 8 // block_size, device=DEVICE)
+    keep = (chosen.unsqueeze(-1) == block).any(3).repeat_interleave(block_size, dim=-1)        # (1, 4, T / 8, T / 8)
+    keep = keep & torch.ones(T // 8, T // 8, dtype=torch.bool, device=DEVICE).tril()
+    some32, dy_some = [x.detach().float().requires_grad_() for x in some], dy[:, :T // 8, :4]
+    error = relative_error(forward_backward(lambda *x: ours(*x, S=S // 8), some, dy_some),
+                           forward_backward(lambda *x: attend(*x, keep), some32, dy_some.float()))
     cudnn = lambda q, k, v: dense(q, k, v, CUDNN).transpose(1, 2)
     table.line("moba fwd+bwd", f"T{T} block {block_size} x {S}", [lambda: forward_backward(ours, (q, k, v), dy)],
-               {"cuDNN": [lambda: forward_backward(cudnn, (q, k, v), dy)]}, flops=14 * entries * H * D, error=error)
+               {"cuDNN": [lambda: forward_backward(cudnn, (q, k, v), dy)]}, flops=14 * moba_entries(T, block_size, S) * H * D,
+               error=error)
 
 
 def bench_snapkv(table):
