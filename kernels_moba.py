@@ -235,13 +235,13 @@ def moba_unpack_kernel(
 
 @torch.library.custom_op("nanorat::moba_route", mutates_args=())
 def moba_route(
-    q: torch.Tensor,      # (B, Tq, H, D)
-    k: torch.Tensor,      # (B, Tk, KV, D)
-    start: torch.Tensor,  # (B,) int64: the slot of each row's first query
+    q: Tensor,      # (B, Tq, H, D)
+    k: Tensor,      # (B, Tk, KV, D)
+    start: Tensor,  # (B,) int64: the slot of each row's first query
     block_size: int,
-    S: int,
+    S: int,         # blocks a query reads at most, the forced ones included
     keep_first: bool,
-) -> torch.Tensor:        # (B, KV, Tq, S) int32: blocks, ascending, -1 at the end where there are fewer
+) -> Tensor:        # (B, KV, Tq, S) int32: blocks, ascending, -1 at the end where there are fewer
     check_inputs(q, k, start)
     B, Tq, H, D = q.shape
     Tk, KV = k.shape[1:3]
@@ -334,7 +334,8 @@ def moba_fill_kernel(
     S: tl.constexpr, S_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
     """
-    Files each (query, block) pair in its block's list, and notes where: list[place[s, t]] = t.
+    Files each (query, block) pair in its block's list, and notes where: list[place[s, t]] = t. With moba_count_kernel it
+    is a stable sort of the pairs by block.
 
         place[s, t] = (pairs of the lists and tiles before) + (pairs of the tile before), -1 if not filed
     grid   (cdiv(Tq, BLOCK_T), B * KV), tiles as in moba_count_kernel; begin[tile, n] is the sum of its counts before
@@ -379,7 +380,8 @@ def moba_gather_kernel(
     N_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):
     """
-    Attention of the queries on a block's list to that block: a normalised partial output and its logsumexp each.
+    Attention of the queries on a block's list to that block: a normalised partial output and its logsumexp each. With
+    moba_merge_kernel it is sparse.attend over the chosen blocks.
 
         x = q K_n^T log2(e) / sqrt(D),  lse[place] = log2 sum exp2(x),  part[place] = exp2(x - lse) V_n,  q = q[list[place]]
     Partials stand in the order of the lists, so that a tile is written in one piece: the queries' order would make
@@ -393,7 +395,8 @@ def moba_gather_kernel(
     """
     head = h0 + tl.program_id(1)
     b, h = (head // (KV * G)).to(tl.int64), head % (KV * G)
-    n, into, first, place, entries = chunk_of(tl.program_id(0), head // G, end_ptr, chunk_end_ptr, N, CHUNK * BLOCK_M, N_PAD)
+    n, into, first, place, entries = chunk_of(tl.program_id(0), head // G, end_ptr, chunk_end_ptr, N, CHUNK * BLOCK_M,
+                                              N_PAD)
     if n >= N:  # the grid is for the longest lists there may be
         return
     offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
@@ -417,14 +420,14 @@ def moba_gather_kernel(
     next_t = tl.load(list_ptr + BLOCK_M + offs_m, mask=BLOCK_M + offs_m < entries, other=0)
     for m in tl.range(0, entries, BLOCK_M, num_stages=1 if ONE_TILE else None):
         next_q = tl.load(q_ptr + (next_t * stride_qt)[:, None] + offs_d)
-        newest = tl.minimum(start_in_block + t, inside - 1)                                              # [BLOCK_M] key
+        newest = tl.minimum(start_in_block + t, inside - 1)                                     # [BLOCK_M] key
         t, following = next_t, m + 2 * BLOCK_M + offs_m
         next_t = tl.load(list_ptr + following, mask=following < entries, other=0)
         if ONE_TILE:
             x = tl.dot(q, tl.trans(k), input_precision="ieee")                                  # [BLOCK_M, BLOCK_N]
             if m < n_masked:
                 x = tl.where(offs_n[None, :] <= newest[:, None], x, float("-inf"))
-            top = tl.max(x, axis=1) * scale_log2                                                     # [BLOCK_M]
+            top = tl.max(x, axis=1) * scale_log2                                                # [BLOCK_M]
             p = tl.exp2(x * scale_log2 - top[:, None])
             total = tl.sum(p, axis=1)
             y = tl.dot(p.to(v.dtype), v, input_precision="ieee")                                # [BLOCK_M, D]
@@ -496,17 +499,36 @@ def moba_merge_kernel(
             weight = tl.exp2(tl.load(lse_ptr + row_place, mask=there, other=float("-inf")) - row_lse)
         row_place = tl.load(place_ptr + (s + row_s) * Tq + row_t, mask=(s + row_s < S) & (row_t < Tq), other=-1)
         for tile in range(TILES):
-            part = tl.load(part_ptr + (tile * Tq * S + at)[:, None] * D + offs_d, mask=there[:, None], other=0)
+            part = tl.load(part_ptr + at[:, None] * D + offs_d, mask=there[:, None], other=0)
             y += tl.sum(tl.reshape(weight[:, None] * part.to(tl.float32), (BLOCK_S, BLOCK_T, D)), axis=0)
+            at += Tq * S
     tl.store(y_ptr + ((b * Tq + offs_t) * (KV * G) + h)[:, None] * D + offs_d, y, mask=mask_t[:, None])
 
 
-def file_queries(chosen, start, N, Tk, block_size, chunk_len):
-    """
-    The lists of all blocks, one behind the other over all (b, kv), their queries ascending.
+def fit_block(tile, block_size):
+    """The tile with BLOCK_N keys: no more than a block, and no fewer than a product of tiles takes."""
+    return tile | dict(BLOCK_N=max(16, min(tile["BLOCK_N"], triton.next_power_of_2(block_size))))
 
-    chosen (B, KV, Tq, S) -> lists (B * KV * Tq * S,) queries; place (B * KV, S, Tq) of each in the lists, -1 for none;
-    ends (B * KV * N,) of the lists; chunk_ends (B * KV, N): where a chunk is up to chunk_len entries of one, the number of chunks
+
+def merge_tile(S):
+    """Fewer queries a tile where each has many blocks: their places are all held at once."""
+    return MERGE | dict(BLOCK_T=max(8, min(MERGE["BLOCK_T"], 2048 // triton.next_power_of_2(S))))
+
+
+def heads_at_once(n_bytes, group, heads):
+    """Query heads per launch, in whole groups, whose partial results, n_bytes a head, fit PARTIAL_BYTES."""
+    return min(heads, group * max(1, PARTIAL_BYTES // (n_bytes * group)))
+
+
+def file_queries(chosen, start, N, Tk, block_size, tile):
+    """
+    The lists of all blocks, one behind the other over all (b, kv), their queries ascending; cut into chunks of up to
+    CHUNK * BLOCK_M of `tile`. chosen (B, KV, Tq, S) ->
+        lists       (B * KV * Tq * S,)  queries
+        place       (B * KV, S, Tq)     of each in the lists, -1 for none
+        ends        (B * KV * N,)       of the lists
+        chunk_ends  (B * KV, N)         number of chunks up to and with each list
+        chunks      an int: at most so many, as a grid must not depend on what was chosen
     """
     (B, KV, Tq, S), device = chosen.shape, chosen.device
     S_PAD, warps = triton.next_power_of_2(S), LISTS["num_warps"]
@@ -524,7 +546,9 @@ def file_queries(chosen, start, N, Tk, block_size, chunk_len):
                                num_warps=2 * warps)
     ends = tile_ends[tiles - 1::tiles].contiguous()
     length = torch.cat([ends[:1], ends.diff()]).view(z, N)
-    return lists, place, ends, ((length + chunk_len - 1) // chunk_len).cumsum(1, dtype=torch.int32)
+    chunk_len = tile["CHUNK"] * tile["BLOCK_M"]
+    chunk_ends = ((length + chunk_len - 1) // chunk_len).cumsum(1, dtype=torch.int32)
+    return lists, place, ends, chunk_ends, triton.cdiv(Tq * S, chunk_len) + N
 
 
 @torch.library.custom_op("nanorat::moba_forward", mutates_args=())
@@ -540,15 +564,11 @@ def moba_forward(
     assert B * KV * Tq * S < 2**31, f"{B * KV * Tq * S} pairs of a query and a block: places do not fit int32"
     assert Tq * max(q.stride(1), H * D) < 2**31, f"q {q.shape}: offsets within a row do not fit int32"
     tile = GATHER_FP32 if q.dtype == torch.float32 else GATHER if block_size <= GATHER["BLOCK_N"] else GATHER_LONG
-    tile = tile | dict(BLOCK_N=tile_of_keys(tile, block_size))
-    chunk_len = tile["BLOCK_M"] * tile["CHUNK"]
-    lists, place, ends, chunk_ends = file_queries(chosen.contiguous(), start, N, Tk, block_size, chunk_len)
-    sizes = dict(G=G, D=D, S=S)
+    tile, merge, sizes = fit_block(tile, block_size), merge_tile(S), dict(G=G, D=D, S=S)
+    lists, place, ends, chunk_ends, chunks = file_queries(chosen.contiguous(), start, N, Tk, block_size, tile)
 
     y = torch.empty(B, Tq, H, D, dtype=q.dtype, device=q.device)
     y_lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
-    chunks = triton.cdiv(Tq * S, chunk_len) + N  # at most: the grid must not depend on what was chosen
-    merge = merge_tile(S)
     heads = heads_at_once(Tq * S * D * q.element_size(), 1, B * H)
     part = torch.empty(heads, Tq * S, D, dtype=q.dtype, device=q.device)
     lse = torch.empty(heads, Tq * S, dtype=torch.float32, device=q.device)
@@ -573,7 +593,9 @@ def _(q, k, v, chosen, start, block_size):
 @triton.jit
 def moba_delta_kernel(y_ptr, dy_ptr, delta_ptr, rows, D: tl.constexpr, BLOCK_M: tl.constexpr):
     """
-    delta = y . dy, in fp32. y, dy (rows, D) contiguous -> delta (rows,). grid (cdiv(rows, BLOCK_M),)
+    delta = y . dy, in fp32: what a query's ds sum up to, weighted by p. y, dy (rows, D) contiguous -> delta (rows,)
+    grid   (cdiv(rows, BLOCK_M),)
+    bytes  y and dy once
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     at = row[:, None] * D + tl.arange(0, D)
@@ -591,7 +613,7 @@ def moba_gather_grad_kernel(
     N_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):
     """
-    Gradients between the queries of a chunk and a tile of the block's keys.
+    Gradients between the queries of a chunk and a tile of the block's keys.    reference: autograd of sparse.attend
 
         p = exp2(q k - lse),  ds = p (dy v - delta),  dq[place] = ds k,  dk[chunk] = ds^T q,  dv[chunk] = p^T dy
     All are parts: a query has one per block (and tile), moba_merge_kernel adds them; a key has one per chunk and query
@@ -663,7 +685,8 @@ def moba_merge_keys_kernel(
     for g in range(G):
         head = tl.program_id(2).to(tl.int64) * G + g
         for chunk in range(begin, end):
-            total += tl.load(part_ptr + (((head * chunks + chunk) * key_tiles + tile) * BLOCK_N + offs_n)[:, None] * D + offs_d)
+            row = ((head * chunks + chunk) * key_tiles + tile) * BLOCK_N + offs_n
+            total += tl.load(part_ptr + row[:, None] * D + offs_d)                              # [BLOCK_N, D]
     inside = tile * BLOCK_N + offs_n
     key = n.to(tl.int64) * block_size + inside
     at = (((z // KV).to(tl.int64) * Tk + key) * KV + z % KV)[:, None] * D + offs_d
@@ -676,18 +699,14 @@ def moba_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # dq, dk, dv
     (B, Tq, H, D), (_, Tk, KV, _) = q.shape, k.shape
     G, S, N = H // KV, chosen.shape[3], triton.cdiv(Tk, block_size)
-    sizes = dict(G=G, D=D, S=S)
-    tile = GRAD_FP32 if q.dtype == torch.float32 else GRAD
-    tile = tile | dict(BLOCK_N=tile_of_keys(tile, block_size))
-    chunk_len, key_tiles = tile["BLOCK_M"] * tile["CHUNK"], triton.cdiv(block_size, tile["BLOCK_N"])
+    tile = fit_block(GRAD_FP32 if q.dtype == torch.float32 else GRAD, block_size)
+    merge, sizes, key_tiles = merge_tile(S), dict(G=G, D=D, S=S), triton.cdiv(block_size, tile["BLOCK_N"])
     # filed anew: chunks differ from forward's, and keeping the lists would take 8 bytes a pair
-    lists, place, ends, chunk_ends = file_queries(chosen.contiguous(), start, N, Tk, block_size, chunk_len)
-    chunks = triton.cdiv(Tq * S, chunk_len) + N  # at most: the grid must not depend on what was chosen
+    lists, place, ends, chunk_ends, chunks = file_queries(chosen.contiguous(), start, N, Tk, block_size, tile)
     dy, delta = dy.contiguous(), torch.empty(B, Tq, H, dtype=torch.float32, device=q.device)  # y_lse is (B, H, Tq)
     moba_delta_kernel[(triton.cdiv(delta.numel(), 64),)](y, dy, delta, delta.numel(), D=D, BLOCK_M=64)
 
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    merge = merge_tile(S)
     n_bytes = key_tiles * D * (Tq * S * q.element_size() + chunks * tile["BLOCK_N"] * 8)  # a head
     heads = heads_at_once(n_bytes, G, B * H)  # whole groups: a key's gradient is the sum over its group
     part = torch.empty(heads, key_tiles, Tq * S, D, dtype=q.dtype, device=q.device)
@@ -722,21 +741,6 @@ def moba_gradients(ctx, dy, _):
 
 
 moba_forward.register_autograd(moba_gradients, setup_context=save_for_backward)
-
-
-def tile_of_keys(tile, block_size):
-    """BLOCK_N: no more than a block, and no less than a product of tiles takes."""
-    return max(16, min(tile["BLOCK_N"], triton.next_power_of_2(block_size)))
-
-
-def merge_tile(S):
-    """Fewer queries a tile where each has many blocks: their places are all held at once."""
-    return MERGE | dict(BLOCK_T=max(8, min(MERGE["BLOCK_T"], 2048 // triton.next_power_of_2(S))))
-
-
-def heads_at_once(n_bytes, group, heads):
-    """Query heads per launch, in whole groups, whose partial results, n_bytes a head, fit PARTIAL_BYTES."""
-    return min(heads, group * max(1, PARTIAL_BYTES // (n_bytes * group)))
 
 
 def moba_attend(

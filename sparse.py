@@ -291,14 +291,13 @@ class SnapKV(Dense):
         check(q.shape[1] >= self.window, f"snapkv: window={self.window} is more than the {q.shape[1]} queries that the "
               "cache keeps; make it with new_cache(..., window=)")
         q, Tk, KV = q[:, -self.window:], *k.shape[1:3]
-        drawn = self.random is not None
+        drawn = None if self.random is None else self.forced(chance(dice, self.random, KV, Tk).squeeze(2), lengths)
         if backend.triton_for(k):
             from kernels_sparse import select, snapkv_scores
-            scores = (self.forced(chance(dice, self.random, KV, Tk).squeeze(2), lengths) if drawn
-                      else snapkv_scores(q, k, lengths, self.kernel))
+            scores = snapkv_scores(q, k, lengths, self.kernel) if drawn is None else drawn
             return select(scores, min(self.budget, Tk)).long()
-        scores = chance(dice, self.random, KV, Tk).squeeze(2) if drawn else self.score(q, k, lengths)
-        chosen = top(self.forced(scores, lengths), self.budget)                                # (B, KV, S)
+        scores = self.forced(self.score(q, k, lengths), lengths) if drawn is None else drawn
+        chosen = top(scores, self.budget)                                                      # (B, KV, S)
         ascending = chosen.where(chosen >= 0, Tk).sort(dim=-1).values
         return ascending.where(ascending < Tk, -1)
 
@@ -334,11 +333,11 @@ class Dilated(Dense):
         return keep & (j <= i)
 
     def prefill(self, q, k, v, start, dice):
-        slot = query_slots(q, start)                                                           # (1 or B, Tq)
         if backend.triton_for(v):
             from kernels_dilated import dilated
             q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves them in fp32, behind their norms
             return dilated(q, k, v, first_slots(q, start), self.dilation, self.local, self.initial), None
+        slot = query_slots(q, start)                                                           # (1 or B, Tq)
         if self.local == 0:  # then all queries share their few keys, but for their own
             with torch.autocast(q.device.type, enabled=False):  # few products: fp32 is affordable
                 return self.attend_to_shared(q.float(), k.float(), v.float(), slot).to(v.dtype), None
