@@ -377,14 +377,21 @@ def sized(text, context_len):
     return "+".join(parts)
 
 
-def newest_runs(folder="out"):
-    """Runs of train.py with the newest one's recipe and length, oldest first: after its lesson, both arms of that."""
+SHIPPED = [Path(__file__).parent / "checkpoints" / name for name in ("attention", "memory")]
+
+
+def trained_with(path):
+    """The flags of train.py that made the model, {} if it is not of ours."""
+    record = weights.resolve(path) / "train.json"
+    return json.loads(record.read_text())["settings"] if record.exists() else {}
+
+
+def known_models(folder="out"):
+    """The two checkpoints that come with the code, and the newest run of train.py if it learnt the same task."""
+    task = lambda path: [trained_with(path).get(key) for key in ("context_len", "protocol", "tokenizer")]
     made = {run: weights.resolve(run) / "train.json" for run in Path(folder).glob("*") if any(run.glob("step_*/config.json"))}
-    if not made:
-        raise FileNotFoundError(f"no trained model in {folder}/: run `python train.py` first, or name one with --ckpt")
-    runs = sorted(made, key=lambda run: made[run].stat().st_mtime)
-    settings = {run: json.loads(made[run].read_text())["settings"] for run in runs}
-    return [run for run in runs if all(settings[run][key] == settings[runs[-1]][key] for key in ("recipe", "context_len"))]
+    newest = sorted(made, key=lambda run: made[run].stat().st_mtime)[-1:]
+    return SHIPPED + [run for run in newest if task(run) == task(SHIPPED[0])]
 
 
 def commit():
@@ -395,6 +402,12 @@ def commit():
         return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def device_name(device):
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
 
 
 class Progress:
@@ -428,23 +441,23 @@ def usable_device(text):
 
 
 def flags():
-    parser = argparse.ArgumentParser(description="Accuracy of sparse methods on RULER's needle tasks; with no flags, of what "
-                                     "train.py has just made.", allow_abbrev=False,
+    parser = argparse.ArgumentParser(description="Accuracy of sparse methods on RULER's needle tasks; with no flags, of the "
+                                     "checkpoints that come with the code.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"eval_niah.py: {message}\n")
     add = parser.add_argument
     # what
     add("--ckpt", nargs="+", metavar="PATH", help="models that Transformer.from_pretrained loads, or runs of train.py; "
-        "None: the newest runs in out/")
+        "None: the two that come with the code, and beside them the newest run in out/ if it learnt the same task")
     add("--methods", nargs="+", default=METHODS, metavar="METHOD", help="for sparse.parse, e.g. moba:budget=1/8+snapkv:"
         "budget=1/4; budgets in tokens or of --context_len; block_size and window default to 1/64 of it, 8 to 64; dense is "
         "always added")
     add("--tasks", nargs="+", choices=niah.TASKS, metavar="TASK", help=f"{', '.join(niah.TASKS)}; None: those the first model was trained on, or that fit")
-    add("--samples", type=positive, default=64, help="examples per task; the paper has 500")
+    add("--samples", type=positive, help="examples per task; the paper has 500; None: 200 with a GPU, else 16")
     add("--context_len", type=positive, metavar="TOKENS", help="prompt and answer together; None: the first model's")
     add("--max_new_tokens", type=positive, metavar="TOKENS", help="room for the answer; None: 128 from 2048 on, else 48")
-    add("--protocol", default="base", choices=niah.PROTOCOLS, metavar="PROTOCOL", help="base (RULER's answer prefix) or sft (the "
-        "question alone, for fine-tuned models)")
+    add("--protocol", choices=niah.PROTOCOLS, metavar="PROTOCOL", help="base (RULER's answer prefix) or sft (the question alone, "
+        "for fine-tuned models); None: what the first model was trained on, else base")
     add("--haystack", metavar="FILE", help="text of the essays; None: Python's help pages")
     add("--jsonl", nargs="+", metavar="FILE", help="data files of RULER's own, TASK.jsonl or TASK/validation.jsonl, instead of "
         "generated examples: --tasks, --seed and --haystack then mean nothing")
@@ -467,7 +480,9 @@ def flags():
 def prepare(args):
     """Fill in what was not given, from the models. -> {label: path}, {label: tokenizer}, {method: text}"""
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    args.ckpt = [str(path) for path in args.ckpt or newest_runs()]
+    args.ckpt = [str(path) for path in args.ckpt or known_models()]
+    args.samples = args.samples or (200 if args.device.startswith("cuda") else 16)
+    args.protocol = args.protocol or trained_with(args.ckpt[0]).get("protocol", "base")
     settings = {path: weights.read(path)[0] for path in args.ckpt}  # all, so that a wrong path is known now
     names = [Path(path).absolute().name for path in settings]
     labels = {path if names.count(name) > 1 else name: path for path, name in zip(settings, names)}
@@ -483,8 +498,7 @@ def prepare(args):
 
 def choose_tasks(args, tokenizers):
     """--tasks, else those that train.py trained the first model on, else those that fit in the tokens of every model."""
-    run = weights.resolve(args.ckpt[0]) / "train.json"
-    args.tasks = args.tasks or (json.loads(run.read_text())["settings"].get("tasks") if run.exists() else None)
+    args.tasks = args.tasks or trained_with(args.ckpt[0]).get("tasks")
     fitting = [niah.fitting_tasks(args.context_len, tokenizer, args.protocol, args.max_new_tokens) for tokenizer in tokenizers]
     tasks = args.tasks or [task for task in niah.TASKS if all(task in those for those in fitting)]
     if not tasks:
@@ -528,8 +542,7 @@ def run(args):
         examples = {label: make_examples(args, tokenizer, tasks) for label, tokenizer in tokenizers.items()}
     n_prompts = sum(len(of_task) for by_task in examples.values() for of_task in by_task.values())
     n_methods = len(methods) + len(by_chance) + len(selecting)
-    on_gpu = args.device.startswith("cuda")
-    device = torch.cuda.get_device_name(args.device) if on_gpu else f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+    device = device_name(args.device)
     print(f"{', '.join(labels)}: {n_prompts} prompts of up to {args.context_len} tokens x {n_methods} methods = "
           f"{n_prompts * n_methods:,} answers of up to {args.max_new_tokens}; protocol {args.protocol}; {device}, {args.dtype}")
     print(" ".join(methods.values()), flush=True)

@@ -65,8 +65,8 @@ PRESETS = {
     # ours, over bytes (256 values and the end of text): to train in minutes
     "pico": Config(257, n_layer=2, width=96, n_head=3, n_kv_head=3, mlp_width=256, context_len=512,         # 0.3M
                    rope_theta=10000.0, eos_id=256),
-    "nano": Config(257, n_layer=8, width=512, n_head=8, n_kv_head=8, mlp_width=1408, context_len=2048,      # 26M
-                   rope_theta=10000.0, eos_id=256),
+    "micro": Config(257, n_layer=4, width=384, n_head=6, n_kv_head=6, mlp_width=704, context_len=1024,      # 5.8M
+                    rope_theta=10000.0, eos_id=256),
     # allenai/OLMo-2-0425-1B, -1124-7B, -1124-13B, -0325-32B
     "olmo2-1b": Config(n_layer=16, width=2048, n_head=16, n_kv_head=16, mlp_width=8192, eos_id=100257),     # 1.5B
     "olmo2-7b": Config(n_layer=32, width=4096, n_head=32, n_kv_head=32, mlp_width=11008, eos_id=100257),    # 7.3B
@@ -259,10 +259,10 @@ class Transformer(nn.Module):
         """Write config.json and safetensors into the directory `path`; transformers opens it if it is pure OLMo 2."""
         weights.write(path, self.config, self.state_dict())
 
-    def flops_per_token(self, T):
-        """Forward and backward FLOPs per token at length T: 6 per weight used, and causal attention, halved."""
+    def flops_per_token(self, reads):
+        """Forward and backward FLOPs per token that reads so many entries, T / 2 in dense attention: 6 per weight used, 12 per channel read."""
         used = sum(p.numel() for p in self.parameters()) - (0 if self.config.tied else self.embed_tokens.weight.numel())
-        return 6 * used + 6 * self.config.n_layer * self.config.width * T
+        return 6 * used + 12 * self.config.n_layer * self.config.width * reads
 
 
 def init(module):

@@ -7,9 +7,9 @@ Train a model: from scratch, continued with a memory, or fine-tuned. One loop, o
             one optimizer step
         learning rate: warm-up, then cosine
 
-`python train.py` alone is a lesson of a few minutes: two small models learn to find needles from the same data, one
-with the memory and one without, and are compared. Everything else is flags; `--recipe` sets many at once, and the
-paper's are there: `python train.py --recipe=olmo2-continue --init=OLMo-2-1124-7B --data=shards`.
+`python train.py` alone is a lesson of a few minutes: the small attention model that comes with the code is given a
+memory, trained on, and compared with itself. Everything else is flags; `--recipe` sets many at once, and the paper's are
+there: `python train.py --recipe=olmo2-continue --init=OLMo-2-1124-7B --data=shards`.
 
 A run lives in out/NAME: log.jsonl, a line per step, and step_*/, complete checkpoints that model.Transformer, eval_niah
 and sample load. A run that was stopped, by ctrl-C or kill, goes on with --resume as if it never had: on a CPU to the
@@ -19,8 +19,11 @@ import argparse
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
+import statistics
 import sys
 import time
 from contextlib import nullcontext
@@ -43,14 +46,20 @@ from data import Shards, folder_of, tokenizer_files, tokenizer_of
 from eval_niah import positive, usable_device
 from memory import arl_passes
 from model import PRESETS, Transformer
+from sparse import Dilated
+
+PEAK_FLOPS = 989e12  # of an H100 or H200 a second, dense bf16: what model FLOPs utilisation (MFU) is a share of
 
 # What --recipe sets; a flag given beside it wins. The paper's: arXiv 2605.28640 and the configs of official RAT+.
 RECIPES = {
-    # the lesson of `python train.py`, on a CPU and on a GPU
+    # needles from scratch: in minutes on a GPU to above 95 % in all eight tasks; a toy of two tasks for a CPU
+    "micro": dict(preset="micro", context_len=1024, protocol="sft", drills=0.25, many=0.5, steps=2000, batch=128, device_batch=128,
+                  lr=2e-3, arl=64, log_every=100, eval_every=250, save_every=1000),
     "pico": dict(preset="pico", context_len=512, tasks=["niah_single_1", "niah_single_2"], drills=0.5, many=0.3, steps=1600,
                  batch=4, device_batch=4, lr=3e-3, arl=32, log_every=100, eval_every=200, save_every=700),
-    "nano": dict(preset="nano", context_len=1024, drills=0.3, many=0.5, steps=1500, batch=32, device_batch=32, lr=1e-3, arl=32,
-                 log_every=100, eval_every=250, save_every=500),
+    # a trained attention model given a memory, with a fifth of its tokens
+    "micro-convert": dict(init=str(eval_niah.SHIPPED[0]), memory="on", context_len=1024, protocol="sft", many=0.5, steps=400, batch=128,
+                          device_batch=128, lr=1e-3, memory_lr=1e-2, arl=64, log_every=50, eval_every=100, save_every=200),
     # OLMo 2 continued with a memory: 10B tokens of FineWeb-Edu, 768 x 4096 a step
     "olmo2-continue": dict(data=None, memory="on", context_len=4096, steps=3179, batch=768, device_batch=1, lr=6e-5, memory_lr=6e-4,
                            min_lr=1e-6, warmup=0.02, arl=64),
@@ -64,6 +73,8 @@ RECIPES = {
                        warmup=0.05, arl=64),
 }
 
+CPU_LESSON = ["--steps=60", "--batch=4", "--device_batch=4", "--log_every=5", "--eval_every=30"]  # of two cores: a few minutes
+
 
 def flags():
     parser = argparse.ArgumentParser(description="Train a model; with no flags, a lesson of a few minutes.", allow_abbrev=False,
@@ -76,6 +87,8 @@ def flags():
     add("--init", metavar="PATH", help="or a model to start from: anything that Transformer.from_pretrained loads")
     add("--memory", choices=["on", "off"], help="the decaying memory: on adds one to an --init without; None: as it is")
     add("--arl", type=int, metavar="TOKENS", help="length that ARL teaches the memory, 0 for none; None: 64 with a memory")
+    add("--joint", type=int, default=0, metavar="TOKENS", help="before each dense pass one that sees so many tokens back, as official "
+        "RAT+ gives its attention baseline to match ARL's cost (64); 0: none")
     # on what
     add("--data", default="niah", metavar="niah|DIR", help="needles made on the fly, or token shards that data.py wrote")
     add("--tokenizer", metavar="SPEC", help="as in data.py; None: the one beside --init, bytes for our presets")
@@ -140,6 +153,8 @@ def parse(argv):
     on_gpu = args.device.startswith("cuda")
     args.compile = args.compile or ("on" if on_gpu else "off")
     args.workers = args.workers if args.workers is not None else (8 if on_gpu else 0)
+    if args.arl and args.joint:
+        parser.error("--joint is attention's stand-in for ARL: give one of --joint and --arl")
     return args
 
 
@@ -167,6 +182,15 @@ def make_model(args, checkpoint=None):
     if args.arl and not model.config.memory:
         raise ValueError("--arl teaches a memory, and this model has none: add --memory=on or --arl=0")
     return model
+
+
+def passes_of(args):
+    """-> (sparse method, entries a token reads on average) of each optimizer step on a batch."""
+    T = args.context_len
+    first = [(method, T / 2 / args.arl) for method in arl_passes(args.arl)[:-1]]
+    if args.joint:
+        first = [(Dilated(dilation=None, local=args.joint, initial=0), min(args.joint, T / 2))]
+    return first + [(None, T / 2)]
 
 
 class Needles(torch.utils.data.Dataset):
@@ -287,11 +311,12 @@ MAY_CHANGE = {"resume", "device", "kernels", "workers", "compile", "device_batch
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gather what fully_shard has spread
 
 
-def save(run, step, model, optimizer, args, beside, rank):
+def save(run, model, optimizer, record, beside, rank):
     """
     run/step_N: the model as save_pretrained writes it, the files `beside` it (its tokenizer's), optimizer.safetensors and
-    train.json. Whole or not at all.
+    the record as train.json. Whole or not at all.
     """
+    step = record["step"]
     state, momenta = get_model_state_dict(model, options=WHOLE), get_optimizer_state_dict(model, optimizer, options=WHOLE)
     if rank == 0:
         final, temporary = run / f"step_{step:07d}", run / f".step_{step:07d}.tmp"
@@ -302,7 +327,7 @@ def save(run, step, model, optimizer, args, beside, rank):
             weights.whole_or_nothing(temporary / "optimizer.safetensors", lambda file: save_file(flat, file))
             for file in beside:
                 shutil.copy(file, temporary)
-            (temporary / "train.json").write_text(json.dumps({"step": step, "settings": vars(args)}, indent=1))
+            (temporary / "train.json").write_text(json.dumps(record, indent=1))
             os.rename(temporary, final)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -311,6 +336,15 @@ def save(run, step, model, optimizer, args, beside, rank):
             shutil.rmtree(old)
     if dist.is_initialized():
         dist.barrier()
+
+
+def record_of(step, durations, flops, args):
+    """What a checkpoint tells of its making; None where nobody knows. durations: seconds of each step. flops: of a step."""
+    seconds = statistics.median(durations)
+    peak = PEAK_FLOPS * int(os.environ.get("WORLD_SIZE", 1)) if re.search("H[12]00", eval_niah.device_name(args.device)) else None
+    return {"step": step, "settings": vars(args), "command": shlex.join(["python", *sys.argv]), "commit": eval_niah.commit(),
+            "device": eval_niah.device_name(args.device), "torch": torch.__version__, "step_seconds": round(seconds, 5),
+            "tokens_per_second": round(args.batch * args.context_len / seconds), "mfu": peak and round(flops / seconds / peak, 4)}
 
 
 def newest(run, resume):
@@ -369,8 +403,9 @@ def train(args):
     if args.preset:
         model.config = replace(model.config, context_len=args.context_len)
     model.to(args.device)
-    n_parameters, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token(args.context_len)
-    passes = arl_passes(args.arl)
+    n_parameters, passes = sum(p.numel() for p in model.parameters()), passes_of(args)
+    per_step = args.batch * args.context_len
+    flops = per_step * sum(model.flops_per_token(reads) for _, reads in passes)
     if args.compile == "on":
         for layer in model.layers:
             layer.compile()
@@ -382,14 +417,13 @@ def train(args):
     if checkpoint:
         restore_optimizer(checkpoint, model, optimizer)
     autocast = torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext()
-    per_step = args.batch * args.context_len
     say(f"{run}: {n_parameters / 1e6:.1f}M parameters, memory {'on' if model.config.memory else 'off'}, "
-        f"ARL {args.arl or 'off'}; {args.steps} steps of {args.batch} x {args.context_len} = {per_step:,} tokens "
+        f"ARL {args.arl or 'off'}{f', joint window {args.joint}' if args.joint else ''}; {args.steps} steps of {args.batch} x {args.context_len} = {per_step:,} tokens "
         f"({world} x {args.device_batch} x {args.batch // world // args.device_batch} accumulated), "
-        f"{len(passes)} pass{'es' if len(passes) > 1 else ''} each, {flops * per_step * len(passes) / 1e12:.2f} TFLOP a step")
+        f"{len(passes)} pass{'es' if len(passes) > 1 else ''} each, {flops / 1e12:.2f} TFLOP a step")
     if isinstance(training, Needles):
         say(f"{run}: needles of {', '.join(niah.TASKS[task].short for task in training.tasks)}")
-    what = "answer tokens" if isinstance(training, Needles) else "tokens"
+    first_pass, what = "arl" if args.arl else "joint", "answer tokens" if isinstance(training, Needles) else "tokens"
     if first_step:
         say(f"{run}: goes on from {checkpoint}")
 
@@ -403,7 +437,8 @@ def train(args):
     stop = []  # ctrl-C and kill end the run after the step, with a checkpoint
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
 
-    started, step, stopped = time.time(), first_step, False
+    started, step, stopped, durations = time.time(), first_step, False, []
+    since = started
     for step, (tokens, weight) in enumerate(batches(training, args, first_step, rank, world), start=first_step + 1):
         tokens, weight = tokens.to(args.device, non_blocking=True), weight.to(args.device, non_blocking=True)
         whole_weight, = summed(weight[:, 1:].sum().item())
@@ -411,7 +446,7 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * scale
         entry = {"step": step, "lr": args.lr * scale}
-        for sparse in passes:
+        for sparse, _ in passes:
             loss = 0.0
             for rows in torch.arange(len(tokens)).split(args.device_batch):
                 part = weighted_loss(model, tokens[rows], weight[rows], sparse, autocast) / whole_weight
@@ -421,10 +456,11 @@ def train(args):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
             optimizer.zero_grad()
-            label = "loss" if sparse is None else "arl_loss"
+            label = "loss" if sparse is None else f"{first_pass}_loss"
             entry[label], = summed(loss.item())
             if not math.isfinite(entry[label]):
                 raise FloatingPointError(f"{label} is {entry[label]} at step {step}: lower --lr; the last checkpoint is unharmed")
+        durations.append(time.time() - since)
         entry |= {"grad_norm": float(norm), "seconds": round(time.time() - started, 2)}
         stopped = summed(len(stop))[0] > 0  # all leave together, though a signal may have reached one process alone
         last = step == args.steps or stopped
@@ -434,16 +470,17 @@ def train(args):
             log.write(json.dumps(entry) + "\n")
             log.flush()
         if step % args.log_every == 0 or last or step == 1:
-            speed = (step - first_step) * per_step / (time.time() - started)
+            speed = per_step / statistics.median(durations[-100:])
             left = (args.steps - step) * per_step / speed / 60
             say(f"step {step:>5}  loss {entry['loss']:.3f}"
-                + (f"  arl {entry['arl_loss']:.3f}" if "arl_loss" in entry else "")
+                + (f"  {first_pass} {entry[f'{first_pass}_loss']:.3f}" if len(passes) > 1 else "")
                 + (f"  validation {entry['val_loss']:.3f}, {entry['val_accuracy']:.1%} of {what} right" if "val_loss" in entry else "")
                 + f"  lr {entry['lr']:.1e}  norm {entry['grad_norm']:.2f}  {speed:,.0f} tokens/s  {left:.1f} min left", flush=True)
         if step % args.save_every == 0 or last:
-            save(run, step, model, optimizer, args, beside, rank)
+            save(run, model, optimizer, record_of(step, durations, flops, args), beside, rank)
         if stopped:
             break
+        since = time.time()
     if log:
         log.close()
     for number, handler in handlers.items():
@@ -452,29 +489,25 @@ def train(args):
         say(f"{run}: stopped after step {step}; go on with the same command{'' if args.resume else ' and --resume'}")
         sys.exit(130)
     checkpoint = weights.resolve(run)
-    say(f"{run}: done, {checkpoint}")
+    made = json.loads((checkpoint / "train.json").read_text())
+    say(f"{run}: done, {checkpoint}; {made['tokens_per_second']:,} tokens/s" + (f", MFU {made['mfu']:.1%}" if made["mfu"] else ""))
     return checkpoint, json.loads(log_file.read_text().splitlines()[-1])
 
 
 # ---------------------------------------------------------------- python train.py
 
 def lesson():
-    """The same needles, in the same order, for a model without and one with the memory; then both are asked for some."""
-    recipe = "nano" if torch.cuda.is_available() else "pico"
-    print(f"Two models from scratch, recipe {recipe}: 'attention' is OLMo 2's form, 'memory' the same with Eq. 1 on its keys "
-          "and values. Ctrl-C stops; the same command goes on.\n")
-    results = {}
-    for name, memory in ("attention", "off"), ("memory", "on"):
-        args = parse([f"--recipe={recipe}", f"--memory={memory}", f"--name={name}", "--resume"])
-        results[name] = *train(args), args
-        print()
+    """The attention checkpoint that comes with the code is given a memory and trained on; then both are asked for needles."""
+    on_gpu = torch.cuda.is_available()
+    args = parse(["--recipe=micro-convert", "--name=converted", "--resume"] + ([] if on_gpu else CPU_LESSON))
+    print("checkpoints/attention, trained without a memory, gets one (Eq. 1 on its keys and values) and goes on: each batch once "
+          "through the memory alone (ARL), once dense. Ctrl-C stops; the same command goes on.\n")
+    train(args)
     if int(os.environ.get("RANK", 0)):
         return
-    for name, (checkpoint, last, args) in results.items():
-        print(f"{name:10} loss per answer token {last['val_loss']:.2f}, {last['val_accuracy']:.0%} of answer tokens right")
-    print("\nNow they write their answers themselves, reading all of the prompt or a quarter of it:\n")
-    eval_niah.main(["--ckpt", *(str(Path(args.out) / name) for name in results), "--samples=32",
-                    "--methods", "quest:budget=1/4", "--out=out/lesson"])
+    print("\nBoth find needles, reading all of the prompt or a sixteenth of it:\n")
+    eval_niah.main(["--ckpt", args.init, str(Path(args.out) / args.name), "--methods", "quest:budget=1/16", "moba:budget=1/16",
+                    "--out=out/lesson"])
     print("\nNext: python eval_niah.py (all methods and budgets)   python sample.py (one prompt, to read)")
 
 

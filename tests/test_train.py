@@ -21,6 +21,7 @@ import train
 import weights
 from conftest import ORACLE
 from model import PRESETS, Config, Transformer
+from sparse import Dilated
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 TINY = Config(257, n_layer=1, width=32, n_head=2, n_kv_head=2, mlp_width=64, context_len=512, eos_id=256)
@@ -260,14 +261,34 @@ def test_loss_that_is_not_finite_stops_the_run():
         run("--name=nan", "--lr=1e30", "--clip=1e30", "--steps=20")
 
 
-def test_lesson_trains_both_models_and_compares_them(monkeypatch, capsys):
+def test_joint_pass_sees_the_window_alone(monkeypatch):
+    """A baseline whose extra pass is dense too, or whose FLOPs are counted as if it were."""
+    args = train.parse([*BASE, "--memory=off", "--arl=0", "--joint=64", "--context_len=512"])
+    (window, reads), (dense, all_reads) = train.passes_of(args)
+    assert window == Dilated(dilation=None, local=64, initial=0) and dense is None and (reads, all_reads) == (64, 256)
+    _, last = run("--name=joint", "--memory=off", "--arl=0", "--joint=64")
+    assert {"loss", "joint_loss"} <= last.keys()
+
+
+def test_a_checkpoint_tells_how_it_was_made():
+    checkpoint, _ = run("--name=told")
+    record = json.loads((checkpoint / "train.json").read_text())
+    assert {"step", "settings", "command", "commit", "device", "torch", "step_seconds", "tokens_per_second", "mfu"} == record.keys()
+    assert record["tokens_per_second"] == pytest.approx(4 * 512 / record["step_seconds"], rel=0.01) and record["mfu"] is None
+
+
+def test_lesson_gives_the_checkpoint_a_memory_and_compares(monkeypatch, capsys, tmp_path):
     """`python train.py` without a flag, in small: it ends with a table, and again without training."""
-    monkeypatch.setitem(train.RECIPES, "pico", {**train.RECIPES["pico"], "steps": 2})
+    shipped = tmp_path / "checkpoints" / "attention"
+    Transformer(TINY).save_pretrained(shipped)
+    recipe = {**train.RECIPES["micro-convert"], "init": str(shipped), "context_len": 512, "tasks": ["niah_single_1"]}
+    monkeypatch.setitem(train.RECIPES, "micro-convert", recipe)
+    monkeypatch.setattr(train, "CPU_LESSON", ["--steps=2", "--batch=4", "--device_batch=4"])
     monkeypatch.setattr(train.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(eval_niah.niah, "default_new_tokens", lambda context_len: 12)
     for _ in range(2):
         train.lesson()
         text = capsys.readouterr().out
-        assert "attention" in text and "memory" in text and "quest" in text and "python eval_niah.py" in text
+        assert "attention" in text and "converted - attention" in text and "quest" in text and "python eval_niah.py" in text
     assert "goes on from" in text
-    assert weights.resolve("out/memory").name == "step_0000002"
+    assert weights.resolve("out/converted").name == "step_0000002"

@@ -1,0 +1,291 @@
+"""
+The paper's result from scratch: each backbone trained with several seeds, asked under every method, compared in one table.
+
+    for each arm and seed:   train.py       ->  out/reproduce/ARM-SEED            skipped if it is there
+                             eval_niah.py   ->  results/reproduce/ARM-SEED.json   likewise
+    then the summary         results/reproduce/summary.md, summary.json, accuracy.png, hits.png
+
+All arms see the same samples in the same order: a sample is a function of the seed and its index (niah.py). They differ in
+what the issue is, the memory, and in what makes that a fair question:
+
+    attention   OLMo 2's form                                     one optimizer step per batch
+    joint       attention, and before each dense step one         the extra step that official RAT+ gives its baseline
+                that sees 64 tokens back
+    long        attention for as long as memory takes             equal wall-clock
+    memory      Eq. 1 on keys and values, with ARL                two steps per batch
+    converted   attention of the same seed, given a memory        the paper's OLMo 2 path; a fifth of the batches more
+
+A model is "ahead" in a cell if the difference of the means exceeds the spread: the larger of the two standard deviations
+over seeds. `python reproduce.py` does all of it, one run per visible GPU at a time; --arms and --seeds do a part, and the
+summary is made of what is there. --ship writes checkpoints/ from seed 0. Checked in tests/test_reproduce.py.
+"""
+import argparse
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+
+import torch
+
+import eval_niah
+import niah
+import weights
+from model import Transformer
+
+ROOT = Path(__file__).parent
+ARMS = {  # flags of train.py; {seed} is filled in
+    "attention": "--recipe=micro --memory=off",
+    "joint": "--recipe=micro --memory=off --joint=64",
+    "long": "--recipe=micro --memory=off --steps=4200",
+    "memory": "--recipe=micro --memory=on",
+    "converted": "--recipe=micro-convert --init=out/reproduce/attention-{seed}",
+}
+# blocks and window are 1/64 of the 1,024 tokens, as the paper's 64 of 4,096, unless the name says otherwise
+NINE = eval_niah.METHODS
+OTHERS = ["quest:budget=1/64,block_size=4", "moba:budget=1/4,block_size=32", "moba:budget=1/8,block_size=32",
+          *(f"dilated:dilation={d},local=64,initial=4" for d in (4, 16, 64)),
+          "dilated:dilation=none,local=251,initial=4"]  # StreamingLLM: 256 entries, the query's own included
+
+
+# ---------------------------------------------------------------- one run
+
+def do(arm, seed, gpu, args):
+    """Train and evaluate, unless it is done. Output goes to a log; a failure is one line that names it."""
+    run, result = Path("out/reproduce") / f"{arm}-{seed}", Path(args.results) / f"{arm}-{seed}.json"
+    for folder in run.parent, result.parent:
+        folder.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
+    train = ["train.py", *ARMS[arm].format(seed=seed).split(), f"--seed={seed}", "--out=out/reproduce", f"--name={run.name}", "--resume"]
+    evaluate = ["eval_niah.py", "--ckpt", str(run), "--methods", *NINE, *OTHERS, "--hits", f"--random={args.random}",
+                f"--samples={args.samples}", f"--batch={args.batch}", f"--out={run}/niah", "--json", str(result)]
+    for command in [train + shlex.split(args.train)] * (not finished(run)) + [evaluate] * (not answered(result)):
+        started, log = time.time(), run.with_suffix(".log")
+        print(f"{run.name}: python {shlex.join(command)}", flush=True)
+        with open(log, "a") as file:
+            code = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=file).returncode
+        if code:
+            raise ValueError(f"{run.name}: {command[0]} ended with code {code}; see {log}. What is finished is kept")
+        print(f"{run.name}: {command[0]} took {(time.time() - started) / 60:.1f} min", flush=True)
+
+
+def finished(run):
+    """Whether the run has seen all its steps."""
+    record = weights.resolve(run) / "train.json"
+    if not record.exists():
+        return False
+    made = json.loads(record.read_text())
+    return made["step"] == made["settings"]["steps"]
+
+
+def answered(result):
+    return result.exists() and json.loads(result.read_text())["finished"]
+
+
+def do_all(arms, args):
+    """One run per GPU at a time; converted ones after the attention models that they start from."""
+    gpus = Queue()
+    for gpu in range(torch.cuda.device_count()) if torch.cuda.is_available() else [None]:
+        gpus.put(gpu)
+
+    def job(arm, seed):
+        gpu = gpus.get()
+        try:
+            do(arm, seed, gpu, args)
+        finally:
+            gpus.put(gpu)
+    for phase in [arm for arm in arms if arm != "converted"], [arm for arm in arms if arm == "converted"]:
+        with ThreadPoolExecutor(gpus.qsize()) as pool:
+            jobs = [pool.submit(job, arm, seed) for seed in args.seeds for arm in phase]
+            try:
+                for future in jobs:
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+# ---------------------------------------------------------------- the summary
+
+def read_results(folder):
+    """{arm: {seed: report of eval_niah.py}}, in the order of ARMS."""
+    found = {arm: {} for arm in ARMS}
+    for file in sorted(Path(folder).glob("*-*.json")):
+        arm, _, seed = file.stem.rpartition("-")
+        if arm in found and answered(file):
+            found[arm][int(seed)] = json.loads(file.read_text())
+    return {arm: reports for arm, reports in found.items() if reports}
+
+
+def means(report, score="ruler"):
+    """{method: mean over tasks} in percent; chosen by chance (H2): {method + " by chance": likewise, over its draws}."""
+    cells = {}
+    for row in report["results"]:
+        name = row["method"] + ("" if row["random"] is None else " by chance")
+        cells.setdefault(name, []).append(row[score][0])
+    return {name: statistics.fmean(values) for name, values in cells.items()}
+
+
+def hit_rates(report):
+    """H1: {method: hit rates of all heads, mean over tasks, best first}"""
+    cells = {}
+    for row in report["results"]:
+        if row["hits"]:
+            cells.setdefault(row["method"], []).append(torch.tensor(row["hits"]).flatten())
+    return {method: torch.stack(rates).mean(0).sort(descending=True).values for method, rates in cells.items()}
+
+
+def spread(values):
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def summarise(found):
+    """{"scores": {arm: {method: [per seed]}}, "hits": the same of the best 5 % of heads, "ahead": {arm: {method: bool}}, ...}"""
+    over_seeds = lambda of: {arm: transpose([of(report) for report in reports.values()]) for arm, reports in found.items()}
+    scores = over_seeds(means)
+    hits = over_seeds(lambda report: {m: 100 * float(eval_niah.best_heads(rates)) for m, rates in hit_rates(report).items()})
+    ahead = {}
+    for arm in scores.keys() - {"attention"} if "attention" in scores else ():
+        for method, values in scores[arm].items():
+            base = scores["attention"][method]
+            gain, noise = statistics.fmean(values) - statistics.fmean(base), max(spread(values), spread(base))
+            ahead.setdefault(arm, {})[method] = {"gain": gain, "noise": noise, "ahead": gain > noise}
+    runs = {arm: {seed: {key: report[key] for key in ("command", "commit", "device", "torch")} for seed, report in reports.items()}
+            for arm, reports in found.items()}
+    return {"scores": scores, "hits": hits, "against_attention": ahead, "runs": runs}
+
+
+def transpose(dicts):
+    """[{key: x}] -> {key: [x]}"""
+    return {key: [each[key] for each in dicts] for key in dicts[0]}
+
+
+def markdown(summary, found):
+    cell = lambda values: f"{statistics.fmean(values):.1f} ± {spread(values):.1f}"
+    seeds = ", ".join(f"{arm} {len(reports)}" for arm, reports in found.items())
+    settings = next(iter(next(iter(found.values())).values()))["settings"]
+    lines = [f"RULER's score, %, mean of eight tasks: mean and standard deviation over seeds ({seeds}); {settings['samples']} samples a "
+             f"task, protocol {settings['protocol']}, context {settings['context_len']}.", ""]
+
+    def rows(kind, methods):
+        arms = [arm for arm in summary[kind] if summary[kind][arm]]
+        yield "| | " + " | ".join(arms) + " | memory - attention |"
+        yield "|---|" + "---|" * (len(arms) + 1)
+        for method in methods:
+            values = {arm: summary[kind][arm].get(method) for arm in arms}
+            gap = ""
+            if values.get("memory") and values.get("attention"):
+                gain = statistics.fmean(values["memory"]) - statistics.fmean(values["attention"])
+                gap = f"{gain:+.1f}"
+                gap = f"**{gap}**" if gain > max(spread(values["memory"]), spread(values["attention"])) else gap
+            yield f"| {method} | " + " | ".join(cell(v) if v else "" for v in values.values()) + f" | {gap} |"
+    first = next(iter(summary["scores"].values()))
+    lines += rows("scores", [m for m in first if not m.endswith(" by chance")])
+    lines += ["", "H2, entries chosen by chance:", "", *rows("scores", [m for m in first if m.endswith(" by chance")])]
+    lines += ["", "H1, hit rate of the best 5 % of heads, %:", "", *rows("hits", next(iter(summary["hits"].values())))]
+    return "\n".join(lines) + "\n"
+
+
+def plots(found, folder):
+    """accuracy.png: score by budget, a row per method and a column per task. hits.png: hit rates by rank of the head."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plots: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    kinds, tasks = ("quest", "moba", "snapkv"), list(niah.TASKS)
+    nine = list(summarised_names(found))
+    figure, axes = plt.subplots(3, 8, figsize=(20, 7.5), sharex=True, sharey=True)
+    for kind, row in zip(kinds, axes):
+        methods = [method for method in nine if method.startswith(kind)][:3]
+        for task, axis in zip(tasks, row):
+            for arm, reports in found.items():
+                per_seed = [[cell["ruler"][0] for method in methods for cell in report["results"]
+                             if (cell["method"], cell["task"], cell["random"]) == (method, task, None)] for report in reports.values()]
+                columns = list(zip(*per_seed))
+                axis.errorbar([0, 1, 2], [statistics.fmean(c) for c in columns], [spread(c) for c in columns], marker="o", ms=4,
+                              capsize=2, label=arm)
+            axis.set(title=f"{kind} {niah.TASKS[task].short}", ylim=(-4, 104), xticks=[0, 1, 2], xticklabels=eval_niah.BUDGETS)
+    axes[0, 0].legend(fontsize=8)
+    for row in axes:
+        row[0].set_ylabel("RULER's score, %")
+    for axis in axes[-1]:
+        axis.set_xlabel("budget")
+    figure.tight_layout()
+    figure.savefig(folder / "accuracy.png", dpi=110)
+
+    with_hits = [method for method in nine if not method.startswith("moba")]
+    figure, axes = plt.subplots(1, len(with_hits), figsize=(3.2 * len(with_hits), 3.2), sharey=True)
+    for method, axis in zip(with_hits, axes):
+        for arm, reports in found.items():
+            rates = torch.stack([hit_rates(report)[method] for report in reports.values()]).mean(0)
+            axis.plot(range(1, len(rates) + 1), 100 * rates, label=arm)
+        axis.set(title=method.split(",")[0], xlabel="head, best first")
+    axes[0].set_ylabel("answers hit, %")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(folder / "hits.png", dpi=110)
+
+
+def summarised_names(found):
+    """The nine methods as the reports spell them, sizes filled in."""
+    report = next(iter(next(iter(found.values())).values()))
+    sized = [eval_niah.sized(method, report["settings"]["context_len"]) for method in NINE]
+    return [method for method in report["settings"]["methods"] if method in sized]
+
+
+# ---------------------------------------------------------------- python reproduce.py
+
+def ship():
+    """checkpoints/: seed 0 of attention and memory in bf16, with train.json, which tells how they were made."""
+    for arm in "attention", "memory":
+        source, folder = weights.resolve(f"out/reproduce/{arm}-0"), ROOT / "checkpoints" / arm
+        Transformer.from_pretrained(source, torch.bfloat16).save_pretrained(folder)
+        shutil.copy(source / "train.json", folder)
+        print(f"{source} in bf16: {folder}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The paper's comparison from scratch.", allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"reproduce.py: {message}\n")
+    add = parser.add_argument
+    add("--arms", nargs="*", choices=ARMS, default=list(ARMS), metavar="ARM", help="which to train and evaluate: " + ", ".join(ARMS) +
+        "; none: only the summary of what is there")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of weights and training data")
+    add("--samples", type=eval_niah.positive, default=200, help="examples per task; the same for all runs")
+    add("--random", type=eval_niah.positive, default=5, metavar="SEEDS", help="H2: draws of a selection by chance")
+    add("--batch", type=eval_niah.positive, default=200, help="prompts at a time in the evaluation")
+    add("--train", default="", metavar="FLAGS", help="more flags of train.py, for every run: --train='--steps=2 --batch=2' is a trial")
+    add("--results", default="results/reproduce", metavar="DIR", help="where the JSON of each run and the summary go")
+    add("--ship", action="store_true", help="at the end, write checkpoints/ from seed 0")
+    args = parser.parse_args()
+    try:
+        do_all(args.arms, args)
+        found = read_results(args.results)
+        if not found:
+            raise ValueError(f"{args.results} holds no finished run: name --arms to make some")
+        summary, folder = summarise(found), Path(args.results)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        text = markdown(summary, found)
+        (folder / "summary.md").write_text(text)
+        print("\n" + text)
+        plots(found, folder)
+        if args.ship:
+            ship()
+    except (ValueError, OSError) as error:
+        parser.error(error)
+    except KeyboardInterrupt:
+        parser.exit(130, "\nreproduce.py: interrupted; what is finished is kept, and the same command goes on\n")
+
+
+if __name__ == "__main__":
+    main()
