@@ -377,21 +377,20 @@ def sized(text, context_len):
     return "+".join(parts)
 
 
-SHIPPED = [Path(__file__).parent / "checkpoints" / name for name in ("attention", "memory")]
-
-
 def trained_with(path):
     """The flags of train.py that made the model, {} if it is not of ours."""
     record = weights.resolve(path) / "train.json"
     return json.loads(record.read_text())["settings"] if record.exists() else {}
 
 
-def known_models(folder="out"):
-    """The two checkpoints that come with the code, and the newest run of train.py if it learnt the same task."""
-    task = lambda path: [trained_with(path).get(key) for key in ("context_len", "protocol", "tokenizer")]
+def newest_runs(folder="out"):
+    """Runs of train.py with the newest one's recipe and length, oldest first: after its lesson, both arms of that."""
     made = {run: weights.resolve(run) / "train.json" for run in Path(folder).glob("*") if any(run.glob("step_*/config.json"))}
-    newest = sorted(made, key=lambda run: made[run].stat().st_mtime)[-1:]
-    return SHIPPED + [run for run in newest if task(run) == task(SHIPPED[0])]
+    if not made:
+        raise FileNotFoundError(f"no trained model in {folder}/: run `python train.py` first, or name one with --ckpt")
+    runs = sorted(made, key=lambda run: made[run].stat().st_mtime)
+    newest = trained_with(runs[-1])
+    return [run for run in runs if all(trained_with(run)[key] == newest[key] for key in ("recipe", "context_len"))]
 
 
 def commit():
@@ -441,19 +440,19 @@ def usable_device(text):
 
 
 def flags():
-    parser = argparse.ArgumentParser(description="Accuracy of sparse methods on RULER's needle tasks; with no flags, of the "
-                                     "checkpoints that come with the code.", allow_abbrev=False,
+    parser = argparse.ArgumentParser(description="Accuracy of sparse methods on RULER's needle tasks; with no flags, of what "
+                                     "train.py has just made.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"eval_niah.py: {message}\n")
     add = parser.add_argument
     # what
     add("--ckpt", nargs="+", metavar="PATH", help="models that Transformer.from_pretrained loads, or runs of train.py; "
-        "None: the two that come with the code, and beside them the newest run in out/ if it learnt the same task")
+        "None: the newest runs in out/")
     add("--methods", nargs="+", default=METHODS, metavar="METHOD", help="for sparse.parse, e.g. moba:budget=1/8+snapkv:"
         "budget=1/4; budgets in tokens or of --context_len; block_size and window default to 1/64 of it, 8 to 64; dense is "
         "always added")
     add("--tasks", nargs="+", choices=niah.TASKS, metavar="TASK", help=f"{', '.join(niah.TASKS)}; None: those the first model was trained on, or that fit")
-    add("--samples", type=positive, help="examples per task; the paper has 500; None: 200 with a GPU, else 16")
+    add("--samples", type=positive, default=64, help="examples per task; the paper has 500")
     add("--context_len", type=positive, metavar="TOKENS", help="prompt and answer together; None: the first model's")
     add("--max_new_tokens", type=positive, metavar="TOKENS", help="room for the answer; None: 128 from 2048 on, else 48")
     add("--protocol", choices=niah.PROTOCOLS, metavar="PROTOCOL", help="base (RULER's answer prefix) or sft (the question alone, "
@@ -480,8 +479,7 @@ def flags():
 def prepare(args):
     """Fill in what was not given, from the models. -> {label: path}, {label: tokenizer}, {method: text}"""
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    args.ckpt = [str(path) for path in args.ckpt or known_models()]
-    args.samples = args.samples or (200 if args.device.startswith("cuda") else 16)
+    args.ckpt = [str(path) for path in args.ckpt or newest_runs()]
     args.protocol = args.protocol or trained_with(args.ckpt[0]).get("protocol", "base")
     settings = {path: weights.read(path)[0] for path in args.ckpt}  # all, so that a wrong path is known now
     names = [Path(path).absolute().name for path in settings]

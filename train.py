@@ -7,9 +7,9 @@ Train a model: from scratch, continued with a memory, or fine-tuned. One loop, o
             one optimizer step
         learning rate: warm-up, then cosine
 
-`python train.py` alone is a lesson of a few minutes: the small attention model that comes with the code is given a
-memory, trained on, and compared with itself. Everything else is flags; `--recipe` sets many at once, and the paper's are
-there: `python train.py --recipe=olmo2-continue --init=OLMo-2-1124-7B --data=shards`.
+`python train.py` alone is a lesson of a few minutes: two small models learn to find needles from the same data, one
+with the memory and one without, and are compared. Everything else is flags; `--recipe` sets many at once, and the
+paper's are there: `python train.py --recipe=olmo2-continue --init=OLMo-2-1124-7B --data=shards`.
 
 A run lives in out/NAME: log.jsonl, a line per step, and step_*/, complete checkpoints that model.Transformer, eval_niah
 and sample load. A run that was stopped, by ctrl-C or kill, goes on with --resume as if it never had: on a CPU to the
@@ -58,7 +58,7 @@ RECIPES = {
     "pico": dict(preset="pico", context_len=512, tasks=["niah_single_1", "niah_single_2"], drills=0.5, many=0.3, steps=1600,
                  batch=4, device_batch=4, lr=3e-3, arl=32, log_every=100, eval_every=200, save_every=700),
     # a trained attention model given a memory, with a fifth of its tokens
-    "micro-convert": dict(init=str(eval_niah.SHIPPED[0]), memory="on", context_len=1024, protocol="sft", many=0.5, steps=400, batch=128,
+    "micro-convert": dict(init="out/micro", memory="on", context_len=1024, protocol="sft", many=0.5, steps=400, batch=128,
                           device_batch=128, lr=1e-3, memory_lr=1e-2, arl=64, log_every=50, eval_every=100, save_every=200),
     # OLMo 2 continued with a memory: 10B tokens of FineWeb-Edu, 768 x 4096 a step
     "olmo2-continue": dict(data=None, memory="on", context_len=4096, steps=3179, batch=768, device_batch=1, lr=6e-5, memory_lr=6e-4,
@@ -72,8 +72,6 @@ RECIPES = {
     "ratplus-7b": dict(data=None, preset="ratplus-7b", context_len=4096, steps=31789, batch=768, device_batch=1, lr=6e-4, min_lr=1e-6,
                        warmup=0.05, arl=64),
 }
-
-CPU_LESSON = ["--steps=60", "--batch=4", "--device_batch=4", "--log_every=5", "--eval_every=30"]  # of two cores: a few minutes
 
 
 def flags():
@@ -497,17 +495,22 @@ def train(args):
 # ---------------------------------------------------------------- python train.py
 
 def lesson():
-    """The attention checkpoint that comes with the code is given a memory and trained on; then both are asked for needles."""
-    on_gpu = torch.cuda.is_available()
-    args = parse(["--recipe=micro-convert", "--name=converted", "--resume"] + ([] if on_gpu else CPU_LESSON))
-    print("checkpoints/attention, trained without a memory, gets one (Eq. 1 on its keys and values) and goes on: each batch once "
-          "through the memory alone (ARL), once dense. Ctrl-C stops; the same command goes on.\n")
-    train(args)
+    """The same needles, in the same order, for a model without and one with the memory; then both are asked for some."""
+    recipe = "micro" if torch.cuda.is_available() else "pico"
+    print(f"Two models from scratch, recipe {recipe}: 'attention' is OLMo 2's form, 'memory' the same with Eq. 1 on its keys "
+          "and values. Ctrl-C stops; the same command goes on.\n")
+    results = {}
+    for name, memory in ("attention", "off"), ("memory", "on"):
+        args = parse([f"--recipe={recipe}", f"--memory={memory}", f"--name={name}", "--resume"])
+        results[name] = *train(args), args
+        print()
     if int(os.environ.get("RANK", 0)):
         return
-    print("\nBoth find needles, reading all of the prompt or a sixteenth of it:\n")
-    eval_niah.main(["--ckpt", args.init, str(Path(args.out) / args.name), "--methods", "quest:budget=1/16", "moba:budget=1/16",
-                    "--out=out/lesson"])
+    for name, (checkpoint, last, args) in results.items():
+        print(f"{name:10} loss per answer token {last['val_loss']:.2f}, {last['val_accuracy']:.0%} of answer tokens right")
+    print("\nNow they write their answers themselves, reading all of the prompt or a quarter of it:\n")
+    eval_niah.main(["--ckpt", *(str(Path(args.out) / name) for name in results), "--samples=32",
+                    "--methods", "quest:budget=1/4", "--out=out/lesson"])
     print("\nNext: python eval_niah.py (all methods and budgets)   python sample.py (one prompt, to read)")
 
 

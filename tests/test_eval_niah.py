@@ -230,26 +230,20 @@ def test_block_sizes_suit_the_context():
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    """checkpoints/ as they come with the code, and out/ as train.py leaves it, with two runs."""
+    """out/ as train.py leaves it, with three runs; the last two are of one recipe."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(eval_niah, "SHIPPED", [tmp_path / "checkpoints" / name for name in ("attention", "memory")])
-    settings = {"context_len": CONTEXT, "protocol": "base", "tokenizer": None}
-    made = [("checkpoints/attention", False), ("checkpoints/memory", True),
-            *((f"out/{run}/step_000000{step}", True) for run in ("old", "mine") for step in (1, 2))]
-    for age, (name, memory) in enumerate(made):
-        small(memory=memory, context_len=CONTEXT).save_pretrained(tmp_path / name)
-        record = tmp_path / name / "train.json"
-        record.write_text(json.dumps({"step": 1, "settings": settings}))
-        os.utime(record, (1e9 + age, 1e9 + age))
+    for age, (name, memory, recipe) in enumerate([("old", False, "other"), ("attention", False, "pico"), ("memory", True, "pico")]):
+        for step in "step_0000001", "step_0000002":
+            folder = tmp_path / "out" / name / step
+            small(memory=memory, context_len=CONTEXT).save_pretrained(folder)
+            (folder / "train.json").write_text(json.dumps({"step": 1, "settings": {"recipe": recipe, "context_len": CONTEXT}}))
+            os.utime(folder / "train.json", (1e9 + age, 1e9 + age))
     return tmp_path
 
 
-def test_with_no_checkpoint_it_compares_what_comes_with_the_code_and_the_newest_run(runs):
-    """An old experiment beside them, or one's own run of another task, whose scores would mean nothing there."""
-    assert [path.name for path in eval_niah.known_models()] == ["attention", "memory", "mine"]
-    record = runs / "out/mine/step_0000002/train.json"
-    record.write_text(record.read_text().replace("base", "sft"))
-    assert [path.name for path in eval_niah.known_models()] == ["attention", "memory"]
+def test_with_no_checkpoint_it_takes_what_train_made_last(runs):
+    """An old experiment beside the two arms of the lesson."""
+    assert [run.name for run in eval_niah.newest_runs()] == ["attention", "memory"]
 
 
 def test_results_hold_what_a_reader_needs_to_repeat_them(runs, capsys):
@@ -262,7 +256,7 @@ def test_results_hold_what_a_reader_needs_to_repeat_them(runs, capsys):
     settings = report["settings"]
     assert settings["dtype"] == "float32" and settings["context_len"] == CONTEXT and settings["max_new_tokens"] == 48
     assert {"seed", "protocol", "samples", "tokenizer", "haystack", "batch"} <= settings.keys()
-    assert len(report["results"]) == 3 * 2 * (3 + 2 * 2)
+    assert len(report["results"]) == 2 * 2 * (3 + 2 * 2)
     for row in report["results"]:
         assert row.keys() == {"checkpoint", "path", "tokenizer", "method", "random", "budget", "task", "n", "ruler", "paper",
                               "by_depth", "read", "read_share", "prompt_read", "prompt_read_share", "hits", "seconds",
@@ -270,7 +264,7 @@ def test_results_hold_what_a_reader_needs_to_repeat_them(runs, capsys):
         examples = make(row["task"], 2)
         saved = [json.loads(line)["pred"] for line in (runs / row["predictions"]).read_text().splitlines()]
         assert eval_niah.scores(saved, examples) == {"ruler": row["ruler"], "paper": row["paper"]}
-        assert row["prompts"] == niah.prompt_hash(examples) and row["path"].endswith(("checkpoints/attention", "checkpoints/memory", "step_0000002"))
+        assert row["prompts"] == niah.prompt_hash(examples) and row["path"].endswith("step_0000002")
         assert (row["hits"] is not None) == (row["method"].startswith("quest") and row["random"] is None)
     for text in "dense", "quest:budget=1/4,block_size=8", "moba:budget=1/4,block_size=8", "memory - attention", "S-2", "H2":
         assert text in printed
@@ -281,7 +275,7 @@ def test_results_hold_what_a_reader_needs_to_repeat_them(runs, capsys):
 def test_rulers_own_file_gives_what_the_generator_gives(runs):
     """Spans, answers or protocol lost in the file's form."""
     niah.write_jsonl("niah_single_2.jsonl", make(n=2))
-    common = ["--ckpt", "out/mine", "--samples=2", "--methods", "snapkv:budget=1/4", "--hits", "--device=cpu"]
+    common = ["--ckpt", "out/memory", "--samples=2", "--methods", "snapkv:budget=1/4", "--hits", "--device=cpu"]
     eval_niah.main([*common, "--jsonl", "niah_single_2.jsonl", "--out=a"])
     eval_niah.main([*common, "--tasks", "niah_single_2", "--out=b"])
     a, b = (json.loads((runs / name / "results.json").read_text())["results"] for name in "ab")
@@ -309,3 +303,11 @@ def test_a_wrong_flag_is_one_line_and_exit_2(runs, capsys, argv, words):
         eval_niah.main(argv)
     line = capsys.readouterr().err
     assert end.value.code == 2 and words in line and line.startswith("eval_niah.py: ") and line.count("\n") == 1, line
+
+
+def test_without_a_model_it_says_how_to_make_one(tmp_path, monkeypatch, capsys):
+    """The first command of a new reader."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        eval_niah.main([])
+    assert end.value.code == 2 and "python train.py" in capsys.readouterr().err

@@ -277,18 +277,14 @@ def test_a_checkpoint_tells_how_it_was_made():
     assert record["tokens_per_second"] == pytest.approx(4 * 512 / record["step_seconds"], rel=0.01) and record["mfu"] is None
 
 
-def test_lesson_gives_the_checkpoint_a_memory_and_compares(monkeypatch, capsys, tmp_path):
+def test_lesson_trains_both_models_and_compares_them(monkeypatch, capsys):
     """`python train.py` without a flag, in small: it ends with a table, and again without training."""
-    shipped = tmp_path / "checkpoints" / "attention"
-    Transformer(TINY).save_pretrained(shipped)
-    recipe = {**train.RECIPES["micro-convert"], "init": str(shipped), "context_len": 512, "tasks": ["niah_single_1"]}
-    monkeypatch.setitem(train.RECIPES, "micro-convert", recipe)
-    monkeypatch.setattr(train, "CPU_LESSON", ["--steps=2", "--batch=4", "--device_batch=4"])
+    monkeypatch.setitem(train.RECIPES, "pico", {**train.RECIPES["pico"], "steps": 2})
     monkeypatch.setattr(train.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(eval_niah.niah, "default_new_tokens", lambda context_len: 12)
     for _ in range(2):
         train.lesson()
         text = capsys.readouterr().out
-        assert "attention" in text and "converted - attention" in text and "quest" in text and "python eval_niah.py" in text
+        assert "attention" in text and "memory" in text and "quest" in text and "python eval_niah.py" in text
     assert "goes on from" in text
-    assert weights.resolve("out/converted").name == "step_0000002"
+    assert weights.resolve("out/memory").name == "step_0000002"
