@@ -2,7 +2,8 @@
 The paper's result from scratch: each backbone trained with several seeds, asked under every method, compared in one table.
 
     for each arm and seed:   train.py       ->  out/reproduce/ARM-SEED            skipped if it is there
-                             eval_niah.py   ->  results/reproduce/ARM-SEED.json   likewise
+                             eval_niah.py   ->  results/reproduce/ARM-SEED.json   likewise: the nine cells, H1, H2
+                                                results/reproduce/ARM-SEED-more.json    other methods and block sizes
     then the summary         results/reproduce/summary.md, summary.json, accuracy.png, hits.png
 
 All arms see the same samples in the same order: a sample is a function of the seed and its index (niah.py). They differ in
@@ -16,8 +17,8 @@ what the issue is, the memory, and in what makes that a fair question:
     converted   attention of the same seed, given a memory        the paper's OLMo 2 path; a fifth of the batches more
 
 A model is "ahead" in a cell if the difference of the means exceeds the spread: the larger of the two standard deviations
-over seeds. `python reproduce.py` does all of it, one run per visible GPU at a time; --arms and --seeds do a part, and the
-summary is made of what is there. --ship writes checkpoints/ from seed 0. Checked in tests/test_reproduce.py.
+over seeds. `python reproduce.py` does all of it, on all visible GPUs, some runs at a time on each; --arms and --seeds do a
+part, and the summary is made of what is there. --ship writes checkpoints/ from seed 0. Checked in tests/test_reproduce.py.
 """
 import argparse
 import json
@@ -47,9 +48,12 @@ ARMS = {  # flags of train.py; {seed} is filled in
     "memory": "--recipe=micro --memory=on",
     "converted": "--recipe=micro-convert --init=out/reproduce/attention-{seed}",
 }
-# blocks and window are 1/64 of the 1,024 tokens, as the paper's 64 of 4,096, unless the name says otherwise
-NINE = eval_niah.METHODS
-OTHERS = ["quest:budget=1/64,block_size=4", "moba:budget=1/4,block_size=32", "moba:budget=1/8,block_size=32",
+# Blocks and window are 1/64 of the 1,024 tokens, as the paper's 64 of 4,096. SnapKV's kernel is the paper's 5 tokens in bytes:
+# a LLaMA token of this text is about three.
+NINE = [f"{kind}:budget={budget}" + (",kernel=15" if kind == "snapkv" else "") for kind in ("quest", "moba", "snapkv")
+        for budget in eval_niah.BUDGETS]
+OTHERS = [*(f"snapkv:budget={budget},kernel=5" for budget in eval_niah.BUDGETS),
+          "quest:budget=1/64,block_size=4", "moba:budget=1/4,block_size=32", "moba:budget=1/8,block_size=32",
           *(f"dilated:dilation={d},local=64,initial=4" for d in (4, 16, 64)),
           "dilated:dilation=none,local=251,initial=4"]  # StreamingLLM: 256 entries, the query's own included
 
@@ -58,14 +62,17 @@ OTHERS = ["quest:budget=1/64,block_size=4", "moba:budget=1/4,block_size=32", "mo
 
 def do(arm, seed, gpu, args):
     """Train and evaluate, unless it is done. Output goes to a log; a failure is one line that names it."""
-    run, result = Path("out/reproduce") / f"{arm}-{seed}", Path(args.results) / f"{arm}-{seed}.json"
-    for folder in run.parent, result.parent:
+    run, results = Path("out/reproduce") / f"{arm}-{seed}", Path(args.results)
+    for folder in run.parent, results:
         folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
     train = ["train.py", *ARMS[arm].format(seed=seed).split(), f"--seed={seed}", "--out=out/reproduce", f"--name={run.name}", "--resume"]
-    evaluate = ["eval_niah.py", "--ckpt", str(run), "--methods", *NINE, *OTHERS, "--hits", f"--random={args.random}",
-                f"--samples={args.samples}", f"--batch={args.batch}", f"--out={run}/niah", "--json", str(result)]
-    for command in [train + shlex.split(args.train)] * (not finished(run)) + [evaluate] * (not answered(result)):
+    commands = [] if finished(run) else [train + shlex.split(args.train)]
+    for part, methods in ("", [*NINE, "--hits", f"--random={args.random}"]), ("-more", OTHERS):
+        if not answered(results / f"{run.name}{part}.json"):
+            commands.append(["eval_niah.py", "--ckpt", str(run), f"--samples={args.samples}", f"--batch={args.batch}",
+                             f"--out={run}/niah{part}", f"--json={results}/{run.name}{part}.json", "--methods", *methods])
+    for command in commands:
         started, log = time.time(), run.with_suffix(".log")
         print(f"{run.name}: python {shlex.join(command)}", flush=True)
         with open(log, "a") as file:
@@ -89,10 +96,13 @@ def answered(result):
 
 
 def do_all(arms, args):
-    """One run per GPU at a time; converted ones after the attention models that they start from."""
+    """
+    A few runs per GPU at a time, as an evaluation leaves much of it idle; converted models after those that they start from.
+    """
     gpus = Queue()
     for gpu in range(torch.cuda.device_count()) if torch.cuda.is_available() else [None]:
-        gpus.put(gpu)
+        for _ in range(args.per_gpu):
+            gpus.put(gpu)
 
     def job(arm, seed):
         gpu = gpus.get()
@@ -115,12 +125,15 @@ def do_all(arms, args):
 
 def read_results(folder):
     """{arm: {seed: report of eval_niah.py}}, in the order of ARMS."""
-    found = {arm: {} for arm in ARMS}
-    for file in sorted(Path(folder).glob("*-*.json")):
-        arm, _, seed = file.stem.rpartition("-")
-        if arm in found and answered(file):
-            found[arm][int(seed)] = json.loads(file.read_text())
-    return {arm: reports for arm, reports in found.items() if reports}
+    found, folder = {}, Path(folder)
+    for arm in ARMS:
+        for file in sorted(folder.glob(f"{arm}-[0-9]*.json")):
+            more = file.with_stem(f"{file.stem}-more")
+            if not file.stem.endswith("-more") and answered(file) and answered(more):
+                report = json.loads(file.read_text())
+                report["results"] += [row for row in json.loads(more.read_text())["results"] if row["method"] != "dense"]
+                found.setdefault(arm, {})[int(file.stem.rpartition("-")[2])] = report
+    return found
 
 
 def means(report, score="ruler"):
@@ -265,6 +278,8 @@ def main():
     add("--random", type=eval_niah.positive, default=5, metavar="SEEDS", help="H2: draws of a selection by chance")
     add("--batch", type=eval_niah.positive, default=200, help="prompts at a time in the evaluation")
     add("--train", default="", metavar="FLAGS", help="more flags of train.py, for every run: --train='--steps=2 --batch=2' is a trial")
+    add("--per_gpu", type=eval_niah.positive, default=1, metavar="RUNS", help="runs at a time on each GPU; 2 takes less time in all, but "
+        "then the tokens per second of one run mean little")
     add("--results", default="results/reproduce", metavar="DIR", help="where the JSON of each run and the summary go")
     add("--ship", action="store_true", help="at the end, write checkpoints/ from seed 0")
     args = parser.parse_args()

@@ -31,7 +31,9 @@ def folder(tmp_path):
     """Two seeds of attention at 40 and 50, of memory at 60 and 64."""
     for name, score, n_hit in ("attention-0", 40, 0), ("attention-1", 50, 0), ("memory-0", 60, 1), ("memory-1", 64, 24):
         (tmp_path / f"{name}.json").write_text(json.dumps(report(score, n_hit)))
-    (tmp_path / "memory-2.json").write_text(json.dumps(report(99, 0) | {"finished": False}))
+        (tmp_path / f"{name}-more.json").write_text(json.dumps(report(score, n_hit) | {"results": []}))
+    for part in "", "-more":
+        (tmp_path / f"memory-2{part}.json").write_text(json.dumps(report(99, 0) | {"finished": False}))
     return tmp_path
 
 
@@ -68,7 +70,7 @@ def calls(monkeypatch, code=0):
 
 
 def arguments(folder):
-    return SimpleNamespace(results=str(folder), random=5, samples=200, batch=200, train="", seeds=[0, 1])
+    return SimpleNamespace(results=str(folder), random=5, samples=200, batch=200, train="", seeds=[0, 1], per_gpu=1)
 
 
 def test_what_is_there_is_not_made_again(folder, monkeypatch, tmp_path):

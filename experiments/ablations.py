@@ -1,0 +1,346 @@
+"""
+What the memory needs, one line each: six models of one recipe, which differ in one thing, under the same evaluation.
+
+    memory        k~[t] = g[t] k~[t-1] + (1 - g[t]) k[t], v~ alike, g[t] = sigmoid(gate(x[t])): Eq. 1, trained with ARL
+    no-arl        the same, trained without ARL's pass
+    keys-only     v~[t] = v[t]
+    values-only   k~[t] = k[t]
+    head-gate     one g[t] for all channels of a KV head
+    fixed-decay   g = 1 - 1/L, whatever the input: the heads' L spread from 1 to ARL's length, as in RetNet (arXiv 2307.08621)
+
+    python experiments/ablations.py                          train and compare all, one at a time on each visible GPU
+    python experiments/ablations.py --variant keys-only      one of them; flags not known here go to train.py
+    python experiments/ablations.py --lengths CKPT           how far back each channel of a trained memory reaches
+    python experiments/ablations.py --lm_loss CKPT CKPT      loss on text that training never saw
+
+model.py has no option for any of this: a variant replaces Attention.gate or Attention.remember while it trains and while
+it is evaluated. Its checkpoint does not know: loaded by eval_niah.py or sample.py it would run with the full memory.
+Checked in tests/test_ablations.py. Read memory.py and model.Attention first.
+"""
+import argparse
+import importlib
+import inspect
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import eval_niah  # noqa: E402
+import niah  # noqa: E402
+import reproduce  # noqa: E402
+import train  # noqa: E402
+import weights  # noqa: E402
+from data import tokenizer_of  # noqa: E402
+from memory import effective_length  # noqa: E402
+from model import Attention, Transformer  # noqa: E402
+
+VARIANTS = "memory", "no-arl", "keys-only", "values-only", "head-gate", "fixed-decay"
+
+
+# ---------------------------------------------------------------- the variants
+
+plain_gate, plain_remember = Attention.gate, Attention.remember  # model.py's own
+
+
+def keys_only(self, k, v, gate, feed, cache):
+    """v~[t] = v[t]. The cache's state holds a memory of v as well, which nobody reads; values_only likewise."""
+    return plain_remember(self, k, v, gate, feed, cache)[0], v
+
+
+def values_only(self, k, v, gate, feed, cache):
+    """k~[t] = k[t]"""
+    return k, plain_remember(self, k, v, gate, feed, cache)[1]
+
+
+def head_gate(self, x):
+    """logit[h, d] = mean over d' of logit[h, d']"""
+    logits = plain_gate(self, x).unflatten(-1, (-1, self.config.head_width))  # (B, T, KV, D)
+    return logits.mean(-1, keepdim=True).expand_as(logits).flatten(-2)  # (B, T, KV * D)
+
+
+def fixed_decay(length):
+    """logit[h, d] = log(L[h] - 1), so g = 1 - 1/L[h], with L[h] = length ** (h / (KV - 1)) from 1 to length."""
+    def gate(self, x):
+        L = length ** torch.linspace(0, 1, self.config.n_kv_head, device=x.device)  # (KV,)
+        logits = (L - 1).clamp_min(1e-13).log()                                     # (KV,)  -30 where L = 1: g = 0
+        # the learned gate times 0: without any gradient AdamW had no state of it, and no stopped run could go on
+        return logits.repeat_interleave(self.config.head_width) + 0 * plain_gate(self, x)  # (B, T, KV * D)
+    return gate
+
+
+@contextmanager
+def changed(variant, length):
+    """Every Attention computes as this variant's until the block ends. length: tokens that ARL teaches."""
+    if variant == "fixed-decay" and not length:
+        raise ValueError("fixed-decay spreads its lengths up to ARL's: it needs an --arl above 0")
+    if variant == "keys-only":
+        Attention.remember = keys_only
+    elif variant == "values-only":
+        Attention.remember = values_only
+    elif variant == "head-gate":
+        Attention.gate = head_gate
+    elif variant == "fixed-decay":
+        Attention.gate = fixed_decay(length)
+    try:
+        yield
+    finally:
+        Attention.gate, Attention.remember = plain_gate, plain_remember
+
+
+# ---------------------------------------------------------------- one variant: train, evaluate
+
+def train_flags(variant, args, rest):
+    """Of the variant's run, for train.train. Ours come last and win: two variants must not share a folder."""
+    return train.parse(["--recipe=micro", *rest, "--memory=on", f"--seed={args.seed}", f"--out={args.out}", "--resume",
+                        f"--name=ablation-{variant}-{args.seed}", *(["--arl=0"] if variant == "no-arl" else [])])
+
+
+def run_variant(variant, args, rest):
+    """
+    Train and evaluate. -> what the table and the JSON tell of it, also in ablation.json beside the run's checkpoints.
+    One call per process: what torch.compile has made of a variant's layers would not change with the next one's.
+    """
+    settings = train_flags(variant, args, rest)
+    run = Path(settings.out) / settings.name
+    with changed(variant, settings.arl):
+        checkpoint = train.newest(run, resume=True)
+        if checkpoint and train.step_of(checkpoint, run, settings) == settings.steps:  # an error if it had other flags
+            print(f"{run}: trained already, {checkpoint}")
+        else:
+            checkpoint, _ = train.train(settings)
+        # --kernels=torch: Triton's decoding step goes past Attention.remember and has a memory of both k and v in one kernel,
+        # whatever the variant. Training may use Triton: there remember, ours, is what calls its memory_scan
+        eval_niah.main(["--ckpt", str(run), f"--samples={args.samples}", f"--device={settings.device}", "--kernels=torch", "--methods", *reproduce.NINE,
+                        f"--out={run / 'niah'}", f"--json={run / 'niah.json'}"])
+        model = Transformer.from_pretrained(checkpoint, torch.float32, settings.device)
+        median_length = lengths(model, prompts(model, checkpoint)).median().item()
+    report = json.loads((run / "niah.json").read_text())
+    found, scores = eval_niah.lookup(report["results"]), {}
+    for method in ["dense", *reproduce.NINE]:
+        rows = found[run.name, eval_niah.sized(method, report["settings"]["context_len"])]
+        mean, half = eval_niah.mean_of_tasks(rows, "ruler")
+        scores[method] = {"mean": mean, "half": half, "tasks": {row["task"]: row["ruler"] for row in rows}}
+    record = {"variant": variant, "scores": scores, "median_length": median_length, "checkpoint": str(checkpoint),
+              "train": json.loads((checkpoint / "train.json").read_text()),
+              "eval": {key: report[key] for key in ("commit", "device", "torch", "settings")}}
+    eval_niah.save(record, run / "ablation.json")
+    return record
+
+
+def table(records):
+    cells = lambda words: "".join(f"{word:>7}" for word in words)
+    lines = [f"{'':12}{cells(['dense', 'quest', '', '', 'moba', '', '', 'snapkv', '', ''])}{'median':>9}",
+             f"{'':12}{cells(['', *eval_niah.BUDGETS * 3])}{'length':>9}"]
+    for record in records:
+        means = [of["mean"] for of in record["scores"].values()]
+        lines.append(f"{record['variant']:12}{cells(f'{mean:.1f}' for mean in means)}{record['median_length']:9.1f}")
+    most = max(of["half"] for record in records for of in record["scores"].values())
+    return "\n".join([*lines, f"RULER's score, %, mean of tasks, ±{most:.1f} or less (95 %, by the examples; training adds to it)",
+                      "length: tokens that a channel's memory averages over, median of all channels"])
+
+
+# ---------------------------------------------------------------- all of them
+
+def run_all(args, rest):
+    """A process for each variant, one at a time on each GPU; then the table. ValueError as soon as one fails."""
+    variants, script = list(dict.fromkeys(args.variants)), os.path.relpath(__file__)
+    for variant in variants:
+        with changed(variant, train_flags(variant, args, rest).arl):
+            pass  # a wrong flag is known now
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    folder = lambda variant: Path(args.out) / f"ablation-{variant}-{args.seed}"
+    waiting, running = list(variants), {}  # running: {gpu: (variant, its process, its log)}
+    try:
+        while waiting or running:
+            for gpu in [gpu for gpu in gpus if gpu not in running][:len(waiting)]:
+                variant = waiting.pop(0)
+                log = folder(variant).with_suffix(".log")
+                log.parent.mkdir(parents=True, exist_ok=True)
+                command = [sys.executable, script, f"--variant={variant}", f"--seed={args.seed}", f"--samples={args.samples}",
+                           f"--out={args.out}", *rest]
+                with log.open("w") as out:
+                    process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
+                running[gpu] = variant, process, log
+                print(f"{variant} starts{gpu and f' on GPU {gpu}'}, see {log}", flush=True)
+            time.sleep(0.2)
+            for gpu, (variant, process, log) in list(running.items()):
+                if process.poll() is not None:
+                    del running[gpu]
+                    if process.returncode:
+                        said = log.read_text().strip().splitlines() or ["nothing"]
+                        raise ValueError(f"{variant} failed with status {process.returncode}, see {log}: {said[-1]}")
+                    print(f"{variant} is done", flush=True)
+    finally:
+        for _, process, _ in running.values():
+            process.terminate()  # training ends after its step, with a checkpoint to go on from
+        for _, process, _ in running.values():
+            process.wait()
+    records = [json.loads((folder(variant) / "ablation.json").read_text()) for variant in variants]
+    eval_niah.save({"command": shlex.join(["python", script, *args.argv]), "commit": eval_niah.commit(),
+                    "device": records[0]["eval"]["device"], "torch": torch.__version__, "seed": args.seed,
+                    "samples": args.samples, "variants": records}, args.json)
+    print(f"\n{table(records)}\n\nresults in {args.json}")
+
+
+# ---------------------------------------------------------------- how far back a memory reaches
+
+@torch.no_grad()
+def lengths(model, tokens):
+    """memory.effective_length of every channel while the model reads tokens (B, T), all full rows: (layers, KV, D)."""
+    found = []
+
+    def measure(attention, inputs):  # x, what the block gives its attention and its gate
+        found.append(effective_length(attention.gate(inputs[0]).unflatten(-1, (-1, model.config.head_width))))
+    hooks = [layer.self_attn.register_forward_pre_hook(measure) for layer in model.layers]
+    model.hidden(tokens)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found)
+
+
+def prompts(model, path):
+    """A prompt of each needle task that the model was trained on, or that fits: (tasks, T), cut to the shortest one's end."""
+    settings, context_len = eval_niah.trained_with(path), model.config.context_len
+    tokenizer, protocol = load_tokenizer(model, path), settings.get("protocol", "base")
+    n_new = niah.default_new_tokens(context_len)
+    tasks = settings.get("tasks") or niah.fitting_tasks(context_len, tokenizer, protocol, n_new)
+    if not tasks:
+        raise ValueError(f"no needle task fits into {path}'s context of {context_len} tokens")
+    ids = [niah.make_example(task, context_len, tokenizer, seed=0, index=0, protocol=protocol, max_new_tokens=n_new).ids
+           for task in tasks]
+    return torch.tensor([row[:min(map(len, ids))] for row in ids], device=model.embed_tokens.weight.device)
+
+
+def show_lengths(path, image):
+    with loaded(path) as model:
+        if not model.config.memory:
+            raise ValueError(f"{path} has no memory whose length could be measured")
+        found = lengths(model, prompts(model, path)).cpu()
+    print(f"{path}: tokens that a memory averages over, median of a KV head's {found.shape[2]} channels")
+    print("layer     " + "".join(f"{f'head {h}':>9}" for h in range(found.shape[1])))
+    for i, of_layer in enumerate(found.median(dim=2).values.tolist()):
+        print(f"{i:5}     " + "".join(f"{length:9.1f}" for length in of_layer))
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(1, len(found), figsize=(1 + 2.5 * len(found), 3.5), sharey=True, squeeze=False)
+    for i, (axis, of_layer) in enumerate(zip(axes[0], found)):
+        axis.boxplot(of_layer.T.numpy(), positions=range(found.shape[1]), whis=(0, 100))  # whiskers: least and greatest
+        axis.set(title=f"layer {i}", xlabel="KV head", yscale="log")
+    axes[0, 0].set_ylabel("effective length, tokens")
+    figure.tight_layout()
+    Path(image).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(image, dpi=150)
+    print(f"plot in {image}")
+
+
+# ---------------------------------------------------------------- loss on other text
+
+# Needles lie in essays of pydoc_data.topics, the reference manual inside Python: docstrings are other text of the same kind
+MODULES = """argparse bisect calendar collections configparser contextlib copy csv dataclasses datetime decimal difflib enum
+    fractions functools heapq inspect io ipaddress itertools json locale logging math operator os pathlib pickle queue random re
+    secrets shelve shutil socket statistics string struct subprocess tempfile textwrap threading time timeit traceback types
+    uuid weakref zipfile""".split()
+
+
+def docstrings():
+    """Those of MODULES and of their public classes and functions, in order of name: the same for the same Python version."""
+    texts = []
+    for module in map(importlib.import_module, MODULES):
+        public = [thing for name, thing in sorted(vars(module).items()) if not name.startswith("_")
+                  and (inspect.isclass(thing) or inspect.isroutine(thing)) and thing.__module__ == module.__name__]
+        texts += [inspect.getdoc(thing) for thing in [module, *public]]
+    return "\n\n".join(text for text in dict.fromkeys(texts) if text)  # a class without one has its base's
+
+
+@torch.no_grad()
+def lm_loss(model, tokenizer, n_windows=64):
+    """Nats per token of docstrings(): mean of its first n_windows windows (as many as there are) of the model's context."""
+    T = model.config.context_len
+    ids = torch.tensor(tokenizer.encode(docstrings()), device=model.embed_tokens.weight.device)
+    if len(ids) <= T:
+        raise ValueError(f"the text has {len(ids)} tokens, too few for one window of {T}")
+    windows = ids.unfold(0, T + 1, T + 1)[:n_windows]  # (N, T + 1)
+    return torch.stack([F.cross_entropy(model(row[None, :-1])[0].float(), row[1:]) for row in windows]).mean().item()
+
+
+def show_lm_loss(paths):
+    print(f"nats per token of docstrings of {len(MODULES)} modules, Python {sys.version.split()[0]}; a token is what the model's "
+          "tokenizer makes of them")
+    for path in paths:
+        with loaded(path) as model:
+            loss = lm_loss(model, load_tokenizer(model, path))
+        print(f"{path:40} {loss:.4f}   windows of {model.config.context_len} tokens", flush=True)
+
+
+# ---------------------------------------------------------------- python experiments/ablations.py
+
+def load_tokenizer(model, path):
+    return tokenizer_of(weights.resolve(path), model.config.vocab_size)
+
+
+@contextmanager
+def loaded(path):
+    """A model, in fp32. One of our runs, which its name tells, computes as its variant within the block."""
+    settings = eval_niah.trained_with(path)
+    name = re.fullmatch(r"ablation-(.+)-\d+", settings.get("name") or "")
+    with changed(name[1] if name else "memory", settings.get("arl")):
+        yield Transformer.from_pretrained(path, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def flags():
+    parser = argparse.ArgumentParser(description="What the memory needs: variants of the small model, trained and compared. "
+                                     "Flags not named here go to train.py.", allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"ablations.py: {message}\n")
+    add = parser.add_argument
+    # what to do; with none of these: train and compare --variants
+    add("--variant", choices=VARIANTS, metavar="NAME", help="this one alone, in this process, on its first GPU")
+    add("--lengths", metavar="CKPT", help="effective length of each channel of this model, as a table and results/lengths.png")
+    add("--lm_loss", nargs="+", metavar="CKPT", help="these models' loss on Python's docstrings, in nats per token")
+    # of what
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
+    add("--seed", type=int, default=0, help="of weights and training data; the evaluation's examples are always the same")
+    add("--samples", type=eval_niah.positive, default=100, help="examples per task")
+    # where to
+    add("--out", default="out/ablations", metavar="DIR", help="folder of the runs, ablation-NAME-SEED; one that is there goes on")
+    add("--json", default="results/ablations.json", metavar="FILE", help="all results of --variants")
+    return parser
+
+
+def main(argv=None):
+    parser = flags()
+    args, rest = parser.parse_known_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
+    if rest and (args.lengths or args.lm_loss):
+        parser.error(f"--lengths and --lm_loss train nothing: {rest[0]} means nothing to them")
+    try:
+        if args.lengths:
+            show_lengths(args.lengths, "results/lengths.png")
+        if args.lm_loss:
+            show_lm_loss(args.lm_loss)
+        if args.variant:
+            print("\n" + table([run_variant(args.variant, args, rest)]))
+        elif not (args.lengths or args.lm_loss):
+            run_all(args, rest)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        parser.error(error)
+    except KeyboardInterrupt:
+        parser.exit(130, "\nablations.py: interrupted; the same command goes on\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""experiments/ablations.py: a variant is what its name says, in training and in decoding, and nothing of it stays behind."""
+import importlib.util
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import DEVICE, assert_close, draw_tokens, tiny
+
+import backend
+import eval_niah
+import niah
+import reproduce
+import train
+from data import ByteTokenizer
+from memory import memory_loop
+from model import PRESETS, Attention, Config, Transformer
+from sparse import Dense
+
+spec = importlib.util.spec_from_file_location("ablations", Path(__file__).parent.parent / "experiments" / "ablations.py")
+ablations = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(ablations)
+
+TINY = Config(257, n_layer=1, width=32, n_head=2, n_kv_head=2, mlp_width=64, context_len=512, eos_id=256)
+RUN = ["--preset=pico", "--context_len=512", "--tasks", "niah_single_1", "--arl=16", "--batch=2", "--device=cpu"]
+
+
+@pytest.fixture
+def one_layer():
+    """Attention of a tiny model; x (B, T, C) and what a layer is told; k, v (B, T, KV, D)."""
+    model, source = tiny(memory=True), torch.Generator().manual_seed(1)
+    feed = model.feed(draw_tokens(2, 20), None, None, Dense(), False)
+    x, k, v = torch.randn(2, 20, 32, generator=source), *torch.randn(2, 2, 20, 4, 8, generator=source)
+    return model.layers[0].self_attn, x, feed, k, v
+
+
+def computed(attention, x, feed, k, v):
+    """-> gate logits (B, T, KV, D), k~, v~: as Attention.forward gets them."""
+    gate = attention.gate(x).view(k.shape)
+    return gate, *attention.remember(k, v, gate, feed, None)
+
+
+# ---------------------------------------------------------------- the variants
+
+@pytest.mark.parametrize("variant", ["memory", "no-arl"])
+def test_memory_and_no_arl_compute_eq_1_as_it_is(one_layer, variant):
+    """A baseline that is itself changed."""
+    attention, x, feed, k, v = one_layer
+    before = attention.gate(x).view(k.shape)
+    with ablations.changed(variant, 16):
+        gate, k_mem, v_mem = computed(*one_layer)
+    assert torch.equal(gate, before)
+    k_ref, v_ref, _ = memory_loop(k, v, gate)
+    assert_close(k_mem, k_ref), assert_close(v_mem, v_ref)
+
+
+def test_keys_only_leaves_v_and_values_only_leaves_k(one_layer):
+    """k and v confused, or both changed: two lines of the table would be exchanged, or equal."""
+    *_, k, v = one_layer
+    with ablations.changed("keys-only", 16):
+        gate, k_mem, v_mem = computed(*one_layer)
+    assert_close(k_mem, memory_loop(k, v, gate)[0])
+    assert torch.equal(v_mem, v)
+    with ablations.changed("values-only", 16):
+        gate, k_mem, v_mem = computed(*one_layer)
+    assert torch.equal(k_mem, k)
+    assert_close(v_mem, memory_loop(k, v, gate)[1])
+
+
+def test_head_gate_is_the_mean_of_a_heads_channels(one_layer):
+    """A mean over another dimension: over heads, or over tokens, which would look into the future."""
+    attention, x, *_, k, v = one_layer
+    own = attention.gate(x).view(k.shape)
+    with ablations.changed("head-gate", 16):
+        gate, k_mem, v_mem = computed(*one_layer)
+    assert torch.equal(gate, gate[..., :1].expand_as(gate))
+    assert_close(gate[..., 0], own.mean(-1))
+    k_ref, v_ref, _ = memory_loop(k, v, gate)
+    assert_close(k_mem, k_ref), assert_close(v_mem, v_ref)
+
+
+def test_fixed_decay_has_its_lengths_and_neither_sees_nor_learns(one_layer):
+    """Lengths that are not 1 to ARL's, -inf where L = 1, or a gate that still depends on x or gets a gradient."""
+    attention, x, feed, k, v = one_layer
+    with ablations.changed("fixed-decay", 27):
+        gate, k_mem, v_mem = computed(*one_layer)
+        other = attention.gate(x + 1).view(k.shape)
+        attention(x, feed, None).sum().backward()
+    assert torch.equal(gate, other) and gate.isfinite().all()
+    lengths = 1 / torch.sigmoid(-gate.double())  # 1 / (1 - g)
+    assert_close(lengths, torch.tensor([1., 3, 9, 27]).double()[:, None].expand(k.shape), atol=1e-3)
+    k_ref, v_ref, _ = memory_loop(k, v, gate)
+    assert_close(k_mem, k_ref), assert_close(v_mem, v_ref)
+    assert torch.equal(k_mem[:, :, 0], k[:, :, 0])
+    assert not any(p.grad.any() for p in attention.memory_proj.parameters()) and attention.k_proj.weight.grad.any()
+
+
+@pytest.mark.parametrize("form", [{}, dict(n_kv_head=2), dict(pre_norm=True, qk_norm=False, output_gate=True)])
+@pytest.mark.parametrize("variant", ablations.VARIANTS)
+def test_a_variant_decodes_as_it_trains(variant, form):
+    """A change that reaches the pass of training alone: the evaluation would be of the full memory, or of a mixture."""
+    model, tokens = tiny(memory=True, **form), draw_tokens(2, 24)
+    plain = model(tokens)
+    with ablations.changed(variant, 16), torch.no_grad():
+        whole = model(tokens)
+        cache = model.new_cache(2, 24)
+        prompt = model.prefill(tokens[:, :20], cache=cache)
+        steps = [model(tokens[:, t:t + 1], cache=cache)[:, 0] for t in range(20, 24)]
+    assert_close(torch.stack([prompt, *steps], dim=1), whole[:, 19:])
+    assert (variant in ("memory", "no-arl")) == torch.equal(whole, plain)
+
+
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="no Triton here")
+@pytest.mark.parametrize("variant", ablations.VARIANTS[2:])
+def test_a_variant_trains_alike_with_either_backend(variant, monkeypatch):
+    """A kernel that goes past Attention.remember, or that a gate of other strides and an unused k~ or v~ confuse."""
+    tokens, gradients = draw_tokens(1, 20).to(DEVICE), []
+    for choice in "torch", "triton":
+        monkeypatch.setattr(backend, "choice", choice)
+        model = tiny(memory=True, n_layer=1, width=64, n_kv_head=2).to(DEVICE)  # heads of 16
+        with ablations.changed(variant, 16):
+            model(tokens).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, ours in zip(*gradients):
+        assert_close(ours, plain, atol=1e-4, what="gradients")
+
+
+def test_nothing_of_a_variant_stays_behind():
+    """The next model in the process, or the next test, would compute as the last variant; after an error, too."""
+    gate, remember = Attention.gate, Attention.remember
+    for variant in ablations.VARIANTS:
+        with pytest.raises(ZeroDivisionError), ablations.changed(variant, 16):
+            1 / 0
+        assert Attention.gate is gate and Attention.remember is remember
+    with pytest.raises(ValueError, match="--arl"), ablations.changed("fixed-decay", 0):
+        pass
+    assert Attention.gate is gate
+
+
+# ---------------------------------------------------------------- lengths, loss
+
+def constant_gates(model, most=10):
+    """Give each channel of each layer a gate of its own that reads nothing. -> its length 1 / (1 - g), (layers, KV, D)"""
+    expected = []
+    for i, layer in enumerate(model.layers):
+        projection = layer.self_attn.memory_proj
+        L = torch.linspace(1.5, most - i, len(projection.bias))
+        with torch.no_grad():
+            projection.weight.zero_()
+            projection.bias.copy_((L - 1).log())
+        expected.append(L.view(model.config.n_kv_head, -1))
+    return torch.stack(expected)
+
+
+def test_lengths_of_constant_gates():
+    """Layers, heads or channels in the wrong place; a gate that is not the one the layer used."""
+    model, tokens = tiny(memory=True, n_kv_head=2), draw_tokens(2, 300)
+    expected = constant_gates(model)
+    found = ablations.lengths(model, tokens)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+    assert torch.equal(ablations.lengths(model, tokens), found)  # the hooks of the first call are gone
+    with ablations.changed("fixed-decay", 9):
+        found = ablations.lengths(model, tokens)
+    torch.testing.assert_close(found, torch.tensor([1., 9])[:, None].expand_as(found), rtol=1e-3, atol=0)
+
+
+def test_lm_loss_of_an_untrained_model_is_that_of_guessing():
+    """Targets off by one place, a sum for a mean, or logits in another unit: none would give log(vocabulary)."""
+    torch.manual_seed(0)
+    model = Transformer(Config(257, n_layer=1, width=32, n_head=2, n_kv_head=2, mlp_width=64, context_len=128, memory=True))
+    loss = ablations.lm_loss(model, ByteTokenizer(), n_windows=4)
+    assert loss == pytest.approx(math.log(257), abs=0.05)
+    ids = torch.tensor(ByteTokenizer().encode(ablations.docstrings())[:4 * 129]).view(4, 129)
+    logits = model(ids)[:, :-1].log_softmax(-1)  # the last input token adds nothing to what comes before it
+    assert loss == pytest.approx(-logits.gather(2, ids[:, 1:, None]).mean().item(), abs=1e-5)
+
+
+def test_docstrings_are_text_that_training_never_saw():
+    """A text that the essays hold as well, that changes from call to call, or that is too short for 64 windows of 1024."""
+    text = ablations.docstrings()
+    assert text == ablations.docstrings() and len(text) > 64 * 1025
+    words, essays = text.split(), " ".join(niah.essay_words()[0])
+    assert not [start for start in range(0, len(words), 10) if " ".join(words[start:start + 10]) in essays]
+
+
+# ---------------------------------------------------------------- the command
+
+@pytest.fixture
+def small_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "pico", TINY)
+    monkeypatch.setattr(reproduce, "NINE", ["quest:budget=1/4", "snapkv:budget=1/4"])
+    monkeypatch.chdir(tmp_path)
+    return lambda *flags: ablations.main(["--variant=fixed-decay", "--samples=1", *RUN, "--steps=2", "--save_every=1", *flags])
+
+
+def test_a_variant_is_trained_once_as_itself_and_evaluated(small_run, monkeypatch, capsys):
+    """Training without the change, evaluation of something else, a finished run trained again, one that cannot go on."""
+    small_run()
+    assert "fixed-decay" in capsys.readouterr().out
+    run = Path("out/ablations/ablation-fixed-decay-0")
+    record = json.loads((run / "ablation.json").read_text())
+    assert record["train"]["settings"]["seed"] == 0 and {"command", "commit", "device", "torch"} <= record["train"].keys()
+    assert record["eval"]["settings"]["kernels"] == "torch" and record["eval"]["settings"]["samples"] == 1
+    assert list(record["scores"]) == ["dense", *reproduce.NINE]
+    assert record["scores"]["dense"]["tasks"].keys() == {"niah_single_1"}
+    assert record["median_length"] == pytest.approx(1)  # of lengths 1 and 16, the lower
+    model, new = Transformer.from_pretrained(run), train.make_model(train.parse(["--memory=on", "--recipe=micro", *RUN]))
+    trained, untrained = model.layers[0].self_attn, new.layers[0].self_attn
+    shrunk = (1 - 2e-3 * 0.1) ** 2 * (1 - 1e-3 * 0.1) ** 2  # lr * weight decay alone, of two steps of two passes
+    assert_close(trained.memory_proj.weight, shrunk * untrained.memory_proj.weight, atol=1e-7)
+    assert not torch.equal(trained.k_proj.weight, untrained.k_proj.weight)
+
+    with ablations.loaded(str(run)):  # as a checkpoint it is still what it was trained as
+        assert Attention.gate is not ablations.plain_gate
+    shutil.rmtree(run / "step_0000002")
+    small_run()  # goes on after step 1, though AdamW has no state of the gate
+    monkeypatch.setattr(train, "train", lambda args: pytest.fail("trained again"))
+    small_run()
+    with pytest.raises(SystemExit) as end:  # a run of other flags is not this one
+        small_run("--lr=1e-5")
+    assert end.value.code == 2 and "--lr" in capsys.readouterr().err
+
+
+def test_lengths_and_lm_loss_of_a_checkpoint(tmp_path, monkeypatch, capsys):
+    """A table that mixes up heads and layers; a loss or a plot that the command does not give."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablations, "MODULES", ["heapq"])
+    model = tiny(vocab_size=257, memory=True, width=64, n_kv_head=2, context_len=512)
+    expected = constant_gates(model).median(dim=2).values
+    model.save_pretrained("model")
+    ablations.main(["--lengths", "model"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[0].isdigit()]
+    assert [[float(cell) for cell in row[1:]] for row in rows] == [pytest.approx(row, abs=0.06) for row in expected.tolist()]
+    ablations.main(["--lm_loss", "model", "model"])
+    losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines() if line.startswith("model ")]
+    assert losses == [pytest.approx(ablations.lm_loss(model, ByteTokenizer()), abs=1e-3)] * 2
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    assert Path("results/lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_variants_stop_at_the_first_that_fails(tmp_path, monkeypatch, capsys):
+    """A table of what is left, or a wait for the rest; and a line that does not tell which run, or why."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        ablations.main(["--variants", "head-gate", "memory", "--steps=1", "--haystack=nowhere.txt", *RUN])
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.startswith("ablations.py: head-gate failed") and line.count("\n") == 1, line
+    assert "nowhere.txt" in line and not Path("out/ablations/ablation-memory-0.log").exists() and not Path("results").exists()
+
+
+def test_all_variants_make_one_table_and_one_file(tmp_path, monkeypatch, capsys):
+    """A row under another variant's name, or a JSON that does not say how it was made."""
+    monkeypatch.chdir(tmp_path)
+    made = []
+
+    class Process:  # in place of a run
+        def __init__(self, command, stdout, stderr, env):
+            variant = command[2].removeprefix("--variant=")
+            made.append(variant)
+            scores = {method: {"mean": 10.0 * len(made), "half": 1.5, "tasks": {}} for method in ["dense", *reproduce.NINE]}
+            eval_niah.save({"variant": variant, "scores": scores, "median_length": 7.0, "eval": {"device": "abacus"}},
+                           f"out/ablations/ablation-{variant}-3/ablation.json")
+            self.returncode = 0
+
+        def poll(self):
+            return 0
+    monkeypatch.setattr(ablations, "subprocess", SimpleNamespace(Popen=Process))
+    ablations.main(["--variants", "no-arl", "memory", "--seed=3", "--json=a.json", *RUN])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row for row in rows if row[1:2] == ["10.0"]] == [["no-arl", *["10.0"] * 10, "7.0"]]
+    assert [row for row in rows if row[1:2] == ["20.0"]] == [["memory", *["20.0"] * 10, "7.0"]]
+    report = json.loads(Path("a.json").read_text())
+    assert made == ["no-arl", "memory"] == [record["variant"] for record in report["variants"]]
+    assert {"command", "commit", "torch"} <= report.keys() and report["seed"] == 3 and report["device"] == "abacus"
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--frobnicate"], "--frobnicate"),
+    (["--variants", "valuesonly"], "valuesonly"),
+    (["--variants", "fixed-decay", "--steps=0"], "--steps"),
+    (["--variant", "fixed-decay", "--arl=0"], "--arl"),
+    (["--variants", "memory", "fixed-decay", "--arl=0"], "--arl"),
+    (["--samples=0"], "--samples"),
+    (["--lengths", "nowhere"], "nowhere"),
+    (["--lm_loss", "nowhere"], "nowhere"),
+    (["--lm_loss", "nowhere", "--steps=3"], "--steps"),
+])
+def test_a_wrong_flag_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, argv, words):
+    """A traceback, or six processes that each end in one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablations, "subprocess", None)  # no run may start
+    with pytest.raises(SystemExit) as end:
+        ablations.main(argv)
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and words in line and line.count("\n") == 1, line
