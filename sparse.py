@@ -158,13 +158,12 @@ class Quest(Dense):
         B, Tk, KV, D = k.shape
         filled = to_blocks(filled, self.block_size)[..., None, None]                           # (B, N, block, 1, 1)
         k = to_blocks(k, self.block_size)                                                      # (B, N, block, KV, D)
-        low = k.masked_fill(~filled, math.inf).amin(2).permute(0, 2, 3, 1)                     # (B, KV, D, N)
-        high = k.masked_fill(~filled, -math.inf).amax(2).permute(0, 2, 3, 1)
-        low, high = (x.masked_fill(x.isinf(), 0).float() for x in (low, high))                 # empty blocks
-        q = q.float().view(B, KV, -1, D)                                                       # (B, KV, G, D)
+        k = k.where(filled, k[:, :, :1])  # a slot not filled yet repeats the block's first
+        low, high = k.amin(2).float().transpose(1, 2), k.amax(2).float().transpose(1, 2)       # (B, KV, N, D)
+        q = q.float().view(B, KV, -1, D).transpose(2, 3)                                       # (B, KV, D, G)
         # max(q * low, q * high) is q * high where q > 0 and q * low where q < 0: two products of matrices
-        bound = q.clamp_min(0) @ high + q.clamp_max(0) @ low                                   # (B, KV, G, N)
-        return bound.mean(dim=2, keepdim=True)
+        bound = high @ q.clamp_min(0) + low @ q.clamp_max(0)                                   # (B, KV, N, G)
+        return bound.mean(dim=3).unsqueeze(2)
 
     def decode(self, q, cache):
         S, N = self.budget // self.block_size, math.ceil(cache.k.shape[1] / self.block_size)
