@@ -394,11 +394,11 @@ def newest_runs(folder="out"):
 
 
 def commit():
-    """The commit of this code, "+dirty" if files differ from it."""
+    """The commit of this code, "+dirty" if its files differ from it."""
     git = lambda *words: subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True,
                                         check=True).stdout.strip()
     try:
-        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain") else "")
+        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -260,7 +260,7 @@ class Transformer(nn.Module):
         weights.write(path, self.config, self.state_dict())
 
     def flops_per_token(self, reads):
-        """Forward and backward FLOPs per token that reads so many entries, T / 2 in dense attention: 6 per weight used, 12 per channel read."""
+        """FLOPs per token, forward and backward, where it reads so many entries: T / 2 in dense attention."""
         used = sum(p.numel() for p in self.parameters()) - (0 if self.config.tied else self.embed_tokens.weight.numel())
         return 6 * used + 12 * self.config.n_layer * self.config.width * reads
 

@@ -1,35 +1,34 @@
 """
 The paper's result from scratch: each backbone trained with several seeds, asked under every method, compared in one table.
 
-    for each arm and seed:   train.py       ->  out/reproduce/ARM-SEED            skipped if it is there
-                             eval_niah.py   ->  results/reproduce/ARM-SEED.json   likewise: the nine cells, H1, H2
-                                                results/reproduce/ARM-SEED-more.json    other methods and block sizes
+    for each arm and seed:   train.py       ->  out/reproduce/ARM-SEED                 unless it is there, whole
+                             eval_niah.py   ->  results/reproduce/ARM-SEED.json        likewise: the nine cells, H1, H2
+                                                results/reproduce/ARM-SEED-more.json   other methods and block sizes
     then the summary         results/reproduce/summary.md, summary.json, accuracy.png, hits.png
-
-All arms see the same samples in the same order: a sample is a function of the seed and its index (niah.py). They differ in
-what the issue is, the memory, and in what makes that a fair question:
 
     attention   OLMo 2's form                                     one optimizer step per batch
     joint       attention, and before each dense step one         the extra step that official RAT+ gives its baseline
                 that sees 64 tokens back
-    long        attention for as long as memory takes             equal wall-clock
+    long        attention for about as long as memory takes       equal wall-clock, if runs have the GPU for themselves
     memory      Eq. 1 on keys and values, with ARL                two steps per batch
     converted   attention of the same seed, given a memory        the paper's OLMo 2 path; a fifth of the batches more
 
-A model is "ahead" in a cell if the difference of the means exceeds the spread: the larger of the two standard deviations
-over seeds. `python reproduce.py` does all of it, on all visible GPUs, some runs at a time on each; --arms and --seeds do a
-part, and the summary is made of what is there. --ship writes checkpoints/ from seed 0. Checked in tests/test_reproduce.py.
+Of one seed, attention, joint and memory see the same samples in the same order (niah.py: a sample is a function of seed and
+index). A model is "ahead" in a cell if the difference of the means exceeds the spread, the larger of the two standard
+deviations over seeds. `python reproduce.py` does all of it on all visible GPUs; --arms and --seeds do a part, and the
+summary is made of what is there. --ship writes checkpoints/ from seed 0. Checked in tests/test_reproduce.py.
 """
 import argparse
 import json
 import os
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from queue import Queue
 
@@ -37,6 +36,7 @@ import torch
 
 import eval_niah
 import niah
+import train
 import weights
 from model import Transformer
 
@@ -44,7 +44,7 @@ ROOT = Path(__file__).parent
 ARMS = {  # flags of train.py; {seed} is filled in
     "attention": "--recipe=micro --memory=off",
     "joint": "--recipe=micro --memory=off --joint=64",
-    "long": "--recipe=micro --memory=off --steps=4200",
+    "long": "--recipe=micro --memory=off --steps=4200 --drills=0.1191",  # as many drills
     "memory": "--recipe=micro --memory=on",
     "converted": "--recipe=micro-convert --init=out/reproduce/attention-{seed}",
 }
@@ -60,79 +60,118 @@ OTHERS = [*(f"snapkv:budget={budget},kernel=5" for budget in eval_niah.BUDGETS),
 
 # ---------------------------------------------------------------- one run
 
-def do(arm, seed, gpu, args):
-    """Train and evaluate, unless it is done. Output goes to a log; a failure is one line that names it."""
-    run, results = Path("out/reproduce") / f"{arm}-{seed}", Path(args.results)
+def folder_of(arm, seed):
+    return Path("out/reproduce") / f"{arm}-{seed}"
+
+
+def train_flags(arm, seed, args):
+    run = folder_of(arm, seed)
+    return [*ARMS[arm].format(seed=seed).split(), f"--seed={seed}", f"--out={run.parent}", f"--name={run.name}", "--resume",
+            *shlex.split(args.train)]
+
+
+def finished(arm, seed, args):
+    """Whether the run has seen all its steps. ValueError if other flags made it."""
+    settings, run = train.parse(train_flags(arm, seed, args)), folder_of(arm, seed)
+    checkpoint = train.newest(run, resume=True)
+    return checkpoint is not None and train.step_of(checkpoint, run, settings) == settings.steps
+
+
+def do(arm, seed, gpu, args, running):
+    """Train and evaluate, unless it is done. Output goes to a log; a failure is one line that names it. running: a set of processes."""
+    run, results = folder_of(arm, seed), Path(args.results)
     for folder in run.parent, results:
         folder.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
-    train = ["train.py", *ARMS[arm].format(seed=seed).split(), f"--seed={seed}", "--out=out/reproduce", f"--name={run.name}", "--resume"]
-    commands = [] if finished(run) else [train + shlex.split(args.train)]
-    for part, methods in ("", [*NINE, "--hits", f"--random={args.random}"]), ("-more", OTHERS):
-        if not answered(results / f"{run.name}{part}.json"):
+    if arm == "converted" and not finished("attention", seed, args):
+        raise ValueError(f"{run.name} starts from attention-{seed}, which is not trained to its end: --arms attention converted")
+    parts = {"": [*NINE, "--hits", f"--random={args.random}"], "-more": OTHERS}
+    commands = []
+    if not finished(arm, seed, args):
+        commands = [["train.py", *train_flags(arm, seed, args)]]
+        for part in parts:  # of another model, then
+            (results / f"{run.name}{part}.json").unlink(missing_ok=True)
+    for part, methods in parts.items():
+        result = results / f"{run.name}{part}.json"
+        if read(result) is None or read(result)["settings"]["samples"] != args.samples:
             commands.append(["eval_niah.py", "--ckpt", str(run), f"--samples={args.samples}", f"--batch={args.batch}",
-                             f"--out={run}/niah{part}", f"--json={results}/{run.name}{part}.json", "--methods", *methods])
-    for command in commands:
+                             f"--out={run}/niah{part}", f"--json={result}", "--methods", *methods])
+    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+    for script, *flags in commands:
         started, log = time.time(), run.with_suffix(".log")
-        print(f"{run.name}: python {shlex.join(command)}", flush=True)
+        print(f"{run.name}: python {shlex.join([script, *flags])}", flush=True)
         with open(log, "a") as file:
-            code = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=file).returncode
+            process = subprocess.Popen([sys.executable, ROOT / script, *flags], env=environment, stdout=file, stderr=file)
+        running.add(process)
+        code = process.wait()
+        running.discard(process)
         if code:
-            raise ValueError(f"{run.name}: {command[0]} ended with code {code}; see {log}. What is finished is kept")
-        print(f"{run.name}: {command[0]} took {(time.time() - started) / 60:.1f} min", flush=True)
+            raise ValueError(f"{run.name}: {script} ended with code {code}; see {log}. What is finished is kept")
+        print(f"{run.name}: {script} took {(time.time() - started) / 60:.1f} min", flush=True)
+    if commands:
+        shutil.copy(weights.resolve(run) / "train.json", results / f"{run.name}-train.json")
 
 
-def finished(run):
-    """Whether the run has seen all its steps."""
-    record = weights.resolve(run) / "train.json"
-    if not record.exists():
-        return False
-    made = json.loads(record.read_text())
-    return made["step"] == made["settings"]["steps"]
-
-
-def answered(result):
-    return result.exists() and json.loads(result.read_text())["finished"]
-
-
-def do_all(arms, args):
+def do_all(args):
     """
     A few runs per GPU at a time, as an evaluation leaves much of it idle; converted models after those that they start from.
+    The first failure ends all.
     """
-    gpus = Queue()
-    for gpu in range(torch.cuda.device_count()) if torch.cuda.is_available() else [None]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    gpus, running = Queue(), set()
+    for gpu in visible.split(",") if torch.cuda.is_available() else [None]:
         for _ in range(args.per_gpu):
             gpus.put(gpu)
 
     def job(arm, seed):
         gpu = gpus.get()
         try:
-            do(arm, seed, gpu, args)
+            do(arm, seed, gpu, args, running)
         finally:
             gpus.put(gpu)
+    arms, seeds = dict.fromkeys(args.arms), dict.fromkeys(args.seeds)
     for phase in [arm for arm in arms if arm != "converted"], [arm for arm in arms if arm == "converted"]:
         with ThreadPoolExecutor(gpus.qsize()) as pool:
-            jobs = [pool.submit(job, arm, seed) for seed in args.seeds for arm in phase]
+            jobs = [pool.submit(job, arm, seed) for seed in seeds for arm in phase]
             try:
-                for future in jobs:
+                for future in wait(jobs, return_when=FIRST_EXCEPTION).done:
                     future.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(running):
+                    process.terminate()  # training ends after its step, with a checkpoint to go on from
                 raise
 
 
 # ---------------------------------------------------------------- the summary
 
+def read(file):
+    """A report of eval_niah.py that ran to its end, else None."""
+    if not file.exists():
+        return None
+    try:
+        report = json.loads(file.read_text())
+        return report if report["finished"] else None
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{file} is no report of eval_niah.py ({error}): delete it") from None
+
+
 def read_results(folder):
-    """{arm: {seed: report of eval_niah.py}}, in the order of ARMS."""
-    found, folder = {}, Path(folder)
+    """{arm: {seed: report}}, in the order of ARMS; with the rows of its -more.json, and the record of its training."""
+    found, folder, first = {}, Path(folder), None
     for arm in ARMS:
-        for file in sorted(folder.glob(f"{arm}-[0-9]*.json")):
-            more = file.with_stem(f"{file.stem}-more")
-            if not file.stem.endswith("-more") and answered(file) and answered(more):
-                report = json.loads(file.read_text())
-                report["results"] += [row for row in json.loads(more.read_text())["results"] if row["method"] != "dense"]
-                found.setdefault(arm, {})[int(file.stem.rpartition("-")[2])] = report
+        for file in sorted(folder.glob(f"{arm}-*.json")):
+            seed = file.stem.removeprefix(f"{arm}-")
+            if not seed.isdigit():
+                continue
+            report, more = read(file), read(file.with_stem(f"{file.stem}-more"))
+            if report and more:
+                report["results"] += [row for row in more["results"] if row["method"] != "dense"]
+                report["train"] = json.loads(file.with_stem(f"{file.stem}-train").read_text())
+                asked = {(row["method"], row["task"], row["n"], row["prompts"]) for row in report["results"]}
+                first = first or asked
+                if asked != first:
+                    raise ValueError(f"{file} asks other prompts or methods than the first result there: delete it, and run again")
+                found.setdefault(arm, {})[int(seed)] = report
     return found
 
 
@@ -154,24 +193,27 @@ def hit_rates(report):
     return {method: torch.stack(rates).mean(0).sort(descending=True).values for method, rates in cells.items()}
 
 
-def spread(values):
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+def compare(values, base):
+    """Of a method's scores by seed, against attention's: {"gain", "noise", "ahead"}; one seed alone has no spread to exceed."""
+    gain, several = statistics.fmean(values) - statistics.fmean(base), min(len(values), len(base)) > 1
+    noise = max(statistics.stdev(values), statistics.stdev(base)) if several else None
+    return {"gain": gain, "noise": noise, "ahead": several and gain > noise}
 
 
 def summarise(found):
-    """{"scores": {arm: {method: [per seed]}}, "hits": the same of the best 5 % of heads, "ahead": {arm: {method: bool}}, ...}"""
+    """
+    {"scores": {arm: {method: [per seed]}}, "hits": the same of the best 5 % of heads, "against_attention": {arm: {method:
+    compare's}}, "runs": {arm: {seed: how it was made}}}
+    """
     over_seeds = lambda of: {arm: transpose([of(report) for report in reports.values()]) for arm, reports in found.items()}
     scores = over_seeds(means)
     hits = over_seeds(lambda report: {m: 100 * float(eval_niah.best_heads(rates)) for m, rates in hit_rates(report).items()})
-    ahead = {}
-    for arm in scores.keys() - {"attention"} if "attention" in scores else ():
-        for method, values in scores[arm].items():
-            base = scores["attention"][method]
-            gain, noise = statistics.fmean(values) - statistics.fmean(base), max(spread(values), spread(base))
-            ahead.setdefault(arm, {})[method] = {"gain": gain, "noise": noise, "ahead": gain > noise}
-    runs = {arm: {seed: {key: report[key] for key in ("command", "commit", "device", "torch")} for seed, report in reports.items()}
-            for arm, reports in found.items()}
-    return {"scores": scores, "hits": hits, "against_attention": ahead, "runs": runs}
+    base = scores.get("attention", {})
+    against = {arm: {method: compare(values, base[method]) for method, values in of_arm.items()}
+               for arm, of_arm in scores.items() if base and arm != "attention"}
+    runs = {arm: {seed: {"train": report["train"], "eval": {key: report[key] for key in ("command", "commit", "device", "torch")}}
+                  for seed, report in reports.items()} for arm, reports in found.items()}
+    return {"scores": scores, "hits": hits, "against_attention": against, "runs": runs}
 
 
 def transpose(dicts):
@@ -180,28 +222,33 @@ def transpose(dicts):
 
 
 def markdown(summary, found):
-    cell = lambda values: f"{statistics.fmean(values):.1f} ± {spread(values):.1f}"
-    seeds = ", ".join(f"{arm} {len(reports)}" for arm, reports in found.items())
-    settings = next(iter(next(iter(found.values())).values()))["settings"]
-    lines = [f"RULER's score, %, mean of eight tasks: mean and standard deviation over seeds ({seeds}); {settings['samples']} samples a "
-             f"task, protocol {settings['protocol']}, context {settings['context_len']}.", ""]
+    def cell(values):
+        return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
     def rows(kind, methods):
-        arms = [arm for arm in summary[kind] if summary[kind][arm]]
+        arms = list(summary[kind])
         yield "| | " + " | ".join(arms) + " | memory - attention |"
         yield "|---|" + "---|" * (len(arms) + 1)
         for method in methods:
-            values = {arm: summary[kind][arm].get(method) for arm in arms}
-            gap = ""
-            if values.get("memory") and values.get("attention"):
-                gain = statistics.fmean(values["memory"]) - statistics.fmean(values["attention"])
-                gap = f"{gain:+.1f}"
-                gap = f"**{gap}**" if gain > max(spread(values["memory"]), spread(values["attention"])) else gap
-            yield f"| {method} | " + " | ".join(cell(v) if v else "" for v in values.values()) + f" | {gap} |"
-    first = next(iter(summary["scores"].values()))
-    lines += rows("scores", [m for m in first if not m.endswith(" by chance")])
-    lines += ["", "H2, entries chosen by chance:", "", *rows("scores", [m for m in first if m.endswith(" by chance")])]
-    lines += ["", "H1, hit rate of the best 5 % of heads, %:", "", *rows("hits", next(iter(summary["hits"].values())))]
+            values, gap = {arm: summary[kind][arm][method] for arm in arms}, ""
+            if {"memory", "attention"} <= values.keys():
+                against = compare(values["memory"], values["attention"])
+                gap = f"**{against['gain']:+.1f}**" if against["ahead"] else f"{against['gain']:+.1f}"
+            yield f"| {method} | " + " | ".join(map(cell, values.values())) + f" | {gap} |"
+    settings = next(iter(next(iter(found.values())).values()))["settings"]
+    methods, hits = list(next(iter(summary["scores"].values()))), list(next(iter(summary["hits"].values())))
+    seeds = ", ".join(f"{arm} {len(reports)}" for arm, reports in found.items())
+    lines = [f"RULER's score, %, mean of tasks: mean and standard deviation over seeds ({seeds}); {settings['samples']} samples a "
+             f"task, protocol {settings['protocol']}, context {settings['context_len']}. Bold: more than the spread.", "",
+             *rows("scores", [m for m in methods if not m.endswith(" by chance")]),
+             "", "H2, entries chosen by chance:", "", *rows("scores", [m for m in methods if m.endswith(" by chance")]),
+             "", "H1, hit rate of the best 5 % of heads, %:", "", *rows("hits", hits),
+             "", "Training, seed by seed:", "", "| | steps | minutes of steps | tokens/s | MFU | device | commit |", "|---|---|---|---|---|---|---|"]
+    for arm, reports in found.items():
+        for seed, report in reports.items():
+            made = report["train"]
+            lines.append(f"| {arm} {seed} | {made['step']} | {made['step'] * made['step_seconds'] / 60:.1f} | "
+                         f"{made['tokens_per_second']:,} | {made['mfu'] or ''} | {made['device']} | {made['commit'][:7]} |")
     return "\n".join(lines) + "\n"
 
 
@@ -214,9 +261,10 @@ def plots(found, folder):
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    kinds, tasks = ("quest", "moba", "snapkv"), list(niah.TASKS)
+    results = next(iter(next(iter(found.values())).values()))["results"]
+    kinds, tasks = ("quest", "moba", "snapkv"), list(dict.fromkeys(row["task"] for row in results))
     nine = list(summarised_names(found))
-    figure, axes = plt.subplots(3, 8, figsize=(20, 7.5), sharex=True, sharey=True)
+    figure, axes = plt.subplots(3, len(tasks), figsize=(1 + 2.4 * len(tasks), 7.5), sharex=True, sharey=True, squeeze=False)
     for kind, row in zip(kinds, axes):
         methods = [method for method in nine if method.startswith(kind)][:3]
         for task, axis in zip(tasks, row):
@@ -224,8 +272,8 @@ def plots(found, folder):
                 per_seed = [[cell["ruler"][0] for method in methods for cell in report["results"]
                              if (cell["method"], cell["task"], cell["random"]) == (method, task, None)] for report in reports.values()]
                 columns = list(zip(*per_seed))
-                axis.errorbar([0, 1, 2], [statistics.fmean(c) for c in columns], [spread(c) for c in columns], marker="o", ms=4,
-                              capsize=2, label=arm)
+                spread = [statistics.stdev(c) if len(c) > 1 else 0 for c in columns]
+                axis.errorbar([0, 1, 2], [statistics.fmean(c) for c in columns], spread, marker="o", ms=4, capsize=2, label=arm)
             axis.set(title=f"{kind} {niah.TASKS[task].short}", ylim=(-4, 104), xticks=[0, 1, 2], xticklabels=eval_niah.BUDGETS)
     axes[0, 0].legend(fontsize=8)
     for row in axes:
@@ -257,10 +305,12 @@ def summarised_names(found):
 
 # ---------------------------------------------------------------- python reproduce.py
 
-def ship():
+def ship(args):
     """checkpoints/: seed 0 of attention and memory in bf16, with train.json, which tells how they were made."""
     for arm in "attention", "memory":
-        source, folder = weights.resolve(f"out/reproduce/{arm}-0"), ROOT / "checkpoints" / arm
+        if not finished(arm, 0, args):
+            raise ValueError(f"{folder_of(arm, 0)} is not trained to its end: --ship needs seed 0 of attention and memory")
+        source, folder = weights.resolve(folder_of(arm, 0)), ROOT / "checkpoints" / arm
         Transformer.from_pretrained(source, torch.bfloat16).save_pretrained(folder)
         shutil.copy(source / "train.json", folder)
         print(f"{source} in bf16: {folder}")
@@ -277,14 +327,16 @@ def main():
     add("--samples", type=eval_niah.positive, default=200, help="examples per task; the same for all runs")
     add("--random", type=eval_niah.positive, default=5, metavar="SEEDS", help="H2: draws of a selection by chance")
     add("--batch", type=eval_niah.positive, default=200, help="prompts at a time in the evaluation")
-    add("--train", default="", metavar="FLAGS", help="more flags of train.py, for every run: --train='--steps=2 --batch=2' is a trial")
+    add("--train", default="", metavar="FLAGS", help="more flags of train.py, for every run: --train='--steps=2 --batch=2' is "
+        "a trial; delete out/reproduce after it")
     add("--per_gpu", type=eval_niah.positive, default=1, metavar="RUNS", help="runs at a time on each GPU; 2 takes less time in all, but "
         "then the tokens per second of one run mean little")
     add("--results", default="results/reproduce", metavar="DIR", help="where the JSON of each run and the summary go")
     add("--ship", action="store_true", help="at the end, write checkpoints/ from seed 0")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as ctrl-C does
     try:
-        do_all(args.arms, args)
+        do_all(args)
         found = read_results(args.results)
         if not found:
             raise ValueError(f"{args.results} holds no finished run: name --arms to make some")
@@ -293,9 +345,9 @@ def main():
         text = markdown(summary, found)
         (folder / "summary.md").write_text(text)
         print("\n" + text)
-        plots(found, folder)
         if args.ship:
-            ship()
+            ship(args)
+        plots(found, folder)
     except (ValueError, OSError) as error:
         parser.error(error)
     except KeyboardInterrupt:

@@ -140,8 +140,8 @@ def parse(argv):
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.clip <= 0 or not 0 <= args.warmup < 1 or not 0 <= args.drills <= 1 or not 0 <= args.many <= 1:
         parser.error("--clip must be above 0, --warmup, --drills and --many shares from 0 to 1")
-    if args.lr <= 0:
-        parser.error(f"--lr {args.lr} must be above 0")
+    if args.lr <= 0 or args.joint < 0:
+        parser.error(f"--lr {args.lr} must be above 0, --joint {args.joint} at least 0")
     if args.batch % world or (args.batch // world) % min(args.device_batch, args.batch // world):
         parser.error(f"--batch {args.batch} does not divide into {world} processes times --device_batch {args.device_batch}")
     args.device_batch = min(args.device_batch, args.batch // world)
@@ -151,8 +151,6 @@ def parse(argv):
     on_gpu = args.device.startswith("cuda")
     args.compile = args.compile or ("on" if on_gpu else "off")
     args.workers = args.workers if args.workers is not None else (8 if on_gpu else 0)
-    if args.arl and args.joint:
-        parser.error("--joint is attention's stand-in for ARL: give one of --joint and --arl")
     return args
 
 
@@ -177,6 +175,8 @@ def make_model(args, checkpoint=None):
         raise ValueError(f"{checkpoint or args.init} has a memory, which --memory=off cannot take out")
     args.context_len = args.context_len or model.config.context_len
     args.arl = (64 if model.config.memory else 0) if args.arl is None else args.arl
+    if args.arl and args.joint:
+        raise ValueError("--joint is attention's stand-in for ARL: give one of --joint and --arl, and --arl=0 with a memory")
     if args.arl and not model.config.memory:
         raise ValueError("--arl teaches a memory, and this model has none: add --memory=on or --arl=0")
     return model
@@ -336,11 +336,11 @@ def save(run, model, optimizer, record, beside, rank):
         dist.barrier()
 
 
-def record_of(step, durations, flops, args):
+def record_of(step, durations, flops, commit, args):
     """What a checkpoint tells of its making; None where nobody knows. durations: seconds of each step. flops: of a step."""
     seconds = statistics.median(durations)
     peak = PEAK_FLOPS * int(os.environ.get("WORLD_SIZE", 1)) if re.search("H[12]00", eval_niah.device_name(args.device)) else None
-    return {"step": step, "settings": vars(args), "command": shlex.join(["python", *sys.argv]), "commit": eval_niah.commit(),
+    return {"step": step, "settings": vars(args), "command": shlex.join(["python", *sys.argv]), "commit": commit,
             "device": eval_niah.device_name(args.device), "torch": torch.__version__, "step_seconds": round(seconds, 5),
             "tokens_per_second": round(args.batch * args.context_len / seconds), "mfu": peak and round(flops / seconds / peak, 4)}
 
@@ -390,6 +390,7 @@ def train(args):
         dist.init_process_group("nccl" if on_gpu else "gloo")
 
     # what to train on what
+    commit = eval_niah.commit()
     run = Path(args.out) / args.name
     checkpoint = newest(run, args.resume)
     model = make_model(args, checkpoint)
@@ -416,7 +417,8 @@ def train(args):
         restore_optimizer(checkpoint, model, optimizer)
     autocast = torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext()
     say(f"{run}: {n_parameters / 1e6:.1f}M parameters, memory {'on' if model.config.memory else 'off'}, "
-        f"ARL {args.arl or 'off'}{f', joint window {args.joint}' if args.joint else ''}; {args.steps} steps of {args.batch} x {args.context_len} = {per_step:,} tokens "
+        f"ARL {args.arl or 'off'}{f', joint window {args.joint}' if args.joint else ''}; "
+        f"{args.steps} steps of {args.batch} x {args.context_len} = {per_step:,} tokens "
         f"({world} x {args.device_batch} x {args.batch // world // args.device_batch} accumulated), "
         f"{len(passes)} pass{'es' if len(passes) > 1 else ''} each, {flops / 1e12:.2f} TFLOP a step")
     if isinstance(training, Needles):
@@ -475,7 +477,7 @@ def train(args):
                 + (f"  validation {entry['val_loss']:.3f}, {entry['val_accuracy']:.1%} of {what} right" if "val_loss" in entry else "")
                 + f"  lr {entry['lr']:.1e}  norm {entry['grad_norm']:.2f}  {speed:,.0f} tokens/s  {left:.1f} min left", flush=True)
         if step % args.save_every == 0 or last:
-            save(run, model, optimizer, record_of(step, durations, flops, args), beside, rank)
+            save(run, model, optimizer, record_of(step, durations, flops, commit, args), beside, rank)
         if stopped:
             break
         since = time.time()
@@ -488,7 +490,7 @@ def train(args):
         sys.exit(130)
     checkpoint = weights.resolve(run)
     made = json.loads((checkpoint / "train.json").read_text())
-    say(f"{run}: done, {checkpoint}; {made['tokens_per_second']:,} tokens/s" + (f", MFU {made['mfu']:.1%}" if made["mfu"] else ""))
+    say(f"{run}: done, {checkpoint}" + (f"; {made['tokens_per_second']:,} tokens/s, MFU {made['mfu']:.1%}" if made.get("mfu") else ""))
     return checkpoint, json.loads(log_file.read_text().splitlines()[-1])
 
 

@@ -9,6 +9,7 @@ import pytest
 import eval_niah
 import niah
 import reproduce
+import train
 
 SIZED = [eval_niah.sized(method, 1024) for method in reproduce.NINE]
 
@@ -20,7 +21,7 @@ def report(score, n_hit):
         for task in niah.TASKS:
             for random in [None, 0, 1] if "1/4" in method else [None]:
                 hits = [[1.0 if 6 * layer + head < n_hit else 0.0 for head in range(6)] for layer in range(4)]
-                rows.append({"method": method, "task": task, "random": random, "ruler": [score - (random or 0), 0, 100],
+                rows.append({"method": method, "task": task, "random": random, "n": 3, "prompts": "p", "ruler": [score - (random or 0), 0, 100],
                              "hits": hits if random is None and method.startswith(("quest", "snapkv")) else None})
     return {"finished": True, "results": rows, "command": "python eval_niah.py", "commit": "c", "device": "d", "torch": "t",
             "settings": {"samples": 3, "protocol": "sft", "context_len": 1024, "methods": ["dense", *SIZED]}}
@@ -32,6 +33,8 @@ def folder(tmp_path):
     for name, score, n_hit in ("attention-0", 40, 0), ("attention-1", 50, 0), ("memory-0", 60, 1), ("memory-1", 64, 24):
         (tmp_path / f"{name}.json").write_text(json.dumps(report(score, n_hit)))
         (tmp_path / f"{name}-more.json").write_text(json.dumps(report(score, n_hit) | {"results": []}))
+        (tmp_path / f"{name}-train.json").write_text(json.dumps(
+            {"step": 60, "step_seconds": 2, "tokens_per_second": 5000, "mfu": 0.25, "device": "abacus", "commit": "c0ffee00"}))
     for part in "", "-more":
         (tmp_path / f"memory-2{part}.json").write_text(json.dumps(report(99, 0) | {"finished": False}))
     return tmp_path
@@ -48,12 +51,29 @@ def test_summary_gives_means_spread_and_who_is_ahead(folder):
     assert summary["hits"]["memory"][quest] == [100, 100] and summary["hits"]["attention"][quest] == [0, 0]
     text = reproduce.markdown(summary, reproduce.read_results(folder))
     assert f"| {quest} | 45.0 ± 7.1 | 62.0 ± 2.8 | **+17.0** |" in text
+    assert "| memory 1 | 60 | 2.0 | 5,000 | 0.25 | abacus | c0ffee0 |" in text
 
 
 def test_a_lead_within_the_spread_is_not_one(folder):
     (folder / "memory-0.json").write_text(json.dumps(report(30, 0)))  # 30 and 64: the mean leads by 2
     summary = reproduce.summarise(reproduce.read_results(folder))
     assert not summary["against_attention"]["memory"][SIZED[0]]["ahead"]
+
+
+def test_one_seed_alone_is_not_ahead(folder):
+    """A spread of nothing, which any difference exceeds."""
+    (folder / "attention-1.json").unlink()
+    found = reproduce.read_results(folder)
+    assert not reproduce.summarise(found)["against_attention"]["memory"][SIZED[0]]["ahead"]
+    assert f"| {SIZED[0]} | 40.0 | 62.0 ± 2.8 | +22.0 |" in reproduce.markdown(reproduce.summarise(found), found)
+
+
+def test_results_of_other_prompts_do_not_mix(folder):
+    """200 samples beside 100, or the methods of an older version."""
+    file = folder / "memory-1.json"
+    file.write_text(file.read_text().replace('"p"', '"other"'))
+    with pytest.raises(ValueError, match="memory-1.json"):
+        reproduce.read_results(folder)
 
 
 def test_plots_are_written(folder):
@@ -63,43 +83,76 @@ def test_plots_are_written(folder):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
-def calls(monkeypatch, code=0):
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    """Commands instead of processes. A train.py leaves a run with all its steps, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
     made = []
-    monkeypatch.setattr(reproduce.subprocess, "run", lambda command, **_: made.append(command) or SimpleNamespace(returncode=code))
-    return made
+
+    class Process:
+        code = 0
+
+        def __init__(self, command, **_):
+            made.append([Path(command[1]).name, *command[2:]])
+            if made[-1][0] == "train.py":
+                settings = train.parse(command[2:])
+                run = Path(settings.out, settings.name, "step_0000001")
+                run.mkdir(parents=True, exist_ok=True)
+                (run / "config.json").write_text("{}")
+                (run / "train.json").write_text(json.dumps({"step": settings.steps, "settings": vars(settings)}))
+
+        def wait(self):
+            return Process.code
+    monkeypatch.setattr(reproduce.subprocess, "Popen", Process)
+    return made, Process
 
 
-def arguments(folder):
-    return SimpleNamespace(results=str(folder), random=5, samples=200, batch=200, train="", seeds=[0, 1], per_gpu=1)
+def arguments(folder, arms, seeds=(0, 1)):
+    return SimpleNamespace(results=str(folder), random=5, samples=3, batch=200, train="", arms=arms, seeds=seeds, per_gpu=1)
 
 
-def test_what_is_there_is_not_made_again(folder, monkeypatch, tmp_path):
-    """Hours of training repeated, or a run that was stopped half-way taken for whole."""
-    monkeypatch.chdir(tmp_path)
-    made = calls(monkeypatch)
-    run = Path("out/reproduce/memory-0/step_0000002")
-    run.mkdir(parents=True)
-    (run / "config.json").write_text("{}")
-    (run / "train.json").write_text(json.dumps({"step": 2, "settings": {"steps": 2}}))
-    reproduce.do("memory", 0, None, arguments(folder))
-    assert made == []
-    (run / "train.json").write_text(json.dumps({"step": 2, "settings": {"steps": 4}}))
-    reproduce.do("memory", 0, None, arguments(folder))
-    assert [command[1] for command in made] == ["train.py"] and "--resume" in made[0]
+def scripts(made):
+    names = [command[0] for command in made]
+    made.clear()
+    return names
 
 
-def test_converted_models_come_after_those_they_start_from(folder, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    made = calls(monkeypatch)
-    reproduce.do_all(["converted", "attention"], arguments(tmp_path / "new"))
+def test_what_is_there_is_not_made_again(folder, calls):
+    """Hours of training repeated; a run that was stopped half-way taken for whole; old answers taken for a new model's."""
+    made, _ = calls
+    reproduce.do_all(arguments(folder, ["memory"], [0]))
+    assert scripts(made) == ["train.py", "eval_niah.py", "eval_niah.py"]  # the results there were of another model
+    for part in "", "-more":
+        (folder / f"memory-0{part}.json").write_text(json.dumps(report(1, 0)))
+    reproduce.do_all(arguments(folder, ["memory"], [0]))
+    assert scripts(made) == []
+    record = Path("out/reproduce/memory-0/step_0000001/train.json")
+    record.write_text(record.read_text().replace('"step": 2000', '"step": 1000'))
+    reproduce.do_all(arguments(folder, ["memory"], [0]))
+    assert scripts(made) == ["train.py", "eval_niah.py", "eval_niah.py"]
+
+
+def test_a_trial_is_not_taken_for_the_run(folder, calls):
+    args = arguments(folder, ["memory"], [0])
+    args.train = "--steps=2 --batch=2 --device_batch=2"
+    reproduce.do_all(args)
+    args.train = ""
+    with pytest.raises(ValueError, match="steps=2"):
+        reproduce.do_all(args)
+
+
+def test_converted_models_come_after_those_they_start_from(tmp_path, calls):
+    made, _ = calls
+    with pytest.raises(ValueError, match="attention-0"):
+        reproduce.do_all(arguments(tmp_path / "new", ["converted"]))
+    reproduce.do_all(arguments(tmp_path / "new", ["converted", "attention"]))
     names = [word for command in made for word in command if word.startswith("--name=")]
     assert names == [f"--name={arm}-{seed}" for arm in ("attention", "converted") for seed in (0, 1)]
     assert any("--init=out/reproduce/attention-1" in command for command in made)
 
 
-def test_a_failure_is_one_line_that_names_the_log(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-    calls(monkeypatch, code=3)
+def test_a_failure_is_one_line_that_names_the_log(calls, monkeypatch, capsys):
+    calls[1].code = 3
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "--arms", "memory", "--seeds", "0"])
     with pytest.raises(SystemExit) as end:
         reproduce.main()
@@ -109,7 +162,6 @@ def test_a_failure_is_one_line_that_names_the_log(monkeypatch, tmp_path, capsys)
 
 def test_every_arm_is_a_command_that_train_accepts(monkeypatch):
     """A flag renamed in train.py alone."""
-    import train
     for arm, flags in reproduce.ARMS.items():
         args = train.parse(flags.format(seed=0).split())
         assert bool(args.arl) == (arm in ("memory", "converted")) and bool(args.joint) == (arm == "joint")

@@ -208,6 +208,8 @@ def test_memory_is_added_to_a_trained_model_and_the_run_is_its_own():
     (["--preset=pico", "--tasks", "niah_single_1", "niah_multiquery"], "too short"),
     (["--preset=pico", "--batch=6", "--device_batch=4"], "does not divide"),
     (["--preset=pico", "--memory=off", "--arl=64"], "--arl"),
+    (["--preset=pico", "--memory=on", "--joint=64"], "--joint"),
+    (["--preset=pico", "--joint=-1"], "--joint"),
     (["--init=nowhere"], "nowhere"),
     (["--preset=pico", "--context_len=100"], "too short"),
     (["--preset=pico", "--data=nowhere"], "nowhere"),
