@@ -78,7 +78,7 @@ def finished(arm, seed, args):
 
 
 def do(arm, seed, gpu, args, running):
-    """Train and evaluate, unless it is done. Output goes to a log; a failure is one line that names it. running: a set of processes."""
+    """Train and evaluate, unless it is done. Output goes to a log, which a failure names. running: set of the processes at work."""
     run, results = folder_of(arm, seed), Path(args.results)
     for folder in run.parent, results:
         folder.mkdir(parents=True, exist_ok=True)
@@ -243,7 +243,8 @@ def markdown(summary, found):
              *rows("scores", [m for m in methods if not m.endswith(" by chance")]),
              "", "H2, entries chosen by chance:", "", *rows("scores", [m for m in methods if m.endswith(" by chance")]),
              "", "H1, hit rate of the best 5 % of heads, %:", "", *rows("hits", hits),
-             "", "Training, seed by seed:", "", "| | steps | minutes of steps | tokens/s | MFU | device | commit |", "|---|---|---|---|---|---|---|"]
+             "", "Training, seed by seed:", "",
+             "| | steps | minutes of steps | tokens/s | MFU | device | commit |", "|---|---|---|---|---|---|---|"]
     for arm, reports in found.items():
         for seed, report in reports.items():
             made = report["train"]
@@ -269,9 +270,8 @@ def plots(found, folder):
         methods = [method for method in nine if method.startswith(kind)][:3]
         for task, axis in zip(tasks, row):
             for arm, reports in found.items():
-                per_seed = [[cell["ruler"][0] for method in methods for cell in report["results"]
-                             if (cell["method"], cell["task"], cell["random"]) == (method, task, None)] for report in reports.values()]
-                columns = list(zip(*per_seed))
+                columns = [[cell["ruler"][0] for report in reports.values() for cell in report["results"]
+                            if (cell["method"], cell["task"], cell["random"]) == (method, task, None)] for method in methods]
                 spread = [statistics.stdev(c) if len(c) > 1 else 0 for c in columns]
                 axis.errorbar([0, 1, 2], [statistics.fmean(c) for c in columns], spread, marker="o", ms=4, capsize=2, label=arm)
             axis.set(title=f"{kind} {niah.TASKS[task].short}", ylim=(-4, 104), xticks=[0, 1, 2], xticklabels=eval_niah.BUDGETS)

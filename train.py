@@ -490,7 +490,8 @@ def train(args):
         sys.exit(130)
     checkpoint = weights.resolve(run)
     made = json.loads((checkpoint / "train.json").read_text())
-    say(f"{run}: done, {checkpoint}" + (f"; {made['tokens_per_second']:,} tokens/s, MFU {made['mfu']:.1%}" if made.get("mfu") else ""))
+    speed = f"; {made['tokens_per_second']:,} tokens/s, MFU {made['mfu']:.1%}" if made.get("mfu") else ""
+    say(f"{run}: done, {checkpoint}{speed}")
     return checkpoint, json.loads(log_file.read_text().splitlines()[-1])
 
 

@@ -119,8 +119,8 @@ def run_variant(variant, args, rest):
             checkpoint, _ = train.train(settings)
         # --kernels=torch: Triton's decoding step goes past Attention.remember and has a memory of both k and v in one kernel,
         # whatever the variant. Training may use Triton: there remember, ours, is what calls its memory_scan
-        eval_niah.main(["--ckpt", str(run), f"--samples={args.samples}", f"--device={settings.device}", "--kernels=torch", "--methods", *reproduce.NINE,
-                        f"--out={run / 'niah'}", f"--json={run / 'niah.json'}"])
+        eval_niah.main(["--ckpt", str(run), f"--samples={args.samples}", f"--device={settings.device}", "--kernels=torch",
+                        "--methods", *reproduce.NINE, f"--out={run / 'niah'}", f"--json={run / 'niah.json'}"])
         model = Transformer.from_pretrained(checkpoint, torch.float32, settings.device)
         median_length = lengths(model, prompts(model, checkpoint)).median().item()
     report = json.loads((run / "niah.json").read_text())

@@ -28,6 +28,12 @@ TINY = Config(257, n_layer=1, width=32, n_head=2, n_kv_head=2, mlp_width=64, con
 RUN = ["--preset=pico", "--context_len=512", "--tasks", "niah_single_1", "--arl=16", "--batch=2", "--device=cpu"]
 
 
+@pytest.fixture(autouse=True)
+def kernels_stay_as_they_were(monkeypatch):
+    """A run's --kernels=torch would hold for the tests of other files."""
+    monkeypatch.setattr(backend, "choice", backend.choice)
+
+
 @pytest.fixture
 def one_layer():
     """Attention of a tiny model; x (B, T, C) and what a layer is told; k, v (B, T, KV, D)."""

@@ -153,6 +153,7 @@ def test_converted_models_come_after_those_they_start_from(tmp_path, calls):
 
 def test_a_failure_is_one_line_that_names_the_log(calls, monkeypatch, capsys):
     calls[1].code = 3
+    monkeypatch.setattr(reproduce.signal, "signal", lambda *_: None)  # the tests' own stays
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "--arms", "memory", "--seeds", "0"])
     with pytest.raises(SystemExit) as end:
         reproduce.main()
