@@ -92,7 +92,8 @@ def do(arm, seed, gpu, args, running):
             (results / f"{run.name}{part}.json").unlink(missing_ok=True)
     for part, methods in parts.items():
         result = results / f"{run.name}{part}.json"
-        if read(result) is None or read(result)["settings"]["samples"] != args.samples:
+        report = read(result)
+        if report is None or report["settings"]["samples"] != args.samples:
             commands.append(["eval_niah.py", "--ckpt", str(run), f"--samples={args.samples}", f"--batch={args.batch}",
                              f"--out={run}/niah{part}", f"--json={result}", "--methods", *methods])
     environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
@@ -129,11 +130,14 @@ def do_all(args):
         finally:
             gpus.put(gpu)
     arms, seeds = dict.fromkeys(args.arms), dict.fromkeys(args.seeds)
+    for arm in arms:
+        train.parse(train_flags(arm, 0, args))  # a wrong flag is known now, once
     for phase in [arm for arm in arms if arm != "converted"], [arm for arm in arms if arm == "converted"]:
         with ThreadPoolExecutor(gpus.qsize()) as pool:
             jobs = [pool.submit(job, arm, seed) for seed in seeds for arm in phase]
             try:
-                for future in wait(jobs, return_when=FIRST_EXCEPTION).done:
+                done = wait(jobs, return_when=FIRST_EXCEPTION).done
+                for future in filter(done.__contains__, jobs):  # in order: of several failures, the first asked for is told
                     future.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -175,12 +179,17 @@ def read_results(folder):
     return found
 
 
-def means(report, score="ruler"):
+def first_report(found):
+    """Any of them, for what all have in common: settings, tasks, methods."""
+    return next(iter(next(iter(found.values())).values()))
+
+
+def means(report):
     """{method: mean over tasks} in percent; chosen by chance (H2): {method + " by chance": likewise, over its draws}."""
     cells = {}
     for row in report["results"]:
         name = row["method"] + ("" if row["random"] is None else " by chance")
-        cells.setdefault(name, []).append(row[score][0])
+        cells.setdefault(name, []).append(row["ruler"][0])
     return {name: statistics.fmean(values) for name, values in cells.items()}
 
 
@@ -235,7 +244,7 @@ def markdown(summary, found):
                 against = compare(values["memory"], values["attention"])
                 gap = f"**{against['gain']:+.1f}**" if against["ahead"] else f"{against['gain']:+.1f}"
             yield f"| {method} | " + " | ".join(map(cell, values.values())) + f" | {gap} |"
-    settings = next(iter(next(iter(found.values())).values()))["settings"]
+    settings = first_report(found)["settings"]
     methods, hits = list(next(iter(summary["scores"].values()))), list(next(iter(summary["hits"].values())))
     seeds = ", ".join(f"{arm} {len(reports)}" for arm, reports in found.items())
     lines = [f"RULER's score, %, mean of tasks: mean and standard deviation over seeds ({seeds}); {settings['samples']} samples a "
@@ -262,12 +271,12 @@ def plots(found, folder):
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    results = next(iter(next(iter(found.values())).values()))["results"]
-    kinds, tasks = ("quest", "moba", "snapkv"), list(dict.fromkeys(row["task"] for row in results))
-    nine = list(summarised_names(found))
+    report = first_report(found)
+    kinds, tasks = ("quest", "moba", "snapkv"), list(dict.fromkeys(row["task"] for row in report["results"]))
+    nine = [eval_niah.sized(method, report["settings"]["context_len"]) for method in NINE]  # as the reports spell them
     figure, axes = plt.subplots(3, len(tasks), figsize=(1 + 2.4 * len(tasks), 7.5), sharex=True, sharey=True, squeeze=False)
     for kind, row in zip(kinds, axes):
-        methods = [method for method in nine if method.startswith(kind)][:3]
+        methods = [method for method in nine if method.startswith(kind)]
         for task, axis in zip(tasks, row):
             for arm, reports in found.items():
                 columns = [[cell["ruler"][0] for report in reports.values() for cell in report["results"]
@@ -294,13 +303,6 @@ def plots(found, folder):
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(folder / "hits.png", dpi=110)
-
-
-def summarised_names(found):
-    """The nine methods as the reports spell them, sizes filled in."""
-    report = next(iter(next(iter(found.values())).values()))
-    sized = [eval_niah.sized(method, report["settings"]["context_len"]) for method in NINE]
-    return [method for method in report["settings"]["methods"] if method in sized]
 
 
 # ---------------------------------------------------------------- python reproduce.py
