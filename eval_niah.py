@@ -454,7 +454,7 @@ def flags():
     add("--tasks", nargs="+", choices=niah.TASKS, metavar="TASK", help=f"{', '.join(niah.TASKS)}; None: those the first model was trained on, or that fit")
     add("--samples", type=positive, default=64, help="examples per task; the paper has 500")
     add("--context_len", type=positive, metavar="TOKENS", help="prompt and answer together; None: the first model's")
-    add("--max_new_tokens", type=positive, metavar="TOKENS", help="room for the answer; None: 128 from 2048 on, else 48")
+    add("--max_new_tokens", type=positive, metavar="TOKENS", help="room for the answer; None: 128 from 2048 on, 48 below and for bytes")
     add("--protocol", choices=niah.PROTOCOLS, metavar="PROTOCOL", help="base (RULER's answer prefix) or sft (the question alone, "
         "for fine-tuned models); None: what the first model was trained on, else base")
     add("--haystack", metavar="FILE", help="text of the essays; None: Python's help pages")
@@ -486,7 +486,7 @@ def prepare(args):
     labels = {path if names.count(name) > 1 else name: path for path, name in zip(settings, names)}
     tokenizers = {label: tokenizer_of(weights.resolve(path), settings[path]["vocab_size"], args.tokenizer) for label, path in labels.items()}
     args.context_len = args.context_len or settings[args.ckpt[0]]["context_len"]
-    args.max_new_tokens = args.max_new_tokens or niah.default_new_tokens(args.context_len)
+    args.max_new_tokens = args.max_new_tokens or niah.default_new_tokens(args.context_len, next(iter(tokenizers.values())))
     args.out = args.out or time.strftime("out/niah-%Y%m%d-%H%M%S")
     args.json = args.json or str(Path(args.out) / "results.json")
     args.methods = list(dict.fromkeys(["dense", *(sized(text, args.context_len) for text in args.methods)]))

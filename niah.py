@@ -329,9 +329,9 @@ def make_example(
         haystack_from=source if t.haystack == "essay" else t.haystack)
 
 
-def default_new_tokens(context_len):
-    """RULER's 128, but in a short context 48: the longest answers, in bytes, take 38 (a uuid) and 36 (four numbers)."""
-    return 128 if context_len >= 2048 else 48
+def default_new_tokens(context_len, tokenizer):
+    """RULER's 128; in a short context, and for models of bytes, 48: the longest answers take 38 bytes (a uuid) and 36."""
+    return 48 if context_len < 2048 or tokenizer.name == "bytes" else 128
 
 
 def fitting_tasks(context_len, tokenizer, protocol="base", max_new_tokens=128):
@@ -536,7 +536,7 @@ def main():
     flag = parser.add_argument
     flag("--task", default="niah_multikey_1", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
     flag("--context_len", type=int, default=1024, help="tokens, those to generate included")
-    flag("--max_new_tokens", type=int, help="tokens to generate; None: 128, or 48 where context_len is below 2048")
+    flag("--max_new_tokens", type=int, help="tokens to generate; None: 128, or 48 where context_len is below 2048 or tokens are bytes")
     flag("--tokenizer", default="bytes", help="bytes, or what else data.get_tokenizer takes")
     flag("--samples", type=int, default=1, help="examples, from index 0")
     flag("--seed", type=int, default=0, help="another seed, other examples")
@@ -545,12 +545,12 @@ def main():
     flag("--haystack", metavar="FILE", help="text of the essay; None: Python's help pages")
     flag("--output", metavar="FILE.jsonl", help="write RULER's jsonl there; None: print the first example")
     args = parser.parse_args()
-    new_tokens = default_new_tokens(args.context_len) if args.max_new_tokens is None else args.max_new_tokens
     if args.samples < 1:
         parser.error(f"--samples {args.samples}: at least 1")
     try:
         from data import get_tokenizer
         tokenizer = get_tokenizer(args.tokenizer)
+        new_tokens = default_new_tokens(args.context_len, tokenizer) if args.max_new_tokens is None else args.max_new_tokens
         haystack = Path(args.haystack).read_text(encoding="utf-8") if args.haystack else None
         examples = [make_example(args.task, args.context_len, tokenizer, args.seed, index, args.protocol, haystack,
                                  split=args.split, max_new_tokens=new_tokens) for index in range(args.samples)]

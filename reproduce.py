@@ -77,11 +77,9 @@ def finished(arm, seed, args):
     return checkpoint is not None and train.step_of(checkpoint, run, settings) == settings.steps
 
 
-def do(arm, seed, gpu, args, running):
-    """Train and evaluate, unless it is done. Output goes to a log, which a failure names. running: set of the processes at work."""
+def do(arm, seed, args, call):
+    """Train and evaluate, unless it is done. call: spread's."""
     run, results = folder_of(arm, seed), Path(args.results)
-    for folder in run.parent, results:
-        folder.mkdir(parents=True, exist_ok=True)
     if arm == "converted" and not finished("attention", seed, args):
         raise ValueError(f"{run.name} starts from attention-{seed}, which is not trained to its end: --arms attention converted")
     parts = {"": [*NINE, "--hits", f"--random={args.random}"], "-more": OTHERS}
@@ -96,54 +94,71 @@ def do(arm, seed, gpu, args, running):
         if report is None or report["settings"]["samples"] != args.samples:
             commands.append(["eval_niah.py", "--ckpt", str(run), f"--samples={args.samples}", f"--batch={args.batch}",
                              f"--out={run}/niah{part}", f"--json={result}", "--methods", *methods])
-    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-    for script, *flags in commands:
-        started, log = time.time(), run.with_suffix(".log")
-        print(f"{run.name}: python {shlex.join([script, *flags])}", flush=True)
-        with open(log, "a") as file:
-            process = subprocess.Popen([sys.executable, ROOT / script, *flags], env=environment, stdout=file, stderr=file)
-        running.add(process)
-        code = process.wait()
-        running.discard(process)
-        if code:
-            raise ValueError(f"{run.name}: {script} ended with code {code}; see {log}. What is finished is kept")
-        print(f"{run.name}: {script} took {(time.time() - started) / 60:.1f} min", flush=True)
+    for command in commands:
+        call(command, run.with_suffix(".log"))
     if commands:
+        results.mkdir(parents=True, exist_ok=True)
         shutil.copy(weights.resolve(run) / "train.json", results / f"{run.name}-train.json")
 
 
 def do_all(args):
-    """
-    A few runs per GPU at a time, as an evaluation leaves much of it idle; converted models after those that they start from.
-    The first failure ends all.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    gpus, running = Queue(), set()
-    for gpu in visible.split(",") if torch.cuda.is_available() else [None]:
-        for _ in range(args.per_gpu):
-            gpus.put(gpu)
-
-    def job(arm, seed):
-        gpu = gpus.get()
-        try:
-            do(arm, seed, gpu, args, running)
-        finally:
-            gpus.put(gpu)
+    """Converted models come after those that they start from."""
     arms, seeds = dict.fromkeys(args.arms), dict.fromkeys(args.seeds)
     for arm in arms:
         train.parse(train_flags(arm, 0, args))  # a wrong flag is known now, once
     for phase in [arm for arm in arms if arm != "converted"], [arm for arm in arms if arm == "converted"]:
-        with ThreadPoolExecutor(gpus.qsize()) as pool:
-            jobs = [pool.submit(job, arm, seed) for seed in seeds for arm in phase]
-            try:
-                done = wait(jobs, return_when=FIRST_EXCEPTION).done
-                for future in filter(done.__contains__, jobs):  # in order: of several failures, the first asked for is told
-                    future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in list(running):
-                    process.terminate()  # training ends after its step, with a checkpoint to go on from
-                raise
+        spread([lambda call, arm=arm, seed=seed: do(arm, seed, args, call) for seed in seeds for arm in phase], args.per_gpu)
+
+
+def spread(jobs, per_gpu=1):
+    """
+    Run jobs on all visible GPUs, `per_gpu` at a time on each, or one at a time on the CPU. The first failure ends all.
+
+    A job is a function of call, by which it runs scripts of ours on its GPU: call(["train.py", flag, ...], log) waits until
+    the script has ended, its output in the file log. ValueError, which names the log, if it ended badly.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    gpus, running, failed = Queue(), set(), []
+    for gpu in visible.split(",") * per_gpu if torch.cuda.is_available() else [None]:
+        gpus.put(gpu)
+
+    def on_a_gpu(job):
+        gpu = gpus.get()
+
+        def call(command, log):
+            started, script, name = time.time(), command[0], log.stem
+            print(f"{name}: python {shlex.join(command)}", flush=True)
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with open(log, "a") as file:
+                process = subprocess.Popen([sys.executable, ROOT / script, *command[1:]], stdout=file, stderr=file,
+                                           env=os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}))
+            running.add(process)
+            code = process.wait()
+            running.discard(process)
+            if code:
+                said = log.read_text().strip().splitlines() or ["nothing"]
+                raise ValueError(f"{name}: {script} ended with code {code}, its last words: {said[-1]}. All are in {log}; what is "
+                                 "finished is kept")
+            print(f"{name}: {script} took {(time.time() - started) / 60:.1f} min", flush=True)
+        try:
+            if not failed:
+                job(call)
+        except BaseException:
+            failed.append(job)
+            raise
+        finally:
+            gpus.put(gpu)
+    with ThreadPoolExecutor(gpus.qsize()) as pool:
+        futures = [pool.submit(on_a_gpu, job) for job in jobs]
+        try:
+            done = wait(futures, return_when=FIRST_EXCEPTION).done
+            for future in filter(done.__contains__, futures):  # in order: of several failures, the first asked for is told
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                process.terminate()  # training ends after its step, with a checkpoint to go on from
+            raise
 
 
 # ---------------------------------------------------------------- the summary
@@ -257,7 +272,7 @@ def markdown(summary, found):
     for arm, reports in found.items():
         for seed, report in reports.items():
             made = report["train"]
-            lines.append(f"| {arm} {seed} | {made['step']} | {made['step'] * made['step_seconds'] / 60:.1f} | "
+            lines.append(f"| {arm} {seed} | {made['step']} | {made['seconds'] / 60:.1f} | "
                          f"{made['tokens_per_second']:,} | {made['mfu'] or ''} | {made['device']} | {made['commit'][:7]} |")
     return "\n".join(lines) + "\n"
 

@@ -239,12 +239,19 @@ class MoBA(Dense):
             return moba_attend(q, k, v, chosen, first, self.block_size), chosen
         scores = self.score(q, k) if self.random is None else chance(dice, self.random, KV, N)
         chosen = top(self.forced(scores, slot), S)                                             # (B, KV, Tq, S) blocks
+        y = [self.attend(q[:, t:t + 256], k, v, chosen[:, :, t:t + 256], slot[:, t:t + 256],
+                         min(start + t + 256, Tk) if isinstance(start, int) else Tk) for t in range(0, q.shape[1], 256)]
+        return torch.cat(y, dim=1), chosen
+
+    def attend(self, q, k, v, chosen, slot, end):
+        """A few queries to their blocks, among the first `end` slots: a mask of all queries by all keys would be huge."""
+        KV, N = k.shape[2], math.ceil(end / self.block_size)
         # one more column takes the -1s, then goes
-        keep = torch.zeros(*scores.shape[:-1], N + 1, dtype=torch.bool, device=q.device)
+        keep = torch.zeros(*chosen.shape[:-1], N + 1, dtype=torch.bool, device=q.device)
         keep = keep.scatter(-1, chosen.where(chosen >= 0, N), True)[..., :N]                   # (B, KV, Tq, N)
-        keep = keep.repeat_interleave(self.block_size, dim=-1)[..., :Tk]                       # (B, KV, Tq, Tk)
-        keep = keep & (torch.arange(Tk, device=q.device) <= slot[:, None, :, None])
-        return attend(q, k, v, keep.repeat_interleave(q.shape[2] // KV, dim=1)), chosen
+        keep = keep.repeat_interleave(self.block_size, dim=-1)[..., :end]                      # (B, KV, Tq, end)
+        keep = keep & (torch.arange(end, device=q.device) <= slot[:, None, :, None])
+        return attend(q, k[:, :end], v[:, :end], keep.repeat_interleave(q.shape[2] // KV, dim=1))
 
     def forced(self, scores, slot):
         """Scores (B, KV, Tq, N) with what must and must not be read marked; slot (1 or B, Tq) of each query."""

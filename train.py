@@ -30,6 +30,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -48,6 +49,7 @@ from memory import arl_passes
 from model import PRESETS, Transformer
 from sparse import Dilated
 
+SHORT = 4  # parts that --short cuts a sequence in
 PEAK_FLOPS = 989e12  # of an H100 or H200 a second, dense bf16: what model FLOPs utilisation (MFU) is a share of
 
 # What --recipe sets; a flag given beside it wins. The paper's: arXiv 2605.28640 and the configs of official RAT+.
@@ -94,6 +96,8 @@ def flags():
     add("--protocol", default="base", choices=niah.PROTOCOLS, help="needles: base (RULER's answer prefix) or sft (the question alone)")
     add("--tasks", nargs="+", choices=niah.TASKS, metavar="TASK", help="needles: which of RULER's; None: those that fit")
     add("--drills", type=float, default=0.0, metavar="SHARE", help="needles: of the steps that begin with drills alone; of the rest 30 %% are; 0: none at all")
+    add("--short", type=float, default=0.0, metavar="SHARE", help=f"needles: of the steps that begin with sequences cut in {SHORT}: in a "
+        "short context retrieval forms sooner")
     add("--many", type=float, default=0.5, metavar="SHARE", help="needles: share of samples with many questions")
     add("--other_weight", type=float, default=0.1, metavar="W", help="needles: loss weight of tokens that are no answer")
     add("--haystack", metavar="FILE", help="needles: text of the essays; None: Python's help pages")
@@ -138,8 +142,8 @@ def parse(argv):
     if args.data is None:
         parser.error(f"--recipe={args.recipe} trains on text: give --data, a folder of shards that data.py wrote")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.clip <= 0 or not 0 <= args.warmup < 1 or not 0 <= args.drills <= 1 or not 0 <= args.many <= 1:
-        parser.error("--clip must be above 0, --warmup, --drills and --many shares from 0 to 1")
+    if args.clip <= 0 or args.warmup == 1 or not all(0 <= share <= 1 for share in (args.warmup, args.drills, args.short, args.many)):
+        parser.error("--clip must be above 0, --warmup, --drills, --short and --many shares from 0 to 1")
     if args.lr <= 0 or args.joint < 0:
         parser.error(f"--lr {args.lr} must be above 0, --joint {args.joint} at least 0")
     if args.batch % world or (args.batch // world) % min(args.device_batch, args.batch // world):
@@ -182,9 +186,8 @@ def make_model(args, checkpoint=None):
     return model
 
 
-def passes_of(args):
-    """-> (sparse method, entries a token reads on average) of each optimizer step on a batch."""
-    T = args.context_len
+def passes_of(args, T):
+    """-> (sparse method, entries a token reads on average) of each optimizer step on a batch of sequences of T tokens."""
     first = [(method, T / 2 / args.arl) for method in arl_passes(args.arl)[:-1]]
     if args.joint:
         first = [(Dilated(dilation=None, local=args.joint, initial=0), min(args.joint, T / 2))]
@@ -193,30 +196,36 @@ def passes_of(args):
 
 class Needles(torch.utils.data.Dataset):
     """
-    Sample `index` of niah.training_sample: tokens and loss weights (context_len + 1,).
+    Samples of niah.training_sample: tokens and loss weights (cut, context_len / cut + 1), where cut is SHORT for the first
+    `only_short` indices, else 1.
 
     The first `only_drills` samples are drills, which form retrieval; of the others 30 % are, lest it fade.
     """
 
-    def __init__(self, args, tokenizer, seed, only_drills):
-        self.only_drills, self.later_drills = only_drills, 0.3 if only_drills else 0.0
+    def __init__(self, args, tokenizer, seed, only_drills=0, only_short=0):
+        self.only_drills, self.later_drills, self.only_short = only_drills, 0.3 if only_drills else 0.0, only_short
         self.haystack = Path(args.haystack).read_text(encoding="utf-8") if args.haystack else None
-        self.new_tokens = niah.default_new_tokens(args.context_len)
-        fitting = niah.fitting_tasks(args.context_len, tokenizer, args.protocol, max_new_tokens=self.new_tokens)
+        self.new_tokens = niah.default_new_tokens(args.context_len, tokenizer)
+        if only_short and args.context_len % SHORT:
+            raise ValueError(f"--short cuts sequences in {SHORT}: --context_len {args.context_len} must be a multiple of it")
+        shortest = args.context_len // (SHORT if only_short else 1)
+        fitting = niah.fitting_tasks(shortest, tokenizer, args.protocol, max_new_tokens=self.new_tokens)
         self.tasks = args.tasks or fitting
         if not self.tasks or set(self.tasks) - set(fitting):
-            raise ValueError(f"--context_len {args.context_len} is too short for these tasks; it has room for "
+            raise ValueError(f"--context_len {args.context_len} is too short for these tasks; {shortest} tokens have room for "
                              f"{', '.join(fitting) or 'none (512 bytes hold the simplest)'}")
         self.args, self.tokenizer, self.seed = args, tokenizer, seed
 
     def __getitem__(self, index):
         a, drills = self.args, 1.0 if index < self.only_drills else self.later_drills
-        return niah.training_sample(a.context_len, self.tokenizer, self.seed, index, self.tasks, a.many, self.haystack,
-                                    a.other_weight, a.protocol, self.new_tokens, drills)
+        cut = SHORT if index < self.only_short else 1
+        parts = [niah.training_sample(a.context_len // cut, self.tokenizer, self.seed, index * cut + part, self.tasks, a.many,
+                                      self.haystack, a.other_weight, a.protocol, self.new_tokens, drills) for part in range(cut)]
+        return [np.stack(of) for of in zip(*parts)]
 
 
 class Text(torch.utils.data.Dataset):
-    """Window `index` of token shards, every token with weight 1."""
+    """Window `index` of token shards, every token with weight 1: (1, context_len + 1)."""
 
     def __init__(self, args, tokenizer, split):
         self.shards = Shards(args.data, args.context_len, args.seed, split)
@@ -226,23 +235,23 @@ class Text(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         tokens = self.shards.sample(index)
-        one = torch.ones(len(tokens))
-        one[0] = 0
-        return tokens, one
+        one = torch.ones(1, len(tokens))
+        one[0, 0] = 0
+        return tokens[None], one
 
 
 def make_data(args, tokenizer):
     """Training and validation samples, both functions of an index."""
     if args.data != "niah":
         return Text(args, tokenizer, "train"), Text(args, tokenizer, "val")
-    only_drills = int(args.drills * args.steps) * args.batch
+    only_drills, only_short = (int(share * args.steps) * args.batch for share in (args.drills, args.short))
     # in validation only answers count, however much the rest weighs in training
     held_out = argparse.Namespace(**{**vars(args), "other_weight": 0.0})
-    return Needles(args, tokenizer, args.seed, only_drills), Needles(held_out, tokenizer, f"val-{args.seed}", only_drills=0)
+    return Needles(args, tokenizer, args.seed, only_drills, only_short), Needles(held_out, tokenizer, f"val-{args.seed}")
 
 
 def batches(dataset, args, first_step, rank, world):
-    """This rank's part of each batch from first_step on: tokens, weights (batch / world, context_len + 1)."""
+    """This rank's part of each batch from first_step on: tokens, weights (batch / world, cut, context_len / cut + 1)."""
     share = args.batch // world
     index = [step * args.batch + rank * share + i for step in range(first_step, args.steps) for i in range(share)]
     return torch.utils.data.DataLoader(dataset, batch_size=share, sampler=index, num_workers=args.workers,
@@ -277,7 +286,8 @@ def summed(*values):
 
 
 def weighted_loss(model, tokens, weight, sparse, autocast):
-    """Sum of weight * cross entropy of tokens[:, 1:], in nats; the caller divides. tokens, weight: (B, T + 1)."""
+    """Sum of weight * cross entropy of tokens[..., 1:], in nats; the caller divides. tokens, weight: (B, cut, T + 1)."""
+    tokens, weight = tokens.flatten(0, 1), weight.flatten(0, 1)
     with autocast:
         logits = model(tokens[:, :-1], sparse=sparse)  # (B, T, V)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
@@ -291,7 +301,7 @@ def validate(model, dataset, args, autocast, rank, world, samples=64):
     mine = range(rank * share, (rank + 1) * share)
     for start in range(0, share, args.device_batch):
         rows = [dataset[i] for i in mine[start:start + args.device_batch]]
-        tokens, weight = (torch.stack([torch.as_tensor(row[part]) for row in rows]).to(args.device) for part in (0, 1))
+        tokens, weight = (torch.cat([torch.as_tensor(row[part]) for row in rows]).to(args.device) for part in (0, 1))
         answer = weight[:, 1:] == 1
         with autocast:
             logits = model(tokens[:, :-1])[answer].float()
@@ -336,12 +346,15 @@ def save(run, model, optimizer, record, beside, rank):
         dist.barrier()
 
 
-def record_of(step, durations, flops, commit, args):
-    """What a checkpoint tells of its making; None where nobody knows. durations: seconds of each step. flops: of a step."""
+def record_of(step, durations, spent, flops, commit, args):
+    """
+    What a checkpoint tells of its making; None where nobody knows. durations: seconds of each step of the current length,
+    flops of one; spent: seconds of all steps since the process began.
+    """
     seconds = statistics.median(durations)
     peak = PEAK_FLOPS * int(os.environ.get("WORLD_SIZE", 1)) if re.search("H[12]00", eval_niah.device_name(args.device)) else None
     return {"step": step, "settings": vars(args), "command": shlex.join(["python", *sys.argv]), "commit": commit,
-            "device": eval_niah.device_name(args.device), "torch": torch.__version__, "step_seconds": round(seconds, 5),
+            "device": eval_niah.device_name(args.device), "torch": torch.__version__, "seconds": round(spent, 2), "step_seconds": round(seconds, 5),
             "tokens_per_second": round(args.batch * args.context_len / seconds), "mfu": peak and round(flops / seconds / peak, 4)}
 
 
@@ -402,12 +415,12 @@ def train(args):
     if args.preset:
         model.config = replace(model.config, context_len=args.context_len)
     model.to(args.device)
-    n_parameters, passes = sum(p.numel() for p in model.parameters()), passes_of(args)
+    n_parameters, passes = sum(p.numel() for p in model.parameters()), passes_of(args, args.context_len)
     per_step = args.batch * args.context_len
-    flops = per_step * sum(model.flops_per_token(reads) for _, reads in passes)
+    flops_of = lambda T: per_step * sum(model.flops_per_token(reads) for _, reads in passes_of(args, T))
     if args.compile == "on":
         for layer in model.layers:
-            layer.compile()
+            layer.compile(dynamic=False)  # there are few shapes, each worth its own kernels
     if world > 1:
         for layer in model.layers:
             fully_shard(layer)
@@ -420,9 +433,10 @@ def train(args):
         f"ARL {args.arl or 'off'}{f', joint window {args.joint}' if args.joint else ''}; "
         f"{args.steps} steps of {args.batch} x {args.context_len} = {per_step:,} tokens "
         f"({world} x {args.device_batch} x {args.batch // world // args.device_batch} accumulated), "
-        f"{len(passes)} pass{'es' if len(passes) > 1 else ''} each, {flops / 1e12:.2f} TFLOP a step")
+        f"{len(passes)} pass{'es' if len(passes) > 1 else ''} each, {flops_of(args.context_len) / 1e12:.2f} TFLOP a step")
     if isinstance(training, Needles):
-        say(f"{run}: needles of {', '.join(niah.TASKS[task].short for task in training.tasks)}")
+        say(f"{run}: needles of {', '.join(niah.TASKS[task].short for task in training.tasks)}"
+            + (f"; {int(args.short * args.steps)} steps of {SHORT * args.batch} x {args.context_len // SHORT} first" if args.short else ""))
     first_pass, what = "arl" if args.arl else "joint", "answer tokens" if isinstance(training, Needles) else "tokens"
     if first_step:
         say(f"{run}: goes on from {checkpoint}")
@@ -437,11 +451,13 @@ def train(args):
     stop = []  # ctrl-C and kill end the run after the step, with a checkpoint
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
 
-    started, step, stopped, durations = time.time(), first_step, False, []
+    started, step, stopped, spent, T = time.time(), first_step, False, 0.0, None
     since = started
     for step, (tokens, weight) in enumerate(batches(training, args, first_step, rank, world), start=first_step + 1):
+        if tokens.shape[-1] - 1 != T:  # at first, and where --short ends
+            T, durations = tokens.shape[-1] - 1, []
         tokens, weight = tokens.to(args.device, non_blocking=True), weight.to(args.device, non_blocking=True)
-        whole_weight, = summed(weight[:, 1:].sum().item())
+        whole_weight, = summed(weight[..., 1:].sum().item())
         scale = learning_rate(step - 1, args)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * scale
@@ -461,6 +477,7 @@ def train(args):
             if not math.isfinite(entry[label]):
                 raise FloatingPointError(f"{label} is {entry[label]} at step {step}: lower --lr; the last checkpoint is unharmed")
         durations.append(time.time() - since)
+        spent += durations[-1]
         entry |= {"grad_norm": float(norm), "seconds": round(time.time() - started, 2)}
         stopped = summed(len(stop))[0] > 0  # all leave together, though a signal may have reached one process alone
         last = step == args.steps or stopped
@@ -477,7 +494,7 @@ def train(args):
                 + (f"  validation {entry['val_loss']:.3f}, {entry['val_accuracy']:.1%} of {what} right" if "val_loss" in entry else "")
                 + f"  lr {entry['lr']:.1e}  norm {entry['grad_norm']:.2f}  {speed:,.0f} tokens/s  {left:.1f} min left", flush=True)
         if step % args.save_every == 0 or last:
-            save(run, model, optimizer, record_of(step, durations, flops, commit, args), beside, rank)
+            save(run, model, optimizer, record_of(step, durations, spent, flops_of(T), commit, args), beside, rank)
         if stopped:
             break
         since = time.time()

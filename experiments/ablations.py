@@ -21,12 +21,9 @@ import argparse
 import importlib
 import inspect
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -152,38 +149,13 @@ def table(records):
 
 def run_all(args, rest):
     """A process for each variant, one at a time on each GPU; then the table. ValueError as soon as one fails."""
-    variants, script = list(dict.fromkeys(args.variants)), os.path.relpath(__file__)
+    variants, script = list(dict.fromkeys(args.variants)), "experiments/ablations.py"
     for variant in variants:
         with changed(variant, train_flags(variant, args, rest).arl):
             pass  # a wrong flag is known now
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     folder = lambda variant: Path(args.out) / f"ablation-{variant}-{args.seed}"
-    waiting, running = list(variants), {}  # running: {gpu: (variant, its process, its log)}
-    try:
-        while waiting or running:
-            for gpu in [gpu for gpu in gpus if gpu not in running][:len(waiting)]:
-                variant = waiting.pop(0)
-                log = folder(variant).with_suffix(".log")
-                log.parent.mkdir(parents=True, exist_ok=True)
-                command = [sys.executable, script, f"--variant={variant}", f"--seed={args.seed}", f"--samples={args.samples}",
-                           f"--out={args.out}", *rest]
-                with log.open("w") as out:
-                    process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
-                running[gpu] = variant, process, log
-                print(f"{variant} starts{gpu and f' on GPU {gpu}'}, see {log}", flush=True)
-            time.sleep(0.2)
-            for gpu, (variant, process, log) in list(running.items()):
-                if process.poll() is not None:
-                    del running[gpu]
-                    if process.returncode:
-                        said = log.read_text().strip().splitlines() or ["nothing"]
-                        raise ValueError(f"{variant} failed with status {process.returncode}, see {log}: {said[-1]}")
-                    print(f"{variant} is done", flush=True)
-    finally:
-        for _, process, _ in running.values():
-            process.terminate()  # training ends after its step, with a checkpoint to go on from
-        for _, process, _ in running.values():
-            process.wait()
+    flags = [f"--seed={args.seed}", f"--samples={args.samples}", f"--out={args.out}", *rest]
+    reproduce.spread([lambda call, v=v: call([script, f"--variant={v}", *flags], folder(v).with_suffix(".log")) for v in variants])
     records = [json.loads((folder(variant) / "ablation.json").read_text()) for variant in variants]
     eval_niah.save({"command": shlex.join(["python", script, *args.argv]), "commit": eval_niah.commit(),
                     "device": records[0]["eval"]["device"], "torch": torch.__version__, "seed": args.seed,
@@ -211,7 +183,7 @@ def prompts(model, path):
     """A prompt of each needle task that the model was trained on, or that fits: (tasks, T), cut to the shortest one's end."""
     settings, context_len = eval_niah.trained_with(path), model.config.context_len
     tokenizer, protocol = load_tokenizer(model, path), settings.get("protocol", "base")
-    n_new = niah.default_new_tokens(context_len)
+    n_new = niah.default_new_tokens(context_len, tokenizer)
     tasks = settings.get("tasks") or niah.fitting_tasks(context_len, tokenizer, protocol, n_new)
     if not tasks:
         raise ValueError(f"no needle task fits into {path}'s context of {context_len} tokens")

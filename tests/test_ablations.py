@@ -253,7 +253,7 @@ def test_all_variants_stop_at_the_first_that_fails(tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit) as end:
         ablations.main(["--variants", "head-gate", "memory", "--steps=1", "--haystack=nowhere.txt", *RUN])
     line = capsys.readouterr().err
-    assert end.value.code == 2 and line.startswith("ablations.py: head-gate failed") and line.count("\n") == 1, line
+    assert end.value.code == 2 and line.startswith("ablations.py: ablation-head-gate-0: ") and line.count("\n") == 1, line
     assert "nowhere.txt" in line and not Path("out/ablations/ablation-memory-0.log").exists() and not Path("results").exists()
 
 
@@ -263,17 +263,16 @@ def test_all_variants_make_one_table_and_one_file(tmp_path, monkeypatch, capsys)
     made = []
 
     class Process:  # in place of a run
-        def __init__(self, command, stdout, stderr, env):
+        def __init__(self, command, **_):
             variant = command[2].removeprefix("--variant=")
             made.append(variant)
             scores = {method: {"mean": 10.0 * len(made), "half": 1.5, "tasks": {}} for method in ["dense", *reproduce.NINE]}
             eval_niah.save({"variant": variant, "scores": scores, "median_length": 7.0, "eval": {"device": "abacus"}},
                            f"out/ablations/ablation-{variant}-3/ablation.json")
-            self.returncode = 0
 
-        def poll(self):
+        def wait(self):
             return 0
-    monkeypatch.setattr(ablations, "subprocess", SimpleNamespace(Popen=Process))
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(Popen=Process))
     ablations.main(["--variants", "no-arl", "memory", "--seed=3", "--json=a.json", *RUN])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [row for row in rows if row[1:2] == ["10.0"]] == [["no-arl", *["10.0"] * 10, "7.0"]]
@@ -297,7 +296,7 @@ def test_all_variants_make_one_table_and_one_file(tmp_path, monkeypatch, capsys)
 def test_a_wrong_flag_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, argv, words):
     """A traceback, or six processes that each end in one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ablations, "subprocess", None)  # no run may start
+    monkeypatch.setattr(reproduce, "subprocess", None)  # no run may start
     with pytest.raises(SystemExit) as end:
         ablations.main(argv)
     line = capsys.readouterr().err

@@ -34,7 +34,7 @@ def folder(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(report(score, n_hit)))
         (tmp_path / f"{name}-more.json").write_text(json.dumps(report(score, n_hit) | {"results": []}))
         (tmp_path / f"{name}-train.json").write_text(json.dumps(
-            {"step": 60, "step_seconds": 2, "tokens_per_second": 5000, "mfu": 0.25, "device": "abacus", "commit": "c0ffee00"}))
+            {"step": 60, "seconds": 120, "step_seconds": 2, "tokens_per_second": 5000, "mfu": 0.25, "device": "abacus", "commit": "c0ffee00"}))
     for part in "", "-more":
         (tmp_path / f"memory-2{part}.json").write_text(json.dumps(report(99, 0) | {"finished": False}))
     return tmp_path

@@ -175,7 +175,23 @@ def test_loss_weighs_answers_and_ignores_padding():
     tokens, weight = torch.randint(257, (2, 9)), torch.rand(2, 9)
     logp = model(tokens[:, :-1]).log_softmax(-1)
     expected = -(logp.gather(-1, tokens[:, 1:, None]).squeeze(-1) * weight[:, 1:]).sum()
-    torch.testing.assert_close(train.weighted_loss(model, tokens, weight, None, train.nullcontext()), expected)
+    for cut in 1, 2:  # sequences in a row of the batch
+        tokens, weight = tokens.view(-1, cut, 9), weight.view(-1, cut, 9)
+        torch.testing.assert_close(train.weighted_loss(model, tokens, weight, None, train.nullcontext()), expected)
+
+
+def test_short_sequences_come_first(monkeypatch):
+    """--short must give the first steps as many tokens in sequences of a quarter of the length, and then stop."""
+    original, shapes = train.weighted_loss, []
+
+    def watch(model, tokens, *rest):
+        shapes.append(tuple(tokens.shape))
+        return original(model, tokens, *rest)
+    monkeypatch.setattr(train, "weighted_loss", watch)
+    run("--name=short", "--arl=0", "--short=0.5", "--context_len=2048", "--batch=2", "--device_batch=1")
+    assert shapes == [(1, 4, 513)] * 4 + [(1, 1, 2049)] * 4  # 2 rows, one at a time, of 4 steps
+    with pytest.raises(ValueError, match="--short cuts sequences in 4: --context_len 2050"):
+        run("--name=odd", "--short=0.5", "--context_len=2050")
 
 
 def test_shards_train_and_are_checked_against_the_vocabulary():
@@ -266,7 +282,7 @@ def test_loss_that_is_not_finite_stops_the_run():
 def test_joint_pass_sees_the_window_alone(monkeypatch):
     """A baseline whose extra pass is dense too, or whose FLOPs are counted as if it were."""
     args = train.parse([*BASE, "--memory=off", "--arl=0", "--joint=64", "--context_len=512"])
-    (window, reads), (dense, all_reads) = train.passes_of(args)
+    (window, reads), (dense, all_reads) = train.passes_of(args, 512)
     assert window == Dilated(dilation=None, local=64, initial=0) and dense is None and (reads, all_reads) == (64, 256)
     _, last = run("--name=joint", "--memory=off", "--arl=0", "--joint=64")
     assert {"loss", "joint_loss"} <= last.keys()
@@ -275,7 +291,7 @@ def test_joint_pass_sees_the_window_alone(monkeypatch):
 def test_a_checkpoint_tells_how_it_was_made():
     checkpoint, _ = run("--name=told")
     record = json.loads((checkpoint / "train.json").read_text())
-    assert {"step", "settings", "command", "commit", "device", "torch", "step_seconds", "tokens_per_second", "mfu"} == record.keys()
+    assert {"step", "settings", "command", "commit", "device", "torch", "seconds", "step_seconds", "tokens_per_second", "mfu"} == record.keys()
     assert record["tokens_per_second"] == pytest.approx(4 * 512 / record["step_seconds"], rel=0.01) and record["mfu"] is None
 
 
@@ -283,7 +299,7 @@ def test_lesson_trains_both_models_and_compares_them(monkeypatch, capsys):
     """`python train.py` without a flag, in small: it ends with a table, and again without training."""
     monkeypatch.setitem(train.RECIPES, "pico", {**train.RECIPES["pico"], "steps": 2})
     monkeypatch.setattr(train.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(eval_niah.niah, "default_new_tokens", lambda context_len: 12)
+    monkeypatch.setattr(eval_niah.niah, "default_new_tokens", lambda context_len, tokenizer: 12)
     for _ in range(2):
         train.lesson()
         text = capsys.readouterr().out
