@@ -55,13 +55,13 @@ PEAK_FLOPS = 989e12  # of an H100 or H200 a second, dense bf16: what model FLOPs
 # What --recipe sets; a flag given beside it wins. The paper's: arXiv 2605.28640 and the configs of official RAT+.
 RECIPES = {
     # needles from scratch: in minutes on a GPU to above 95 % in all eight tasks; a toy of two tasks for a CPU
-    "micro": dict(preset="micro", context_len=1024, protocol="sft", drills=0.25, many=0.5, steps=2000, batch=128, device_batch=128,
-                  lr=2e-3, arl=64, log_every=100, eval_every=250, save_every=1000),
+    "micro": dict(preset="micro", context_len=4096, protocol="sft", drills=0.2, short=0.6, many=0.5, steps=1600, batch=32,
+                  device_batch=32, lr=2e-3, arl=64, log_every=100, eval_every=200, save_every=800),
     "pico": dict(preset="pico", context_len=512, tasks=["niah_single_1", "niah_single_2"], drills=0.5, many=0.3, steps=1600,
                  batch=4, device_batch=4, lr=3e-3, arl=32, log_every=100, eval_every=200, save_every=700),
     # a trained attention model given a memory, with a fifth of its tokens
-    "micro-convert": dict(init="out/micro", memory="on", context_len=1024, protocol="sft", many=0.5, steps=400, batch=128,
-                          device_batch=128, lr=1e-3, memory_lr=1e-2, arl=64, log_every=50, eval_every=100, save_every=200),
+    "micro-convert": dict(init="out/micro", memory="on", context_len=4096, protocol="sft", many=0.5, steps=320, batch=32,
+                          device_batch=32, lr=1e-3, memory_lr=1e-2, arl=64, log_every=40, eval_every=80, save_every=160),
     # OLMo 2 continued with a memory: 10B tokens of FineWeb-Edu, 768 x 4096 a step
     "olmo2-continue": dict(data=None, memory="on", context_len=4096, steps=3179, batch=768, device_batch=1, lr=6e-5, memory_lr=6e-4,
                            min_lr=1e-6, warmup=0.02, arl=64),
@@ -412,7 +412,7 @@ def train(args):
     beside = [] if tokenizer.name == "bytes" else tokenizer_files(folder_of(args.tokenizer or source))
     training, validation = make_data(args, tokenizer)
     first_step = step_of(checkpoint, run, args) if checkpoint else 0
-    if args.preset:
+    if args.preset or args.context_len > model.config.context_len:
         model.config = replace(model.config, context_len=args.context_len)
     model.to(args.device)
     n_parameters, passes = sum(p.numel() for p in model.parameters()), passes_of(args, args.context_len)

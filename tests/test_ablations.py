@@ -25,7 +25,7 @@ ablations = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(ablations)
 
 TINY = Config(257, n_layer=1, width=32, n_head=2, n_kv_head=2, mlp_width=64, context_len=512, eos_id=256)
-RUN = ["--preset=pico", "--context_len=512", "--tasks", "niah_single_1", "--arl=16", "--batch=2", "--device=cpu"]
+RUN = ["--preset=pico", "--context_len=512", "--tasks", "niah_single_1", "--arl=16", "--batch=2", "--short=0", "--device=cpu"]
 
 
 @pytest.fixture(autouse=True)
