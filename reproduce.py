@@ -92,8 +92,8 @@ def do(arm, seed, args, call):
         result = results / f"{run.name}{part}.json"
         report = read(result)
         if report is None or (report["settings"]["samples"], report["settings"]["seed"]) != (args.samples, args.eval_seed):
-            commands.append(["eval_niah.py", "--ckpt", str(run), f"--samples={args.samples}", f"--seed={args.eval_seed}", f"--batch={args.batch}",
-                             f"--out={run}/niah{part}", f"--json={result}", "--methods", *methods])
+            commands.append(["eval_niah.py", "--ckpt", str(run), f"--samples={args.samples}", f"--seed={args.eval_seed}",
+                             f"--batch={args.batch}", f"--out={run}/niah{part}", f"--json={result}", "--methods", *methods])
     for command in commands:
         call(command, run.with_suffix(".log"))
     if commands:
