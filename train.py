@@ -355,7 +355,8 @@ def record_of(step, durations, spent, flops, commit, args):
     peak = PEAK_FLOPS * int(os.environ.get("WORLD_SIZE", 1)) if re.search("H[12]00", eval_niah.device_name(args.device)) else None
     return {"step": step, "settings": vars(args), "command": shlex.join(["python", *sys.argv]), "commit": commit,
             "device": eval_niah.device_name(args.device), "torch": torch.__version__,
-            "seconds": round(spent, 2), "step_seconds": round(seconds, 5), "tokens_per_second": round(args.batch * args.context_len / seconds), "mfu": peak and round(flops / seconds / peak, 4)}
+            "seconds": round(spent, 2), "step_seconds": round(seconds, 5),
+            "tokens_per_second": round(args.batch * args.context_len / seconds), "mfu": peak and round(flops / seconds / peak, 4)}
 
 
 def newest(run, resume):
