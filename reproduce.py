@@ -80,6 +80,7 @@ def finished(arm, seed, args):
 def do(arm, seed, args, call):
     """Train and evaluate, unless it is done. call: spread's."""
     run, results = folder_of(arm, seed), Path(args.results)
+    results.mkdir(parents=True, exist_ok=True)  # where that is impossible, it is known before the training
     if arm == "converted" and not finished("attention", seed, args):
         raise ValueError(f"{run.name} starts from attention-{seed}, which is not trained to its end: --arms attention converted")
     parts = {"": [*NINE, "--hits", f"--random={args.random}"], "-more": OTHERS}
@@ -97,9 +98,10 @@ def do(arm, seed, args, call):
     for command in commands:
         call(command, run.with_suffix(".log"))
     if commands:
-        results.mkdir(parents=True, exist_ok=True)
         shutil.copy(weights.resolve(run) / "train.json", results / f"{run.name}-train.json")
 
+
+# ---------------------------------------------------------------- all runs
 
 def do_all(args):
     """Converted models come after those that they start from."""
@@ -112,14 +114,14 @@ def do_all(args):
 
 def spread(jobs, per_gpu=1):
     """
-    Run jobs on all visible GPUs, `per_gpu` at a time on each, or one at a time on the CPU. The first failure ends all.
+    Run jobs on all visible GPUs, or without any on the CPU, `per_gpu` at a time on each. The first failure ends all.
 
     A job is a function of call, by which it runs scripts of ours on its GPU: call(["train.py", flag, ...], log) waits until
     the script has ended, its output in the file log. ValueError, which names the log, if it ended badly.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     gpus, running, failed = Queue(), set(), []
-    for gpu in visible.split(",") * per_gpu if torch.cuda.is_available() else [None]:
+    for gpu in (visible.split(",") if torch.cuda.is_available() else [None]) * per_gpu:
         gpus.put(gpu)
 
     def on_a_gpu(job):

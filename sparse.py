@@ -239,19 +239,22 @@ class MoBA(Dense):
             return moba_attend(q, k, v, chosen, first, self.block_size), chosen
         scores = self.score(q, k) if self.random is None else chance(dice, self.random, KV, N)
         chosen = top(self.forced(scores, slot), S)                                             # (B, KV, Tq, S) blocks
-        y = [self.attend(q[:, t:t + 256], k, v, chosen[:, :, t:t + 256], slot[:, t:t + 256],
-                         min(start + t + 256, Tk) if isinstance(start, int) else Tk) for t in range(0, q.shape[1], 256)]
+        y = []
+        for t in range(0, q.shape[1], 256):  # in parts: a mask of all queries by all keys would be huge
+            part, end = slice(t, t + 256), min(start + t + 256, Tk) if isinstance(start, int) else Tk
+            y.append(self.attend_to_blocks(q[:, part], k[:, :end], v[:, :end], chosen[:, :, part], slot[:, part]))
         return torch.cat(y, dim=1), chosen
 
-    def attend(self, q, k, v, chosen, slot, end):
-        """A few queries to their blocks, among the first `end` slots: a mask of all queries by all keys would be huge."""
-        KV, N = k.shape[2], math.ceil(end / self.block_size)
+    def attend_to_blocks(self, q, k, v, chosen, slot):
+        """q: (B, Tq, H, D), k, v: (B, Tk, KV, D), chosen blocks (B, KV, Tq, S), slot (1 or B, Tq) -> (B, Tq, H, D)"""
+        Tk, KV = k.shape[1:3]
+        N = math.ceil(Tk / self.block_size)
         # one more column takes the -1s, then goes
         keep = torch.zeros(*chosen.shape[:-1], N + 1, dtype=torch.bool, device=q.device)
         keep = keep.scatter(-1, chosen.where(chosen >= 0, N), True)[..., :N]                   # (B, KV, Tq, N)
-        keep = keep.repeat_interleave(self.block_size, dim=-1)[..., :end]                      # (B, KV, Tq, end)
-        keep = keep & (torch.arange(end, device=q.device) <= slot[:, None, :, None])
-        return attend(q, k[:, :end], v[:, :end], keep.repeat_interleave(q.shape[2] // KV, dim=1))
+        keep = keep.repeat_interleave(self.block_size, dim=-1)[..., :Tk]                       # (B, KV, Tq, Tk)
+        keep = keep & (torch.arange(Tk, device=q.device) <= slot[:, None, :, None])
+        return attend(q, k, v, keep.repeat_interleave(q.shape[2] // KV, dim=1))
 
     def forced(self, scores, slot):
         """Scores (B, KV, Tq, N) with what must and must not be read marked; slot (1 or B, Tq) of each query."""

@@ -196,10 +196,10 @@ def passes_of(args, T):
 
 class Needles(torch.utils.data.Dataset):
     """
-    Samples of niah.training_sample: tokens and loss weights (cut, context_len / cut + 1), where cut is SHORT for the first
-    `only_short` indices, else 1.
+    Samples of niah.training_sample: tokens and loss weights (cut, context_len / cut + 1). cut is SHORT for the first
+    `only_short` indices, which are so many shorter samples of their own, else 1.
 
-    The first `only_drills` samples are drills, which form retrieval; of the others 30 % are, lest it fade.
+    The first `only_drills` are drills, which form retrieval; of the others 30 % are, lest it fade.
     """
 
     def __init__(self, args, tokenizer, seed, only_drills=0, only_short=0):
@@ -208,18 +208,21 @@ class Needles(torch.utils.data.Dataset):
         self.new_tokens = niah.default_new_tokens(args.context_len, tokenizer)
         if only_short and args.context_len % SHORT:
             raise ValueError(f"--short cuts sequences in {SHORT}: --context_len {args.context_len} must be a multiple of it")
-        shortest = args.context_len // (SHORT if only_short else 1)
-        fitting = niah.fitting_tasks(shortest, tokenizer, args.protocol, max_new_tokens=self.new_tokens)
-        self.tasks = args.tasks or fitting
-        if not self.tasks or set(self.tasks) - set(fitting):
-            raise ValueError(f"--context_len {args.context_len} is too short for these tasks; {shortest} tokens have room for "
-                             f"{', '.join(fitting) or 'none (512 bytes hold the simplest)'}")
+        self.tasks = args.tasks
+        for cut in [1, SHORT] if only_short else [1]:
+            T = args.context_len // cut
+            fitting = niah.fitting_tasks(T, tokenizer, args.protocol, max_new_tokens=self.new_tokens)
+            self.tasks = self.tasks or fitting
+            if not self.tasks or set(self.tasks) - set(fitting):
+                raise ValueError(f"--context_len {args.context_len}{f', cut in {cut} by --short,' if cut > 1 else ''} is too short for "
+                                 f"these tasks; {T} tokens have room for {', '.join(fitting) or 'none (512 bytes hold the simplest)'}"
+                                 f": raise it{', or --short=0' if cut > 1 else ''}")
         self.args, self.tokenizer, self.seed = args, tokenizer, seed
 
     def __getitem__(self, index):
         a, drills = self.args, 1.0 if index < self.only_drills else self.later_drills
-        cut = SHORT if index < self.only_short else 1
-        parts = [niah.training_sample(a.context_len // cut, self.tokenizer, self.seed, index * cut + part, self.tasks, a.many,
+        cut, seed = (SHORT, f"{self.seed}/short") if index < self.only_short else (1, self.seed)  # lest needles come twice
+        parts = [niah.training_sample(a.context_len // cut, self.tokenizer, seed, index * cut + part, self.tasks, a.many,
                                       self.haystack, a.other_weight, a.protocol, self.new_tokens, drills) for part in range(cut)]
         return [np.stack(of) for of in zip(*parts)]
 

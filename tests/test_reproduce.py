@@ -126,6 +126,10 @@ def test_what_is_there_is_not_made_again(folder, calls):
         (folder / f"memory-0{part}.json").write_text(json.dumps(report(1, 0)))
     reproduce.do_all(arguments(folder, ["memory"], [0]))
     assert scripts(made) == []
+    args = arguments(folder, ["memory"], [0])
+    args.eval_seed = 7
+    reproduce.do_all(args)
+    assert scripts(made) == ["eval_niah.py", "eval_niah.py"]
     record = Path("out/reproduce/memory-0/step_0000001/train.json")
     record.write_text(record.read_text().replace('"step": 1600', '"step": 800'))
     reproduce.do_all(arguments(folder, ["memory"], [0]))

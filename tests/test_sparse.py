@@ -154,6 +154,16 @@ def test_moba_is_eq_3_and_4_written_out(H, KV, keep_first):
 
 
 @pytest.mark.parametrize("H, KV", HEADS)
+def test_moba_prefill_of_a_long_prompt_is_that_of_its_pieces(H, KV):
+    """Queries are taken in parts of 256: a part that starts a slot off, or that misses its last keys."""
+    T, method = 601, MoBA(48, 16)
+    q, k, v, _ = draw(2, T, H, KV, seed=15)
+    pieces = [method.prefill(q[:, t:t + 100], k[:, :t + 100], v[:, :t + 100], t, None)[0] for t in range(0, T, 100)]
+    for start in 0, torch.tensor([0, 0]):
+        assert_close(method.prefill(q, k, v, start, None)[0], torch.cat(pieces, dim=1))
+
+
+@pytest.mark.parametrize("H, KV", HEADS)
 def test_snapkv_is_eq_3_written_out(H, KV):
     """Padding that enters the softmax or the window, a prompt shorter than the window, pooling across a row's end."""
     T, W, kernel, lengths = 40, 6, 3, [40, 27, 12, 4]

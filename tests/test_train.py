@@ -192,6 +192,32 @@ def test_short_sequences_come_first(monkeypatch):
     assert shapes == [(1, 4, 513)] * 4 + [(1, 1, 2049)] * 4  # 2 rows, one at a time, of 4 steps
     with pytest.raises(ValueError, match="--short cuts sequences in 4: --context_len 2050"):
         run("--name=odd", "--short=0.5", "--context_len=2050")
+    with pytest.raises(ValueError, match="cut in 4 by --short, is too short for these tasks; 128 tokens have room for none"):
+        run("--name=tight", "--short=0.5")
+
+
+def test_short_sequences_have_needles_of_their_own(monkeypatch):
+    """A short sample and a later long one drawn with the same seed and index: the same keys and values, twice."""
+    drawn = []
+
+    def watch(context_len, tokenizer, seed, index, *_):
+        drawn.append((seed, index))
+        return [0] * (context_len + 1), [0] * (context_len + 1)
+    monkeypatch.setattr(train.niah, "training_sample", watch)
+    args = train.parse([*BASE, "--context_len=2048"])
+    needles = train.Needles(args, train.tokenizer_of(None, 257), 0, only_short=3)
+    for index in range(20):
+        needles[index]
+    assert len(set(drawn)) == len(drawn) == 3 * 4 + 17
+
+
+def test_a_longer_context_is_written_to_the_model():
+    """A model continued at 1,024 tokens whose config.json says 512: its evaluation would ask at 512. A shorter one changes nothing."""
+    checkpoint, _ = run("--name=at512", "--arl=0")
+    for context_len in 1024, 512:
+        flags = [f"--init={checkpoint}", f"--context_len={context_len}", f"--name=then{context_len}", "--arl=0", *BASE[1:]]
+        checkpoint, _ = train.train(train.parse(flags))
+        assert Transformer.from_pretrained(checkpoint).config.context_len == 1024
 
 
 def test_shards_train_and_are_checked_against_the_vocabulary():
