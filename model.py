@@ -65,7 +65,7 @@ PRESETS = {
     # ours, over bytes (256 values and the end of text): to train in minutes
     "pico": Config(257, n_layer=2, width=96, n_head=3, n_kv_head=3, mlp_width=256, context_len=512,         # 0.3M
                    rope_theta=10000.0, eos_id=256),
-    "micro": Config(257, n_layer=4, width=384, n_head=6, n_kv_head=6, mlp_width=704, context_len=4096,      # 5.8M
+    "micro": Config(257, n_layer=4, width=384, n_head=6, n_kv_head=6, mlp_width=704, context_len=1024,      # 5.8M
                     rope_theta=10000.0, eos_id=256),
     # allenai/OLMo-2-0425-1B, -1124-7B, -1124-13B, -0325-32B
     "olmo2-1b": Config(n_layer=16, width=2048, n_head=16, n_kv_head=16, mlp_width=8192, eos_id=100257),     # 1.5B

@@ -1,17 +1,20 @@
 """
 The paper's result from scratch: each backbone trained with several seeds, asked under every method, compared in one table.
 
-    for each arm and seed:   train.py       ->  out/reproduce/ARM-SEED                 unless it is there, whole
-                             eval_niah.py   ->  results/reproduce/ARM-SEED.json        likewise: the nine cells, H1, H2
+    for each arm and seed:   train.py       ->  out/reproduce/ARM-SEED-pretrained      unless it is there, whole
+                             train.py       ->  out/reproduce/ARM-SEED                 that, fine-tuned without ARL
+                             eval_niah.py   ->  results/reproduce/ARM-SEED.json        the nine cells, H1, H2
                                                 results/reproduce/ARM-SEED-more.json   other methods and block sizes
     then the summary         results/reproduce/summary.md, summary.json, accuracy.png, hits.png
+
+The arms differ in their pretraining alone; fine-tuning is the same, one optimizer step per batch.
 
     attention   OLMo 2's form                                     one optimizer step per batch
     joint       attention, and before each dense step one         the extra step that official RAT+ gives its baseline
                 that sees 64 tokens back
-    long        attention for about as long as memory takes       equal wall-clock, if runs have the GPU for themselves
+    long        attention with twice the batches                  equal wall-clock, if runs have the GPU for themselves
     memory      Eq. 1 on keys and values, with ARL                two steps per batch
-    converted   attention of the same seed, given a memory        the paper's OLMo 2 path; a fifth of the batches more
+    converted   attention of the same seed, given a memory        the paper's OLMo 2 path; a fifth of all tokens more
 
 Of one seed, attention, joint and memory see the same samples in the same order (niah.py: a sample is a function of seed and
 index). A model is "ahead" in a cell if the difference of the means exceeds the spread, the larger of the two standard
@@ -41,12 +44,12 @@ import weights
 from model import Transformer
 
 ROOT = Path(__file__).parent
-ARMS = {  # flags of train.py; {seed} is filled in
+ARMS = {  # pretraining: flags of train.py; {seed} is filled in
     "attention": "--recipe=micro --memory=off",
     "joint": "--recipe=micro --memory=off --joint=64",
-    "long": "--recipe=micro --memory=off --steps=3200",
+    "long": "--recipe=micro --memory=off --steps=1920",
     "memory": "--recipe=micro --memory=on",
-    "converted": "--recipe=micro-convert --init=out/reproduce/attention-{seed}",
+    "converted": "--recipe=micro-convert --init=out/reproduce/attention-{seed}-pretrained",
 }
 # The paper's settings at its context of 4,096: blocks and window of 64. SnapKV's kernel is its 5 tokens in bytes: a LLaMA token
 # of this text is about three.
@@ -64,16 +67,20 @@ def folder_of(arm, seed):
     return Path("out/reproduce") / f"{arm}-{seed}"
 
 
-def train_flags(arm, seed, args):
-    run = folder_of(arm, seed)
-    return [*ARMS[arm].format(seed=seed).split(), f"--seed={seed}", f"--out={run.parent}", f"--name={run.name}", "--resume",
-            *shlex.split(args.train)]
+def stages(run, pretraining, more):
+    """{folder: flags of train.py}: pretraining with these flags, then fine-tuning of what that made, into `run`."""
+    first = run.with_name(f"{run.name}-pretrained")
+    to = lambda folder: [*more, f"--out={folder.parent}", f"--name={folder.name}", "--resume"]
+    return {first: [*pretraining, *to(first)], run: ["--recipe=micro-sft", f"--init={first}", *to(run)]}
 
 
-def finished(arm, seed, args):
+def stages_of(arm, seed, args):
+    return stages(folder_of(arm, seed), ARMS[arm].format(seed=seed).split(), [f"--seed={seed}", *shlex.split(args.train)])
+
+
+def finished(run, flags):
     """Whether the run has seen all its steps. ValueError if other flags made it."""
-    settings, run = train.parse(train_flags(arm, seed, args)), folder_of(arm, seed)
-    checkpoint = train.newest(run, resume=True)
+    settings, checkpoint = train.parse(flags), train.newest(run, resume=True)
     return checkpoint is not None and train.step_of(checkpoint, run, settings) == settings.steps
 
 
@@ -81,12 +88,13 @@ def do(arm, seed, args, call):
     """Train and evaluate, unless it is done. call: spread's."""
     run, results = folder_of(arm, seed), Path(args.results)
     results.mkdir(parents=True, exist_ok=True)  # where that is impossible, it is known before the training
-    if arm == "converted" and not finished("attention", seed, args):
-        raise ValueError(f"{run.name} starts from attention-{seed}, which is not trained to its end: --arms attention converted")
+    if arm == "converted":
+        source, flags = next(iter(stages_of("attention", seed, args).items()))
+        if not finished(source, flags):
+            raise ValueError(f"{run.name} starts from {source}, which is not trained to its end: --arms attention converted")
     parts = {"": [*NINE, "--hits", f"--random={args.random}"], "-more": OTHERS}
-    commands = []
-    if not finished(arm, seed, args):
-        commands = [["train.py", *train_flags(arm, seed, args)]]
+    commands = [["train.py", *flags] for folder, flags in stages_of(arm, seed, args).items() if not finished(folder, flags)]
+    if commands:
         for part in parts:  # of another model, then
             (results / f"{run.name}{part}.json").unlink(missing_ok=True)
     for part, methods in parts.items():
@@ -107,7 +115,8 @@ def do_all(args):
     """Converted models come after those that they start from."""
     arms, seeds = dict.fromkeys(args.arms), dict.fromkeys(args.seeds)
     for arm in arms:
-        train.parse(train_flags(arm, 0, args))  # a wrong flag is known now, once
+        for flags in stages_of(arm, 0, args).values():
+            train.parse(flags)  # a wrong flag is known now, once
     for phase in [arm for arm in arms if arm != "converted"], [arm for arm in arms if arm == "converted"]:
         spread([lambda call, arm=arm, seed=seed: do(arm, seed, args, call) for seed in seeds for arm in phase], args.per_gpu)
 
@@ -251,7 +260,7 @@ def markdown(summary, found):
     def cell(values):
         return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
-    def rows(kind, methods):
+    def table(kind, methods):
         arms = list(summary[kind])
         yield "| | " + " | ".join(arms) + " | memory - attention |"
         yield "|---|" + "---|" * (len(arms) + 1)
@@ -266,16 +275,19 @@ def markdown(summary, found):
     seeds = ", ".join(f"{arm} {len(reports)}" for arm, reports in found.items())
     lines = [f"RULER's score, %, mean of tasks: mean and standard deviation over seeds ({seeds}); {settings['samples']} samples a "
              f"task, protocol {settings['protocol']}, context {settings['context_len']}. Bold: more than the spread.", "",
-             *rows("scores", [m for m in methods if not m.endswith(" by chance")]),
-             "", "H2, entries chosen by chance:", "", *rows("scores", [m for m in methods if m.endswith(" by chance")]),
-             "", "H1, hit rate of the best 5 % of heads, %:", "", *rows("hits", hits),
+             *table("scores", [m for m in methods if not m.endswith(" by chance")]),
+             "", "H2, entries chosen by chance:", "", *table("scores", [m for m in methods if m.endswith(" by chance")]),
+             "", "H1, hit rate of the best 5 % of heads, %:", "", *table("hits", hits),
              "", "Training, seed by seed:", "",
-             "| | steps | minutes of steps | tokens/s | MFU | device | commit |", "|---|---|---|---|---|---|---|"]
+             "| | recipe | steps | minutes of steps | tokens/s | MFU | device | commit |", "|---|---|---|---|---|---|---|---|"]
     for arm, reports in found.items():
         for seed, report in reports.items():
-            made = report["train"]
-            lines.append(f"| {arm} {seed} | {made['step']} | {made['seconds'] / 60:.1f} | "
-                         f"{made['tokens_per_second']:,} | {made['mfu'] or ''} | {made['device']} | {made['commit'][:7]} |")
+            made, rows = report["train"], []
+            while made:  # the newest stage first
+                rows.insert(0, f"| {arm} {seed} | {made['settings']['recipe']} | {made['step']} | {made['seconds'] / 60:.1f} | "
+                               f"{made['tokens_per_second']:,} | {made['mfu'] or ''} | {made['device']} | {made['commit'][:7]} |")
+                made = made["from"]
+            lines += rows
     return "\n".join(lines) + "\n"
 
 
@@ -327,9 +339,10 @@ def plots(found, folder):
 def ship(args):
     """checkpoints/: seed 0 of attention and memory in bf16, with train.json, which tells how they were made."""
     for arm in "attention", "memory":
-        if not finished(arm, 0, args):
-            raise ValueError(f"{folder_of(arm, 0)} is not trained to its end: --ship needs seed 0 of attention and memory")
-        source, folder = weights.resolve(folder_of(arm, 0)), ROOT / "checkpoints" / arm
+        run, flags = list(stages_of(arm, 0, args).items())[-1]
+        if not finished(run, flags):
+            raise ValueError(f"{run} is not trained to its end: --ship needs seed 0 of attention and memory")
+        source, folder = weights.resolve(run), ROOT / "checkpoints" / arm
         Transformer.from_pretrained(source, torch.bfloat16).save_pretrained(folder)
         shutil.copy(source / "train.json", folder)
         print(f"{source} in bf16: {folder}")
@@ -345,8 +358,8 @@ def main():
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of weights and training data")
     add("--samples", type=eval_niah.positive, default=200, help="examples per task; the same for all runs")
     add("--eval_seed", type=int, default=0, help="of the examples; who changes a recipe looks at another seed's until it is final")
-    add("--random", type=eval_niah.positive, default=5, metavar="SEEDS", help="H2: draws of a selection by chance")
-    add("--batch", type=eval_niah.positive, default=100, help="prompts at a time in the evaluation")
+    add("--random", type=eval_niah.positive, default=2, metavar="SEEDS", help="H2: draws of a selection by chance, for each model")
+    add("--batch", type=eval_niah.positive, default=200, help="prompts at a time in the evaluation")
     add("--train", default="", metavar="FLAGS", help="more flags of train.py, for every run: --train='--steps=2 --batch=2' is "
         "a trial; delete out/reproduce after it")
     add("--per_gpu", type=eval_niah.positive, default=1, metavar="RUNS", help="runs at a time on each GPU; 2 takes less time in all, but "

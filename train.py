@@ -30,7 +30,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -49,19 +48,22 @@ from memory import arl_passes
 from model import PRESETS, Transformer
 from sparse import Dilated
 
-SHORT = 4  # parts that --short cuts a sequence in
 PEAK_FLOPS = 989e12  # of an H100 or H200 a second, dense bf16: what model FLOPs utilisation (MFU) is a share of
 
 # What --recipe sets; a flag given beside it wins. The paper's: arXiv 2605.28640 and the configs of official RAT+.
 RECIPES = {
-    # needles from scratch: in minutes on a GPU to above 95 % in all eight tasks; a toy of two tasks for a CPU
-    "micro": dict(preset="micro", context_len=4096, protocol="sft", drills=0.2, short=0.6, many=0.5, steps=1600, batch=32,
-                  device_batch=32, lr=2e-3, arl=64, log_every=100, eval_every=200, save_every=800),
+    # the paper in small, in minutes on a GPU: pretraining in a short context, where retrieval forms, each token of weight 1
+    "micro": dict(preset="micro", context_len=1024, protocol="sft", drills=1/3, other_weight=1.0, steps=960, batch=128,
+                  device_batch=128, lr=2e-3, arl=64, log_every=80, eval_every=240, save_every=480),
+    # an attention model of it given a memory, with a fifth of its tokens
+    "micro-convert": dict(init="out/micro", memory="on", context_len=1024, protocol="sft", other_weight=1.0, steps=192, batch=128,
+                          device_batch=128, lr=1e-3, memory_lr=1e-2, arl=64, log_every=40, eval_every=96, save_every=96),
+    # and either fine-tuned at the paper's context, where answers count, without ARL
+    "micro-sft": dict(init="out/micro", context_len=4096, protocol="sft", steps=640, batch=32, device_batch=32, lr=1e-3, arl=0,
+                      log_every=80, eval_every=160, save_every=320),
+    # a toy of two tasks for a CPU
     "pico": dict(preset="pico", context_len=512, tasks=["niah_single_1", "niah_single_2"], drills=0.5, many=0.3, steps=1600,
                  batch=4, device_batch=4, lr=3e-3, arl=32, log_every=100, eval_every=200, save_every=700),
-    # a trained attention model given a memory, with a fifth of its tokens
-    "micro-convert": dict(init="out/micro", memory="on", context_len=4096, protocol="sft", many=0.5, steps=320, batch=32,
-                          device_batch=32, lr=1e-3, memory_lr=1e-2, arl=64, log_every=40, eval_every=80, save_every=160),
     # OLMo 2 continued with a memory: 10B tokens of FineWeb-Edu, 768 x 4096 a step
     "olmo2-continue": dict(data=None, memory="on", context_len=4096, steps=3179, batch=768, device_batch=1, lr=6e-5, memory_lr=6e-4,
                            min_lr=1e-6, warmup=0.02, arl=64),
@@ -96,8 +98,6 @@ def flags():
     add("--protocol", default="base", choices=niah.PROTOCOLS, help="needles: base (RULER's answer prefix) or sft (the question alone)")
     add("--tasks", nargs="+", choices=niah.TASKS, metavar="TASK", help="needles: which of RULER's; None: those that fit")
     add("--drills", type=float, default=0.0, metavar="SHARE", help="needles: of the steps that begin with drills alone; of the rest 30 %% are; 0: none at all")
-    add("--short", type=float, default=0.0, metavar="SHARE", help=f"needles: of the steps that begin with sequences cut in {SHORT}: in a "
-        "short context retrieval forms sooner")
     add("--many", type=float, default=0.5, metavar="SHARE", help="needles: share of samples with many questions")
     add("--other_weight", type=float, default=0.1, metavar="W", help="needles: loss weight of tokens that are no answer")
     add("--haystack", metavar="FILE", help="needles: text of the essays; None: Python's help pages")
@@ -142,8 +142,8 @@ def parse(argv):
     if args.data is None:
         parser.error(f"--recipe={args.recipe} trains on text: give --data, a folder of shards that data.py wrote")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.clip <= 0 or args.warmup == 1 or not all(0 <= share <= 1 for share in (args.warmup, args.drills, args.short, args.many)):
-        parser.error("--clip must be above 0, --warmup, --drills, --short and --many shares from 0 to 1")
+    if args.clip <= 0 or args.warmup == 1 or not all(0 <= share <= 1 for share in (args.warmup, args.drills, args.many)):
+        parser.error("--clip must be above 0, --warmup, --drills and --many shares from 0 to 1")
     if args.lr <= 0 or args.joint < 0:
         parser.error(f"--lr {args.lr} must be above 0, --joint {args.joint} at least 0")
     if args.batch % world or (args.batch // world) % min(args.device_batch, args.batch // world):
@@ -186,8 +186,9 @@ def make_model(args, checkpoint=None):
     return model
 
 
-def passes_of(args, T):
-    """-> (sparse method, entries a token reads on average) of each optimizer step on a batch of sequences of T tokens."""
+def passes_of(args):
+    """-> (sparse method, entries a token reads on average) of each optimizer step on a batch."""
+    T = args.context_len
     first = [(method, T / 2 / args.arl) for method in arl_passes(args.arl)[:-1]]
     if args.joint:
         first = [(Dilated(dilation=None, local=args.joint, initial=0), min(args.joint, T / 2))]
@@ -196,39 +197,30 @@ def passes_of(args, T):
 
 class Needles(torch.utils.data.Dataset):
     """
-    Samples of niah.training_sample: tokens and loss weights (cut, context_len / cut + 1). cut is SHORT for the first
-    `only_short` indices, which are so many shorter samples of their own, else 1.
+    Sample `index` of niah.training_sample: tokens and loss weights (context_len + 1,).
 
-    The first `only_drills` are drills, which form retrieval; of the others 30 % are, lest it fade.
+    The first `only_drills` samples are drills, which form retrieval; of the others 30 % are, lest it fade.
     """
 
-    def __init__(self, args, tokenizer, seed, only_drills=0, only_short=0):
-        self.only_drills, self.later_drills, self.only_short = only_drills, 0.3 if only_drills else 0.0, only_short
+    def __init__(self, args, tokenizer, seed, only_drills=0):
+        self.only_drills, self.later_drills = only_drills, 0.3 if only_drills else 0.0
         self.haystack = Path(args.haystack).read_text(encoding="utf-8") if args.haystack else None
         self.new_tokens = niah.default_new_tokens(args.context_len, tokenizer)
-        if only_short and args.context_len % SHORT:
-            raise ValueError(f"--short cuts sequences in {SHORT}: --context_len {args.context_len} must be a multiple of it")
-        self.tasks = args.tasks
-        for cut in [1, SHORT] if only_short else [1]:
-            T = args.context_len // cut
-            fitting = niah.fitting_tasks(T, tokenizer, args.protocol, max_new_tokens=self.new_tokens)
-            self.tasks = self.tasks or fitting
-            if not self.tasks or set(self.tasks) - set(fitting):
-                raise ValueError(f"--context_len {args.context_len}{f', cut in {cut} by --short,' if cut > 1 else ''} is too short for "
-                                 f"these tasks; {T} tokens have room for {', '.join(fitting) or 'none (512 bytes hold the simplest)'}"
-                                 f": raise it{', or --short=0' if cut > 1 else ''}")
+        fitting = niah.fitting_tasks(args.context_len, tokenizer, args.protocol, max_new_tokens=self.new_tokens)
+        self.tasks = args.tasks or fitting
+        if not self.tasks or set(self.tasks) - set(fitting):
+            raise ValueError(f"--context_len {args.context_len} is too short for these tasks; it has room for "
+                             f"{', '.join(fitting) or 'none (512 bytes hold the simplest)'}")
         self.args, self.tokenizer, self.seed = args, tokenizer, seed
 
     def __getitem__(self, index):
         a, drills = self.args, 1.0 if index < self.only_drills else self.later_drills
-        cut, seed = (SHORT, f"{self.seed}/short") if index < self.only_short else (1, self.seed)  # lest needles come twice
-        parts = [niah.training_sample(a.context_len // cut, self.tokenizer, seed, index * cut + part, self.tasks, a.many,
-                                      self.haystack, a.other_weight, a.protocol, self.new_tokens, drills) for part in range(cut)]
-        return [np.stack(of) for of in zip(*parts)]
+        return niah.training_sample(a.context_len, self.tokenizer, self.seed, index, self.tasks, a.many, self.haystack,
+                                    a.other_weight, a.protocol, self.new_tokens, drills)
 
 
 class Text(torch.utils.data.Dataset):
-    """Window `index` of token shards, every token with weight 1: (1, context_len + 1)."""
+    """Window `index` of token shards, every token with weight 1."""
 
     def __init__(self, args, tokenizer, split):
         self.shards = Shards(args.data, args.context_len, args.seed, split)
@@ -238,23 +230,24 @@ class Text(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         tokens = self.shards.sample(index)
-        one = torch.ones(1, len(tokens))
-        one[0, 0] = 0
-        return tokens[None], one
+        one = torch.ones(len(tokens))
+        one[0] = 0
+        return tokens, one
 
 
 def make_data(args, tokenizer):
     """Training and validation samples, both functions of an index."""
     if args.data != "niah":
         return Text(args, tokenizer, "train"), Text(args, tokenizer, "val")
-    only_drills, only_short = (int(share * args.steps) * args.batch for share in (args.drills, args.short))
+    only_drills = int(args.drills * args.steps) * args.batch
     # in validation only answers count, however much the rest weighs in training
     held_out = argparse.Namespace(**{**vars(args), "other_weight": 0.0})
-    return Needles(args, tokenizer, args.seed, only_drills, only_short), Needles(held_out, tokenizer, f"val-{args.seed}")
+    seed = f"{args.recipe}-{args.seed}"  # a recipe that continues another's model has samples of its own
+    return Needles(args, tokenizer, seed, only_drills), Needles(held_out, tokenizer, f"val-{seed}")
 
 
 def batches(dataset, args, first_step, rank, world):
-    """This rank's part of each batch from first_step on: tokens, weights (batch / world, cut, context_len / cut + 1)."""
+    """This rank's part of each batch from first_step on: tokens, weights (batch / world, context_len + 1)."""
     share = args.batch // world
     index = [step * args.batch + rank * share + i for step in range(first_step, args.steps) for i in range(share)]
     return torch.utils.data.DataLoader(dataset, batch_size=share, sampler=index, num_workers=args.workers,
@@ -289,8 +282,7 @@ def summed(*values):
 
 
 def weighted_loss(model, tokens, weight, sparse, autocast):
-    """Sum of weight * cross entropy of tokens[..., 1:], in nats; the caller divides. tokens, weight: (B, cut, T + 1)."""
-    tokens, weight = tokens.flatten(0, 1), weight.flatten(0, 1)
+    """Sum of weight * cross entropy of tokens[:, 1:], in nats; the caller divides. tokens, weight: (B, T + 1)."""
     with autocast:
         logits = model(tokens[:, :-1], sparse=sparse)  # (B, T, V)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
@@ -304,7 +296,7 @@ def validate(model, dataset, args, autocast, rank, world, samples=64):
     mine = range(rank * share, (rank + 1) * share)
     for start in range(0, share, args.device_batch):
         rows = [dataset[i] for i in mine[start:start + args.device_batch]]
-        tokens, weight = (torch.cat([torch.as_tensor(row[part]) for row in rows]).to(args.device) for part in (0, 1))
+        tokens, weight = (torch.stack([torch.as_tensor(row[part]) for row in rows]).to(args.device) for part in (0, 1))
         answer = weight[:, 1:] == 1
         with autocast:
             logits = model(tokens[:, :-1])[answer].float()
@@ -349,17 +341,25 @@ def save(run, model, optimizer, record, beside, rank):
         dist.barrier()
 
 
-def record_of(step, durations, spent, flops, commit, args):
+def record_of(step, durations, flops, commit, made_from, args):
     """
-    What a checkpoint tells of its making; None where nobody knows. durations: seconds of each step of the current length,
-    flops of one; spent: seconds of all steps since the process began.
+    What a checkpoint tells of its making; None where nobody knows. durations: seconds of each step. flops: of a step.
+    made_from: the record of --init, which has that of its own.
     """
     seconds = statistics.median(durations)
     peak = PEAK_FLOPS * int(os.environ.get("WORLD_SIZE", 1)) if re.search("H[12]00", eval_niah.device_name(args.device)) else None
     return {"step": step, "settings": vars(args), "command": shlex.join(["python", *sys.argv]), "commit": commit,
             "device": eval_niah.device_name(args.device), "torch": torch.__version__,
-            "seconds": round(spent, 2), "step_seconds": round(seconds, 5),
-            "tokens_per_second": round(args.batch * args.context_len / seconds), "mfu": peak and round(flops / seconds / peak, 4)}
+            "seconds": round(sum(durations), 2), "step_seconds": round(seconds, 5),
+            "tokens_per_second": round(args.batch * args.context_len / seconds), "mfu": peak and round(flops / seconds / peak, 4), "from": made_from}
+
+
+def record_of_init(args, checkpoint):
+    """The train.json of --init, as the checkpoint knows it or as it is; None if there is none."""
+    if checkpoint:
+        return json.loads((checkpoint / "train.json").read_text())["from"]
+    file = args.init and weights.resolve(args.init) / "train.json"
+    return json.loads(file.read_text()) if file and file.exists() else None
 
 
 def newest(run, resume):
@@ -416,12 +416,13 @@ def train(args):
     beside = [] if tokenizer.name == "bytes" else tokenizer_files(folder_of(args.tokenizer or source))
     training, validation = make_data(args, tokenizer)
     first_step = step_of(checkpoint, run, args) if checkpoint else 0
+    made_from = record_of_init(args, checkpoint)
     if args.preset or args.context_len > model.config.context_len:
         model.config = replace(model.config, context_len=args.context_len)
     model.to(args.device)
-    n_parameters, passes = sum(p.numel() for p in model.parameters()), passes_of(args, args.context_len)
+    n_parameters, passes = sum(p.numel() for p in model.parameters()), passes_of(args)
     per_step = args.batch * args.context_len
-    flops_of = lambda T: per_step * sum(model.flops_per_token(reads) for _, reads in passes_of(args, T))
+    flops = per_step * sum(model.flops_per_token(reads) for _, reads in passes)
     if args.compile == "on":
         for layer in model.layers:
             layer.compile(dynamic=False)  # there are few shapes, each worth its own kernels
@@ -437,10 +438,9 @@ def train(args):
         f"ARL {args.arl or 'off'}{f', joint window {args.joint}' if args.joint else ''}; "
         f"{args.steps} steps of {args.batch} x {args.context_len} = {per_step:,} tokens "
         f"({world} x {args.device_batch} x {args.batch // world // args.device_batch} accumulated), "
-        f"{len(passes)} pass{'es' if len(passes) > 1 else ''} each, {flops_of(args.context_len) / 1e12:.2f} TFLOP a step")
+        f"{len(passes)} pass{'es' if len(passes) > 1 else ''} each, {flops / 1e12:.2f} TFLOP a step")
     if isinstance(training, Needles):
-        say(f"{run}: needles of {', '.join(niah.TASKS[task].short for task in training.tasks)}"
-            + (f"; {int(args.short * args.steps)} steps of {SHORT * args.batch} x {args.context_len // SHORT} first" if args.short else ""))
+        say(f"{run}: needles of {', '.join(niah.TASKS[task].short for task in training.tasks)}")
     first_pass, what = "arl" if args.arl else "joint", "answer tokens" if isinstance(training, Needles) else "tokens"
     if first_step:
         say(f"{run}: goes on from {checkpoint}")
@@ -455,13 +455,11 @@ def train(args):
     stop = []  # ctrl-C and kill end the run after the step, with a checkpoint
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
 
-    started, step, stopped, spent, T = time.time(), first_step, False, 0.0, None
+    started, step, stopped, durations = time.time(), first_step, False, []
     since = started
     for step, (tokens, weight) in enumerate(batches(training, args, first_step, rank, world), start=first_step + 1):
-        if tokens.shape[-1] - 1 != T:  # at first, and where --short ends
-            T, durations = tokens.shape[-1] - 1, []
         tokens, weight = tokens.to(args.device, non_blocking=True), weight.to(args.device, non_blocking=True)
-        whole_weight, = summed(weight[..., 1:].sum().item())
+        whole_weight, = summed(weight[:, 1:].sum().item())
         scale = learning_rate(step - 1, args)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * scale
@@ -481,7 +479,6 @@ def train(args):
             if not math.isfinite(entry[label]):
                 raise FloatingPointError(f"{label} is {entry[label]} at step {step}: lower --lr; the last checkpoint is unharmed")
         durations.append(time.time() - since)
-        spent += durations[-1]
         entry |= {"grad_norm": float(norm), "seconds": round(time.time() - started, 2)}
         stopped = summed(len(stop))[0] > 0  # all leave together, though a signal may have reached one process alone
         last = step == args.steps or stopped
@@ -498,7 +495,7 @@ def train(args):
                 + (f"  validation {entry['val_loss']:.3f}, {entry['val_accuracy']:.1%} of {what} right" if "val_loss" in entry else "")
                 + f"  lr {entry['lr']:.1e}  norm {entry['grad_norm']:.2f}  {speed:,.0f} tokens/s  {left:.1f} min left", flush=True)
         if step % args.save_every == 0 or last:
-            save(run, model, optimizer, record_of(step, durations, spent, flops_of(T), commit, args), beside, rank)
+            save(run, model, optimizer, record_of(step, durations, flops, commit, made_from, args), beside, rank)
         if stopped:
             break
         since = time.time()
@@ -520,7 +517,7 @@ def train(args):
 
 def lesson():
     """The same needles, in the same order, for a model without and one with the memory; then both are asked for some."""
-    recipe = "micro" if torch.cuda.is_available() else "pico"
+    recipe = "pico"
     print(f"Two models from scratch, recipe {recipe}: 'attention' is OLMo 2's form, 'memory' the same with Eq. 1 on its keys "
           "and values. Ctrl-C stops; the same command goes on.\n")
     results = {}

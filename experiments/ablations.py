@@ -95,10 +95,20 @@ def changed(variant, length):
 
 # ---------------------------------------------------------------- one variant: train, evaluate
 
-def train_flags(variant, args, rest):
-    """Of the variant's run, for train.train. Ours come last and win: two variants must not share a folder."""
-    return train.parse(["--recipe=micro", *rest, "--memory=on", f"--seed={args.seed}", f"--out={args.out}", "--resume",
-                        f"--name=ablation-{variant}-{args.seed}", *(["--arl=0"] if variant == "no-arl" else [])])
+def folder_of(variant, args):
+    return Path(args.out) / f"ablation-{variant}-{args.seed}"
+
+
+def stages_of(variant, args, rest):
+    """{folder: settings for train.train}: reproduce.py's memory arm. Ours come last and win: no two variants share a folder."""
+    ours = ["--memory=on", f"--seed={args.seed}", *(["--arl=0"] if variant == "no-arl" else [])]
+    stages = reproduce.stages(folder_of(variant, args), ["--recipe=micro"], [*rest, *ours])
+    return {folder: train.parse(flags) for folder, flags in stages.items()}
+
+
+def arl_of(stages):
+    """The length that pretraining teaches."""
+    return next(iter(stages.values())).arl
 
 
 def run_variant(variant, args, rest):
@@ -106,14 +116,14 @@ def run_variant(variant, args, rest):
     Train and evaluate. -> what the table and the JSON tell of it, also in ablation.json beside the run's checkpoints.
     One call per process: what torch.compile has made of a variant's layers would not change with the next one's.
     """
-    settings = train_flags(variant, args, rest)
-    run = Path(settings.out) / settings.name
-    with changed(variant, settings.arl):
-        checkpoint = train.newest(run, resume=True)
-        if checkpoint and train.step_of(checkpoint, run, settings) == settings.steps:  # an error if it had other flags
-            print(f"{run}: trained already, {checkpoint}")
-        else:
-            checkpoint, _ = train.train(settings)
+    stages, run = stages_of(variant, args, rest), folder_of(variant, args)
+    with changed(variant, arl_of(stages)):
+        for folder, settings in stages.items():
+            checkpoint = train.newest(folder, resume=True)
+            if checkpoint and train.step_of(checkpoint, folder, settings) == settings.steps:  # an error if it had other flags
+                print(f"{folder}: trained already, {checkpoint}")
+            else:
+                checkpoint, _ = train.train(settings)
         # --kernels=torch: Triton's decoding step goes past Attention.remember and has a memory of both k and v in one kernel,
         # whatever the variant. Training may use Triton: there remember, ours, is what calls its memory_scan
         eval_niah.main(["--ckpt", str(run), f"--samples={args.samples}", f"--device={settings.device}", "--kernels=torch",
@@ -151,12 +161,11 @@ def run_all(args, rest):
     """A process for each variant, one at a time on each GPU; then the table. ValueError as soon as one fails."""
     variants, script = list(dict.fromkeys(args.variants)), "experiments/ablations.py"
     for variant in variants:
-        with changed(variant, train_flags(variant, args, rest).arl):
+        with changed(variant, arl_of(stages_of(variant, args, rest))):
             pass  # a wrong flag is known now
-    folder = lambda variant: Path(args.out) / f"ablation-{variant}-{args.seed}"
     flags = [f"--seed={args.seed}", f"--samples={args.samples}", f"--out={args.out}", *rest]
-    reproduce.spread([lambda call, v=v: call([script, f"--variant={v}", *flags], folder(v).with_suffix(".log")) for v in variants])
-    records = [json.loads((folder(variant) / "ablation.json").read_text()) for variant in variants]
+    reproduce.spread([lambda call, v=v: call([script, f"--variant={v}", *flags], folder_of(v, args).with_suffix(".log")) for v in variants])
+    records = [json.loads((folder_of(variant, args) / "ablation.json").read_text()) for variant in variants]
     eval_niah.save({"command": shlex.join(["python", script, *args.argv]), "commit": eval_niah.commit(),
                     "device": records[0]["eval"]["device"], "torch": torch.__version__, "seed": args.seed,
                     "samples": args.samples, "variants": records}, args.json)
@@ -267,9 +276,11 @@ def load_tokenizer(model, path):
 @contextmanager
 def loaded(path):
     """A model, in fp32. One of our runs, which its name tells, computes as its variant within the block."""
-    settings = eval_niah.trained_with(path)
-    name = re.fullmatch(r"ablation-(.+)-\d+", settings.get("name") or "")
-    with changed(name[1] if name else "memory", settings.get("arl")):
+    record, variant, arl = weights.resolve(path) / "train.json", "memory", None
+    made = json.loads(record.read_text()) if record.exists() else None
+    if made and (name := re.fullmatch(r"ablation-(.+)-\d+", made["settings"]["name"])):
+        variant, arl = name[1], (made["from"] or made)["settings"]["arl"]  # pretraining's
+    with changed(variant, arl):
         yield Transformer.from_pretrained(path, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -27,6 +27,11 @@ def report(score, n_hit):
             "settings": {"samples": 3, "seed": 0, "protocol": "sft", "context_len": 1024, "methods": ["dense", *SIZED]}}
 
 
+def record(steps, recipe, made_from):
+    return {"step": steps, "seconds": 120, "tokens_per_second": 5000, "mfu": 0.25, "device": "abacus", "commit": "c0ffee00",
+            "settings": {"recipe": recipe}, "from": made_from}
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Two seeds of attention at 40 and 50, of memory at 60 and 64."""
@@ -34,7 +39,7 @@ def folder(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(report(score, n_hit)))
         (tmp_path / f"{name}-more.json").write_text(json.dumps(report(score, n_hit) | {"results": []}))
         (tmp_path / f"{name}-train.json").write_text(json.dumps(
-            {"step": 60, "seconds": 120, "step_seconds": 2, "tokens_per_second": 5000, "mfu": 0.25, "device": "abacus", "commit": "c0ffee00"}))
+            record(60, "micro-sft", record(40, "micro", None))))
     for part in "", "-more":
         (tmp_path / f"memory-2{part}.json").write_text(json.dumps(report(99, 0) | {"finished": False}))
     return tmp_path
@@ -51,7 +56,8 @@ def test_summary_gives_means_spread_and_who_is_ahead(folder):
     assert summary["hits"]["memory"][quest] == [100, 100] and summary["hits"]["attention"][quest] == [0, 0]
     text = reproduce.markdown(summary, reproduce.read_results(folder))
     assert f"| {quest} | 45.0 ± 7.1 | 62.0 ± 2.8 | **+17.0** |" in text
-    assert "| memory 1 | 60 | 2.0 | 5,000 | 0.25 | abacus | c0ffee0 |" in text
+    lines = [f"| memory 1 | {stage} | 2.0 | 5,000 | 0.25 | abacus | c0ffee0 |\n" for stage in ("micro | 40", "micro-sft | 60")]
+    assert "".join(lines) in text
 
 
 def test_a_lead_within_the_spread_is_not_one(folder):
@@ -121,7 +127,7 @@ def test_what_is_there_is_not_made_again(folder, calls):
     """Hours of training repeated; a run that was stopped half-way taken for whole; old answers taken for a new model's."""
     made, _ = calls
     reproduce.do_all(arguments(folder, ["memory"], [0]))
-    assert scripts(made) == ["train.py", "eval_niah.py", "eval_niah.py"]  # the results there were of another model
+    assert scripts(made) == ["train.py", "train.py", "eval_niah.py", "eval_niah.py"]  # the results there were of another model
     for part in "", "-more":
         (folder / f"memory-0{part}.json").write_text(json.dumps(report(1, 0)))
     reproduce.do_all(arguments(folder, ["memory"], [0]))
@@ -131,7 +137,7 @@ def test_what_is_there_is_not_made_again(folder, calls):
     reproduce.do_all(args)
     assert scripts(made) == ["eval_niah.py", "eval_niah.py"]
     record = Path("out/reproduce/memory-0/step_0000001/train.json")
-    record.write_text(record.read_text().replace('"step": 1600', '"step": 800'))
+    record.write_text(record.read_text().replace('"step": 640', '"step": 320'))
     reproduce.do_all(arguments(folder, ["memory"], [0]))
     assert scripts(made) == ["train.py", "eval_niah.py", "eval_niah.py"]
 
@@ -151,8 +157,10 @@ def test_converted_models_come_after_those_they_start_from(tmp_path, calls):
         reproduce.do_all(arguments(tmp_path / "new", ["converted"]))
     reproduce.do_all(arguments(tmp_path / "new", ["converted", "attention"]))
     names = [word for command in made for word in command if word.startswith("--name=")]
-    assert names == [f"--name={arm}-{seed}" for arm in ("attention", "converted") for seed in (0, 1)]
-    assert any("--init=out/reproduce/attention-1" in command for command in made)
+    assert names == [f"--name={arm}-{seed}{stage}" for arm in ("attention", "converted") for seed in (0, 1)
+                     for stage in ("-pretrained", "")]
+    starts = [[word for word in command if word.startswith("--init=")] for command in made if command[0] == "train.py"]
+    assert starts[-1] == ["--init=out/reproduce/converted-1-pretrained"] and starts[-2] == ["--init=out/reproduce/attention-1-pretrained"]
 
 
 def test_a_failure_is_one_line_that_names_the_log(calls, monkeypatch, capsys):
@@ -170,4 +178,4 @@ def test_every_arm_is_a_command_that_train_accepts(monkeypatch):
     for arm, flags in reproduce.ARMS.items():
         args = train.parse(flags.format(seed=0).split())
         assert bool(args.arl) == (arm in ("memory", "converted")) and bool(args.joint) == (arm == "joint")
-        assert (args.batch, args.context_len, args.protocol) == (32, 4096, "sft")
+        assert (args.batch, args.context_len, args.protocol) == (128, 1024, "sft")

@@ -175,40 +175,14 @@ def test_loss_weighs_answers_and_ignores_padding():
     tokens, weight = torch.randint(257, (2, 9)), torch.rand(2, 9)
     logp = model(tokens[:, :-1]).log_softmax(-1)
     expected = -(logp.gather(-1, tokens[:, 1:, None]).squeeze(-1) * weight[:, 1:]).sum()
-    for cut in 1, 2:  # sequences in a row of the batch
-        tokens, weight = tokens.view(-1, cut, 9), weight.view(-1, cut, 9)
-        torch.testing.assert_close(train.weighted_loss(model, tokens, weight, None, train.nullcontext()), expected)
+    torch.testing.assert_close(train.weighted_loss(model, tokens, weight, None, train.nullcontext()), expected)
 
 
-def test_short_sequences_come_first(monkeypatch):
-    """--short must give the first steps as many tokens in sequences of a quarter of the length, and then stop."""
-    original, shapes = train.weighted_loss, []
-
-    def watch(model, tokens, *rest):
-        shapes.append(tuple(tokens.shape))
-        return original(model, tokens, *rest)
-    monkeypatch.setattr(train, "weighted_loss", watch)
-    run("--name=short", "--arl=0", "--short=0.5", "--context_len=2048", "--batch=2", "--device_batch=1")
-    assert shapes == [(1, 4, 513)] * 4 + [(1, 1, 2049)] * 4  # 2 rows, one at a time, of 4 steps
-    with pytest.raises(ValueError, match="--short cuts sequences in 4: --context_len 2050"):
-        run("--name=odd", "--short=0.5", "--context_len=2050")
-    with pytest.raises(ValueError, match="cut in 4 by --short, is too short for these tasks; 128 tokens have room for none"):
-        run("--name=tight", "--short=0.5")
-
-
-def test_short_sequences_have_needles_of_their_own(monkeypatch):
-    """A short sample and a later long one drawn with the same seed and index: the same keys and values, twice."""
-    drawn = []
-
-    def watch(context_len, tokenizer, seed, index, *_):
-        drawn.append((seed, index))
-        return [0] * (context_len + 1), [0] * (context_len + 1)
-    monkeypatch.setattr(train.niah, "training_sample", watch)
-    args = train.parse([*BASE, "--context_len=2048"])
-    needles = train.Needles(args, train.tokenizer_of(None, 257), 0, only_short=3)
-    for index in range(20):
-        needles[index]
-    assert len(set(drawn)) == len(drawn) == 3 * 4 + 17
+def test_a_recipe_that_continues_a_model_has_samples_of_its_own():
+    """Needles of the pretraining met again in the conversion, which has the same length and seed."""
+    tokenizer = train.tokenizer_of(None, 257)
+    data = [train.make_data(train.parse([f"--recipe={recipe}", "--drills=0"]), tokenizer)[0] for recipe in ("micro", "micro-convert")]
+    assert all(len(dataset[0][0]) == 1025 for dataset in data) and (data[0][0][0] != data[1][0][0]).any()
 
 
 def test_a_longer_context_is_written_to_the_model():
@@ -308,7 +282,7 @@ def test_loss_that_is_not_finite_stops_the_run():
 def test_joint_pass_sees_the_window_alone(monkeypatch):
     """A baseline whose extra pass is dense too, or whose FLOPs are counted as if it were."""
     args = train.parse([*BASE, "--memory=off", "--arl=0", "--joint=64", "--context_len=512"])
-    (window, reads), (dense, all_reads) = train.passes_of(args, 512)
+    (window, reads), (dense, all_reads) = train.passes_of(args)
     assert window == Dilated(dilation=None, local=64, initial=0) and dense is None and (reads, all_reads) == (64, 256)
     _, last = run("--name=joint", "--memory=off", "--arl=0", "--joint=64")
     assert {"loss", "joint_loss"} <= last.keys()
@@ -317,8 +291,16 @@ def test_joint_pass_sees_the_window_alone(monkeypatch):
 def test_a_checkpoint_tells_how_it_was_made():
     checkpoint, _ = run("--name=told")
     record = json.loads((checkpoint / "train.json").read_text())
-    assert {"step", "settings", "command", "commit", "device", "torch", "seconds", "step_seconds", "tokens_per_second", "mfu"} == record.keys()
+    assert {"step", "settings", "command", "commit", "device", "torch", "seconds", "step_seconds", "tokens_per_second", "mfu",
+            "from"} == record.keys()
     assert record["tokens_per_second"] == pytest.approx(4 * 512 / record["step_seconds"], rel=0.01) and record["mfu"] is None
+    assert record["from"] is None
+    flags = [f"--init={checkpoint}", "--name=retold", *BASE[1:], "--steps=3", "--save_every=2"]
+    path, _ = train.train(train.parse(flags))
+    assert json.loads((path / "train.json").read_text())["from"] == record
+    shutil.rmtree(path), shutil.rmtree(checkpoint)  # what it started from may be gone when it goes on
+    path, _ = train.train(train.parse([*flags, "--resume"]))
+    assert json.loads((path / "train.json").read_text())["from"] == record
 
 
 def test_lesson_trains_both_models_and_compares_them(monkeypatch, capsys):
