@@ -12,9 +12,9 @@ The arms differ in their pretraining alone; fine-tuning is the same, one optimiz
     attention   OLMo 2's form                                     one optimizer step per batch
     joint       attention, and before each dense step one         the extra step that official RAT+ gives its baseline
                 that sees 64 tokens back
-    long        attention with twice the batches                  equal wall-clock, if runs have the GPU for themselves
+    long        attention with twice the batches                  as many steps as memory, in about the same time
     memory      Eq. 1 on keys and values, with ARL                two steps per batch
-    converted   attention of the same seed, given a memory        the paper's OLMo 2 path; a fifth of all tokens more
+    converted   attention of the same seed, given a memory        the paper's OLMo 2 path; a fifth more pretraining
 
 Of one seed, attention, joint and memory see the same samples in the same order (niah.py: a sample is a function of seed and
 index). A model is "ahead" in a cell if the difference of the means exceeds the spread, the larger of the two standard
@@ -68,10 +68,17 @@ def folder_of(arm, seed):
 
 
 def stages(run, pretraining, more):
-    """{folder: flags of train.py}: pretraining with these flags, then fine-tuning of what that made, into `run`."""
+    """
+    {folder: flags of train.py}: pretraining with these flags, then fine-tuning of what that made, into `run`. more: flags
+    for both, though fine-tuning has neither ARL nor a joint pass. ValueError if they say what a stage starts from.
+    """
+    for word in more:
+        if word.split("=")[0] in ("--recipe", "--preset", "--init"):
+            raise ValueError(f"{word}: both stages have their own")
     first = run.with_name(f"{run.name}-pretrained")
-    to = lambda folder: [*more, f"--out={folder.parent}", f"--name={folder.name}", "--resume"]
-    return {first: [*pretraining, *to(first)], run: ["--recipe=micro-sft", f"--init={first}", *to(run)]}
+    to = lambda folder: [f"--out={folder.parent}", f"--name={folder.name}", "--resume"]
+    return {first: [*pretraining, *more, *to(first)],
+            run: ["--recipe=micro-sft", *more, f"--init={first}", "--arl=0", "--joint=0", *to(run)]}
 
 
 def stages_of(arm, seed, args):
@@ -79,9 +86,17 @@ def stages_of(arm, seed, args):
 
 
 def finished(run, flags):
-    """Whether the run has seen all its steps. ValueError if other flags made it."""
+    """Whether the run has seen all its steps. ValueError if other flags made it, or another model than --init now is."""
     settings, checkpoint = train.parse(flags), train.newest(run, resume=True)
-    return checkpoint is not None and train.step_of(checkpoint, run, settings) == settings.steps
+    if checkpoint is None:
+        return False
+    steps = train.step_of(checkpoint, run, settings)
+    if settings.init:
+        started = json.loads((checkpoint / "train.json").read_text())["from"]
+        now = weights.resolve(settings.init) / "train.json"
+        if not now.exists() or json.loads(now.read_text()) != started:
+            raise ValueError(f"{run} did not start from {settings.init} as it is now: delete {run}")
+    return steps == settings.steps
 
 
 def do(arm, seed, args, call):
@@ -286,7 +301,7 @@ def markdown(summary, found):
             while made:  # the newest stage first
                 rows.insert(0, f"| {arm} {seed} | {made['settings']['recipe']} | {made['step']} | {made['seconds'] / 60:.1f} | "
                                f"{made['tokens_per_second']:,} | {made['mfu'] or ''} | {made['device']} | {made['commit'][:7]} |")
-                made = made["from"]
+                made = made.get("from")  # an --init of an older version has none
             lines += rows
     return "\n".join(lines) + "\n"
 
@@ -360,7 +375,7 @@ def main():
     add("--eval_seed", type=int, default=0, help="of the examples; who changes a recipe looks at another seed's until it is final")
     add("--random", type=eval_niah.positive, default=2, metavar="SEEDS", help="H2: draws of a selection by chance, for each model")
     add("--batch", type=eval_niah.positive, default=200, help="prompts at a time in the evaluation")
-    add("--train", default="", metavar="FLAGS", help="more flags of train.py, for every run: --train='--steps=2 --batch=2' is "
+    add("--train", default="", metavar="FLAGS", help="more flags of train.py, for both stages of every run: --train='--steps=2 --batch=2' is "
         "a trial; delete out/reproduce after it")
     add("--per_gpu", type=eval_niah.positive, default=1, metavar="RUNS", help="runs at a time on each GPU; 2 takes less time in all, but "
         "then the tokens per second of one run mean little")

@@ -56,10 +56,10 @@ RECIPES = {
     "micro": dict(preset="micro", context_len=1024, protocol="sft", drills=1/3, other_weight=1.0, steps=960, batch=128,
                   device_batch=128, lr=2e-3, arl=64, log_every=80, eval_every=240, save_every=480),
     # an attention model of it given a memory, with a fifth of its tokens
-    "micro-convert": dict(init="out/micro", memory="on", context_len=1024, protocol="sft", other_weight=1.0, steps=192, batch=128,
+    "micro-convert": dict(memory="on", context_len=1024, protocol="sft", other_weight=1.0, steps=192, batch=128,
                           device_batch=128, lr=1e-3, memory_lr=1e-2, arl=64, log_every=40, eval_every=96, save_every=96),
     # and either fine-tuned at the paper's context, where answers count, without ARL
-    "micro-sft": dict(init="out/micro", context_len=4096, protocol="sft", steps=640, batch=32, device_batch=32, lr=1e-3, arl=0,
+    "micro-sft": dict(context_len=4096, protocol="sft", steps=640, batch=32, device_batch=32, lr=1e-3, arl=0,
                       log_every=80, eval_every=160, save_every=320),
     # a toy of two tasks for a CPU
     "pico": dict(preset="pico", context_len=512, tasks=["niah_single_1", "niah_single_2"], drills=0.5, many=0.3, steps=1600,
@@ -242,7 +242,7 @@ def make_data(args, tokenizer):
     only_drills = int(args.drills * args.steps) * args.batch
     # in validation only answers count, however much the rest weighs in training
     held_out = argparse.Namespace(**{**vars(args), "other_weight": 0.0})
-    seed = f"{args.recipe}-{args.seed}"  # a recipe that continues another's model has samples of its own
+    seed = f"{args.recipe}-{args.seed}" if args.init else args.seed  # a model that is continued sees samples that are new to it
     return Needles(args, tokenizer, seed, only_drills), Needles(held_out, tokenizer, f"val-{seed}")
 
 
@@ -341,25 +341,25 @@ def save(run, model, optimizer, record, beside, rank):
         dist.barrier()
 
 
-def record_of(step, durations, flops, commit, made_from, args):
+def record_of(step, durations, flops, commit, before, args):
     """
-    What a checkpoint tells of its making; None where nobody knows. durations: seconds of each step. flops: of a step.
-    made_from: the record of --init, which has that of its own.
+    What a checkpoint tells of its making; None where nobody knows. durations: seconds of each step of this process.
+    flops: of a step. before: begun's.
     """
     seconds = statistics.median(durations)
     peak = PEAK_FLOPS * int(os.environ.get("WORLD_SIZE", 1)) if re.search("H[12]00", eval_niah.device_name(args.device)) else None
     return {"step": step, "settings": vars(args), "command": shlex.join(["python", *sys.argv]), "commit": commit,
             "device": eval_niah.device_name(args.device), "torch": torch.__version__,
-            "seconds": round(sum(durations), 2), "step_seconds": round(seconds, 5),
-            "tokens_per_second": round(args.batch * args.context_len / seconds), "mfu": peak and round(flops / seconds / peak, 4), "from": made_from}
+            "seconds": round(before["seconds"] + sum(durations), 2), "step_seconds": round(seconds, 5),
+            "tokens_per_second": round(args.batch * args.context_len / seconds), "mfu": peak and round(flops / seconds / peak, 4), "from": before["from"]}
 
 
-def record_of_init(args, checkpoint):
-    """The train.json of --init, as the checkpoint knows it or as it is; None if there is none."""
+def begun(args, checkpoint):
+    """What a record goes on from: the seconds of the steps so far, and "from", the record of --init if that has one."""
     if checkpoint:
-        return json.loads((checkpoint / "train.json").read_text())["from"]
+        return json.loads((checkpoint / "train.json").read_text())
     file = args.init and weights.resolve(args.init) / "train.json"
-    return json.loads(file.read_text()) if file and file.exists() else None
+    return {"seconds": 0.0, "from": json.loads(file.read_text()) if file and file.exists() else None}
 
 
 def newest(run, resume):
@@ -375,6 +375,8 @@ def newest(run, resume):
 def step_of(checkpoint, run, args):
     """How many steps the checkpoint has seen. ValueError if going on with these flags would mix two runs."""
     saved = json.loads((checkpoint / "train.json").read_text())
+    if "from" not in saved:
+        raise ValueError(f"--resume: an older version made {run}, with other samples: delete it, or choose another --name")
     for key, value in saved["settings"].items():
         if key not in MAY_CHANGE and vars(args).get(key) != value:
             raise ValueError(f"--resume: {run} was started with --{key}={value}, not {vars(args).get(key)}: "
@@ -416,7 +418,7 @@ def train(args):
     beside = [] if tokenizer.name == "bytes" else tokenizer_files(folder_of(args.tokenizer or source))
     training, validation = make_data(args, tokenizer)
     first_step = step_of(checkpoint, run, args) if checkpoint else 0
-    made_from = record_of_init(args, checkpoint)
+    before = begun(args, checkpoint)
     if args.preset or args.context_len > model.config.context_len:
         model.config = replace(model.config, context_len=args.context_len)
     model.to(args.device)
@@ -495,7 +497,7 @@ def train(args):
                 + (f"  validation {entry['val_loss']:.3f}, {entry['val_accuracy']:.1%} of {what} right" if "val_loss" in entry else "")
                 + f"  lr {entry['lr']:.1e}  norm {entry['grad_norm']:.2f}  {speed:,.0f} tokens/s  {left:.1f} min left", flush=True)
         if step % args.save_every == 0 or last:
-            save(run, model, optimizer, record_of(step, durations, flops, commit, made_from, args), beside, rank)
+            save(run, model, optimizer, record_of(step, durations, flops, commit, before, args), beside, rank)
         if stopped:
             break
         since = time.time()

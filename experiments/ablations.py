@@ -1,5 +1,5 @@
 """
-What the memory needs, one line each: six models of one recipe, which differ in one thing, under the same evaluation.
+What the memory needs, one line each: six models made alike (reproduce.py's memory arm) but for one thing, and asked alike.
 
     memory        k~[t] = g[t] k~[t-1] + (1 - g[t]) k[t], v~ alike, g[t] = sigmoid(gate(x[t])): Eq. 1, trained with ARL
     no-arl        the same, trained without ARL's pass
@@ -100,15 +100,17 @@ def folder_of(variant, args):
 
 
 def stages_of(variant, args, rest):
-    """{folder: settings for train.train}: reproduce.py's memory arm. Ours come last and win: no two variants share a folder."""
+    """{folder: flags of train.py}: reproduce.py's memory arm. Ours come last and win: no two variants share a folder."""
     ours = ["--memory=on", f"--seed={args.seed}", *(["--arl=0"] if variant == "no-arl" else [])]
     stages = reproduce.stages(folder_of(variant, args), ["--recipe=micro"], [*rest, *ours])
-    return {folder: train.parse(flags) for folder, flags in stages.items()}
+    for flags in stages.values():
+        train.parse(flags)  # a wrong flag is known now
+    return stages
 
 
 def arl_of(stages):
     """The length that pretraining teaches."""
-    return next(iter(stages.values())).arl
+    return train.parse(next(iter(stages.values()))).arl
 
 
 def run_variant(variant, args, rest):
@@ -118,17 +120,17 @@ def run_variant(variant, args, rest):
     """
     stages, run = stages_of(variant, args, rest), folder_of(variant, args)
     with changed(variant, arl_of(stages)):
-        for folder, settings in stages.items():
-            checkpoint = train.newest(folder, resume=True)
-            if checkpoint and train.step_of(checkpoint, folder, settings) == settings.steps:  # an error if it had other flags
-                print(f"{folder}: trained already, {checkpoint}")
+        for folder, flags in stages.items():
+            if reproduce.finished(folder, flags):
+                print(f"{folder}: trained already")
             else:
-                checkpoint, _ = train.train(settings)
+                train.train(train.parse(flags))
+        checkpoint, device = weights.resolve(run), train.parse(flags).device
         # --kernels=torch: Triton's decoding step goes past Attention.remember and has a memory of both k and v in one kernel,
         # whatever the variant. Training may use Triton: there remember, ours, is what calls its memory_scan
-        eval_niah.main(["--ckpt", str(run), f"--samples={args.samples}", f"--device={settings.device}", "--kernels=torch",
+        eval_niah.main(["--ckpt", str(run), f"--samples={args.samples}", f"--device={device}", "--kernels=torch",
                         "--methods", *reproduce.NINE, f"--out={run / 'niah'}", f"--json={run / 'niah.json'}"])
-        model = Transformer.from_pretrained(checkpoint, torch.float32, settings.device)
+        model = Transformer.from_pretrained(checkpoint, torch.float32, device)
         median_length = lengths(model, prompts(model, checkpoint)).median().item()
     report = json.loads((run / "niah.json").read_text())
     found, scores = eval_niah.lookup(report["results"]), {}
@@ -278,8 +280,8 @@ def loaded(path):
     """A model, in fp32. One of our runs, which its name tells, computes as its variant within the block."""
     record, variant, arl = weights.resolve(path) / "train.json", "memory", None
     made = json.loads(record.read_text()) if record.exists() else None
-    if made and (name := re.fullmatch(r"ablation-(.+)-\d+", made["settings"]["name"])):
-        variant, arl = name[1], (made["from"] or made)["settings"]["arl"]  # pretraining's
+    if made and (name := re.fullmatch(r"ablation-(.+?)-\d+(-pretrained)?", made["settings"]["name"])):
+        variant, arl = name[1], (made.get("from") or made)["settings"]["arl"]  # pretraining's
     with changed(variant, arl):
         yield Transformer.from_pretrained(path, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
 

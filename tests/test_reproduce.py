@@ -1,5 +1,7 @@
 """reproduce.py: what is done is not done again, a failure is told, and the summary's figures are those of the reports."""
+import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,6 +97,8 @@ def calls(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     made = []
 
+    numbers = itertools.count()
+
     class Process:
         code = 0
 
@@ -105,7 +109,8 @@ def calls(monkeypatch, tmp_path):
                 run = Path(settings.out, settings.name, "step_0000001")
                 run.mkdir(parents=True, exist_ok=True)
                 (run / "config.json").write_text("{}")
-                (run / "train.json").write_text(json.dumps({"step": settings.steps, "settings": vars(settings)}))
+                (run / "train.json").write_text(json.dumps({"step": settings.steps, "settings": vars(settings), "made": next(numbers),
+                                                            "from": train.begun(settings, None)["from"]}))
 
         def wait(self):
             return Process.code
@@ -142,6 +147,22 @@ def test_what_is_there_is_not_made_again(folder, calls):
     assert scripts(made) == ["train.py", "eval_niah.py", "eval_niah.py"]
 
 
+def test_what_was_made_of_an_older_model_is_not_taken_for_new(folder, calls):
+    """Pretraining done again, with code that has changed, and the answers of the model that was fine-tuned before it."""
+    made, _ = calls
+    reproduce.do_all(arguments(folder, ["attention", "converted"], [0]))
+    shutil.rmtree("out/reproduce/attention-0-pretrained")
+    made.clear()
+    with pytest.raises(ValueError, match="attention-0 did not start from out/reproduce/attention-0-pretrained as it is now"):
+        reproduce.do_all(arguments(folder, ["attention"], [0]))
+    assert made == []  # known before anything is trained
+    shutil.rmtree("out/reproduce/attention-0")
+    reproduce.do_all(arguments(folder, ["attention"], [0]))
+    assert scripts(made) == ["train.py", "train.py", "eval_niah.py", "eval_niah.py"]
+    with pytest.raises(ValueError, match="converted-0-pretrained did not start from"):
+        reproduce.do_all(arguments(folder, ["converted"], [0]))
+
+
 def test_a_trial_is_not_taken_for_the_run(folder, calls):
     args = arguments(folder, ["memory"], [0])
     args.train = "--steps=2 --batch=2 --device_batch=2"
@@ -173,9 +194,18 @@ def test_a_failure_is_one_line_that_names_the_log(calls, monkeypatch, capsys):
     assert end.value.code == 2 and "memory-0: train.py ended with code 3" in line and "memory-0.log" in line and line.count("\n") == 1
 
 
-def test_every_arm_is_a_command_that_train_accepts(monkeypatch):
-    """A flag renamed in train.py alone."""
-    for arm, flags in reproduce.ARMS.items():
-        args = train.parse(flags.format(seed=0).split())
-        assert bool(args.arl) == (arm in ("memory", "converted")) and bool(args.joint) == (arm == "joint")
-        assert (args.batch, args.context_len, args.protocol) == (128, 1024, "sft")
+def test_every_arm_is_two_commands_that_train_accepts():
+    """A flag renamed in train.py alone; fine-tuning that has ARL after all, or differs between the arms."""
+    args, tuning = arguments("results", []), set()
+    args.train = "--arl=32 --joint=0"  # of a user, for the pretraining; in fine-tuning it means nothing
+    for arm in reproduce.ARMS:
+        first, last = map(train.parse, reproduce.stages_of(arm, 0, SimpleNamespace(train="")).values())
+        assert bool(first.arl) == (arm in ("memory", "converted")) and bool(first.joint) == (arm == "joint")
+        assert (first.batch, first.context_len, first.protocol, first.name) == (128, 1024, "sft", f"{arm}-0-pretrained")
+        assert (last.arl, last.joint, last.context_len, last.init) == (0, 0, 4096, f"out/reproduce/{arm}-0-pretrained")
+        tuning.add(json.dumps(vars(last) | {"init": None, "name": None}))
+    assert len(tuning) == 1
+    assert train.parse(list(reproduce.stages_of("memory", 0, args).values())[1]).arl == 0
+    for word in "--recipe=pico", "--preset=pico", "--init=elsewhere":
+        with pytest.raises(ValueError, match=word):
+            reproduce.stages_of("memory", 0, SimpleNamespace(train=word))

@@ -181,7 +181,8 @@ def test_loss_weighs_answers_and_ignores_padding():
 def test_a_recipe_that_continues_a_model_has_samples_of_its_own():
     """Needles of the pretraining met again in the conversion, which has the same length and seed."""
     tokenizer = train.tokenizer_of(None, 257)
-    data = [train.make_data(train.parse([f"--recipe={recipe}", "--drills=0"]), tokenizer)[0] for recipe in ("micro", "micro-convert")]
+    data = [train.make_data(train.parse([*flags, "--drills=0"]), tokenizer)[0]
+            for flags in (["--recipe=micro"], ["--recipe=micro-convert", "--init=out/micro"])]
     assert all(len(dataset[0][0]) == 1025 for dataset in data) and (data[0][0][0] != data[1][0][0]).any()
 
 
@@ -300,7 +301,13 @@ def test_a_checkpoint_tells_how_it_was_made():
     assert json.loads((path / "train.json").read_text())["from"] == record
     shutil.rmtree(path), shutil.rmtree(checkpoint)  # what it started from may be gone when it goes on
     path, _ = train.train(train.parse([*flags, "--resume"]))
-    assert json.loads((path / "train.json").read_text())["from"] == record
+    again = json.loads((path / "train.json").read_text())
+    first_two = json.loads((path.parent / "step_0000002" / "train.json").read_text())
+    assert again["from"] == record
+    assert again["seconds"] == pytest.approx(first_two["seconds"] + again["step_seconds"], abs=0.011)  # not of this process alone
+    (path / "train.json").write_text(json.dumps({"step": 3, "settings": again["settings"]}))
+    with pytest.raises(ValueError, match="older version"):
+        train.train(train.parse([*flags, "--resume"]))
 
 
 def test_lesson_trains_both_models_and_compares_them(monkeypatch, capsys):
