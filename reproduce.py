@@ -51,8 +51,10 @@ ARMS = {  # pretraining: flags of train.py; {seed} is filled in
     "memory": "--recipe=micro --memory=on",
     "converted": "--recipe=micro-convert --init=out/reproduce/attention-{seed}-pretrained",
 }
-# The nine of eval_niah.py are the paper's settings at its context of 4,096, but for SnapKV's kernel, 15 bytes: its 5 tokens,
-# of which a LLaMA token of this text is about three
+# The paper's settings at its context of 4,096: blocks and window of 64. SnapKV's kernel is its 5 tokens in bytes: a LLaMA token
+# of this text is about three.
+NINE = [f"{kind}:budget={budget}" + (",kernel=15" if kind == "snapkv" else "") for kind in ("quest", "moba", "snapkv")
+        for budget in eval_niah.BUDGETS]
 OTHERS = [*(f"snapkv:budget={budget},kernel=5" for budget in eval_niah.BUDGETS),
           "quest:budget=1/64,block_size=16", "moba:budget=1/4,block_size=128", "moba:budget=1/8,block_size=128",
           *(f"dilated:dilation={d},local=64,initial=4" for d in (4, 16, 64)),
@@ -105,7 +107,7 @@ def do(arm, seed, args, call):
         source, flags = next(iter(stages_of("attention", seed, args).items()))
         if not finished(source, flags):
             raise ValueError(f"{run.name} starts from {source}, which is not trained to its end: --arms attention converted")
-    parts = {"": [*eval_niah.METHODS, "--hits", f"--random={args.random}"], "-more": OTHERS}
+    parts = {"": [*NINE, "--hits", f"--random={args.random}"], "-more": OTHERS}
     commands = [["train.py", *flags] for folder, flags in stages_of(arm, seed, args).items() if not finished(folder, flags)]
     if commands:
         for part in parts:  # of another model, then
@@ -315,7 +317,7 @@ def plots(found, folder):
     from matplotlib import pyplot as plt
     report = first_report(found)
     kinds, tasks = ("quest", "moba", "snapkv"), list(dict.fromkeys(row["task"] for row in report["results"]))
-    nine = [method for method in report["settings"]["methods"] if method != "dense"]
+    nine = [eval_niah.sized(method, report["settings"]["context_len"]) for method in NINE]  # as the reports spell them
     figure, axes = plt.subplots(3, len(tasks), figsize=(1 + 2.4 * len(tasks), 7.5), sharex=True, sharey=True, squeeze=False)
     for kind, row in zip(kinds, axes):
         methods = [method for method in nine if method.startswith(kind)]

@@ -69,7 +69,7 @@ def flags():
     parser.error = lambda message: parser.exit(2, f"snapkv_answer.py: {message}\n")
     add = parser.add_argument
     add("--ckpt", nargs="+", required=True, metavar="PATH", help="models, as eval_niah.py takes them")
-    add("--method", default="snapkv:budget=1/16", metavar="METHOD", help="a snapkv, as eval_niah.py takes it")
+    add("--method", default="snapkv:budget=1/16,kernel=15", metavar="METHOD", help="a snapkv, as eval_niah.py takes it")
     add("--samples", type=eval_niah.positive, default=50, help="examples per task")
     add("--seed", type=int, default=0, help="of the examples")
     add("--batch", type=eval_niah.positive, default=16, help="prompts at a time")
@@ -86,7 +86,7 @@ def run(args):
         model = Transformer.from_pretrained(path, torch.float32, args.device)
         tokenizer, T = tokenizer_of(weights.resolve(path), model.config.vocab_size), model.config.context_len
         protocol = eval_niah.trained_with(path).get("protocol", "base")
-        method = sparse.parse(eval_niah.sized(args.method, T, tokenizer), T)
+        method = sparse.parse(eval_niah.sized(args.method, T), T)
         if not isinstance(method, sparse.SnapKV):
             raise ValueError(f"--method {args.method}: it must be a snapkv, whose window is what this is about")
         n_new = niah.default_new_tokens(T, tokenizer)
