@@ -377,10 +377,16 @@ def sized(text, context_len):
     return "+".join(parts)
 
 
+def training_record(path):
+    """What train.py wrote beside the model of its making (train.record_of), None if it is not of ours."""
+    file = weights.resolve(path) / "train.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
 def trained_with(path):
     """The flags of train.py that made the model, {} if it is not of ours."""
-    record = weights.resolve(path) / "train.json"
-    return json.loads(record.read_text())["settings"] if record.exists() else {}
+    record = training_record(path)
+    return record["settings"] if record else {}
 
 
 def newest_runs(folder="out"):
@@ -585,8 +591,8 @@ def save(report, path):
     weights.whole_or_nothing(path, lambda file: file.write_text(json.dumps(report, indent=1)))
 
 
-def main(argv=None):
-    parser = flags()
+def command(parser, run, argv, interrupted):
+    """run(args); what a user can mend is one line and exit 2. interrupted: what ctrl-C says, with fields of args."""
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     try:
@@ -596,7 +602,11 @@ def main(argv=None):
     except (ValueError, OSError, ImportError) as error:
         parser.error(error)
     except KeyboardInterrupt:
-        parser.exit(130, f"\neval_niah.py: interrupted; the tasks that were finished, if any, are in {args.json}\n")
+        parser.exit(130, "\n" + interrupted.format(**vars(args)) + "\n")
+
+
+def main(argv=None):
+    command(flags(), run, argv, "eval_niah.py: interrupted; the tasks that were finished, if any, are in {json}")
 
 
 if __name__ == "__main__":

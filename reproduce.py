@@ -92,9 +92,8 @@ def finished(run, flags):
         return False
     steps = train.step_of(checkpoint, run, settings)
     if settings.init:
-        started = json.loads((checkpoint / "train.json").read_text())["from"]
-        now = weights.resolve(settings.init) / "train.json"
-        if not now.exists() or json.loads(now.read_text()) != started:
+        now = train.begun(settings, None)["from"]
+        if now is None or now != train.begun(settings, checkpoint)["from"]:
             raise ValueError(f"{run} did not start from {settings.init} as it is now: delete {run}")
     return steps == settings.steps
 

@@ -351,15 +351,15 @@ def record_of(step, durations, flops, commit, before, args):
     return {"step": step, "settings": vars(args), "command": shlex.join(["python", *sys.argv]), "commit": commit,
             "device": eval_niah.device_name(args.device), "torch": torch.__version__,
             "seconds": round(before["seconds"] + sum(durations), 2), "step_seconds": round(seconds, 5),
-            "tokens_per_second": round(args.batch * args.context_len / seconds), "mfu": peak and round(flops / seconds / peak, 4), "from": before["from"]}
+            "tokens_per_second": round(args.batch * args.context_len / seconds), "mfu": peak and round(flops / seconds / peak, 4),
+            "from": before["from"]}
 
 
 def begun(args, checkpoint):
     """What a record goes on from: the seconds of the steps so far, and "from", the record of --init if that has one."""
     if checkpoint:
         return json.loads((checkpoint / "train.json").read_text())
-    file = args.init and weights.resolve(args.init) / "train.json"
-    return {"seconds": 0.0, "from": json.loads(file.read_text()) if file and file.exists() else None}
+    return {"seconds": 0.0, "from": eval_niah.training_record(args.init) if args.init else None}
 
 
 def newest(run, resume):
@@ -519,12 +519,11 @@ def train(args):
 
 def lesson():
     """The same needles, in the same order, for a model without and one with the memory; then both are asked for some."""
-    recipe = "pico"
-    print(f"Two models from scratch, recipe {recipe}: 'attention' is OLMo 2's form, 'memory' the same with Eq. 1 on its keys "
+    print("Two models from scratch, recipe pico: 'attention' is OLMo 2's form, 'memory' the same with Eq. 1 on its keys "
           "and values. Ctrl-C stops; the same command goes on.\n")
     results = {}
     for name, memory in ("attention", "off"), ("memory", "on"):
-        args = parse([f"--recipe={recipe}", f"--memory={memory}", f"--name={name}", "--resume"])
+        args = parse(["--recipe=pico", f"--memory={memory}", f"--name={name}", "--resume"])
         results[name] = *train(args), args
         print()
     if int(os.environ.get("RANK", 0)):

@@ -102,15 +102,7 @@ def folder_of(variant, args):
 def stages_of(variant, args, rest):
     """{folder: flags of train.py}: reproduce.py's memory arm. Ours come last and win: no two variants share a folder."""
     ours = ["--memory=on", f"--seed={args.seed}", *(["--arl=0"] if variant == "no-arl" else [])]
-    stages = reproduce.stages(folder_of(variant, args), ["--recipe=micro"], [*rest, *ours])
-    for flags in stages.values():
-        train.parse(flags)  # a wrong flag is known now
-    return stages
-
-
-def arl_of(stages):
-    """The length that pretraining teaches."""
-    return train.parse(next(iter(stages.values()))).arl
+    return reproduce.stages(folder_of(variant, args), ["--recipe=micro"], [*rest, *ours])
 
 
 def run_variant(variant, args, rest):
@@ -119,13 +111,14 @@ def run_variant(variant, args, rest):
     One call per process: what torch.compile has made of a variant's layers would not change with the next one's.
     """
     stages, run = stages_of(variant, args, rest), folder_of(variant, args)
-    with changed(variant, arl_of(stages)):
+    pretraining, _ = map(train.parse, stages.values())
+    with changed(variant, pretraining.arl):
         for folder, flags in stages.items():
             if reproduce.finished(folder, flags):
                 print(f"{folder}: trained already")
             else:
                 train.train(train.parse(flags))
-        checkpoint, device = weights.resolve(run), train.parse(flags).device
+        checkpoint, device = weights.resolve(run), pretraining.device
         # --kernels=torch: Triton's decoding step goes past Attention.remember and has a memory of both k and v in one kernel,
         # whatever the variant. Training may use Triton: there remember, ours, is what calls its memory_scan
         eval_niah.main(["--ckpt", str(run), f"--samples={args.samples}", f"--device={device}", "--kernels=torch",
@@ -163,7 +156,8 @@ def run_all(args, rest):
     """A process for each variant, one at a time on each GPU; then the table. ValueError as soon as one fails."""
     variants, script = list(dict.fromkeys(args.variants)), "experiments/ablations.py"
     for variant in variants:
-        with changed(variant, arl_of(stages_of(variant, args, rest))):
+        pretraining, _ = map(train.parse, stages_of(variant, args, rest).values())
+        with changed(variant, pretraining.arl):
             pass  # a wrong flag is known now
     flags = [f"--seed={args.seed}", f"--samples={args.samples}", f"--out={args.out}", *rest]
     reproduce.spread([lambda call, v=v: call([script, f"--variant={v}", *flags], folder_of(v, args).with_suffix(".log")) for v in variants])
@@ -278,8 +272,7 @@ def load_tokenizer(model, path):
 @contextmanager
 def loaded(path):
     """A model, in fp32. One of our runs, which its name tells, computes as its variant within the block."""
-    record, variant, arl = weights.resolve(path) / "train.json", "memory", None
-    made = json.loads(record.read_text()) if record.exists() else None
+    made, variant, arl = eval_niah.training_record(path), "memory", None
     if made and (name := re.fullmatch(r"ablation-(.+?)-\d+(-pretrained)?", made["settings"]["name"])):
         variant, arl = name[1], (made.get("from") or made)["settings"]["arl"]  # pretraining's
     with changed(variant, arl):

@@ -25,8 +25,6 @@ import backend  # noqa: E402
 import eval_niah  # noqa: E402
 import niah  # noqa: E402
 import sparse  # noqa: E402
-import weights  # noqa: E402
-from data import tokenizer_of  # noqa: E402
 from model import Transformer  # noqa: E402
 
 
@@ -83,18 +81,17 @@ def run(args):
     report = {"command": shlex.join(["python", "experiments/snapkv_answer.py", *args.argv]), "commit": eval_niah.commit(),
               "device": eval_niah.device_name(args.device), "torch": torch.__version__, "settings": vars(args), "scores": {}}
     for path in args.ckpt:
-        model = Transformer.from_pretrained(path, torch.float32, args.device)
-        tokenizer, T = tokenizer_of(weights.resolve(path), model.config.vocab_size), model.config.context_len
-        protocol = eval_niah.trained_with(path).get("protocol", "base")
-        method = sparse.parse(eval_niah.sized(args.method, T), T)
+        asked = eval_niah.flags().parse_args(["--ckpt", path, "--methods", args.method, f"--samples={args.samples}",
+                                              f"--seed={args.seed}", f"--device={args.device}"])
+        _, tokenizers, methods = eval_niah.prepare(asked)
+        tokenizer, method = next(iter(tokenizers.values())), list(methods)[-1]  # after dense
         if not isinstance(method, sparse.SnapKV):
             raise ValueError(f"--method {args.method}: it must be a snapkv, whose window is what this is about")
-        n_new = niah.default_new_tokens(T, tokenizer)
+        tasks = eval_niah.choose_tasks(asked, [tokenizer])
+        model = Transformer.from_pretrained(path, torch.float32, args.device)
         report["scores"][path] = by_task = {}
         print(f"{path}, {sparse.name(method)}: RULER's score, %", flush=True)
-        for task in niah.fitting_tasks(T, tokenizer, protocol, n_new):
-            examples = [niah.make_example(task, T, tokenizer, args.seed, index, protocol, max_new_tokens=n_new)
-                        for index in range(args.samples)]
+        for task, examples in eval_niah.make_examples(asked, tokenizer, tasks).items():
             by_task[task] = compare(model, tokenizer, examples, method, args.batch)
             print(f"    {niah.TASKS[task].short:6}" + "".join(f"{name:>10}{score[0]:6.1f}" for name, score in by_task[task].items()), flush=True)
         print("    mean  " + "".join(f"{name:>10}{eval_niah.mean([of[name][0] for of in by_task.values()]):6.1f}"
@@ -104,15 +101,7 @@ def run(args):
 
 
 def main(argv=None):
-    parser = flags()
-    args = parser.parse_args(argv)
-    args.argv = sys.argv[1:] if argv is None else argv
-    try:
-        run(args)
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(error)
-    except KeyboardInterrupt:
-        parser.exit(130, "\n")
+    eval_niah.command(flags(), run, argv, "snapkv_answer.py: interrupted")
 
 
 if __name__ == "__main__":
