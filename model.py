@@ -224,16 +224,18 @@ class Transformer(nn.Module):
                                  f"{self.config.vocab_size}: was the text encoded with this model's tokenizer?")
 
     def add_memory(self):
-        """Give a model that has none a fresh memory, which changes what it computes only a little."""
+        """
+        Give a model that has none a fresh memory with every gate at g = 1/2, as in a new model. To be trained: it halves
+        what each key and value holds of its own token, and blends in those before it.
+        """
         if self.config.memory:
             raise ValueError("this model has a memory already: load it without memory=True")
         self.config = replace(self.config, memory=True)
         for layer in self.layers:
             weight = layer.self_attn.k_proj.weight
             layer.self_attn.memory_proj = memory_proj(self.config).to(weight.device, weight.dtype)
-            # sigmoid(-4) = 0.018: every key starts as 98 % itself, and the gradient of the gate is small but not gone
-            nn.init.normal_(layer.self_attn.memory_proj.weight, std=0.02 / self.config.width ** 0.5)
-            nn.init.constant_(layer.self_attn.memory_proj.bias, -4.0)
+            nn.init.zeros_(layer.self_attn.memory_proj.weight)
+            nn.init.zeros_(layer.self_attn.memory_proj.bias)
         return self
 
     @classmethod
@@ -267,8 +269,7 @@ class Transformer(nn.Module):
 
 def init(module):
     """
-    Normal weights of std 0.02 (OLMo 2 and RAT+ alike), biases 0. A memory trained from scratch thus starts at g = 1/2;
-    one that a trained model is given (add_memory) must first leave k and v almost as they are.
+    Normal weights of std 0.02 (OLMo 2 and RAT+ alike), biases 0, so that a memory starts at g = 1/2.
     """
     if not isinstance(module, (nn.Linear, nn.Embedding)) or module.weight.is_meta:
         return
@@ -314,8 +315,8 @@ class Block(nn.Module):
 
 def memory_proj(config):
     """
-    The gate's projection: as wide as k. RAT+ has no bias and loads with zeros; a memory added to a trained model needs
-    one, to start near the identity.
+    The gate's projection: as wide as k. RAT+ has no bias and loads with zeros; with one, a channel has a length of its own
+    whatever it reads.
     """
     return nn.Linear(config.width, config.n_kv_head * config.head_width)
 

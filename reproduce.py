@@ -7,12 +7,13 @@ The paper's result from scratch: each backbone trained with several seeds, asked
                                                 results/reproduce/ARM-SEED-more.json   other methods and block sizes
     then the summary         results/reproduce/summary.md, summary.json, accuracy.png, hits.png
 
-The arms differ in their pretraining alone; fine-tuning is the same, one optimizer step per batch.
+The arms differ in their pretraining alone; fine-tuning is the same, one optimizer step per batch. Those with * are asked
+the nine cells alone.
 
     attention   OLMo 2's form                                     one optimizer step per batch
-    joint       attention, and before each dense step one         the extra step that official RAT+ gives its baseline
+    joint *     attention, and before each dense step one         the extra step that official RAT+ gives its baseline
                 that sees 64 tokens back
-    long        attention with twice the batches                  as many steps as memory, in about the same time
+    long *      attention with twice the batches                  as many steps as memory, in about the same time
     memory      Eq. 1 on keys and values, with ARL                two steps per batch
     converted   attention of the same seed, given a memory        the paper's OLMo 2 path; a fifth more pretraining
 
@@ -47,7 +48,7 @@ ROOT = Path(__file__).parent
 ARMS = {  # pretraining: flags of train.py; {seed} is filled in
     "attention": "--recipe=micro --memory=off",
     "joint": "--recipe=micro --memory=off --joint=64",
-    "long": "--recipe=micro --memory=off --steps=1920",
+    "long": "--recipe=micro --memory=off --steps=4000",
     "memory": "--recipe=micro --memory=on",
     "converted": "--recipe=micro-convert --init=out/reproduce/attention-{seed}-pretrained",
 }
@@ -55,10 +56,10 @@ ARMS = {  # pretraining: flags of train.py; {seed} is filled in
 # of this text is about three.
 NINE = [f"{kind}:budget={budget}" + (",kernel=15" if kind == "snapkv" else "") for kind in ("quest", "moba", "snapkv")
         for budget in eval_niah.BUDGETS]
-OTHERS = [*(f"snapkv:budget={budget},kernel=5" for budget in eval_niah.BUDGETS),
-          "quest:budget=1/64,block_size=16", "moba:budget=1/4,block_size=128", "moba:budget=1/8,block_size=128",
+OTHERS = ["quest:budget=1/64,block_size=16", "moba:budget=1/4,block_size=128", "moba:budget=1/8,block_size=128",
           *(f"dilated:dilation={d},local=64,initial=4" for d in (4, 16, 64)),
           "dilated:dilation=none,local=1019,initial=4"]  # StreamingLLM: 1,024 entries, the query's own included
+BRIEF = "joint", "long"  # arms that are asked NINE alone
 
 
 # ---------------------------------------------------------------- one run
@@ -106,7 +107,7 @@ def do(arm, seed, args, call):
         source, flags = next(iter(stages_of("attention", seed, args).items()))
         if not finished(source, flags):
             raise ValueError(f"{run.name} starts from {source}, which is not trained to its end: --arms attention converted")
-    parts = {"": [*NINE, "--hits", f"--random={args.random}"], "-more": OTHERS}
+    parts = {"": NINE} if arm in BRIEF else {"": [*NINE, "--hits", f"--random={args.random}"], "-more": OTHERS}
     commands = [["train.py", *flags] for folder, flags in stages_of(arm, seed, args).items() if not finished(folder, flags)]
     if commands:
         for part in parts:  # of another model, then
@@ -201,20 +202,22 @@ def read(file):
 
 def read_results(folder):
     """{arm: {seed: report}}, in the order of ARMS; with the rows of its -more.json, and the record of its training."""
-    found, folder, first = {}, Path(folder), None
+    found, folder, first = {}, Path(folder), {}
     for arm in ARMS:
         for file in sorted(folder.glob(f"{arm}-*.json")):
             seed = file.stem.removeprefix(f"{arm}-")
             if not seed.isdigit():
                 continue
-            report, more = read(file), read(file.with_stem(f"{file.stem}-more"))
+            report, more = read(file), {"results": []} if arm in BRIEF else read(file.with_stem(f"{file.stem}-more"))
             if report and more:
                 report["results"] += [row for row in more["results"] if row["method"] != "dense"]
                 report["train"] = json.loads(file.with_stem(f"{file.stem}-train").read_text())
-                asked = {(row["method"], row["task"], row["n"], row["prompts"]) for row in report["results"]}
+                asked = {}  # {method: {(task, n, prompts)}}
+                for row in report["results"]:
+                    asked.setdefault(row["method"], set()).add((row["task"], row["n"], row["prompts"]))
                 first = first or asked
-                if asked != first:
-                    raise ValueError(f"{file} asks other prompts or methods than the first result there: delete it, and run again")
+                if any(asked.get(method, prompts) != prompts for method, prompts in first.items()):
+                    raise ValueError(f"{file} asks other prompts than the first result there: delete it, and run again")
                 found.setdefault(arm, {})[int(seed)] = report
     return found
 
@@ -258,7 +261,7 @@ def summarise(found):
     scores = over_seeds(means)
     hits = over_seeds(lambda report: {m: 100 * float(eval_niah.best_heads(rates)) for m, rates in hit_rates(report).items()})
     base = scores.get("attention", {})
-    against = {arm: {method: compare(values, base[method]) for method, values in of_arm.items()}
+    against = {arm: {method: compare(values, base[method]) for method, values in of_arm.items() if method in base}
                for arm, of_arm in scores.items() if base and arm != "attention"}
     runs = {arm: {seed: {"train": report["train"], "eval": {key: report[key] for key in ("command", "commit", "device", "torch")}}
                   for seed, report in reports.items()} for arm, reports in found.items()}
@@ -272,26 +275,28 @@ def transpose(dicts):
 
 def markdown(summary, found):
     def cell(values):
+        if values is None:
+            return ""
         return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
-    def table(kind, methods):
-        arms = list(summary[kind])
+    def table(kind, belongs=lambda method: True):
+        arms = {arm: {m: values for m, values in of.items() if belongs(m)} for arm, of in summary[kind].items()}
+        arms = {arm: of for arm, of in arms.items() if of}  # those that were asked any
         yield "| | " + " | ".join(arms) + " | memory - attention |"
         yield "|---|" + "---|" * (len(arms) + 1)
-        for method in methods:
-            values, gap = {arm: summary[kind][arm][method] for arm in arms}, ""
-            if {"memory", "attention"} <= values.keys():
-                against = compare(values["memory"], values["attention"])
+        for method in dict.fromkeys(m for of in arms.values() for m in of):
+            values, gap = [of.get(method) for of in arms.values()], ""
+            if all(method in arms.get(arm, {}) for arm in ("memory", "attention")):
+                against = compare(arms["memory"][method], arms["attention"][method])
                 gap = f"**{against['gain']:+.1f}**" if against["ahead"] else f"{against['gain']:+.1f}"
-            yield f"| {method} | " + " | ".join(map(cell, values.values())) + f" | {gap} |"
-    settings = first_report(found)["settings"]
-    methods, hits = list(next(iter(summary["scores"].values()))), list(next(iter(summary["hits"].values())))
+            yield f"| {method} | " + " | ".join(map(cell, values)) + f" | {gap} |"
+    settings, by_chance = first_report(found)["settings"], lambda method: method.endswith(" by chance")
     seeds = ", ".join(f"{arm} {len(reports)}" for arm, reports in found.items())
     lines = [f"RULER's score, %, mean of tasks: mean and standard deviation over seeds ({seeds}); {settings['samples']} samples a "
              f"task, protocol {settings['protocol']}, context {settings['context_len']}. Bold: more than the spread.", "",
-             *table("scores", [m for m in methods if not m.endswith(" by chance")]),
-             "", "H2, entries chosen by chance:", "", *table("scores", [m for m in methods if m.endswith(" by chance")]),
-             "", "H1, hit rate of the best 5 % of heads, %:", "", *table("hits", hits),
+             *table("scores", lambda method: not by_chance(method)),
+             "", "H2, entries chosen by chance:", "", *table("scores", by_chance),
+             "", "H1, hit rate of the best 5 % of heads, %:", "", *table("hits"),
              "", "Training, seed by seed:", "",
              "| | recipe | steps | minutes of steps | tokens/s | MFU | device | commit |", "|---|---|---|---|---|---|---|---|"]
     for arm, reports in found.items():
@@ -339,6 +344,8 @@ def plots(found, folder):
     figure, axes = plt.subplots(1, len(with_hits), figsize=(3.2 * len(with_hits), 3.2), sharey=True)
     for method, axis in zip(with_hits, axes):
         for arm, reports in found.items():
+            if arm in BRIEF:
+                continue
             rates = torch.stack([hit_rates(report)[method] for report in reports.values()]).mean(0)
             axis.plot(range(1, len(rates) + 1), 100 * rates, label=arm)
         axis.set(title=method.split(",")[0], xlabel="head, best first")
@@ -372,7 +379,7 @@ def main():
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of weights and training data")
     add("--samples", type=eval_niah.positive, default=200, help="examples per task; the same for all runs")
     add("--eval_seed", type=int, default=0, help="of the examples; who changes a recipe looks at another seed's until it is final")
-    add("--random", type=eval_niah.positive, default=2, metavar="SEEDS", help="H2: draws of a selection by chance, for each model")
+    add("--random", type=eval_niah.positive, default=1, metavar="SEEDS", help="H2: draws of a selection by chance, for each model")
     add("--batch", type=eval_niah.positive, default=200, help="prompts at a time in the evaluation")
     add("--train", default="", metavar="FLAGS", help="more flags of train.py, for both stages of every run: --train='--steps=2 --batch=2' is "
         "a trial; delete out/reproduce after it")

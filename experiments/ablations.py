@@ -8,7 +8,7 @@ What the memory needs, one line each: six models made alike (reproduce.py's memo
     head-gate     one g[t] for all channels of a KV head
     fixed-decay   g = 1 - 1/L, whatever the input: the heads' L spread from 1 to ARL's length, as in RetNet (arXiv 2307.08621)
 
-    python experiments/ablations.py                          train and compare all, one at a time on each visible GPU
+    python experiments/ablations.py                          train and compare all, --per_gpu at a time on each visible GPU
     python experiments/ablations.py --variant keys-only      one of them; flags not known here go to train.py
     python experiments/ablations.py --lengths CKPT           how far back each channel of a trained memory reaches
     python experiments/ablations.py --lm_loss CKPT CKPT      loss on text that training never saw
@@ -153,14 +153,15 @@ def table(records):
 # ---------------------------------------------------------------- all of them
 
 def run_all(args, rest):
-    """A process for each variant, one at a time on each GPU; then the table. ValueError as soon as one fails."""
+    """A process for each variant, then the table. ValueError as soon as one fails."""
     variants, script = list(dict.fromkeys(args.variants)), "experiments/ablations.py"
     for variant in variants:
         pretraining, _ = map(train.parse, stages_of(variant, args, rest).values())
         with changed(variant, pretraining.arl):
             pass  # a wrong flag is known now
     flags = [f"--seed={args.seed}", f"--samples={args.samples}", f"--out={args.out}", *rest]
-    reproduce.spread([lambda call, v=v: call([script, f"--variant={v}", *flags], folder_of(v, args).with_suffix(".log")) for v in variants])
+    reproduce.spread([lambda call, v=v: call([script, f"--variant={v}", *flags], folder_of(v, args).with_suffix(".log")) for v in variants],
+                     args.per_gpu)
     records = [json.loads((folder_of(variant, args) / "ablation.json").read_text()) for variant in variants]
     eval_niah.save({"command": shlex.join(["python", script, *args.argv]), "commit": eval_niah.commit(),
                     "device": records[0]["eval"]["device"], "torch": torch.__version__, "seed": args.seed,
@@ -293,6 +294,7 @@ def flags():
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
     add("--seed", type=int, default=0, help="of weights and training data; the evaluation's examples are always the same")
     add("--samples", type=eval_niah.positive, default=100, help="examples per task")
+    add("--per_gpu", type=eval_niah.positive, default=1, metavar="RUNS", help="variants at a time on each GPU")
     # where to
     add("--out", default="out/ablations", metavar="DIR", help="folder of the runs, ablation-NAME-SEED; one that is there goes on")
     add("--json", default="results/ablations.json", metavar="FILE", help="all results of --variants")

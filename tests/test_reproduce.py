@@ -84,8 +84,25 @@ def test_results_of_other_prompts_do_not_mix(folder):
         reproduce.read_results(folder)
 
 
+def test_arms_that_are_asked_less_leave_cells_empty(folder):
+    """A figure of another arm in the cell of one that was never asked."""
+    brief = report(70, 0)
+    brief["results"] = [row | {"hits": None} for row in brief["results"] if row["random"] is None]
+    (folder / "long-0.json").write_text(json.dumps(brief))
+    (folder / "long-0-train.json").write_text(json.dumps(record(60, "micro-sft", record(40, "micro", None))))
+    found = reproduce.read_results(folder)
+    summary = reproduce.summarise(found)
+    more = reproduce.markdown(summary | {"scores": {arm: of if arm == "long" else of | {"dilated": [1.0, 1.0]} for arm, of in
+                                                    summary["scores"].items()}}, found)
+    assert f"| {SIZED[0]} | 45.0 ± 7.1 | 70.0 | 62.0 ± 2.8 | **+17.0** |" in more and "| dilated | 1.0 ± 0.0 |  | 1.0 ± 0.0 |" in more
+    assert f"| {SIZED[0]} by chance | 44.5 ± 7.1 | 61.5 ± 2.8 | **+17.0** |" in more
+    assert f"| {SIZED[0]} | 0.0 ± 0.0 | 100.0 ± 0.0 |" in more  # H1
+
+
 def test_plots_are_written(folder):
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    (folder / "joint-0.json").write_text((folder / "attention-0.json").read_text())
+    (folder / "joint-0-train.json").write_text((folder / "attention-0-train.json").read_text())
     reproduce.plots(reproduce.read_results(folder), folder)
     for name in "accuracy.png", "hits.png":
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
@@ -142,7 +159,7 @@ def test_what_is_there_is_not_made_again(folder, calls):
     reproduce.do_all(args)
     assert scripts(made) == ["eval_niah.py", "eval_niah.py"]
     record = Path("out/reproduce/memory-0/step_0000001/train.json")
-    record.write_text(record.read_text().replace('"step": 640', '"step": 320'))
+    record.write_text(record.read_text().replace('"step": 1280', '"step": 640'))
     reproduce.do_all(arguments(folder, ["memory"], [0]))
     assert scripts(made) == ["train.py", "eval_niah.py", "eval_niah.py"]
 
@@ -170,6 +187,13 @@ def test_a_trial_is_not_taken_for_the_run(folder, calls):
     args.train = ""
     with pytest.raises(ValueError, match="steps=2"):
         reproduce.do_all(args)
+
+
+def test_brief_arms_are_asked_the_nine_alone(tmp_path, calls):
+    made, _ = calls
+    reproduce.do_all(arguments(tmp_path / "new", ["joint", "long"], [0]))
+    asked = [command for command in made if command[0] == "eval_niah.py"]
+    assert len(asked) == 2 and all(command[command.index("--methods") + 1:] == reproduce.NINE for command in asked)
 
 
 def test_converted_models_come_after_those_they_start_from(tmp_path, calls):
@@ -201,7 +225,7 @@ def test_every_arm_is_two_commands_that_train_accepts():
     for arm in reproduce.ARMS:
         first, last = map(train.parse, reproduce.stages_of(arm, 0, SimpleNamespace(train="")).values())
         assert bool(first.arl) == (arm in ("memory", "converted")) and bool(first.joint) == (arm == "joint")
-        assert (first.batch, first.context_len, first.protocol, first.name) == (128, 1024, "sft", f"{arm}-0-pretrained")
+        assert (first.batch, first.context_len, first.protocol, first.name) == (64, 1024, "sft", f"{arm}-0-pretrained")
         assert (last.arl, last.joint, last.context_len, last.init) == (0, 0, 4096, f"out/reproduce/{arm}-0-pretrained")
         tuning.add(json.dumps(vars(last) | {"init": None, "name": None}))
     assert len(tuning) == 1

@@ -1,0 +1,124 @@
+"""
+Where should the gates of a memory start that a trained model is given? Conversions that differ in nothing else.
+
+    g = sigmoid(W x + b),  W = 0,  b = log(g0 / (1 - g0)):  every gate starts at g0, whatever it reads
+
+Near 0 the model computes what it did, but the slope of the sigmoid, g (1 - g), is near 0 too, and the memory is learned late.
+At 1/2 it is steepest; keys and values are mixtures at first, and what the model knew must be found again. Which costs more?
+
+    python experiments/gate_start.py --init out/reproduce/attention-0-pretrained      recipe micro-convert for each g0
+
+For each g0 the loss of the dense pass and of ARL's: at the first step, and as the mean of the steps up to some others. All see
+the same samples. model.Transformer.add_memory starts at the g0 that this found. Checked in tests/test_gate_start.py.
+"""
+import argparse
+import json
+import math
+import shlex
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import eval_niah  # noqa: E402
+import reproduce  # noqa: E402
+import train  # noqa: E402
+from model import Transformer  # noqa: E402
+
+MEAN_OF = 20  # steps: the mean before the one that the table names
+
+plain_add_memory = Transformer.add_memory
+
+
+def starting_at(g0):
+    """model.Transformer.add_memory with another g0, above 0 and below 1."""
+    def add_memory(self):
+        plain_add_memory(self)
+        for layer in self.layers:
+            torch.nn.init.constant_(layer.self_attn.memory_proj.bias, math.log(g0 / (1 - g0)))
+        return self
+    return add_memory
+
+
+def folder_of(g0, args):
+    return Path(args.out) / f"gate-start-{g0:g}-{args.seed}"
+
+
+def flags_of(g0, args, rest):
+    run = folder_of(g0, args)
+    return ["--recipe=micro-convert", *rest, f"--init={args.init}", f"--seed={args.seed}", f"--out={run.parent}", f"--name={run.name}",
+            "--resume"]
+
+
+def convert(g0, args, rest):
+    Transformer.add_memory = starting_at(g0)
+    try:
+        train.train(train.parse(flags_of(g0, args, rest)))
+    finally:
+        Transformer.add_memory = plain_add_memory
+
+
+def losses(run):
+    """{step: {"dense": nats, "arl": nats}} of a run, means of the MEAN_OF steps up to this one: the first alone, then later ones."""
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    until = sorted({1, *(math.ceil(len(log) * share) for share in (0.1, 0.25, 0.5, 1))})
+    mean = lambda key, step: statistics.fmean(entry[key] for entry in log[max(0, step - MEAN_OF):step])
+    return {step: {"dense": mean("loss", step), "arl": mean("arl_loss", step)} for step in until}
+
+
+def table(found):
+    steps = list(next(iter(found.values())))
+    lines = [f"{'':8}" + "".join(f"{f'step {step}':>17}" for step in steps), f"{'g0':8}" + f"{'dense':>9}{'ARL':>8}" * len(steps)]
+    for g0, at in found.items():
+        lines.append(f"{g0:<8g}" + "".join(f"{at[step]['dense']:9.3f}{at[step]['arl']:8.3f}" for step in steps))
+    return "\n".join([*lines, f"nats per token; of the later steps the mean of {MEAN_OF}"])
+
+
+def run_all(args, rest):
+    """A process for each g0: what torch.compile made of one model's layers it would not make of the next one's."""
+    script = "experiments/gate_start.py"
+    for g0 in args.g0:
+        train.parse(flags_of(g0, args, rest))  # a wrong flag is known now
+    flags = [f"--init={args.init}", f"--seed={args.seed}", f"--out={args.out}", *rest]
+    jobs = [lambda call, g0=g0: call([script, f"--one={g0}", *flags], Path(f"{folder_of(g0, args)}.log"))
+            for g0 in args.g0 if not reproduce.finished(folder_of(g0, args), flags_of(g0, args, rest))]
+    reproduce.spread(jobs, args.per_gpu)
+    found = {g0: losses(folder_of(g0, args)) for g0 in args.g0}
+    made = {g0: eval_niah.training_record(folder_of(g0, args)) for g0 in args.g0}
+    eval_niah.save({"command": shlex.join(["python", script, *args.argv]), "losses": found, "train": made}, args.json)
+    print(f"\n{table(found)}\n\nresults in {args.json}")
+
+
+def share(text):
+    g0 = float(text)
+    if not 0 < g0 < 1:
+        raise ValueError
+    return g0
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Conversions of a trained model whose gates start at different values. Flags not named "
+                                     "here go to train.py.", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"gate_start.py: {message}\n")
+    add = parser.add_argument
+    add("--init", required=True, metavar="PATH", help="a model without a memory, pretrained")
+    add("--g0", type=share, nargs="+", default=[0.02, 0.1, 0.5, 0.9], metavar="G", help="gates to start from, above 0 and below 1")
+    add("--one", type=share, metavar="G", help="only train with this one, in this process")
+    add("--seed", type=int, default=0, help="of the samples")
+    add("--per_gpu", type=eval_niah.positive, default=1, metavar="RUNS", help="conversions at a time on each GPU")
+    add("--out", default="out/gate-start", metavar="DIR", help="folder of the runs; one that is there goes on")
+    add("--json", default="results/gate-start.json", metavar="FILE", help="all losses")
+    args, rest = parser.parse_known_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
+    try:
+        convert(args.one, args, rest) if args.one else run_all(args, rest)
+    except (ValueError, OSError, FloatingPointError) as error:
+        parser.error(error)
+    except KeyboardInterrupt:
+        parser.exit(130, "\ngate_start.py: interrupted; the same command goes on\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""experiments/gate_start.py: conversions that start where they say, and the losses of their logs."""
+import json
+
+import pytest
+import torch
+
+import train
+from experiments import gate_start
+from model import Transformer
+
+TRIAL = ["--steps=2", "--batch=2", "--device_batch=2", "--context_len=512", "--device=cpu", "--compile=off", "--arl=16"]
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.train(train.parse(["--preset=pico", "--memory=off", "--steps=1", "--name=source", *TRIAL[1:-1]]))
+    return "out/source"
+
+
+def test_gates_start_at_g0_and_add_memory_is_itself_again(source, monkeypatch):
+    """A logit of the wrong sign; later models of the same process changed too."""
+    monkeypatch.setattr(gate_start.train, "train", lambda args: seen.append(train.make_model(args)))
+    seen, x = [], torch.randn(1, 3, train.PRESETS["pico"].width)
+    for g0 in 0.02, 0.9:
+        gate_start.main([f"--one={g0}", f"--init={source}", *TRIAL])
+    for model, g0 in zip(seen, (0.02, 0.9), strict=True):
+        assert all(torch.allclose(torch.sigmoid(layer.self_attn.gate(x)), torch.tensor(g0)) for layer in model.layers)
+    assert Transformer.add_memory is gate_start.plain_add_memory
+
+
+def test_losses_are_the_logs(tmp_path):
+    """A mean that reaches into other steps."""
+    log = [{"step": n + 1, "loss": float(n + 1), "arl_loss": 2.0 * (n + 1)} for n in range(400)]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    found = gate_start.losses(tmp_path)
+    assert list(found) == [1, 40, 100, 200, 400] and found[1] == {"dense": 1.0, "arl": 2.0}
+    assert found[40] == {"dense": 30.5, "arl": 61.0} and found[400]["dense"] == 390.5
+
+
+def test_all_are_made_once_and_told(source, capsys):
+    """A second call that trains again, or a table of half the runs."""
+    flags = [f"--init={source}", "--g0", "0.1", "0.5", *TRIAL]
+    gate_start.main(flags)
+    first = capsys.readouterr().out
+    gate_start.main(flags)
+    again = capsys.readouterr().out
+    assert "gate_start.py took" in first and "took" not in again and again.strip() in first
+    report = json.load(open("results/gate-start.json"))
+    assert set(report["losses"]) == {"0.1", "0.5"} and set(report["losses"]["0.5"]) == {"1", "2"}
+    assert report["losses"]["0.1"]["1"] != report["losses"]["0.5"]["1"]
+
+
+@pytest.mark.parametrize("flags, words", [(["--g0=1"], "--g0"), (["--init=nowhere"], "nowhere"), (["--steps=none"], "--steps")])
+def test_errors_are_one_line(source, flags, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        gate_start.main([f"--init={source}", *TRIAL, *flags])
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and words in line and line.count("\n") == 1
