@@ -39,6 +39,7 @@ from data import tokenizer_of
 from model import Transformer
 
 BUDGETS = "1/4", "1/8", "1/16"
+SHIPPED = [Path(__file__).parent / "checkpoints" / name for name in ("attention", "memory")]
 METHODS = [f"{label}:budget={budget}" for label in ("quest", "moba", "snapkv") for budget in BUDGETS]
 
 
@@ -362,18 +363,21 @@ def plot(results, path):
 
 # ---------------------------------------------------------------- what to evaluate
 
-def sized(text, context_len):
+def sized(text, context_len, tokenizer):
     """
-    A method's text, with block_size (Quest, MoBA) or window (SnapKV) added where it has none: 1/64 of the context but 8
-    to 64. The paper's 4096 gives its 64; from 512 on a budget of 1/16 holds four blocks.
+    A method's text, with what suits the context and the tokens added where it has none of its own.
+
+    block_size (Quest, MoBA) and window (SnapKV): 1/64 of the context but 8 to 64. The paper's 4096 gives its 64; from 512
+    on a budget of 1/16 holds four blocks. SnapKV's kernel: the paper's 5, for a model of bytes 15, about as much text.
     """
     size, parts = min(64, max(8, context_len // 64)), []
     for part in text.split("+"):
         label, _, settings = part.partition(":")
-        key = {"quest": "block_size", "moba": "block_size", "snapkv": "window"}.get(label)
-        if key and key not in settings:
-            part = f"{label}:" + ",".join(filter(None, [settings, f"{key}={size}"]))
-        parts.append(part)
+        defaults = {"quest": {"block_size": size}, "moba": {"block_size": size}, "snapkv": {"window": size}}.get(label, {})
+        if label == "snapkv" and tokenizer.name == "bytes":
+            defaults["kernel"] = 15
+        added = [f"{key}={value}" for key, value in defaults.items() if f"{key}=" not in settings]
+        parts.append(f"{label}:" + ",".join(filter(None, [settings, *added])) if added else part)
     return "+".join(parts)
 
 
@@ -389,14 +393,12 @@ def trained_with(path):
     return record["settings"] if record else {}
 
 
-def newest_runs(folder="out"):
-    """Runs of train.py with the newest one's recipe and length, oldest first: after its lesson, both arms of that."""
+def known_models(folder="out"):
+    """The two checkpoints that come with the code, and the newest run of train.py if it does the same task."""
+    task = lambda path: (weights.read(path)[0]["context_len"], *(trained_with(path).get(key) for key in ("protocol", "tokenizer")))
     made = {run: weights.resolve(run) / "train.json" for run in Path(folder).glob("*") if any(run.glob("step_*/config.json"))}
-    if not made:
-        raise FileNotFoundError(f"no trained model in {folder}/: run `python train.py` first, or name one with --ckpt")
-    runs = sorted(made, key=lambda run: made[run].stat().st_mtime)
-    newest = trained_with(runs[-1])
-    return [run for run in runs if all(trained_with(run)[key] == newest[key] for key in ("recipe", "context_len"))]
+    newest = sorted(made, key=lambda run: made[run].stat().st_mtime)[-1:]
+    return SHIPPED + [run for run in newest if task(run) == task(SHIPPED[0])]
 
 
 def commit():
@@ -446,19 +448,19 @@ def usable_device(text):
 
 
 def flags():
-    parser = argparse.ArgumentParser(description="Accuracy of sparse methods on RULER's needle tasks; with no flags, of what "
-                                     "train.py has just made.", allow_abbrev=False,
+    parser = argparse.ArgumentParser(description="Accuracy of sparse methods on RULER's needle tasks; with no flags, of the "
+                                     "checkpoints that come with the code.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"eval_niah.py: {message}\n")
     add = parser.add_argument
     # what
     add("--ckpt", nargs="+", metavar="PATH", help="models that Transformer.from_pretrained loads, or runs of train.py; "
-        "None: the newest runs in out/")
+        "None: the two that come with the code, and beside them the newest run in out/ if it does the same task")
     add("--methods", nargs="+", default=METHODS, metavar="METHOD", help="for sparse.parse, e.g. moba:budget=1/8+snapkv:"
-        "budget=1/4; budgets in tokens or of --context_len; block_size and window default to 1/64 of it, 8 to 64; dense is "
-        "always added")
+        "budget=1/4; budgets in tokens or of --context_len; block_size and window default to 1/64 of it, 8 to 64, and kernel to 5 or, for "
+        "a model of bytes, 15; dense is always added")
     add("--tasks", nargs="+", choices=niah.TASKS, metavar="TASK", help=f"{', '.join(niah.TASKS)}; None: those the first model was trained on, or that fit")
-    add("--samples", type=positive, default=64, help="examples per task; the paper has 500")
+    add("--samples", type=positive, help="examples per task; the paper has 500; None: 200 with a GPU, else 8192 tokens' worth")
     add("--context_len", type=positive, metavar="TOKENS", help="prompt and answer together; None: the first model's")
     add("--max_new_tokens", type=positive, metavar="TOKENS", help="room for the answer; None: 128 from 2048 on, 48 below and for bytes")
     add("--protocol", choices=niah.PROTOCOLS, metavar="PROTOCOL", help="base (RULER's answer prefix) or sft (the question alone, "
@@ -485,17 +487,19 @@ def flags():
 def prepare(args):
     """Fill in what was not given, from the models. -> {label: path}, {label: tokenizer}, {method: text}"""
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    args.ckpt = [str(path) for path in args.ckpt or newest_runs()]
+    args.ckpt = [str(path) for path in args.ckpt or known_models()]
     args.protocol = args.protocol or trained_with(args.ckpt[0]).get("protocol", "base")
     settings = {path: weights.read(path)[0] for path in args.ckpt}  # all, so that a wrong path is known now
     names = [Path(path).absolute().name for path in settings]
     labels = {path if names.count(name) > 1 else name: path for path, name in zip(settings, names)}
     tokenizers = {label: tokenizer_of(weights.resolve(path), settings[path]["vocab_size"], args.tokenizer) for label, path in labels.items()}
+    tokenizer = next(iter(tokenizers.values()))
     args.context_len = args.context_len or settings[args.ckpt[0]]["context_len"]
-    args.max_new_tokens = args.max_new_tokens or niah.default_new_tokens(args.context_len, next(iter(tokenizers.values())))
+    args.max_new_tokens = args.max_new_tokens or niah.default_new_tokens(args.context_len, tokenizer)
+    args.samples = args.samples or (200 if args.device.startswith("cuda") else max(2, 8192 // args.context_len))
     args.out = args.out or time.strftime("out/niah-%Y%m%d-%H%M%S")
     args.json = args.json or str(Path(args.out) / "results.json")
-    args.methods = list(dict.fromkeys(["dense", *(sized(text, args.context_len) for text in args.methods)]))
+    args.methods = list(dict.fromkeys(["dense", *(sized(text, args.context_len, tokenizer) for text in args.methods)]))
     methods = {sparse.parse(text, args.context_len): text for text in args.methods}
     return labels, tokenizers, methods
 

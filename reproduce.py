@@ -52,10 +52,9 @@ ARMS = {  # pretraining: flags of train.py; {seed} is filled in
     "memory": "--recipe=micro --memory=on",
     "converted": "--recipe=micro-convert --init=out/reproduce/attention-{seed}-pretrained",
 }
-# The paper's settings at its context of 4,096: blocks and window of 64. SnapKV's kernel is its 5 tokens in bytes: a LLaMA token
-# of this text is about three.
-NINE = [f"{kind}:budget={budget}" + (",kernel=15" if kind == "snapkv" else "") for kind in ("quest", "moba", "snapkv")
-        for budget in eval_niah.BUDGETS]
+# The paper's settings at its context of 4,096, but for SnapKV's kernel, 15 bytes: its 5 tokens, of which a LLaMA token of this
+# text is about three
+NINE = eval_niah.METHODS
 OTHERS = ["quest:budget=1/64,block_size=16", "moba:budget=1/4,block_size=128", "moba:budget=1/8,block_size=128",
           *(f"dilated:dilation={d},local=64,initial=4" for d in (4, 16, 64)),
           "dilated:dilation=none,local=1019,initial=4"]  # StreamingLLM: 1,024 entries, the query's own included
@@ -321,7 +320,7 @@ def plots(found, folder):
     from matplotlib import pyplot as plt
     report = first_report(found)
     kinds, tasks = ("quest", "moba", "snapkv"), list(dict.fromkeys(row["task"] for row in report["results"]))
-    nine = [eval_niah.sized(method, report["settings"]["context_len"]) for method in NINE]  # as the reports spell them
+    nine = [method for method in report["settings"]["methods"] if method != "dense"]
     figure, axes = plt.subplots(3, len(tasks), figsize=(1 + 2.4 * len(tasks), 7.5), sharex=True, sharey=True, squeeze=False)
     for kind, row in zip(kinds, axes):
         methods = [method for method in nine if method.startswith(kind)]

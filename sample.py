@@ -3,7 +3,8 @@ A prompt in, text out, with any sparse method: the whole of nanoRAT in a page.
 
     python sample.py --ckpt DIR --prompt "Once upon" --method quest:budget=1/16
 
-With no flags: the model that train.py made last is asked for a needle in a haystack, densely and with the method.
+With no flags: the newest model of train.py, or else the memory checkpoint that comes with the code, is asked for a needle
+in a haystack, densely and with the method.
 Checked in tests/test_sample.py. eval_niah.py is the same for many prompts, methods and models.
 """
 import argparse
@@ -15,7 +16,7 @@ import niah
 import sparse
 import weights
 from data import tokenizer_of
-from eval_niah import Meter, newest_runs, positive, sized, trained_with, usable_device
+from eval_niah import Meter, known_models, positive, sized, trained_with, usable_device
 from model import Transformer
 
 
@@ -24,7 +25,8 @@ def flags():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"sample.py: {message}\n")
     add = parser.add_argument
-    add("--ckpt", metavar="PATH", help="what Transformer.from_pretrained loads, or a run of train.py; None: the newest in out/")
+    add("--ckpt", metavar="PATH", help="what Transformer.from_pretrained loads, or a run of train.py; None: the newest in out/ that does "
+        "the task of checkpoints/, else checkpoints/memory")
     add("--prompt", metavar="TEXT", help="None: a needle in a haystack that fills the context")
     add("--method", default="quest:budget=1/4", help="for sparse.parse; block_size and window default to 1/64 of the context")
     add("--max_new_tokens", type=positive, default=48, metavar="TOKENS", help="at most so many")
@@ -42,7 +44,7 @@ def run(args):
     backend.use(args.kernels)
     if args.temperature < 0:
         raise ValueError(f"--temperature {args.temperature}: at least 0")
-    path = args.ckpt or newest_runs()[-1]
+    path = args.ckpt or known_models()[-1]
     model = Transformer.from_pretrained(path, torch.bfloat16 if args.device.startswith("cuda") else torch.float32, args.device)
     tokenizer = tokenizer_of(weights.resolve(path), model.config.vocab_size, args.tokenizer)
     context_len = args.context_len or model.config.context_len
@@ -57,7 +59,7 @@ def run(args):
     ids = tokenizer.encode(prompt)
     if not ids:
         raise ValueError("--prompt is empty: the model needs a token to start from")
-    methods = {text: sparse.parse(text, context_len) for text in (sized(text, context_len) for text in methods)}
+    methods = {text: sparse.parse(text, context_len) for text in (sized(text, context_len, tokenizer) for text in methods)}
 
     print(prompt)
     if args.prompt is None:

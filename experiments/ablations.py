@@ -122,13 +122,13 @@ def run_variant(variant, args, rest):
         # --kernels=torch: Triton's decoding step goes past Attention.remember and has a memory of both k and v in one kernel,
         # whatever the variant. Training may use Triton: there remember, ours, is what calls its memory_scan
         eval_niah.main(["--ckpt", str(run), f"--samples={args.samples}", f"--device={device}", "--kernels=torch",
-                        "--methods", *reproduce.NINE, f"--out={run / 'niah'}", f"--json={run / 'niah.json'}"])
+                        f"--out={run / 'niah'}", f"--json={run / 'niah.json'}"])
         model = Transformer.from_pretrained(checkpoint, torch.float32, device)
         median_length = lengths(model, prompts(model, checkpoint)).median().item()
     report = json.loads((run / "niah.json").read_text())
     found, scores = eval_niah.lookup(report["results"]), {}
-    for method in ["dense", *reproduce.NINE]:
-        rows = found[run.name, eval_niah.sized(method, report["settings"]["context_len"])]
+    for method in report["settings"]["methods"]:
+        rows = found[run.name, method]
         mean, half = eval_niah.mean_of_tasks(rows, "ruler")
         scores[method] = {"mean": mean, "half": half, "tasks": {row["task"]: row["ruler"] for row in rows}}
     record = {"variant": variant, "scores": scores, "median_length": median_length, "checkpoint": str(checkpoint),

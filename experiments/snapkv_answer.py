@@ -67,7 +67,7 @@ def flags():
     parser.error = lambda message: parser.exit(2, f"snapkv_answer.py: {message}\n")
     add = parser.add_argument
     add("--ckpt", nargs="+", required=True, metavar="PATH", help="models, as eval_niah.py takes them")
-    add("--method", default="snapkv:budget=1/16,kernel=15", metavar="METHOD", help="a snapkv, as eval_niah.py takes it")
+    add("--method", default="snapkv:budget=1/16", metavar="METHOD", help="a snapkv, as eval_niah.py takes it")
     add("--samples", type=eval_niah.positive, default=50, help="examples per task")
     add("--seed", type=int, default=0, help="of the examples")
     add("--batch", type=eval_niah.positive, default=16, help="prompts at a time")

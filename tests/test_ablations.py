@@ -197,7 +197,7 @@ def test_docstrings_are_text_that_training_never_saw():
 @pytest.fixture
 def small_run(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "micro", TINY)
-    monkeypatch.setattr(reproduce, "NINE", ["quest:budget=1/4", "snapkv:budget=1/4"])
+    monkeypatch.setattr(eval_niah, "METHODS", ["quest:budget=1/4", "snapkv:budget=1/4"])
     monkeypatch.chdir(tmp_path)
     return lambda *flags: ablations.main(["--variant=fixed-decay", "--samples=1", *RUN, "--steps=2", "--save_every=1", *flags])
 
@@ -210,7 +210,7 @@ def test_a_variant_is_trained_once_as_itself_and_evaluated(small_run, monkeypatc
     record = json.loads((run / "ablation.json").read_text())
     assert record["train"]["settings"]["seed"] == 0 and {"command", "commit", "device", "torch"} <= record["train"].keys()
     assert record["eval"]["settings"]["kernels"] == "torch" and record["eval"]["settings"]["samples"] == 1
-    assert list(record["scores"]) == ["dense", *reproduce.NINE]
+    assert list(record["scores"]) == ["dense", "quest:budget=1/4,block_size=8", "snapkv:budget=1/4,window=8,kernel=15"]
     assert record["scores"]["dense"]["tasks"].keys() == {"niah_single_1"}
     assert record["median_length"] == pytest.approx(1)  # of lengths 1 and 16, the lower
     model, new = Transformer.from_pretrained(run), train.make_model(train.parse(["--memory=on", "--recipe=micro", *RUN]))
@@ -268,7 +268,7 @@ def test_all_variants_make_one_table_and_one_file(tmp_path, monkeypatch, capsys)
         def __init__(self, command, **_):
             variant = command[2].removeprefix("--variant=")
             made.append(variant)
-            scores = {method: {"mean": 10.0 * len(made), "half": 1.5, "tasks": {}} for method in ["dense", *reproduce.NINE]}
+            scores = {method: {"mean": 10.0 * len(made), "half": 1.5, "tasks": {}} for method in ["dense", *eval_niah.METHODS]}
             eval_niah.save({"variant": variant, "scores": scores, "median_length": 7.0, "eval": {"device": "abacus"}},
                            f"out/ablations/ablation-{variant}-3/ablation.json")
 

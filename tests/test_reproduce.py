@@ -12,8 +12,9 @@ import eval_niah
 import niah
 import reproduce
 import train
+from data import ByteTokenizer
 
-SIZED = [eval_niah.sized(method, 1024) for method in reproduce.NINE]  # of a shorter context, as tests are
+SIZED = [eval_niah.sized(method, 1024, ByteTokenizer()) for method in eval_niah.METHODS]  # of a shorter context, as tests are
 
 
 def report(score, n_hit):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -310,14 +311,17 @@ def test_a_checkpoint_tells_how_it_was_made():
         train.train(train.parse([*flags, "--resume"]))
 
 
-def test_lesson_trains_both_models_and_compares_them(monkeypatch, capsys):
+def test_lesson_gives_the_attention_checkpoint_a_memory_and_shows_what_changed(monkeypatch, capsys, tmp_path):
     """`python train.py` without a flag, in small: it ends with a table, and again without training."""
-    monkeypatch.setitem(train.RECIPES, "pico", {**train.RECIPES["pico"], "steps": 2})
+    monkeypatch.setattr(eval_niah, "SHIPPED", [tmp_path / "checkpoints" / "attention"])
+    Transformer(replace(TINY, context_len=1024)).save_pretrained(eval_niah.SHIPPED[0])
+    monkeypatch.setattr(train, "CPU_LESSON", ["--steps=2", "--batch=1", "--device_batch=1", "--workers=0"])
     monkeypatch.setattr(train.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(eval_niah.niah, "default_new_tokens", lambda context_len, tokenizer: 12)
     for _ in range(2):
         train.lesson()
         text = capsys.readouterr().out
-        assert "attention" in text and "memory" in text and "quest" in text and "python eval_niah.py" in text
+        assert "one entry in 64" in text and "converted - attention" in text and "quest" in text and "python eval_niah.py" in text
     assert "goes on from" in text
-    assert weights.resolve("out/memory").name == "step_0000002"
+    model = Transformer.from_pretrained("out/converted")
+    assert model.config.memory and weights.resolve("out/converted").name == "step_0000002"
