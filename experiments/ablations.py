@@ -163,9 +163,7 @@ def run_all(args, rest):
     reproduce.spread([lambda call, v=v: call([script, f"--variant={v}", *flags], folder_of(v, args).with_suffix(".log")) for v in variants],
                      args.per_gpu)
     records = [json.loads((folder_of(variant, args) / "ablation.json").read_text()) for variant in variants]
-    eval_niah.save({"command": shlex.join(["python", script, *args.argv]), "commit": eval_niah.commit(),
-                    "device": records[0]["eval"]["device"], "torch": torch.__version__, "seed": args.seed,
-                    "samples": args.samples, "variants": records}, args.json)
+    save(args.json, args.argv, {"device": records[0]["eval"]["device"], "seed": args.seed, "samples": args.samples, "variants": records})
     print(f"\n{table(records)}\n\nresults in {args.json}")
 
 
@@ -198,11 +196,14 @@ def prompts(model, path):
     return torch.tensor([row[:min(map(len, ids))] for row in ids], device=model.embed_tokens.weight.device)
 
 
-def show_lengths(path, image):
+def show_lengths(path, argv):
+    """A table, results/lengths.json and results/lengths.png."""
     with loaded(path) as model:
         if not model.config.memory:
             raise ValueError(f"{path} has no memory whose length could be measured")
         found = lengths(model, prompts(model, path)).cpu()
+    save("results/lengths.json", argv, {"checkpoint": path, "train": eval_niah.training_record(path),
+                                        "lengths": [[[round(x, 3) for x in head] for head in layer] for layer in found.tolist()]})
     print(f"{path}: tokens that a memory averages over, median of a KV head's {found.shape[2]} channels")
     print("layer     " + "".join(f"{f'head {h}':>9}" for h in range(found.shape[1])))
     for i, of_layer in enumerate(found.median(dim=2).values.tolist()):
@@ -220,9 +221,8 @@ def show_lengths(path, image):
         axis.set(title=f"layer {i}", xlabel="KV head", yscale="log")
     axes[0, 0].set_ylabel("effective length, tokens")
     figure.tight_layout()
-    Path(image).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(image, dpi=150)
-    print(f"plot in {image}")
+    figure.savefig("results/lengths.png", dpi=150)
+    print("plot in results/lengths.png")
 
 
 # ---------------------------------------------------------------- loss on other text
@@ -255,16 +255,26 @@ def lm_loss(model, tokenizer, n_windows=64):
     return torch.stack([F.cross_entropy(model(row[None, :-1])[0].float(), row[1:]) for row in windows]).mean().item()
 
 
-def show_lm_loss(paths):
+def show_lm_loss(paths, argv):
+    """A line per model, and results/lm-loss.json."""
+    losses = {}
     print(f"nats per token of docstrings of {len(MODULES)} modules, Python {sys.version.split()[0]}; a token is what the model's "
           "tokenizer makes of them")
     for path in paths:
         with loaded(path) as model:
-            loss = lm_loss(model, load_tokenizer(model, path))
-        print(f"{path:40} {loss:.4f}   windows of {model.config.context_len} tokens", flush=True)
+            losses[path] = lm_loss(model, load_tokenizer(model, path))
+        print(f"{path:40} {losses[path]:.4f}   windows of {model.config.context_len} tokens", flush=True)
+    save("results/lm-loss.json", argv, {"python": sys.version.split()[0], "nats_per_token": losses,
+                                        "train": {path: eval_niah.training_record(path) for path in paths}})
 
 
 # ---------------------------------------------------------------- python experiments/ablations.py
+
+def save(path, argv, results):
+    """results, and how they were made."""
+    eval_niah.save({"command": shlex.join(["python", "experiments/ablations.py", *argv]), "commit": eval_niah.commit(), "torch": torch.__version__,
+                    **results}, path)
+
 
 def load_tokenizer(model, path):
     return tokenizer_of(weights.resolve(path), model.config.vocab_size)
@@ -288,8 +298,8 @@ def flags():
     add = parser.add_argument
     # what to do; with none of these: train and compare --variants
     add("--variant", choices=VARIANTS, metavar="NAME", help="this one alone, in this process, on its first GPU")
-    add("--lengths", metavar="CKPT", help="effective length of each channel of this model, as a table and results/lengths.png")
-    add("--lm_loss", nargs="+", metavar="CKPT", help="these models' loss on Python's docstrings, in nats per token")
+    add("--lengths", metavar="CKPT", help="effective length of each channel of this model, as a table, results/lengths.json and .png")
+    add("--lm_loss", nargs="+", metavar="CKPT", help="these models' loss on Python's docstrings, in nats per token, also in results/lm-loss.json")
     # of what
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
     add("--seed", type=int, default=0, help="of weights and training data; the evaluation's examples are always the same")
@@ -309,9 +319,9 @@ def main(argv=None):
         parser.error(f"--lengths and --lm_loss train nothing: {rest[0]} means nothing to them")
     try:
         if args.lengths:
-            show_lengths(args.lengths, "results/lengths.png")
+            show_lengths(args.lengths, args.argv)
         if args.lm_loss:
-            show_lm_loss(args.lm_loss)
+            show_lm_loss(args.lm_loss, args.argv)
         if args.variant:
             print("\n" + table([run_variant(args.variant, args, rest)]))
         elif not (args.lengths or args.lm_loss):

@@ -245,6 +245,11 @@ def test_lengths_and_lm_loss_of_a_checkpoint(tmp_path, monkeypatch, capsys):
     ablations.main(["--lm_loss", "model", "model"])
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines() if line.startswith("model ")]
     assert losses == [pytest.approx(ablations.lm_loss(model, ByteTokenizer()), abs=1e-3)] * 2
+    told = json.loads(Path("results/lm-loss.json").read_text())
+    assert told["nats_per_token"]["model"] == pytest.approx(losses[0], abs=1e-3) and "--lm_loss model model" in told["command"]
+    report = json.loads(Path("results/lengths.json").read_text())
+    assert report["checkpoint"] == "model" and torch.tensor(report["lengths"]).median(dim=2).values.tolist() == [
+        pytest.approx(row, rel=1e-3, abs=1e-3) for row in expected.tolist()]
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
     assert Path("results/lengths.png").read_bytes().startswith(b"\x89PNG")
 

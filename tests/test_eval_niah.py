@@ -13,6 +13,7 @@ from test_niah import Bytes, tokenizer_of
 import eval_niah
 import niah
 import sparse
+from model import Transformer
 
 CONTEXT = 512
 METHODS = [sparse.parse(eval_niah.sized(text, CONTEXT, Bytes()), CONTEXT) for text in (
@@ -257,6 +258,19 @@ def test_with_no_checkpoint_it_compares_what_comes_with_the_code_and_the_newest_
         file.write_text(text.replace(old, new))
         assert text != file.read_text() and [path.name for path in eval_niah.known_models()] == ["attention", "memory"]
         file.write_text(text)
+
+
+def test_the_checkpoints_that_come_with_the_code_find_a_needle():
+    """A file that is missing from the repository, or not the model that its train.json tells of."""
+    attention, memory = eval_niah.SHIPPED
+    assert sum(file.stat().st_size for folder in eval_niah.SHIPPED for file in folder.iterdir()) < 25e6
+    for folder, has_memory in (attention, False), (memory, True):
+        model, made = Transformer.from_pretrained(folder), eval_niah.training_record(folder)
+        assert model.config.memory == has_memory and made["settings"]["recipe"] == "micro-sft" and made["step"] == made["settings"]["steps"]
+        assert made["from"]["settings"]["memory"] == ("on" if has_memory else "off")
+        examples = [niah.make_example("niah_single_2", 4096, Bytes(), seed=3, index=0, protocol="sft", max_new_tokens=12)]
+        outcome = eval_niah.evaluate(model.float(), Bytes(), examples, [sparse.Dense()])[sparse.Dense()]
+        assert eval_niah.scores(outcome.texts, examples)["ruler"][0] == 100
 
 
 @pytest.mark.parametrize("context_len, samples", [(4096, 2), (1024, 8), (32768, 2)])
