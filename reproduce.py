@@ -200,16 +200,16 @@ def read(file):
 
 
 def read_results(folder):
-    """{arm: {seed: report}}, in the order of ARMS; with the rows of its -more.json, and the record of its training."""
+    """{arm: {seed: report}}, in the order of ARMS; with the rows of its -more.json, if it is whole, and the record of its training."""
     found, folder, first = {}, Path(folder), {}
     for arm in ARMS:
         for file in sorted(folder.glob(f"{arm}-*.json")):
             seed = file.stem.removeprefix(f"{arm}-")
             if not seed.isdigit():
                 continue
-            report, more = read(file), {"results": []} if arm in BRIEF else read(file.with_stem(f"{file.stem}-more"))
-            if report and more:
-                report["results"] += [row for row in more["results"] if row["method"] != "dense"]
+            report, more = read(file), read(file.with_stem(f"{file.stem}-more"))
+            if report:
+                report["results"] += [row for row in (more or {"results": []})["results"] if row["method"] != "dense"]
                 report["train"] = json.loads(file.with_stem(f"{file.stem}-train").read_text())
                 asked = {}  # {method: {(task, n, prompts)}}
                 for row in report["results"]:

@@ -52,15 +52,15 @@ PEAK_FLOPS = 989e12  # of an H100 or H200 a second, dense bf16: what model FLOPs
 
 # What --recipe sets; a flag given beside it wins. The paper's: arXiv 2605.28640 and the configs of official RAT+.
 RECIPES = {
-    # the paper in small, in minutes on a GPU: pretraining in a short context, where retrieval forms. Every token counts alike,
-    # here and below: heads that are paid for answers alone look at nothing during the question, and SnapKV drops what they need
+    # the paper in small, in minutes on a GPU: pretraining in a short context, where retrieval forms. Every token counts alike:
+    # heads that are paid for answers alone look at nothing during the question, and SnapKV drops what they need
     "micro": dict(preset="micro", context_len=1024, protocol="sft", drills=1/3, other_weight=1.0, steps=2000, batch=64,
                   device_batch=64, lr=2e-3, arl=64, log_every=100, eval_every=500, save_every=1000),
     # an attention model of it given a memory, with a fifth of its tokens
     "micro-convert": dict(memory="on", context_len=1024, protocol="sft", other_weight=1.0, steps=400, batch=64,
                           device_batch=64, lr=1e-3, memory_lr=1e-2, arl=64, log_every=40, eval_every=200, save_every=200),
-    # and either fine-tuned at the paper's context, without ARL
-    "micro-sft": dict(context_len=4096, protocol="sft", other_weight=1.0, steps=1280, batch=16, device_batch=16, lr=1e-3, arl=0,
+    # and either fine-tuned at the paper's context, where answers count most, without ARL
+    "micro-sft": dict(context_len=4096, protocol="sft", steps=1280, batch=16, device_batch=16, lr=1e-3, arl=0,
                       log_every=80, eval_every=320, save_every=640),
     # a toy of two tasks for a CPU
     "pico": dict(preset="pico", context_len=512, tasks=["niah_single_1", "niah_single_2"], drills=0.5, many=0.3, steps=1600,

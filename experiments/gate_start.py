@@ -4,7 +4,7 @@ Where should the gates of a memory start that a trained model is given? Conversi
     g = sigmoid(W x + b),  W = 0,  b = log(g0 / (1 - g0)):  every gate starts at g0, whatever it reads
 
 Near 0 the model computes what it did, but the slope of the sigmoid, g (1 - g), is near 0 too, and the memory is learned late.
-At 1/2 it is steepest; keys and values are mixtures at first, and what the model knew must be found again. Which costs more?
+At 1/2 it is steepest, but keys and values are mixtures at first, and what the model knew must be found again.
 
     python experiments/gate_start.py --init out/reproduce/attention-0-pretrained      recipe micro-convert for each g0
 
