@@ -15,7 +15,7 @@ the nine cells alone.
                 that sees 64 tokens back
     long *      attention with twice the batches                  as many steps as memory, in about the same time
     memory      Eq. 1 on keys and values, with ARL                two steps per batch
-    converted   attention of the same seed, given a memory        the paper's OLMo 2 path; a fifth more pretraining
+    converted * attention of the same seed, given a memory        the paper's OLMo 2 path; a fifth more pretraining
 
 Of one seed, attention, joint and memory see the same samples in the same order (niah.py: a sample is a function of seed and
 index). A model is "ahead" in a cell if the difference of the means exceeds the spread, the larger of the two standard
@@ -58,7 +58,7 @@ NINE = eval_niah.METHODS
 OTHERS = ["quest:budget=1/64,block_size=16", "moba:budget=1/4,block_size=128", "moba:budget=1/8,block_size=128",
           *(f"dilated:dilation={d},local=64,initial=4" for d in (4, 16, 64)),
           "dilated:dilation=none,local=1019,initial=4"]  # StreamingLLM: 1,024 entries, the query's own included
-BRIEF = "joint", "long"  # arms that are asked NINE alone
+BRIEF = "joint", "long", "converted"  # arms that are asked NINE alone
 
 
 # ---------------------------------------------------------------- one run
