@@ -411,6 +411,12 @@ def commit():
         return "unknown"
 
 
+def command_line(argv):
+    """The command that runs now, with these flags: its script as seen from the repository, wherever that lies."""
+    script, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent
+    return shlex.join(["python", str(script.relative_to(root)) if script.is_relative_to(root) else script.name, *argv])
+
+
 def device_name(device):
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
@@ -556,7 +562,7 @@ def run(args):
     print(" ".join(methods.values()), flush=True)
 
     results, progress = [], Progress(n_prompts * n_methods)
-    report = {"command": shlex.join(["python", Path(sys.argv[0]).name, *args.argv]), "commit": commit(), "device": device,
+    report = {"command": command_line(args.argv), "commit": commit(), "device": device,
               "torch": torch.__version__, "settings": vars(args), "finished": False, "results": results}
     for label, path in labels.items():
         model, tokenizer = Transformer.from_pretrained(path, getattr(torch, args.dtype), args.device), tokenizers[label]

@@ -118,9 +118,9 @@ def do(arm, seed, args, call):
             commands.append(["eval_niah.py", "--ckpt", str(run), f"--samples={args.samples}", f"--seed={args.eval_seed}",
                              f"--batch={args.batch}", f"--out={run}/niah{part}", f"--json={result}", "--methods", *methods])
     for command in commands:
+        if command[0] == "eval_niah.py":  # its report is there, so is the record: others may sum up at any time
+            shutil.copy(weights.resolve(run) / "train.json", results / f"{run.name}-train.json")
         call(command, run.with_suffix(".log"))
-    if commands:
-        shutil.copy(weights.resolve(run) / "train.json", results / f"{run.name}-train.json")
 
 
 # ---------------------------------------------------------------- all runs

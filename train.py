@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import statistics
@@ -275,14 +274,11 @@ def make_optimizer(model, args):
                              fused=args.device.startswith("cuda"))
 
 
-def summed(*values):
-    """Each value summed over all processes."""
-    if not dist.is_initialized():
-        return values
-    total = torch.tensor(values, dtype=torch.float64)
-    total = total.cuda() if dist.get_backend() == "nccl" else total
-    dist.all_reduce(total)
-    return total.tolist()
+def summed(tensor):
+    """Over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def weighted_loss(model, tokens, weight, sparse, autocast):
@@ -308,7 +304,7 @@ def validate(model, dataset, args, autocast, rank, world, samples=64):
         total += F.cross_entropy(logits, target, reduction="sum").item()
         right += (logits.argmax(-1) == target).sum().item()
         count += answer.sum().item()
-    total, right, count = summed(total, right, count)
+    total, right, count = summed(torch.tensor([total, right, count], dtype=torch.float64, device=args.device)).tolist()
     return total / count, right / count
 
 
@@ -352,7 +348,7 @@ def record_of(step, durations, flops, commit, before, args):
     """
     seconds = statistics.median(durations)
     peak = PEAK_FLOPS * int(os.environ.get("WORLD_SIZE", 1)) if re.search("H[12]00", eval_niah.device_name(args.device)) else None
-    return {"step": step, "settings": vars(args), "command": shlex.join(["python", *sys.argv]), "commit": commit,
+    return {"step": step, "settings": vars(args), "command": eval_niah.command_line(sys.argv[1:]), "commit": commit,
             "device": eval_niah.device_name(args.device), "torch": torch.__version__,
             "seconds": round(before["seconds"] + sum(durations), 2), "step_seconds": round(seconds, 5),
             "tokens_per_second": round(args.batch * args.context_len / seconds), "mfu": peak and round(flops / seconds / peak, 4),
@@ -398,6 +394,16 @@ def restore_optimizer(path, model, optimizer):
 
 
 # ---------------------------------------------------------------- the loop
+
+def tell(entry, numbers, labels):
+    """Into a step's entry what the device computed in it: losses, by label, and the gradient's norm. -> does a process want to stop?"""
+    *losses, stops, norm = numbers.tolist()  # waits for the device
+    entry |= dict(zip(labels, losses)) | {"grad_norm": norm}
+    for label, loss in zip(labels, losses):
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"{label} is {loss} at step {entry['step']}: lower --lr; the last checkpoint is unharmed")
+    return stops > 0
+
 
 def train(args):
     """One run. Returns its newest checkpoint's path and the last line of its log."""
@@ -448,6 +454,7 @@ def train(args):
     if isinstance(training, Needles):
         say(f"{run}: needles of {', '.join(niah.TASKS[task].short for task in training.tasks)}")
     first_pass, what = "arl" if args.arl else "joint", "answer tokens" if isinstance(training, Needles) else "tokens"
+    labels = [f"{first_pass}_loss", "loss"][-len(passes):]
     if first_step:
         say(f"{run}: goes on from {checkpoint}")
 
@@ -461,48 +468,58 @@ def train(args):
     stop = []  # ctrl-C and kill end the run after the step, with a checkpoint
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
 
+    def write(entry):
+        if log:
+            log.write(json.dumps(entry | {"seconds": round(time.time() - started, 2)}) + "\n")
+            log.flush()
+
     started, step, stopped, durations = time.time(), first_step, False, []
-    since = started
+    since, untold = started, []  # a step whose numbers we have not waited for: first the device gets the next one to do
     for step, (tokens, weight) in enumerate(batches(training, args, first_step, rank, world), start=first_step + 1):
         tokens, weight = tokens.to(args.device, non_blocking=True), weight.to(args.device, non_blocking=True)
-        whole_weight, = summed(weight[:, 1:].sum().item())
+        whole_weight = summed(weight[:, 1:].sum())
         scale = learning_rate(step - 1, args)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * scale
-        entry = {"step": step, "lr": args.lr * scale}
+        losses = []
         for sparse, _ in passes:
             loss = 0.0
-            for rows in torch.arange(len(tokens)).split(args.device_batch):
-                part = weighted_loss(model, tokens[rows], weight[rows], sparse, autocast) / whole_weight
+            for some, its_weight in zip(tokens.split(args.device_batch), weight.split(args.device_batch)):
+                part = weighted_loss(model, some, its_weight, sparse, autocast) / whole_weight
                 # fully_shard averages gradients over the processes; we want their sum
                 (part * world).backward()
                 loss += part.detach()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
             optimizer.zero_grad()
-            label = "loss" if sparse is None else f"{first_pass}_loss"
-            entry[label], = summed(loss.item())
-            if not math.isfinite(entry[label]):
-                raise FloatingPointError(f"{label} is {entry[label]} at step {step}: lower --lr; the last checkpoint is unharmed")
-        durations.append(time.time() - since)
-        entry |= {"grad_norm": float(norm), "seconds": round(time.time() - started, 2)}
-        stopped = summed(len(stop))[0] > 0  # all leave together, though a signal may have reached one process alone
+            losses.append(loss)
+        numbers = summed(torch.stack([*losses, torch.full_like(loss, len(stop))]))
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        untold.append(({"step": step, "lr": args.lr * scale}, torch.cat([numbers, norm.reshape(1)])))
+        if len(untold) == 2:
+            stopped |= tell(*untold[0], labels)
+            write(untold.pop(0)[0])
+        stopped |= world == 1 and bool(stop)  # of several processes all leave together, a step later
         last = step == args.steps or stopped
-        if step % args.eval_every == 0 or last:
+        evaluates, prints, saves = (step % every == 0 or last for every in (args.eval_every, args.log_every, args.save_every))
+        if evaluates or prints or saves or step == 1:
+            entry, numbers = untold.pop()
+            stopped |= tell(entry, numbers, labels)
+        durations.append(time.time() - since)
+        if evaluates:
             entry["val_loss"], entry["val_accuracy"] = validate(model, validation, args, autocast, rank, world)
-        if log:
-            log.write(json.dumps(entry) + "\n")
-            log.flush()
-        if step % args.log_every == 0 or last or step == 1:
+        if not untold:
+            write(entry)
+        if prints or step == 1:
             speed = per_step / statistics.median(durations[-100:])
             left = (args.steps - step) * per_step / speed / 60
             say(f"step {step:>5}  loss {entry['loss']:.3f}"
                 + (f"  {first_pass} {entry[f'{first_pass}_loss']:.3f}" if len(passes) > 1 else "")
                 + (f"  validation {entry['val_loss']:.3f}, {entry['val_accuracy']:.1%} of {what} right" if "val_loss" in entry else "")
                 + f"  lr {entry['lr']:.1e}  norm {entry['grad_norm']:.2f}  {speed:,.0f} tokens/s  {left:.1f} min left", flush=True)
-        if step % args.save_every == 0 or last:
+        if saves:
             save(run, model, optimizer, record_of(step, durations, flops, commit, before, args), beside, rank)
-        if stopped:
+        if last:
             break
         since = time.time()
     if log:
