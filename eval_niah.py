@@ -17,6 +17,7 @@ vary less than a coin's, a little too wide. Checked in tests/test_eval_niah.py. 
 import argparse
 import json
 import math
+import os
 import platform
 import re
 import shlex
@@ -395,10 +396,10 @@ def trained_with(path):
 
 def known_models(folder="out"):
     """The two checkpoints that come with the code, and the newest run of train.py if it does the same task."""
-    task = lambda path: (weights.read(path)[0]["context_len"], *(trained_with(path).get(key) for key in ("protocol", "tokenizer")))
+    task = lambda path: (*map(weights.read(path)[0].get, ("context_len", "vocab_size")), *(trained_with(path).get(key) for key in ("protocol", "tokenizer")))
     made = {run: weights.resolve(run) / "train.json" for run in Path(folder).glob("*") if any(run.glob("step_*/config.json"))}
     newest = sorted(made, key=lambda run: made[run].stat().st_mtime)[-1:]
-    return SHIPPED + [run for run in newest if task(run) == task(SHIPPED[0])]
+    return [Path(os.path.relpath(path)) for path in SHIPPED] + [run for run in newest if task(run) == task(SHIPPED[0])]
 
 
 def commit():
@@ -411,10 +412,12 @@ def commit():
         return "unknown"
 
 
-def command_line(argv):
-    """The command that runs now, with these flags: its script as seen from the repository, wherever that lies."""
-    script, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent
-    return shlex.join(["python", str(script.relative_to(root)) if script.is_relative_to(root) else script.name, *argv])
+def command_line(argv, script):
+    """What is running, as a command: argv are flags with which Python called our script, None: the shell called some script."""
+    if argv is None:
+        path, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent
+        script, argv = path.relative_to(root) if path.is_relative_to(root) else path.name, sys.argv[1:]
+    return shlex.join(["python", str(script), *argv])
 
 
 def device_name(device):
@@ -562,7 +565,7 @@ def run(args):
     print(" ".join(methods.values()), flush=True)
 
     results, progress = [], Progress(n_prompts * n_methods)
-    report = {"command": command_line(args.argv), "commit": commit(), "device": device,
+    report = {"command": command_line(args.argv, "eval_niah.py"), "commit": commit(), "device": device,
               "torch": torch.__version__, "settings": vars(args), "finished": False, "results": results}
     for label, path in labels.items():
         model, tokenizer = Transformer.from_pretrained(path, getattr(torch, args.dtype), args.device), tokenizers[label]
@@ -604,7 +607,7 @@ def save(report, path):
 def command(parser, run, argv, interrupted):
     """run(args); what a user can mend is one line and exit 2. interrupted: what ctrl-C says, with fields of args."""
     args = parser.parse_args(argv)
-    args.argv = sys.argv[1:] if argv is None else argv
+    args.argv = argv
     try:
         run(args)
     except torch.OutOfMemoryError:

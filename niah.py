@@ -28,6 +28,7 @@ from functools import lru_cache
 from importlib import metadata, resources
 from itertools import count, islice, repeat
 from pathlib import Path
+from string import ascii_lowercase
 from typing import NamedTuple
 
 import numpy as np
@@ -162,6 +163,9 @@ def draw_text(kind, rng):
         return str(rng.randint(10**6, 10**7 - 1))
     if kind == "uuids":
         return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+    if kind == "training words":  # half of them mere letters: who knows the list by heart finds no other words
+        word = lambda some: rng.choice(some.split()) if rng.random() < 0.5 else "".join(rng.choices(ascii_lowercase, k=rng.randint(2, 9)))
+        return f"{word(ADJECTIVES)}-{word(NOUNS)}"
     adjectives, nouns, _ = word_lists()
     return f"{rng.choice(adjectives)}-{rng.choice(nouns)}"  # RULER: some words hold a space or a hyphen, kept as is
 
@@ -471,7 +475,7 @@ def drill(room, tokenizer, rng, words):
     One to four keys, values of one to seven digits, RULER's wording whole or cut short, essay in between or none. Nearly
     every line trains retrieval, so a small model learns it within a thousand steps, and uses it in the tasks later on.
     """
-    keys = draw_distinct("words", rng.randint(1, 4), rng, set())
+    keys = draw_distinct("training words", rng.randint(1, 4), rng, set())
     n_digits, gap = rng.choice((1, 1, 2, 7)), rng.choice((0, 0, 20, 60, 120))  # longest piece of essay, in characters
     values = ["".join(rng.choices("0123456789", k=n_digits)) for _ in keys]
     needles = "{key} is: ", NEEDLE.removesuffix("{value}.")
@@ -506,9 +510,12 @@ def training_sample(
     weights[t] is the loss weight of predicting tokens[t]: 1 on answers and the end token after each, other_weight on the
     rest, 0 on tokens[0] and on padding. Half the samples look like make_example's, the other half (many_questions) hold
     an answer every few dozen tokens: with one answer per sample, retrieval takes far longer to form. Drills are denser still.
+    Keys come from the built-in words and from no list at all, so that training needs no package and models know any words.
     """
     rng = random.Random(f"train/{seed}/{index}")
     task, words = TASKS[rng.choice(tasks)], essay_words(haystack)[0]
+    if task.keys == "words":
+        task = task._replace(keys="training words")
     if rng.random() < drills:
         pieces = drill(context_len + 1, tokenizer, rng, words)
     elif rng.random() < many:

@@ -52,8 +52,7 @@ ARMS = {  # pretraining: flags of train.py; {seed} is filled in
     "memory": "--recipe=micro --memory=on",
     "converted": "--recipe=micro-convert --init=out/reproduce/attention-{seed}-pretrained",
 }
-# The paper's settings at its context of 4,096, but for SnapKV's kernel, 15 bytes: its 5 tokens, of which a LLaMA token of this
-# text is about three
+# The paper's settings at its context of 4,096, but for SnapKV's kernel: 15 bytes (eval_niah.sized), as much text as its 5 tokens
 NINE = eval_niah.METHODS
 OTHERS = ["quest:budget=1/64,block_size=16", "moba:budget=1/4,block_size=128", "moba:budget=1/8,block_size=128",
           *(f"dilated:dilation={d},local=64,initial=4" for d in (4, 16, 64)),
@@ -109,7 +108,7 @@ def do(arm, seed, args, call):
     parts = {"": NINE} if arm in BRIEF else {"": [*NINE, "--hits", f"--random={args.random}"], "-more": OTHERS}
     commands = [["train.py", *flags] for folder, flags in stages_of(arm, seed, args).items() if not finished(folder, flags)]
     if commands:
-        for part in parts:  # of another model, then
+        for part in "", "-more":  # of another model, then
             (results / f"{run.name}{part}.json").unlink(missing_ok=True)
     for part, methods in parts.items():
         result = results / f"{run.name}{part}.json"
@@ -118,7 +117,7 @@ def do(arm, seed, args, call):
             commands.append(["eval_niah.py", "--ckpt", str(run), f"--samples={args.samples}", f"--seed={args.eval_seed}",
                              f"--batch={args.batch}", f"--out={run}/niah{part}", f"--json={result}", "--methods", *methods])
     for command in commands:
-        if command[0] == "eval_niah.py":  # its report is there, so is the record: others may sum up at any time
+        if command[0] == "eval_niah.py":  # the record is there before the report is, for whoever sums up meanwhile
             shutil.copy(weights.resolve(run) / "train.json", results / f"{run.name}-train.json")
         call(command, run.with_suffix(".log"))
 
@@ -209,7 +208,8 @@ def read_results(folder):
                 continue
             report, more = read(file), read(file.with_stem(f"{file.stem}-more"))
             if report:
-                report["results"] += [row for row in (more or {"results": []})["results"] if row["method"] != "dense"]
+                if more and all(more["settings"][key] == report["settings"][key] for key in ("samples", "seed")):
+                    report["results"] += [row for row in more["results"] if row["method"] != "dense"]
                 report["train"] = json.loads(file.with_stem(f"{file.stem}-train").read_text())
                 asked = {}  # {method: {(task, n, prompts)}}
                 for row in report["results"]:
@@ -268,8 +268,8 @@ def summarise(found):
 
 
 def transpose(dicts):
-    """[{key: x}] -> {key: [x]}"""
-    return {key: [each[key] for each in dicts] for key in dicts[0]}
+    """[{key: x}] -> {key: [x]}, of the keys that all have: those of seeds that are asked less so far must wait."""
+    return {key: [each[key] for each in dicts] for key in dicts[0] if all(key in each for each in dicts)}
 
 
 def markdown(summary, found):
@@ -278,9 +278,12 @@ def markdown(summary, found):
             return ""
         return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
-    def table(kind, belongs=lambda method: True):
+    def table(title, kind, belongs=lambda method: True):
         arms = {arm: {m: values for m, values in of.items() if belongs(m)} for arm, of in summary[kind].items()}
         arms = {arm: of for arm, of in arms.items() if of}  # those that were asked any
+        if not arms:
+            return
+        yield from ["", title, ""]
         yield "| | " + " | ".join(arms) + " | memory - attention |"
         yield "|---|" + "---|" * (len(arms) + 1)
         for method in dict.fromkeys(m for of in arms.values() for m in of):
@@ -291,11 +294,10 @@ def markdown(summary, found):
             yield f"| {method} | " + " | ".join(map(cell, values)) + f" | {gap} |"
     settings, by_chance = first_report(found)["settings"], lambda method: method.endswith(" by chance")
     seeds = ", ".join(f"{arm} {len(reports)}" for arm, reports in found.items())
-    lines = [f"RULER's score, %, mean of tasks: mean and standard deviation over seeds ({seeds}); {settings['samples']} samples a "
-             f"task, protocol {settings['protocol']}, context {settings['context_len']}. Bold: more than the spread.", "",
-             *table("scores", lambda method: not by_chance(method)),
-             "", "H2, entries chosen by chance:", "", *table("scores", by_chance),
-             "", "H1, hit rate of the best 5 % of heads, %:", "", *table("hits"),
+    lines = [*table(f"RULER's score, %, mean of tasks: mean and standard deviation over seeds ({seeds}); {settings['samples']} samples a "
+                    f"task, protocol {settings['protocol']}, context {settings['context_len']}. Bold: more than the spread.",
+                    "scores", lambda method: not by_chance(method))][1:]
+    lines += [*table("H2, entries chosen by chance:", "scores", by_chance), *table("H1, hit rate of the best 5 % of heads, %:", "hits"),
              "", "Training, seed by seed:", "",
              "| | recipe | steps | minutes of steps | tokens/s | MFU | device | commit |", "|---|---|---|---|---|---|---|---|"]
     for arm, reports in found.items():
@@ -339,12 +341,13 @@ def plots(found, folder):
     figure.tight_layout()
     figure.savefig(folder / "accuracy.png", dpi=110)
 
+    asked = {arm: reports for arm, reports in found.items() if arm not in BRIEF}
+    if not asked:
+        return
     with_hits = [method for method in nine if not method.startswith("moba")]
     figure, axes = plt.subplots(1, len(with_hits), figsize=(3.2 * len(with_hits), 3.2), sharey=True)
     for method, axis in zip(with_hits, axes):
-        for arm, reports in found.items():
-            if arm in BRIEF:
-                continue
+        for arm, reports in asked.items():
             rates = torch.stack([hit_rates(report)[method] for report in reports.values()]).mean(0)
             axis.plot(range(1, len(rates) + 1), 100 * rates, label=arm)
         axis.set(title=method.split(",")[0], xlabel="head, best first")

@@ -16,6 +16,7 @@ and sample load. A run that was stopped, by ctrl-C or kill, goes on with --resum
 bit. Checked in tests/test_train.py. Read niah.py and data.py for the batches, eval_niah.py for what follows.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -77,8 +79,8 @@ RECIPES = {
                        warmup=0.05, arl=64),
 }
 
-# A thousandth of the recipe's tokens, in a few minutes on two cores: the model must not be changed much beside its gates
-CPU_LESSON = ["--context_len=4096", "--steps=40", "--batch=1", "--device_batch=1", "--lr=2e-4", "--log_every=5", "--eval_every=40"]
+# A 160th of micro-convert's tokens, in a few minutes on two cores: the model must not be changed much beside its gates
+LESSON = ["--context_len=4096", "--steps=40", "--batch=1", "--device_batch=1", "--lr=2e-4", "--log_every=5", "--eval_every=40"]
 
 
 def flags():
@@ -341,18 +343,18 @@ def save(run, model, optimizer, record, beside, rank):
         dist.barrier()
 
 
-def record_of(step, durations, flops, commit, before, args):
+def record_of(step, durations, flops, commit, first_sample, before, args):
     """
-    What a checkpoint tells of its making; None where nobody knows. durations: seconds of each step of this process.
-    flops: of a step. before: begun's.
+    What a checkpoint tells of its making; None where nobody knows. durations: seconds from step to step of this process.
+    flops: of a step. first_sample: fingerprint's. before: begun's.
     """
     seconds = statistics.median(durations)
     peak = PEAK_FLOPS * int(os.environ.get("WORLD_SIZE", 1)) if re.search("H[12]00", eval_niah.device_name(args.device)) else None
-    return {"step": step, "settings": vars(args), "command": eval_niah.command_line(sys.argv[1:]), "commit": commit,
+    return {"step": step, "settings": vars(args), "command": eval_niah.command_line(None, "train.py"), "commit": commit,
             "device": eval_niah.device_name(args.device), "torch": torch.__version__,
             "seconds": round(before["seconds"] + sum(durations), 2), "step_seconds": round(seconds, 5),
             "tokens_per_second": round(args.batch * args.context_len / seconds), "mfu": peak and round(flops / seconds / peak, 4),
-            "from": before["from"]}
+            "first_sample": first_sample, "from": before["from"]}
 
 
 def begun(args, checkpoint):
@@ -370,6 +372,11 @@ def newest(run, resume):
     if not resume:
         raise ValueError(f"{run} holds a run already: go on with --resume, choose another --name, or delete it")
     return checkpoint
+
+
+def fingerprint(dataset):
+    """Of its first sample: another one, and the flags mean other data by now (our code, Python's help pages, the shards)."""
+    return hashlib.sha256(b"".join(np.asarray(part).tobytes() for part in dataset[0])).hexdigest()[:12]
 
 
 def step_of(checkpoint, run, args):
@@ -397,11 +404,11 @@ def restore_optimizer(path, model, optimizer):
 
 def tell(entry, numbers, labels):
     """Into a step's entry what the device computed in it: losses, by label, and the gradient's norm. -> does a process want to stop?"""
-    *losses, stops, norm = numbers.tolist()  # waits for the device
-    entry |= dict(zip(labels, losses)) | {"grad_norm": norm}
-    for label, loss in zip(labels, losses):
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"{label} is {loss} at step {entry['step']}: lower --lr; the last checkpoint is unharmed")
+    *losses, norm, stops = numbers.tolist()  # waits for the device
+    entry |= zip([*labels, "grad_norm"], [*losses, norm])
+    for name in [*labels, "grad_norm"]:
+        if not math.isfinite(entry[name]):
+            raise FloatingPointError(f"{name} is {entry[name]} at step {entry['step']}: lower --lr; the last checkpoint is unharmed")
     return stops > 0
 
 
@@ -427,8 +434,10 @@ def train(args):
     tokenizer = tokenizer_of(source, model.config.vocab_size, args.tokenizer)
     beside = [] if tokenizer.name == "bytes" else tokenizer_files(folder_of(args.tokenizer or source))
     training, validation = make_data(args, tokenizer)
-    first_step = step_of(checkpoint, run, args) if checkpoint else 0
+    first_step, first_sample = step_of(checkpoint, run, args) if checkpoint else 0, fingerprint(training)
     before = begun(args, checkpoint)
+    if checkpoint and before.get("first_sample") != first_sample:
+        raise ValueError(f"--resume: the samples of {run} are others by now: delete it, or choose another --name")
     if args.preset or args.context_len > model.config.context_len:
         model.config = replace(model.config, context_len=args.context_len)
     model.to(args.device)
@@ -465,7 +474,7 @@ def train(args):
         lines = log_file.read_text().splitlines(keepends=True)[:first_step] if first_step else []
         weights.whole_or_nothing(log_file, lambda file: file.write_text("".join(lines)))
         log = open(log_file, "a")
-    stop = []  # ctrl-C and kill end the run after the step, with a checkpoint
+    stop = []  # ctrl-C and kill end the run, with a checkpoint
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def write(entry):
@@ -493,13 +502,13 @@ def train(args):
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss)
-        numbers = summed(torch.stack([*losses, torch.full_like(loss, len(stop))]))
+        *losses, stops = summed(torch.stack([*losses, torch.full_like(loss, len(stop))]))
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        untold.append(({"step": step, "lr": args.lr * scale}, torch.cat([numbers, norm.reshape(1)])))
+        untold.append(({"step": step, "lr": args.lr * scale}, torch.stack([*losses, norm, stops])))
         if len(untold) == 2:
             stopped |= tell(*untold[0], labels)
             write(untold.pop(0)[0])
-        stopped |= world == 1 and bool(stop)  # of several processes all leave together, a step later
+        stopped |= world == 1 and bool(stop)  # of several processes all leave together, one or two steps later
         last = step == args.steps or stopped
         evaluates, prints, saves = (step % every == 0 or last for every in (args.eval_every, args.log_every, args.save_every))
         if evaluates or prints or saves or step == 1:
@@ -518,7 +527,7 @@ def train(args):
                 + (f"  validation {entry['val_loss']:.3f}, {entry['val_accuracy']:.1%} of {what} right" if "val_loss" in entry else "")
                 + f"  lr {entry['lr']:.1e}  norm {entry['grad_norm']:.2f}  {speed:,.0f} tokens/s  {left:.1f} min left", flush=True)
         if saves:
-            save(run, model, optimizer, record_of(step, durations, flops, commit, before, args), beside, rank)
+            save(run, model, optimizer, record_of(step, durations, flops, commit, first_sample, before, args), beside, rank)
         if last:
             break
         since = time.time()
@@ -540,9 +549,8 @@ def train(args):
 
 def lesson():
     """The attention checkpoint that comes with the code is given a memory and trained on; then both are asked for needles."""
-    attention = eval_niah.SHIPPED[0]
-    args = parse(["--recipe=micro-convert", f"--init={attention}", "--name=converted", "--resume",
-                  *([] if torch.cuda.is_available() else CPU_LESSON)])
+    attention = os.path.relpath(eval_niah.SHIPPED[0])
+    args = parse(["--recipe=micro-convert", f"--init={attention}", "--name=converted", "--resume", *LESSON])
     print("checkpoints/attention, trained without a memory, gets one (Eq. 1 on its keys and values) and is trained on: each batch "
           "once through the memory alone (ARL), once dense. Ctrl-C stops; the same command goes on.\n")
     train(args)
@@ -551,9 +559,10 @@ def lesson():
     run = Path(args.out) / args.name
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     print(f"\nWhat changed: loss per token where each query reads one entry in {args.arl} (ARL): {log[0]['arl_loss']:.2f} at the first "
-          f"step, {statistics.fmean(entry['arl_loss'] for entry in log[-10:]):.2f} over the last ten")
+          f"step, {statistics.fmean(entry['arl_loss'] for entry in log[-10:]):.2f} over the last ten."
+          " These steps are a 160th of the recipe's tokens: what the model knew without a memory has suffered and not yet come back.")
     print("\nNeedles, before and after, reading all of the prompt or a sixteenth of it:\n")
-    eval_niah.main(["--ckpt", str(attention), str(run), "--methods", *(f"{kind}:budget=1/16" for kind in ("quest", "moba", "snapkv")),
+    eval_niah.main(["--ckpt", attention, str(run), "--methods", *(f"{kind}:budget=1/16" for kind in ("quest", "moba", "snapkv")),
                     "--out=out/lesson"])
     print("\nNext: python eval_niah.py (all methods and budgets, and the model trained with a memory from the start)   "
           "python sample.py (one prompt, to read)")

@@ -22,7 +22,6 @@ import importlib
 import inspect
 import json
 import re
-import shlex
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -272,7 +271,7 @@ def show_lm_loss(paths, argv):
 
 def save(path, argv, results):
     """results, and how they were made."""
-    eval_niah.save({"command": shlex.join(["python", "experiments/ablations.py", *argv]), "commit": eval_niah.commit(), "torch": torch.__version__,
+    eval_niah.save({"command": eval_niah.command_line(argv, "experiments/ablations.py"), "commit": eval_niah.commit(), "torch": torch.__version__,
                     **results}, path)
 
 
@@ -314,7 +313,7 @@ def flags():
 def main(argv=None):
     parser = flags()
     args, rest = parser.parse_known_args(argv)
-    args.argv = sys.argv[1:] if argv is None else argv
+    args.argv = argv
     if rest and (args.lengths or args.lm_loss):
         parser.error(f"--lengths and --lm_loss train nothing: {rest[0]} means nothing to them")
     try:

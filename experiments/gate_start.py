@@ -14,7 +14,6 @@ the same samples. model.Transformer.add_memory starts at the g0 that this found.
 import argparse
 import json
 import math
-import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -79,15 +78,18 @@ def table(found):
 def run_all(args, rest):
     """A process for each g0: what torch.compile made of one model's layers it would not make of the next one's."""
     script = "experiments/gate_start.py"
-    for g0 in args.g0:
-        train.parse(flags_of(g0, args, rest))  # a wrong flag is known now
+    for g0 in args.g0:  # a wrong flag is known now
+        if train.parse(flags_of(g0, args, rest)).arl == 0:
+            raise ValueError("--arl=0: without ARL there is no loss to compare")
+    if eval_niah.training_record(args.init) is None:
+        raise ValueError(f"--init {args.init}: it has no train.json, by which a second call would know it again")
     flags = [f"--init={args.init}", f"--seed={args.seed}", f"--out={args.out}", *rest]
     jobs = [lambda call, g0=g0: call([script, f"--one={g0}", *flags], Path(f"{folder_of(g0, args)}.log"))
             for g0 in args.g0 if not reproduce.finished(folder_of(g0, args), flags_of(g0, args, rest))]
     reproduce.spread(jobs, args.per_gpu)
     found = {g0: losses(folder_of(g0, args)) for g0 in args.g0}
     made = {g0: eval_niah.training_record(folder_of(g0, args)) for g0 in args.g0}
-    eval_niah.save({"command": shlex.join(["python", script, *args.argv]), "losses": found, "train": made}, args.json)
+    eval_niah.save({"command": eval_niah.command_line(args.argv, script), "losses": found, "train": made}, args.json)
     print(f"\n{table(found)}\n\nresults in {args.json}")
 
 
@@ -111,7 +113,8 @@ def main(argv=None):
     add("--out", default="out/gate-start", metavar="DIR", help="folder of the runs; one that is there goes on")
     add("--json", default="results/gate-start.json", metavar="FILE", help="all losses")
     args, rest = parser.parse_known_args(argv)
-    args.argv = sys.argv[1:] if argv is None else argv
+    args.g0 = list(dict.fromkeys(args.g0))
+    args.argv = argv
     try:
         convert(args.one, args, rest) if args.one else run_all(args, rest)
     except (ValueError, OSError, FloatingPointError) as error:

@@ -8,12 +8,11 @@ SnapKV bets that the question already looks where the answer will be read. Where
 do not: they turn to the needle only once its first bytes are written, and by then the rest is gone. What "answer" still
 lacks to dense attention is the budget's fault. No method may do this; it takes the gold answer.
 
-    python experiments/snapkv_answer.py --ckpt out/attention out/memory --samples 50
+    python experiments/snapkv_answer.py --ckpt checkpoints/attention checkpoints/memory --samples 50
 
 Plain PyTorch computes, as the scores are exchanged inside SnapKV.compress. Checked in tests/test_snapkv_answer.py.
 """
 import argparse
-import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +77,7 @@ def flags():
 
 def run(args):
     backend.use("torch")
-    report = {"command": shlex.join(["python", "experiments/snapkv_answer.py", *args.argv]), "commit": eval_niah.commit(),
+    report = {"command": eval_niah.command_line(args.argv, "experiments/snapkv_answer.py"), "commit": eval_niah.commit(),
               "device": eval_niah.device_name(args.device), "torch": torch.__version__, "settings": vars(args), "scores": {}}
     for path in args.ckpt:
         asked = eval_niah.flags().parse_args(["--ckpt", path, "--methods", args.method, f"--samples={args.samples}",

@@ -13,6 +13,7 @@ from test_niah import Bytes, tokenizer_of
 import eval_niah
 import niah
 import sparse
+import weights
 from model import Transformer
 
 CONTEXT = 512
@@ -249,12 +250,15 @@ def runs(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_with_no_checkpoint_it_compares_what_comes_with_the_code_and_the_newest_run(runs):
+def test_with_no_checkpoint_it_compares_what_comes_with_the_code_and_the_newest_run(runs, monkeypatch):
     """An old experiment beside them, or one's own run of another task or length, whose scores would mean nothing there."""
     assert [path.name for path in eval_niah.known_models()] == ["attention", "memory", "mine"]
-    for file, old, new in ("train.json", "base", "sft"), ("config.json", f'"context_len": {CONTEXT}', '"context_len": 256'):
+    for file, old, new in (("train.json", "base", "sft"), ("config.json", f'"context_len": {CONTEXT}', '"context_len": 256'),
+                           ("config.json", '"vocab_size": 257', '"vocab_size": 1000')):
         file = runs / "out/mine/step_0000002" / file
         text = file.read_text()
+        if "vocab" in old:
+            monkeypatch.setattr(eval_niah.weights, "read", lambda path: (json.loads((weights.resolve(path) / "config.json").read_text()), {}))
         file.write_text(text.replace(old, new))
         assert text != file.read_text() and [path.name for path in eval_niah.known_models()] == ["attention", "memory"]
         file.write_text(text)
@@ -279,6 +283,15 @@ def test_on_a_cpu_it_takes_few_samples_of_long_prompts(runs, context_len, sample
     args = eval_niah.flags().parse_args(["--device=cpu", f"--context_len={context_len}"])
     eval_niah.prepare(args)
     assert args.samples == samples
+
+
+def test_a_report_names_the_command_that_made_it(runs, monkeypatch):
+    """`python train.py --ckpt ...`, where train.py called eval_niah.py; a path of the machine it ran on."""
+    root = os.path.dirname(eval_niah.__file__)
+    for path, seen in (f"{root}/experiments/ablations.py", "experiments/ablations.py"), ("/elsewhere/keynorm.py", "keynorm.py"):
+        monkeypatch.setattr(eval_niah.sys, "argv", [path, "--methods", "a b"])
+        assert eval_niah.command_line(None, "eval_niah.py") == f"python {seen} --methods 'a b'"
+        assert eval_niah.command_line(["--ckpt", "x"], "eval_niah.py") == "python eval_niah.py --ckpt x"
 
 
 def test_results_hold_what_a_reader_needs_to_repeat_them(runs, capsys):

@@ -51,8 +51,10 @@ def test_all_are_made_once_and_told(source, capsys):
     assert report["losses"]["0.1"]["1"] != report["losses"]["0.5"]["1"]
 
 
-@pytest.mark.parametrize("flags, words", [(["--g0=1"], "--g0"), (["--init=nowhere"], "nowhere"), (["--steps=none"], "--steps")])
+@pytest.mark.parametrize("flags, words", [(["--g0=1"], "--g0"), (["--init=nowhere"], "nowhere"), (["--steps=none"], "--steps"),
+                                          (["--arl=0"], "--arl=0"), (["--init=plain"], "train.json")])
 def test_errors_are_one_line(source, flags, words, capsys):
+    Transformer(train.PRESETS["pico"]).save_pretrained("plain")
     with pytest.raises(SystemExit) as end:
         gate_start.main([f"--init={source}", *TRIAL, *flags])
     line = capsys.readouterr().err

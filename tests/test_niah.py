@@ -371,6 +371,20 @@ def test_training_sample_depends_on_seed_and_index_only():
     assert len(set(map(tuple, first))) == 20 and make(1, 0)[0].tolist() != first[0]
 
 
+def test_training_keys_are_of_any_letters_whatever_is_installed(monkeypatch):
+    """A model that knows a list by heart and fails on RULER's words; data that changes where wonderwords is installed."""
+    make = lambda: [niah.training_sample(1024, Bytes(), 0, index, ["niah_single_2"], drills=drills)[0] for drills in (0, 1) for index in range(20)]
+    samples = make()
+    keys = {key for tokens in samples for key in re.findall(r"numbers for (\S+?)-(\S+?) (?:is|mentioned)", Bytes().decode(tokens))}
+    listed = [(first in niah.ADJECTIVES.split(), second in niah.NOUNS.split()) for first, second in keys]
+    assert len(keys) > 40 and all(0.3 < sum(column) / len(keys) < 0.7 for column in zip(*listed))
+    monkeypatch.setitem(sys.modules, "wonderwords", None)
+    monkeypatch.setitem(sys.modules, "wonderwords.assets", None)
+    niah.word_lists.cache_clear()
+    assert all((a == b).all() for a, b in zip(make(), samples))
+    niah.word_lists.cache_clear()
+
+
 # ---------------------------------------------------------------- the command
 
 def command(*flags):

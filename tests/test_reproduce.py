@@ -78,11 +78,37 @@ def test_one_seed_alone_is_not_ahead(folder):
 
 
 def test_results_of_other_prompts_do_not_mix(folder):
-    """200 samples beside 100, or the methods of an older version."""
+    """200 samples beside 100."""
     file = folder / "memory-1.json"
     file.write_text(file.read_text().replace('"p"', '"other"'))
     with pytest.raises(ValueError, match="memory-1.json"):
         reproduce.read_results(folder)
+
+
+def test_what_only_some_seeds_were_asked_waits_and_what_is_stale_is_left_out(folder):
+    """A traceback while the second seed is still at work; methods beside those of other samples."""
+    more = report(33, 0)
+    more["results"] = [row | {"method": "dilated"} for row in more["results"][:8]]
+    (folder / "memory-0-more.json").write_text(json.dumps(more))
+    score = lambda: reproduce.summarise(reproduce.read_results(folder))["scores"]["memory"]
+    assert "dilated" not in score() and score()[SIZED[0]] == [60, 64]
+    (folder / "memory-1-more.json").write_text(json.dumps(more))
+    assert score()["dilated"] == [33, 33]
+    more["settings"]["samples"] = 4
+    (folder / "memory-1-more.json").write_text(json.dumps(more))
+    assert "dilated" not in score()
+
+
+def test_brief_arms_alone_make_a_summary_without_hypotheses(folder):
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    brief = report(70, 0)
+    brief["results"] = [row | {"hits": None} for row in brief["results"] if row["random"] is None]
+    found = {"long": {0: brief | {"train": record(40, "micro", None)}}}
+    text = reproduce.markdown(reproduce.summarise(found), found)
+    assert "H1" not in text and "H2" not in text and f"| {SIZED[0]} | 70.0 |  |" in text
+    (folder / "hits.png").unlink(missing_ok=True)
+    reproduce.plots(found, folder)
+    assert not (folder / "hits.png").exists() and (folder / "accuracy.png").exists()
 
 
 def test_arms_that_are_asked_less_leave_cells_empty(folder):

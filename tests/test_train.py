@@ -279,6 +279,34 @@ def test_loss_that_is_not_finite_stops_the_run():
     """Hours of NaN must not overwrite good checkpoints."""
     with pytest.raises(FloatingPointError, match="step"):
         run("--name=nan", "--lr=1e30", "--clip=1e30", "--steps=20")
+    assert all(tensor.isfinite().all() for file in Path("out/nan").glob("step_*/model.safetensors") for tensor in load_file(file).values())
+
+
+@pytest.mark.parametrize("every", [1, 1000])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(every, monkeypatch):
+    """A finite loss whose gradient makes every weight NaN, saved as the last checkpoint; a step later is early enough."""
+    monkeypatch.setattr(train.torch.nn.utils, "clip_grad_norm_", lambda parameters, most, count=iter(range(99)):
+                        torch.tensor(float("nan") if next(count) == 3 else 1.0))  # in step 2's dense pass
+    with pytest.raises(FloatingPointError, match="grad_norm is nan at step 2"):
+        run("--name=nan", f"--log_every={every}", "--eval_every=1000", f"--save_every={every}")
+    assert [row["step"] for row in log_of("nan")] == [1] and len(list(Path("out/nan").glob("step_*"))) == (every == 1)
+
+
+def test_steps_whose_numbers_are_told_late_are_logged_all_the_same():
+    """A line lost, doubled or out of order, where the loop runs a step ahead of what it knows."""
+    run("--name=at_once", "--steps=8")
+    run("--name=late", "--steps=8", "--log_every=1000", "--eval_every=1000", "--save_every=1000")
+    plain = lambda rows: [{key: value for key, value in row.items() if not key.startswith("val_")} for row in rows]
+    assert plain(log_of("late")) == plain(log_of("at_once")) and len(log_of("late")) == 8
+
+
+def test_a_run_whose_samples_have_changed_is_not_resumed(monkeypatch):
+    """Half a run on other data: of a newer version, another Python's help pages, or shards made again."""
+    run("--name=changed", "--steps=2")
+    sample = train.niah.training_sample
+    monkeypatch.setattr(train.niah, "training_sample", lambda *args: (sample(*args)[0] // 2, sample(*args)[1]))
+    with pytest.raises(ValueError, match="the samples of out/changed are others by now"):
+        run("--name=changed", "--steps=2", "--resume")
 
 
 def test_joint_pass_sees_the_window_alone(monkeypatch):
@@ -294,7 +322,7 @@ def test_a_checkpoint_tells_how_it_was_made():
     checkpoint, _ = run("--name=told")
     record = json.loads((checkpoint / "train.json").read_text())
     assert {"step", "settings", "command", "commit", "device", "torch", "seconds", "step_seconds", "tokens_per_second", "mfu",
-            "from"} == record.keys()
+            "first_sample", "from"} == record.keys()
     assert record["tokens_per_second"] == pytest.approx(4 * 512 / record["step_seconds"], rel=0.01) and record["mfu"] is None
     assert record["from"] is None
     flags = [f"--init={checkpoint}", "--name=retold", *BASE[1:], "--steps=3", "--save_every=2"]
@@ -315,8 +343,7 @@ def test_lesson_gives_the_attention_checkpoint_a_memory_and_shows_what_changed(m
     """`python train.py` without a flag, in small: it ends with a table, and again without training."""
     monkeypatch.setattr(eval_niah, "SHIPPED", [tmp_path / "checkpoints" / "attention"])
     Transformer(replace(TINY, context_len=1024)).save_pretrained(eval_niah.SHIPPED[0])
-    monkeypatch.setattr(train, "CPU_LESSON", ["--steps=2", "--batch=1", "--device_batch=1", "--workers=0"])
-    monkeypatch.setattr(train.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train, "LESSON", ["--steps=2", "--batch=1", "--device_batch=1", "--workers=0"])
     monkeypatch.setattr(eval_niah.niah, "default_new_tokens", lambda context_len, tokenizer: 12)
     for _ in range(2):
         train.lesson()
