@@ -115,14 +115,37 @@ def test_accumulation_changes_nothing_but_rounding():
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["arl_loss"] == pytest.approx(b["arl_loss"], rel=1e-4)
 
 
+def two_processes(*flags, change=""):
+    """train.py with these flags, after a change to it, in two processes."""
+    script = Path("ranks.py")
+    script.write_text(f"import os, signal, sys; sys.path[:0] = {[str(TRAIN.parent), str(Path(__file__).parent)]}\n"
+                      "import torch; torch.set_num_threads(1)\n"
+                      f"import train, model, test_train; model.PRESETS['pico'] = test_train.TINY\n{change}\ntrain.main()\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", str(script)]
+    return subprocess.run([*command, *BASE, *flags], capture_output=True, text=True)
+
+
+INTERRUPT = """
+original, calls = train.weighted_loss, []
+def interrupt(*args):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 5:  # in step 3: two passes each
+        os.kill(os.getpid(), signal.SIGINT)
+    return original(*args)
+train.weighted_loss = interrupt
+"""
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step():
+    """One that leaves while the other waits for it for ever; lines for steps that the checkpoint has not seen."""
+    result = two_processes("--name=two", "--steps=12", "--log_every=99", "--eval_every=99", "--save_every=99", change=INTERRUPT)
+    assert "stopped after step 4" in result.stdout, result.stdout + result.stderr[:4000]
+    assert [row["step"] for row in log_of("two")] == [1, 2, 3, 4] and [path.name for path in Path("out/two").glob("step_*")] == ["step_0000004"]
+
+
 def test_two_processes_train_like_one():
     """Ranks that see the same samples, or gradients averaged instead of summed, would give another curve."""
-    script = Path("ranks.py")
-    script.write_text(f"import sys; sys.path[:0] = {[str(TRAIN.parent), str(Path(__file__).parent)]}\n"
-                      "import torch; torch.set_num_threads(1)\n"
-                      "import train, model, test_train; model.PRESETS['pico'] = test_train.TINY; train.main()\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", str(script)]
-    result = subprocess.run([*command, *BASE, "--name=two"], capture_output=True, text=True)
+    result = two_processes("--name=two")
     # not the exit status: once in some fifty runs, and only on a busy machine, gloo aborted while a finished process left
     assert "done" in result.stdout, result.stderr[:4000]
     one, _ = run("--name=one")
@@ -135,10 +158,9 @@ def test_two_processes_train_like_one():
         torch.testing.assert_close(p, q, atol=2e-3, rtol=0, msg=name)  # Adam's first steps are lr-sized, lr is 1e-3
     # what two have begun, two can end, and so can one
     unbroken = log_of("two")
-    for end in (lambda: subprocess.run([*command, *BASE, "--name=two", "--resume"], capture_output=True, text=True),
-                lambda: run("--name=two", "--resume")):
+    for end in two_processes, run:
         shutil.rmtree(two)
-        end()
+        end("--name=two", "--resume")
         for a, b in zip(unbroken, log_of("two"), strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=2e-3) and a["arl_loss"] == pytest.approx(b["arl_loss"], rel=2e-3)
         assert two.exists()
