@@ -227,7 +227,7 @@ class Transformer(nn.Module):
     def add_memory(self):
         """
         Give a model that has none a fresh memory, to be trained: every gate at g = 1/10, where the loss is still what it was
-        and the gate learns nearly as fast as at 1/2 (experiments/gate_start.py).
+        and the gate learns nearly as fast as at 1/2 (experiments/gate_start.py, measured with 6M parameters).
         """
         if self.config.memory:
             raise ValueError("this model has a memory already: load it without memory=True")

@@ -3,8 +3,8 @@ A prompt in, text out, with any sparse method: the whole of nanoRAT in a page.
 
     python sample.py --ckpt DIR --prompt "Once upon" --method quest:budget=1/16
 
-With no flags: the newest model of train.py, or else the memory checkpoint that comes with the code, is asked for a needle
-in a haystack, densely and with the method.
+With no flags: the newest model of train.py that does the task of checkpoints/, or else checkpoints/memory, is asked for a
+needle in a haystack, densely and with the method.
 Checked in tests/test_sample.py. eval_niah.py is the same for many prompts, methods and models.
 """
 import argparse
@@ -28,7 +28,7 @@ def flags():
     add("--ckpt", metavar="PATH", help="what Transformer.from_pretrained loads, or a run of train.py; None: the newest in out/ that does "
         "the task of checkpoints/, else checkpoints/memory")
     add("--prompt", metavar="TEXT", help="None: a needle in a haystack that fills the context")
-    add("--method", default="quest:budget=1/4", help="for sparse.parse; block_size and window default to 1/64 of the context")
+    add("--method", default="quest:budget=1/4", help="as eval_niah.py takes it")
     add("--max_new_tokens", type=positive, default=48, metavar="TOKENS", help="at most so many")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token, 1 draws as the model would")
     add("--top_k", type=positive, metavar="TOKENS", help="draw from the likeliest so many; None: from all")
