@@ -145,17 +145,17 @@ def word_lists():
         lists = [(files / name).read_text("utf-8").splitlines() for name in ("adjectivelist.txt", "nounlist.txt")]
         source = f"wonderwords {metadata.version('wonderwords')}"
     except ModuleNotFoundError:
-        lists, source = (ADJECTIVES.split(), NOUNS.split()), "built-in words (pip install wonderwords for RULER's)"
+        lists, source = (ADJECTIVES, NOUNS), "built-in words (pip install wonderwords for RULER's)"
     return *(sorted({word.strip() for word in words} - {""}) for words in lists), source
 
 
 ADJECTIVES = """amber ample aqua bland bold brave brisk broad calm civil clear cool coral crisp curly damp deep dense
 dry dusty eager early faint fair fancy firm fresh gentle glad grand humble icy jolly keen late light loud lucky mellow
-merry mild modest narrow neat noble odd pale plain proud quick quiet rapid rough round shy silent smooth tidy true warm"""
+merry mild modest narrow neat noble odd pale plain proud quick quiet rapid rough round shy silent smooth tidy true warm""".split()
 NOUNS = """acorn anchor apron arrow barn basin beacon bell bench bridge bucket button cabin candle canoe cedar chalk
 cliff clock comet copper dune engine falcon ferry fiddle garden gate glove hammer harbor island jacket kettle ladder
 lantern lemon maple marble meadow mirror needle oak otter paddle pebble pillow pond quilt raven river saddle shelf
-sparrow spoon tunnel valley violin wagon willow"""
+sparrow spoon tunnel valley violin wagon willow""".split()
 
 
 def draw_text(kind, rng):
@@ -164,7 +164,7 @@ def draw_text(kind, rng):
     if kind == "uuids":
         return str(uuid.UUID(int=rng.getrandbits(128), version=4))
     if kind == "training words":  # half of them mere letters: who knows the list by heart finds no other words
-        word = lambda some: rng.choice(some.split()) if rng.random() < 0.5 else "".join(rng.choices(ascii_lowercase, k=rng.randint(2, 9)))
+        word = lambda some: rng.choice(some) if rng.random() < 0.5 else "".join(rng.choices(ascii_lowercase, k=rng.randint(2, 9)))
         return f"{word(ADJECTIVES)}-{word(NOUNS)}"
     adjectives, nouns, _ = word_lists()
     return f"{rng.choice(adjectives)}-{rng.choice(nouns)}"  # RULER: some words hold a space or a hyphen, kept as is

@@ -382,7 +382,7 @@ def fingerprint(dataset):
 def step_of(checkpoint, run, args):
     """How many steps the checkpoint has seen. ValueError if going on with these flags would mix two runs."""
     saved = json.loads((checkpoint / "train.json").read_text())
-    if "from" not in saved:
+    if "first_sample" not in saved:
         raise ValueError(f"--resume: an older version made {run}, with other samples: delete it, or choose another --name")
     for key, value in saved["settings"].items():
         if key not in MAY_CHANGE and vars(args).get(key) != value:
@@ -436,7 +436,7 @@ def train(args):
     training, validation = make_data(args, tokenizer)
     first_step, first_sample = step_of(checkpoint, run, args) if checkpoint else 0, fingerprint(training)
     before = begun(args, checkpoint)
-    if checkpoint and before.get("first_sample") != first_sample:
+    if checkpoint and before["first_sample"] != first_sample:
         raise ValueError(f"--resume: the samples of {run} are others by now: delete it, or choose another --name")
     if args.preset or args.context_len > model.config.context_len:
         model.config = replace(model.config, context_len=args.context_len)
@@ -556,11 +556,12 @@ def lesson():
     train(args)
     if int(os.environ.get("RANK", 0)):
         return
-    run = Path(args.out) / args.name
+    run, whole = Path(args.out) / args.name, parse(["--recipe=micro-convert", f"--init={attention}"])
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     print(f"\nWhat changed: loss per token where each query reads one entry in {args.arl} (ARL): {log[0]['arl_loss']:.2f} at the first "
           f"step, {statistics.fmean(entry['arl_loss'] for entry in log[-10:]):.2f} over the last ten."
-          f" The memory carries by now; for the needles to gain, {args.steps} steps, a 160th of the recipe's tokens, are too few.")
+          f" That took {args.steps * args.batch * args.context_len:,} tokens, of the {whole.steps * whole.batch * whole.context_len:,} of the "
+          "recipe: expect less of the needles below.")
     print("\nNeedles, before and after, reading all of the prompt or a sixteenth of it:\n")
     eval_niah.main(["--ckpt", attention, str(run), "--methods", *(f"{kind}:budget=1/16" for kind in ("quest", "moba", "snapkv")),
                     "--out=out/lesson"])

@@ -154,7 +154,7 @@ def calls(monkeypatch, tmp_path):
                 run.mkdir(parents=True, exist_ok=True)
                 (run / "config.json").write_text("{}")
                 (run / "train.json").write_text(json.dumps({"step": settings.steps, "settings": vars(settings), "made": next(numbers),
-                                                            "from": train.begun(settings, None)["from"]}))
+                                                            "first_sample": "s", "from": train.begun(settings, None)["from"]}))
 
         def wait(self):
             return Process.code
