@@ -57,9 +57,10 @@ RECIPES = {
     # heads that are paid for answers alone look at nothing during the question, and SnapKV drops what they need
     "micro": dict(preset="micro", context_len=1024, protocol="sft", drills=1/3, other_weight=1.0, steps=2000, batch=64,
                   device_batch=64, lr=2e-3, arl=64, log_every=100, eval_every=500, save_every=1000),
-    # an attention model of it given a memory, with a fifth of its tokens
-    "micro-convert": dict(memory="on", context_len=1024, protocol="sft", other_weight=1.0, steps=400, batch=64,
-                          device_batch=64, lr=1e-3, memory_lr=1e-2, arl=64, log_every=40, eval_every=200, save_every=200),
+    # its attention model given a memory: less than a fifth of the tokens of both stages, again with drills, and with as high
+    # a learning rate. Retrieval must form anew, now through the memory; else the gates close and nothing is won
+    "micro-convert": dict(memory="on", context_len=1024, protocol="sft", drills=1/3, other_weight=1.0, steps=600, batch=64,
+                          device_batch=64, lr=2e-3, memory_lr=1e-2, arl=64, log_every=40, eval_every=300, save_every=300),
     # and either fine-tuned at the paper's context, where answers count most, without ARL
     "micro-sft": dict(context_len=4096, protocol="sft", steps=1280, batch=16, device_batch=16, lr=1e-3, arl=0,
                       log_every=80, eval_every=320, save_every=640),
@@ -79,8 +80,14 @@ RECIPES = {
                        warmup=0.05, arl=64),
 }
 
-# A 160th of micro-convert's tokens, in a few minutes on two cores: so few must change little but the gates
-LESSON = ["--context_len=4096", "--steps=40", "--batch=1", "--device_batch=1", "--lr=5e-5", "--memory_lr=3e-3", "--log_every=5", "--eval_every=40"]
+# A 240th of micro-convert's tokens, in a few minutes on two cores: so few must change little but the gates
+LESSON = ["--context_len=4096", "--drills=0", "--gate_start=0.1", "--steps=40", "--batch=1", "--device_batch=1", "--lr=5e-5", "--memory_lr=3e-3", "--log_every=5", "--eval_every=40"]
+
+
+def gate(text):
+    if not 0 < float(text) < 1:
+        raise ValueError
+    return float(text)
 
 
 def flags():
@@ -93,6 +100,7 @@ def flags():
     add("--preset", choices=PRESETS, metavar="NAME", help="a new model: " + ", ".join(PRESETS))
     add("--init", metavar="PATH", help="or a model to start from: anything that Transformer.from_pretrained loads")
     add("--memory", choices=["on", "off"], help="the decaying memory: on adds one to an --init without; None: as it is")
+    add("--gate_start", type=gate, default=0.5, metavar="G", help="where the gates of an added memory start, above 0 and below 1")
     add("--arl", type=int, metavar="TOKENS", help="length that ARL teaches the memory, 0 for none; None: 64 with a memory")
     add("--joint", type=int, default=0, metavar="TOKENS", help="before each dense pass one that sees so many tokens back, as official "
         "RAT+ gives its attention baseline to match ARL's cost (64); 0: none")
@@ -179,7 +187,7 @@ def make_model(args, checkpoint=None):
     else:
         model = Transformer(new_config(args))
     if args.memory == "on" and not model.config.memory:
-        model.add_memory()
+        model.add_memory(args.gate_start)
     if args.memory == "off" and model.config.memory:
         raise ValueError(f"{checkpoint or args.init} has a memory, which --memory=off cannot take out")
     args.context_len = args.context_len or model.config.context_len
@@ -289,6 +297,27 @@ def weighted_loss(model, tokens, weight, sparse, autocast):
         logits = model(tokens[:, :-1], sparse=sparse)  # (B, T, V)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
     return (loss * weight[:, 1:].flatten()).sum()
+
+
+class Loss(torch.nn.Module):
+    """weighted_loss of one pass as a module: what make_graphed_callables takes."""
+
+    def __init__(self, model, sparse, autocast):
+        super().__init__()
+        self.model, self.sparse, self.autocast = model, sparse, autocast
+
+    def forward(self, tokens, weight):
+        return weighted_loss(self.model, tokens, weight, self.sparse, self.autocast)
+
+
+def graphed(losses, args):
+    """
+    The same losses, whose forward and backward are a CUDA graph each: two launches instead of hundreds, for which a small
+    model's GPU would wait. For batches that are not split: the next replay writes where this one's gradients are.
+    """
+    shape, pool = (args.batch, args.context_len + 1), torch.cuda.graph_pool_handle()
+    sample = torch.zeros(shape, dtype=torch.long, device=args.device), torch.ones(shape, device=args.device)
+    return [torch.cuda.make_graphed_callables(loss, sample, pool=pool) for loss in losses]
 
 
 @torch.no_grad()
@@ -482,6 +511,9 @@ def train(args):
             log.write(json.dumps(entry | {"seconds": round(time.time() - started, 2)}) + "\n")
             log.flush()
 
+    losses_of = [Loss(model, sparse, autocast) for sparse, _ in passes]
+    if on_gpu and args.compile == "on" and args.device_batch == args.batch:
+        losses_of = graphed(losses_of, args)
     started, step, stopped, durations = time.time(), first_step, False, []
     since, untold = started, []  # a step whose numbers we have not waited for: first the device gets the next one to do
     for step, (tokens, weight) in enumerate(batches(training, args, first_step, rank, world), start=first_step + 1):
@@ -491,10 +523,10 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * scale
         losses = []
-        for sparse, _ in passes:
+        for loss_of in losses_of:
             loss = 0.0
             for some, its_weight in zip(tokens.split(args.device_batch), weight.split(args.device_batch)):
-                part = weighted_loss(model, some, its_weight, sparse, autocast) / whole_weight
+                part = loss_of(some, its_weight) / whole_weight
                 # fully_shard averages gradients over the processes; we want their sum
                 (part * world).backward()
                 loss += part.detach()

@@ -3,13 +3,14 @@ Where should the gates of a memory start that a trained model is given? Conversi
 
     g = sigmoid(W x + b),  W = 0,  b = log(g0 / (1 - g0)):  every gate starts at g0, whatever it reads
 
-Near 0 the model computes what it did, but the slope of the sigmoid, g (1 - g), is near 0 too, and the memory is learned late.
-At 1/2 it is steepest, but keys and values are mixtures at first, and what the model knew must be found again.
+Near 0 the model computes what it did, and the memory is learned late, as the slope of the sigmoid, g (1 - g), is near 0 too.
+At 1/2 keys and values are mixtures at first, and what the model knew must be found again, now with a memory in it.
 
     python experiments/gate_start.py --init out/reproduce/attention-0-pretrained      recipe micro-convert for each g0
 
-For each g0 the loss of the dense pass and of ARL's: at the first step, and as the mean of the steps up to some others. All see
-the same samples. model.Transformer.add_memory starts at the g0 that this found. Checked in tests/test_gate_start.py.
+For each g0: the loss of the dense pass and of ARL's, at the first step and as the mean of the steps up to some others; and how
+long the memory is in the end, as losses can agree where one model remembers and the other does not. All see the same samples.
+Checked in tests/test_gate_start.py. Read experiments/ablations.py for the lengths.
 """
 import argparse
 import json
@@ -21,24 +22,14 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import ablations  # noqa: E402
 import eval_niah  # noqa: E402
 import reproduce  # noqa: E402
 import train  # noqa: E402
 from model import Transformer  # noqa: E402
 
 MEAN_OF = 20  # steps: the mean before the one that the table names
-
-plain_add_memory = Transformer.add_memory
-
-
-def starting_at(g0):
-    """model.Transformer.add_memory with another g0, above 0 and below 1."""
-    def add_memory(self):
-        plain_add_memory(self)
-        for layer in self.layers:
-            torch.nn.init.constant_(layer.self_attn.memory_proj.bias, math.log(g0 / (1 - g0)))
-        return self
-    return add_memory
 
 
 def folder_of(g0, args):
@@ -47,16 +38,8 @@ def folder_of(g0, args):
 
 def flags_of(g0, args, rest):
     run = folder_of(g0, args)
-    return ["--recipe=micro-convert", *rest, f"--init={args.init}", f"--seed={args.seed}", f"--out={run.parent}", f"--name={run.name}",
-            "--resume"]
-
-
-def convert(g0, args, rest):
-    Transformer.add_memory = starting_at(g0)
-    try:
-        train.train(train.parse(flags_of(g0, args, rest)))
-    finally:
-        Transformer.add_memory = plain_add_memory
+    return ["--recipe=micro-convert", *rest, f"--init={args.init}", f"--gate_start={g0:g}", f"--seed={args.seed}", f"--out={run.parent}",
+            f"--name={run.name}", "--resume"]
 
 
 def losses(run):
@@ -67,37 +50,36 @@ def losses(run):
     return {step: {"dense": mean("loss", step), "arl": mean("arl_loss", step)} for step in until}
 
 
-def table(found):
+def median_lengths(run):
+    """Median effective length of each layer's channels, in tokens."""
+    model = Transformer.from_pretrained(run, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
+    return ablations.lengths(model, ablations.prompts(model, run)).flatten(1).median(1).values.tolist()
+
+
+def table(found, lengths):
     steps = list(next(iter(found.values())))
-    lines = [f"{'':8}" + "".join(f"{f'step {step}':>17}" for step in steps), f"{'g0':8}" + f"{'dense':>9}{'ARL':>8}" * len(steps)]
+    lines = [f"{'':8}" + "".join(f"{f'step {step}':>17}" for step in steps) + "   lengths",
+             f"{'g0':8}" + f"{'dense':>9}{'ARL':>8}" * len(steps) + "   layer by layer"]
     for g0, at in found.items():
-        lines.append(f"{g0:<8g}" + "".join(f"{at[step]['dense']:9.3f}{at[step]['arl']:8.3f}" for step in steps))
-    return "\n".join([*lines, f"nats per token; of the later steps the mean of {MEAN_OF}"])
+        lines.append(f"{g0:<8g}" + "".join(f"{at[step]['dense']:9.3f}{at[step]['arl']:8.3f}" for step in steps)
+                     + "   " + " ".join(f"{length:.1f}" for length in lengths[g0]))
+    return "\n".join([*lines, f"nats per token; of the later steps the mean of {MEAN_OF}. Lengths: tokens that a channel averages over, median"])
 
 
 def run_all(args, rest):
-    """A process for each g0: what torch.compile made of one model's layers it would not make of the next one's."""
-    script = "experiments/gate_start.py"
     for g0 in args.g0:  # a wrong flag is known now
         if train.parse(flags_of(g0, args, rest)).arl == 0:
             raise ValueError("--arl=0: without ARL there is no loss to compare")
     if eval_niah.training_record(args.init) is None:
         raise ValueError(f"--init {args.init}: it has no train.json, by which a second call would know it again")
-    flags = [f"--init={args.init}", f"--seed={args.seed}", f"--out={args.out}", *rest]
-    jobs = [lambda call, g0=g0: call([script, f"--one={g0}", *flags], Path(f"{folder_of(g0, args)}.log"))
+    jobs = [lambda call, g0=g0: call(["train.py", *flags_of(g0, args, rest)], Path(f"{folder_of(g0, args)}.log"))
             for g0 in args.g0 if not reproduce.finished(folder_of(g0, args), flags_of(g0, args, rest))]
     reproduce.spread(jobs, args.per_gpu)
-    found = {g0: losses(folder_of(g0, args)) for g0 in args.g0}
+    found, lengths = {g0: losses(folder_of(g0, args)) for g0 in args.g0}, {g0: median_lengths(folder_of(g0, args)) for g0 in args.g0}
     made = {g0: eval_niah.training_record(folder_of(g0, args)) for g0 in args.g0}
-    eval_niah.save({"command": eval_niah.command_line(args.argv, script), "losses": found, "train": made}, args.json)
-    print(f"\n{table(found)}\n\nresults in {args.json}")
-
-
-def share(text):
-    g0 = float(text)
-    if not 0 < g0 < 1:
-        raise ValueError
-    return g0
+    eval_niah.save({"command": eval_niah.command_line(args.argv, "experiments/gate_start.py"), "losses": found, "lengths": lengths,
+                    "train": made}, args.json)
+    print(f"\n{table(found, lengths)}\n\nresults in {args.json}")
 
 
 def main(argv=None):
@@ -106,17 +88,16 @@ def main(argv=None):
     parser.error = lambda message: parser.exit(2, f"gate_start.py: {message}\n")
     add = parser.add_argument
     add("--init", required=True, metavar="PATH", help="a model without a memory, pretrained")
-    add("--g0", type=share, nargs="+", default=[0.02, 0.1, 0.5, 0.9], metavar="G", help="gates to start from, above 0 and below 1")
-    add("--one", type=share, metavar="G", help="only train with this one, in this process")
+    add("--g0", type=train.gate, nargs="+", default=[0.02, 0.1, 0.5, 0.9], metavar="G", help="gates to start from, above 0 and below 1")
     add("--seed", type=int, default=0, help="of the samples")
     add("--per_gpu", type=eval_niah.positive, default=1, metavar="RUNS", help="conversions at a time on each GPU")
     add("--out", default="out/gate-start", metavar="DIR", help="folder of the runs; one that is there goes on")
-    add("--json", default="results/gate-start.json", metavar="FILE", help="all losses")
+    add("--json", default="results/gate-start.json", metavar="FILE", help="all losses and lengths")
     args, rest = parser.parse_known_args(argv)
     args.g0 = list(dict.fromkeys(args.g0))
     args.argv = argv
     try:
-        convert(args.one, args, rest) if args.one else run_all(args, rest)
+        run_all(args, rest)
     except (ValueError, OSError, FloatingPointError) as error:
         parser.error(error)
     except KeyboardInterrupt:

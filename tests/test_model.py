@@ -626,18 +626,18 @@ def test_ratplus_file_of_weights_alone_has_heads_of_128(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("form", ["olmo2", "gqa"])
 @torch.no_grad()
-def test_added_memory_starts_at_a_tenth_and_leaves_the_rest(form, tmp_path):
+def test_added_memory_starts_at_its_gate_and_leaves_the_rest(form, tmp_path):
     """Weights that were trained lost on the way; a gate the wrong way round, so that training begins from noise."""
     model, tokens = tiny(**FORMS[form]), draw_tokens(2, 50)
     before = model(tokens)
     model.save_pretrained(tmp_path)
     loaded = Transformer.from_pretrained(tmp_path, memory=True)
     assert loaded.config == replace(model.config, memory=True)
-    assert model.add_memory() is model and model.config.memory
+    assert model.add_memory(0.1) is model and model.config.memory
     x = torch.randn(2, 50, model.config.width)
-    for m in model, loaded:
+    for m, gate in (model, 0.1), (loaded, 0.5):
         for layer in m.layers:
-            assert_close(torch.sigmoid(layer.self_attn.gate(x)), torch.full((2, 50, layer.self_attn.memory_proj.out_features), 0.1))
+            assert_close(torch.sigmoid(layer.self_attn.gate(x)), torch.full((2, 50, layer.self_attn.memory_proj.out_features), gate))
         logits, _ = in_pieces(m, tokens, range(30, 50))
         assert_close(logits, m(tokens))
         assert error(m(tokens), before) > 0.01

@@ -115,6 +115,16 @@ def test_accumulation_changes_nothing_but_rounding():
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["arl_loss"] == pytest.approx(b["arl_loss"], rel=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_graphed_steps_are_the_plain_ones():
+    """A graph that reads the first batch again, or gradients that the next replay has overwritten."""
+    for name in "on", "off":
+        run(f"--name={name}", "--device=cuda", f"--compile={name}")
+    for a, b in zip(log_of("on"), log_of("off")):
+        for key in "loss", "arl_loss", "grad_norm":
+            assert a[key] == pytest.approx(b[key], rel=0.02)
+
+
 def two_processes(*flags, change=""):
     """train.py with these flags, after a change to it, in two processes."""
     script = Path("ranks.py")
