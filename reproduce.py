@@ -278,20 +278,24 @@ def markdown(summary, found):
             return ""
         return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
+    def gap(against):
+        return f"**{against['gain']:+.1f}**" if against["ahead"] else f"{against['gain']:+.1f}"
+
     def table(title, kind, belongs=lambda method: True):
         arms = {arm: {m: values for m, values in of.items() if belongs(m)} for arm, of in summary[kind].items()}
         arms = {arm: of for arm, of in arms.items() if of}  # those that were asked any
         if not arms:
             return
         yield from ["", title, ""]
-        yield "| | " + " | ".join(arms) + " | memory - attention |"
-        yield "|---|" + "---|" * (len(arms) + 1)
+        compared = [arm for arm in ("memory", "converted") if arm in arms and "attention" in arms]
+        yield "| | " + " | ".join([*arms, *(f"{arm} - attention" for arm in compared)]) + " |"
+        yield "|---|" + "---|" * (len(arms) + len(compared))
         for method in dict.fromkeys(m for of in arms.values() for m in of):
-            values, gap = [of.get(method) for of in arms.values()], ""
-            if all(method in arms.get(arm, {}) for arm in ("memory", "attention")):
-                against = compare(arms["memory"][method], arms["attention"][method])
-                gap = f"**{against['gain']:+.1f}**" if against["ahead"] else f"{against['gain']:+.1f}"
-            yield f"| {method} | " + " | ".join(map(cell, values)) + f" | {gap} |"
+            cells = [cell(of.get(method)) for of in arms.values()]
+            for arm in compared:
+                known = method in arms[arm] and method in arms["attention"]
+                cells.append(gap(compare(arms[arm][method], arms["attention"][method])) if known else "")
+            yield f"| {method} | " + " | ".join(cells) + " |"
     settings, by_chance = first_report(found)["settings"], lambda method: method.endswith(" by chance")
     seeds = ", ".join(f"{arm} {len(reports)}" for arm, reports in found.items())
     lines = [*table(f"RULER's score, %, mean of tasks: mean and standard deviation over seeds ({seeds}); {settings['samples']} samples a "

@@ -105,7 +105,7 @@ def test_brief_arms_alone_make_a_summary_without_hypotheses(folder):
     brief["results"] = [row | {"hits": None} for row in brief["results"] if row["random"] is None]
     found = {"long": {0: brief | {"train": record(40, "micro", None)}}}
     text = reproduce.markdown(reproduce.summarise(found), found)
-    assert "H1" not in text and "H2" not in text and f"| {SIZED[0]} | 70.0 |  |" in text
+    assert "H1" not in text and "H2" not in text and f"| {SIZED[0]} | 70.0 |\n" in text
     (folder / "hits.png").unlink(missing_ok=True)
     reproduce.plots(found, folder)
     assert not (folder / "hits.png").exists() and (folder / "accuracy.png").exists()
