@@ -16,6 +16,7 @@ and sample load. A run that was stopped, by ctrl-C or kill, goes on with --resum
 bit. Checked in tests/test_train.py. Read niah.py and data.py for the batches, eval_niah.py for what follows.
 """
 import argparse
+import gc
 import hashlib
 import json
 import math
@@ -84,7 +85,7 @@ RECIPES = {
 LESSON = ["--context_len=4096", "--drills=0", "--gate_start=0.1", "--steps=40", "--batch=1", "--device_batch=1", "--lr=5e-5", "--memory_lr=3e-3", "--log_every=5", "--eval_every=40"]
 
 
-def gate(text):
+def inner_share(text):
     if not 0 < float(text) < 1:
         raise ValueError
     return float(text)
@@ -100,7 +101,7 @@ def flags():
     add("--preset", choices=PRESETS, metavar="NAME", help="a new model: " + ", ".join(PRESETS))
     add("--init", metavar="PATH", help="or a model to start from: anything that Transformer.from_pretrained loads")
     add("--memory", choices=["on", "off"], help="the decaying memory: on adds one to an --init without; None: as it is")
-    add("--gate_start", type=gate, default=0.5, metavar="G", help="where the gates of an added memory start, above 0 and below 1")
+    add("--gate_start", type=inner_share, default=0.5, metavar="G", help="where the gates of a memory start that --init is given, above 0 and below 1")
     add("--arl", type=int, metavar="TOKENS", help="length that ARL teaches the memory, 0 for none; None: 64 with a memory")
     add("--joint", type=int, default=0, metavar="TOKENS", help="before each dense pass one that sees so many tokens back, as official "
         "RAT+ gives its attention baseline to match ARL's cost (64); 0: none")
@@ -127,7 +128,7 @@ def flags():
     add("--seed", type=int, default=0, help="of weights and data")
     # where, and what is kept
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--compile", choices=["on", "off"], help="torch.compile; None: on with a GPU")
+    add("--compile", choices=["on", "off"], help="torch.compile, and CUDA graphs where one GPU takes a whole --batch at a time; None: on with a GPU")
     backend.add_flag(parser)
     add("--workers", type=int, help="processes that make batches; None: 8 with a GPU, else 0")
     add("--out", default="out", metavar="DIR", help="folder of all runs")
@@ -188,6 +189,8 @@ def make_model(args, checkpoint=None):
         model = Transformer(new_config(args))
     if args.memory == "on" and not model.config.memory:
         model.add_memory(args.gate_start)
+    elif not checkpoint and args.gate_start != 0.5:
+        raise ValueError(f"--gate_start={args.gate_start} is for a memory that --memory=on adds to an --init without: nothing was added here")
     if args.memory == "off" and model.config.memory:
         raise ValueError(f"{checkpoint or args.init} has a memory, which --memory=off cannot take out")
     args.context_len = args.context_len or model.config.context_len
@@ -315,6 +318,7 @@ def graphed(losses, args):
     The same losses, whose forward and backward are a CUDA graph each: two launches instead of hundreds, for which a small
     model's GPU would wait. For batches that are not split: the next replay writes where this one's gradients are.
     """
+    gc.collect()  # graphs of an earlier run in this process, which hold each other and much memory
     shape, pool = (args.batch, args.context_len + 1), torch.cuda.graph_pool_handle()
     sample = torch.zeros(shape, dtype=torch.long, device=args.device), torch.ones(shape, device=args.device)
     return [torch.cuda.make_graphed_callables(loss, sample, pool=pool) for loss in losses]
@@ -511,10 +515,11 @@ def train(args):
             log.write(json.dumps(entry | {"seconds": round(time.time() - started, 2)}) + "\n")
             log.flush()
 
+    started = time.time()
     losses_of = [Loss(model, sparse, autocast) for sparse, _ in passes]
     if on_gpu and args.compile == "on" and args.device_batch == args.batch:
         losses_of = graphed(losses_of, args)
-    started, step, stopped, durations = time.time(), first_step, False, []
+    step, stopped, durations = first_step, False, []
     since, untold = started, []  # a step whose numbers we have not waited for: first the device gets the next one to do
     for step, (tokens, weight) in enumerate(batches(training, args, first_step, rank, world), start=first_step + 1):
         tokens, weight = tokens.to(args.device, non_blocking=True), weight.to(args.device, non_blocking=True)

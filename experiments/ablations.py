@@ -18,6 +18,7 @@ it is evaluated. Its checkpoint does not know: loaded by eval_niah.py or sample.
 Checked in tests/test_ablations.py. Read memory.py and model.Attention first.
 """
 import argparse
+import gc
 import importlib
 import inspect
 import json
@@ -117,6 +118,7 @@ def run_variant(variant, args, rest):
                 print(f"{folder}: trained already")
             else:
                 train.train(train.parse(flags))
+        gc.collect()  # the training's CUDA graphs, and their memory
         checkpoint, device = weights.resolve(run), pretraining.device
         # --kernels=torch: Triton's decoding step goes past Attention.remember and has a memory of both k and v in one kernel,
         # whatever the variant. Training may use Triton: there remember, ours, is what calls its memory_scan

@@ -27,6 +27,7 @@ import ablations  # noqa: E402
 import eval_niah  # noqa: E402
 import reproduce  # noqa: E402
 import train  # noqa: E402
+import weights  # noqa: E402
 from model import Transformer  # noqa: E402
 
 MEAN_OF = 20  # steps: the mean before the one that the table names
@@ -70,6 +71,8 @@ def run_all(args, rest):
     for g0 in args.g0:  # a wrong flag is known now
         if train.parse(flags_of(g0, args, rest)).arl == 0:
             raise ValueError("--arl=0: without ARL there is no loss to compare")
+    if weights.read(args.init)[0].get("memory"):
+        raise ValueError(f"--init {args.init} has a memory already: there is nothing to start")
     if eval_niah.training_record(args.init) is None:
         raise ValueError(f"--init {args.init}: it has no train.json, by which a second call would know it again")
     jobs = [lambda call, g0=g0: call(["train.py", *flags_of(g0, args, rest)], Path(f"{folder_of(g0, args)}.log"))
@@ -88,7 +91,7 @@ def main(argv=None):
     parser.error = lambda message: parser.exit(2, f"gate_start.py: {message}\n")
     add = parser.add_argument
     add("--init", required=True, metavar="PATH", help="a model without a memory, pretrained")
-    add("--g0", type=train.gate, nargs="+", default=[0.02, 0.1, 0.5, 0.9], metavar="G", help="gates to start from, above 0 and below 1")
+    add("--g0", type=train.inner_share, nargs="+", default=[0.02, 0.1, 0.5, 0.9], metavar="G", help="gates to start from, above 0 and below 1")
     add("--seed", type=int, default=0, help="of the samples")
     add("--per_gpu", type=eval_niah.positive, default=1, metavar="RUNS", help="conversions at a time on each GPU")
     add("--out", default="out/gate-start", metavar="DIR", help="folder of the runs; one that is there goes on")

@@ -57,7 +57,7 @@ def flags():
     add = parser.add_argument
     add("--ckpt", nargs="+", required=True, metavar="PATH", help="models, as eval_niah.py takes them")
     add("--method", default="moba:budget=1/8", metavar="METHOD", help="a moba, as eval_niah.py takes it")
-    add("--question", type=eval_niah.positive, default=192, metavar="TOKENS", help="of the prompt, its last ones")
+    add("--question", type=eval_niah.positive, default=192, metavar="TOKENS", help="of the prompt, its last ones: the question and an answer prefix (up to 150 bytes in protocol sft, 290 in base)")
     add("--samples", type=eval_niah.positive, default=50, help="examples per task")
     add("--seed", type=int, default=0, help="of the examples")
     add("--device", type=eval_niah.usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
@@ -68,7 +68,7 @@ def flags():
 def run(args):
     backend.use("torch")
     report = {"command": eval_niah.command_line(args.argv, "experiments/moba_question.py"), "commit": eval_niah.commit(),
-              "device": eval_niah.device_name(args.device), "torch": torch.__version__, "settings": vars(args), "scores": {}}
+              "device": eval_niah.device_name(args.device), "torch": torch.__version__, "settings": vars(args), "train": {}, "prompts": {}, "scores": {}}
     for path in args.ckpt:
         asked = eval_niah.flags().parse_args(["--ckpt", path, "--methods", args.method, f"--samples={args.samples}",
                                               f"--seed={args.seed}", f"--device={args.device}"])
@@ -78,9 +78,12 @@ def run(args):
             raise ValueError(f"--method {args.method}: it must be a moba, whose prefill is what this is about")
         tasks = eval_niah.choose_tasks(asked, [tokenizer])
         model = Transformer.from_pretrained(path, torch.float32, args.device)
-        report["scores"][path] = by_task = {}
+        report["train"][path], report["scores"][path] = eval_niah.training_record(path), {}
+        by_task = report["scores"][path]
         print(f"{path}, {sparse.name(method)}: RULER's score, %", flush=True)
         for task, examples in eval_niah.make_examples(asked, tokenizer, tasks).items():
+            e = examples[0]
+            report["prompts"][task] = {"hash": niah.prompt_hash(examples), "keys_from": e.keys_from, "haystack_from": e.haystack_from}
             by_task[task] = compare(model, tokenizer, examples, method, args.question)
             print(f"    {niah.TASKS[task].short:6}" + "".join(f"{name:>10}{score[0]:6.1f}" for name, score in by_task[task].items()), flush=True)
         print("    mean  " + "".join(f"{name:>10}{eval_niah.mean([of[name][0] for of in by_task.values()]):6.1f}"

@@ -1,5 +1,6 @@
 """experiments/gate_start.py: the losses and lengths of conversions, made once."""
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,9 +44,10 @@ def test_all_are_made_once_and_told(source, capsys):
 
 
 @pytest.mark.parametrize("flags, words", [(["--g0=1"], "--g0"), (["--init=nowhere"], "nowhere"), (["--steps=none"], "--steps"),
-                                          (["--arl=0"], "--arl=0"), (["--init=plain"], "train.json")])
+                                          (["--arl=0"], "--arl=0"), (["--init=plain"], "train.json"), (["--init=with"], "memory already")])
 def test_errors_are_one_line(source, flags, words, capsys):
     Transformer(train.PRESETS["pico"]).save_pretrained("plain")
+    Transformer(replace(train.PRESETS["pico"], memory=True)).save_pretrained("with")
     with pytest.raises(SystemExit) as end:
         gate_start.main([f"--init={source}", *TRIAL, *flags])
     line = capsys.readouterr().err

@@ -259,6 +259,7 @@ def test_memory_is_added_to_a_trained_model_and_the_run_is_its_own():
     (["--preset=pico", "--batch=6", "--device_batch=4"], "does not divide"),
     (["--preset=pico", "--memory=off", "--arl=64"], "--arl"),
     (["--preset=pico", "--memory=on", "--joint=64"], "--joint"),
+    (["--preset=pico", "--memory=on", "--gate_start=0.1"], "--gate_start"),
     (["--preset=pico", "--joint=-1"], "--joint"),
     (["--init=nowhere"], "nowhere"),
     (["--preset=pico", "--context_len=100"], "too short"),
