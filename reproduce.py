@@ -16,6 +16,8 @@ the nine cells alone.
     long *      attention with twice the batches                  as many steps as memory, in about the same time
     memory      Eq. 1 on keys and values, with ARL                two steps per batch
     converted * attention of the same seed, given a memory        the paper's OLMo 2 path; 18 % more tokens, with ARL
+    continued * attention of the same seed, on the batches of     the control of converted: is it the tokens?
+                converted, without a memory
 
 Of one seed, attention, joint and memory see the same samples in the same order (niah.py: a sample is a function of seed and
 index). A model is "ahead" in a cell if the difference of the means exceeds the spread, the larger of the two standard
@@ -51,13 +53,15 @@ ARMS = {  # pretraining: flags of train.py; {seed} is filled in
     "long": "--recipe=micro --memory=off --steps=4000",
     "memory": "--recipe=micro --memory=on",
     "converted": "--recipe=micro-convert --init=out/reproduce/attention-{seed}-pretrained",
+    "continued": "--recipe=micro-convert --init=out/reproduce/attention-{seed}-pretrained --memory=off --arl=0",
 }
+LATER = "converted", "continued"  # arms that start from attention's pretraining
 # The paper's settings at its context of 4,096, but for SnapKV's kernel: 15 bytes (eval_niah.sized), as much text as its 5 tokens
 NINE = eval_niah.METHODS
 OTHERS = ["quest:budget=1/64,block_size=16", "moba:budget=1/4,block_size=128", "moba:budget=1/8,block_size=128",
           *(f"dilated:dilation={d},local=64,initial=4" for d in (4, 16, 64)),
           "dilated:dilation=none,local=1019,initial=4"]  # StreamingLLM: 1,024 entries, the query's own included
-BRIEF = "joint", "long", "converted"  # arms that are asked NINE alone
+BRIEF = "joint", "long", *LATER  # arms that are asked NINE alone
 
 
 # ---------------------------------------------------------------- one run
@@ -101,10 +105,10 @@ def do(arm, seed, args, call):
     """Train and evaluate, unless it is done. call: spread's."""
     run, results = folder_of(arm, seed), Path(args.results)
     results.mkdir(parents=True, exist_ok=True)  # where that is impossible, it is known before the training
-    if arm == "converted":
+    if arm in LATER:
         source, flags = next(iter(stages_of("attention", seed, args).items()))
         if not finished(source, flags):
-            raise ValueError(f"{run.name} starts from {source}, which is not trained to its end: --arms attention converted")
+            raise ValueError(f"{run.name} starts from {source}, which is not trained to its end: --arms attention {arm}")
     parts = {"": NINE} if arm in BRIEF else {"": [*NINE, "--hits", f"--random={args.random}"], "-more": OTHERS}
     commands = [["train.py", *flags] for folder, flags in stages_of(arm, seed, args).items() if not finished(folder, flags)]
     if commands:
@@ -125,12 +129,12 @@ def do(arm, seed, args, call):
 # ---------------------------------------------------------------- all runs
 
 def do_all(args):
-    """Converted models come after those that they start from."""
+    """Converted and continued models come after those that they start from."""
     arms, seeds = dict.fromkeys(args.arms), dict.fromkeys(args.seeds)
     for arm in arms:
         for flags in stages_of(arm, 0, args).values():
             train.parse(flags)  # a wrong flag is known now, once
-    for phase in [arm for arm in arms if arm != "converted"], [arm for arm in arms if arm == "converted"]:
+    for phase in [arm for arm in arms if arm not in LATER], [arm for arm in arms if arm in LATER]:
         spread([lambda call, arm=arm, seed=seed: do(arm, seed, args, call) for seed in seeds for arm in phase], args.per_gpu)
 
 
