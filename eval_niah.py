@@ -613,7 +613,7 @@ def command(parser, run, argv, interrupted):
     try:
         run(args)
     except torch.OutOfMemoryError:
-        parser.error(f"the GPU has no room for --batch {args.batch}: lower it")
+        parser.error(f"the GPU has no room for --batch {args.batch}: lower it" if "batch" in args else "the GPU has no room for one prompt")
     except (ValueError, OSError, ImportError) as error:
         parser.error(error)
     except KeyboardInterrupt:

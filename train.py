@@ -82,12 +82,14 @@ RECIPES = {
 }
 
 # A 240th of micro-convert's tokens, in a few minutes on two cores: so few must change little but the gates
-LESSON = ["--context_len=4096", "--drills=0", "--gate_start=0.1", "--steps=40", "--batch=1", "--device_batch=1", "--lr=5e-5", "--memory_lr=3e-3", "--log_every=5", "--eval_every=40"]
+LESSON = ["--context_len=4096", "--drills=0", "--gate_start=0.1", "--steps=40", "--batch=1", "--device_batch=1", "--lr=5e-5",
+          "--memory_lr=3e-3", "--log_every=5", "--eval_every=40"]
 
 
 def inner_share(text):
+    """A number above 0 and below 1, where a gate can start."""
     if not 0 < float(text) < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and below 1")
     return float(text)
 
 
@@ -101,7 +103,8 @@ def flags():
     add("--preset", choices=PRESETS, metavar="NAME", help="a new model: " + ", ".join(PRESETS))
     add("--init", metavar="PATH", help="or a model to start from: anything that Transformer.from_pretrained loads")
     add("--memory", choices=["on", "off"], help="the decaying memory: on adds one to an --init without; None: as it is")
-    add("--gate_start", type=inner_share, default=0.5, metavar="G", help="where the gates of a memory start that --init is given, above 0 and below 1")
+    add("--gate_start", type=inner_share, default=0.5, metavar="G", help="where the gates of a memory start that --init is "
+        "given, above 0 and below 1")
     add("--arl", type=int, metavar="TOKENS", help="length that ARL teaches the memory, 0 for none; None: 64 with a memory")
     add("--joint", type=int, default=0, metavar="TOKENS", help="before each dense pass one that sees so many tokens back, as official "
         "RAT+ gives its attention baseline to match ARL's cost (64); 0: none")
@@ -128,7 +131,8 @@ def flags():
     add("--seed", type=int, default=0, help="of weights and data")
     # where, and what is kept
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--compile", choices=["on", "off"], help="torch.compile, and CUDA graphs where one GPU takes a whole --batch at a time; None: on with a GPU")
+    add("--compile", choices=["on", "off"], help="torch.compile, and CUDA graphs where one GPU takes a whole --batch at a time; "
+        "None: on with a GPU")
     backend.add_flag(parser)
     add("--workers", type=int, help="processes that make batches; None: 8 with a GPU, else 0")
     add("--out", default="out", metavar="DIR", help="folder of all runs")

@@ -22,12 +22,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import ablations  # noqa: E402
 import eval_niah  # noqa: E402
 import reproduce  # noqa: E402
 import train  # noqa: E402
 import weights  # noqa: E402
+from experiments import ablations  # noqa: E402
 from model import Transformer  # noqa: E402
 
 MEAN_OF = 20  # steps: the mean before the one that the table names
@@ -51,9 +50,9 @@ def losses(run):
     return {step: {"dense": mean("loss", step), "arl": mean("arl_loss", step)} for step in until}
 
 
-def median_lengths(run):
+def median_lengths(run, device):
     """Median effective length of each layer's channels, in tokens."""
-    model = Transformer.from_pretrained(run, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
+    model = Transformer.from_pretrained(run, torch.float32, device)
     return ablations.lengths(model, ablations.prompts(model, run)).flatten(1).median(1).values.tolist()
 
 
@@ -78,8 +77,9 @@ def run_all(args, rest):
     jobs = [lambda call, g0=g0: call(["train.py", *flags_of(g0, args, rest)], Path(f"{folder_of(g0, args)}.log"))
             for g0 in args.g0 if not reproduce.finished(folder_of(g0, args), flags_of(g0, args, rest))]
     reproduce.spread(jobs, args.per_gpu)
-    found, lengths = {g0: losses(folder_of(g0, args)) for g0 in args.g0}, {g0: median_lengths(folder_of(g0, args)) for g0 in args.g0}
-    made = {g0: eval_niah.training_record(folder_of(g0, args)) for g0 in args.g0}
+    runs = {g0: folder_of(g0, args) for g0 in args.g0}
+    found, made = {g0: losses(run) for g0, run in runs.items()}, {g0: eval_niah.training_record(run) for g0, run in runs.items()}
+    lengths = {g0: median_lengths(run, made[g0]["settings"]["device"]) for g0, run in runs.items()}
     eval_niah.save({"command": eval_niah.command_line(args.argv, "experiments/gate_start.py"), "losses": found, "lengths": lengths,
                     "train": made}, args.json)
     print(f"\n{table(found, lengths)}\n\nresults in {args.json}")

@@ -14,7 +14,6 @@ question picks blocks by mean keys that do not show the needle, and the first by
 
 Plain PyTorch computes, one prompt at a time. Checked in tests/test_moba_question.py.
 """
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +21,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import backend  # noqa: E402
 import eval_niah  # noqa: E402
-import niah  # noqa: E402
 import sparse  # noqa: E402
-from model import Transformer  # noqa: E402
+from experiments import ways  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -51,49 +48,19 @@ def compare(model, tokenizer, examples, method, question):
 
 
 def flags():
-    parser = argparse.ArgumentParser(description="MoBA for the context alone, and for the question alone.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"moba_question.py: {message}\n")
-    add = parser.add_argument
-    add("--ckpt", nargs="+", required=True, metavar="PATH", help="models, as eval_niah.py takes them")
-    add("--method", default="moba:budget=1/8", metavar="METHOD", help="a moba, as eval_niah.py takes it")
-    add("--question", type=eval_niah.positive, default=192, metavar="TOKENS", help="of the prompt, its last ones: the question and an answer prefix (up to 150 bytes in protocol sft, 290 in base)")
-    add("--samples", type=eval_niah.positive, default=50, help="examples per task")
-    add("--seed", type=int, default=0, help="of the examples")
-    add("--device", type=eval_niah.usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--json", default="results/moba_question.json", metavar="FILE", help="all results")
+    parser = ways.flags("moba_question", "MoBA for the context alone, and for the question alone.", "moba:budget=1/8")
+    parser.add_argument("--question", type=eval_niah.positive, default=192, metavar="TOKENS", help="of the prompt, its last ones: the "
+                        "question and an answer prefix (up to 150 bytes in protocol sft, 290 in base)")
     return parser
 
 
 def run(args):
-    backend.use("torch")
-    report = {"command": eval_niah.command_line(args.argv, "experiments/moba_question.py"), "commit": eval_niah.commit(),
-              "device": eval_niah.device_name(args.device), "torch": torch.__version__, "settings": vars(args), "train": {}, "prompts": {}, "scores": {}}
-    for path in args.ckpt:
-        asked = eval_niah.flags().parse_args(["--ckpt", path, "--methods", args.method, f"--samples={args.samples}",
-                                              f"--seed={args.seed}", f"--device={args.device}"])
-        _, tokenizers, methods = eval_niah.prepare(asked)
-        tokenizer, method = next(iter(tokenizers.values())), list(methods)[-1]  # after dense
-        if not isinstance(method, sparse.MoBA):
-            raise ValueError(f"--method {args.method}: it must be a moba, whose prefill is what this is about")
-        tasks = eval_niah.choose_tasks(asked, [tokenizer])
-        model = Transformer.from_pretrained(path, torch.float32, args.device)
-        report["train"][path], report["scores"][path] = eval_niah.training_record(path), {}
-        by_task = report["scores"][path]
-        print(f"{path}, {sparse.name(method)}: RULER's score, %", flush=True)
-        for task, examples in eval_niah.make_examples(asked, tokenizer, tasks).items():
-            e = examples[0]
-            report["prompts"][task] = {"hash": niah.prompt_hash(examples), "keys_from": e.keys_from, "haystack_from": e.haystack_from}
-            by_task[task] = compare(model, tokenizer, examples, method, args.question)
-            print(f"    {niah.TASKS[task].short:6}" + "".join(f"{name:>10}{score[0]:6.1f}" for name, score in by_task[task].items()), flush=True)
-        print("    mean  " + "".join(f"{name:>10}{eval_niah.mean([of[name][0] for of in by_task.values()]):6.1f}"
-                                    for name in ("dense", "moba", "context", "question")))
-        eval_niah.save(report, args.json)  # after each model: the next one takes as long again
-    print(f"results in {args.json}")
+    ways.run("moba_question", args, sparse.MoBA, "a moba, whose prefill is what this is about",
+             lambda *asked: compare(*asked, args.question))
 
 
 def main(argv=None):
-    eval_niah.command(flags(), run, argv, "moba_question.py: interrupted")
+    eval_niah.command(flags(), run, argv, "moba_question.py: interrupted; the models that were finished, if any, are in {json}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ lacks to dense attention is the budget's fault. No method may do this; it takes 
 
 Plain PyTorch computes, as the scores are exchanged inside SnapKV.compress. Checked in tests/test_snapkv_answer.py.
 """
-import argparse
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +19,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import backend  # noqa: E402
 import eval_niah  # noqa: E402
 import niah  # noqa: E402
 import sparse  # noqa: E402
-from model import Transformer  # noqa: E402
+from experiments import ways  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -61,46 +59,17 @@ def compare(model, tokenizer, examples, method, batch=16):
 
 
 def flags():
-    parser = argparse.ArgumentParser(description="SnapKV's choice by the question, and by the question and the gold answer.",
-                                     allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"snapkv_answer.py: {message}\n")
-    add = parser.add_argument
-    add("--ckpt", nargs="+", required=True, metavar="PATH", help="models, as eval_niah.py takes them")
-    add("--method", default="snapkv:budget=1/16", metavar="METHOD", help="a snapkv, as eval_niah.py takes it")
-    add("--samples", type=eval_niah.positive, default=50, help="examples per task")
-    add("--seed", type=int, default=0, help="of the examples")
-    add("--batch", type=eval_niah.positive, default=16, help="prompts at a time")
-    add("--device", type=eval_niah.usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--json", default="results/snapkv_answer.json", metavar="FILE", help="all results")
+    parser = ways.flags("snapkv_answer", "SnapKV's choice by the question, and by the question and the gold answer.", "snapkv:budget=1/16")
+    parser.add_argument("--batch", type=eval_niah.positive, default=16, help="prompts at a time")
     return parser
 
 
 def run(args):
-    backend.use("torch")
-    report = {"command": eval_niah.command_line(args.argv, "experiments/snapkv_answer.py"), "commit": eval_niah.commit(),
-              "device": eval_niah.device_name(args.device), "torch": torch.__version__, "settings": vars(args), "scores": {}}
-    for path in args.ckpt:
-        asked = eval_niah.flags().parse_args(["--ckpt", path, "--methods", args.method, f"--samples={args.samples}",
-                                              f"--seed={args.seed}", f"--device={args.device}"])
-        _, tokenizers, methods = eval_niah.prepare(asked)
-        tokenizer, method = next(iter(tokenizers.values())), list(methods)[-1]  # after dense
-        if not isinstance(method, sparse.SnapKV):
-            raise ValueError(f"--method {args.method}: it must be a snapkv, whose window is what this is about")
-        tasks = eval_niah.choose_tasks(asked, [tokenizer])
-        model = Transformer.from_pretrained(path, torch.float32, args.device)
-        report["scores"][path] = by_task = {}
-        print(f"{path}, {sparse.name(method)}: RULER's score, %", flush=True)
-        for task, examples in eval_niah.make_examples(asked, tokenizer, tasks).items():
-            by_task[task] = compare(model, tokenizer, examples, method, args.batch)
-            print(f"    {niah.TASKS[task].short:6}" + "".join(f"{name:>10}{score[0]:6.1f}" for name, score in by_task[task].items()), flush=True)
-        print("    mean  " + "".join(f"{name:>10}{eval_niah.mean([of[name][0] for of in by_task.values()]):6.1f}"
-                                    for name in ("dense", "question", "answer")))
-    eval_niah.save(report, args.json)
-    print(f"results in {args.json}")
+    ways.run("snapkv_answer", args, sparse.SnapKV, "a snapkv, whose window is what this is about", lambda *asked: compare(*asked, args.batch))
 
 
 def main(argv=None):
-    eval_niah.command(flags(), run, argv, "snapkv_answer.py: interrupted")
+    eval_niah.command(flags(), run, argv, "snapkv_answer.py: interrupted; the models that were finished, if any, are in {json}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,63 @@
+"""
+One method asked in several ways, each model and task: what snapkv_answer.py and moba_question.py have in common.
+
+An experiment gives compare(model, tokenizer, examples, method) -> {way: [mean, low, high] of RULER's score in percent}. The
+table and the JSON, with what a result needs to be compared with another, come from here. Plain PyTorch computes.
+Checked in tests/test_snapkv_answer.py and tests/test_moba_question.py.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import backend  # noqa: E402
+import eval_niah  # noqa: E402
+import niah  # noqa: E402
+import sparse  # noqa: E402
+from model import Transformer  # noqa: E402
+
+
+def flags(name, description, method):
+    """Those of experiments/NAME.py; method: the one it asks if none is named."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{name}.py: {message}\n")
+    add = parser.add_argument
+    add("--ckpt", nargs="+", required=True, metavar="PATH", help="models, as eval_niah.py takes them")
+    add("--method", default=method, metavar="METHOD", help=f"a {method.split(':')[0]}, as eval_niah.py takes it")
+    add("--samples", type=eval_niah.positive, default=50, help="examples per task")
+    add("--seed", type=int, default=0, help="of the examples")
+    add("--device", type=eval_niah.usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--json", default=f"results/{name}.json", metavar="FILE", help="all results")
+    return parser
+
+
+def run(name, args, kind, wanted, compare):
+    """Ask all models, and save after each. ValueError, with the words `wanted`, if --method is not of the class `kind`."""
+    backend.use("torch")
+    report = {"command": eval_niah.command_line(args.argv, f"experiments/{name}.py"), "commit": eval_niah.commit(),
+              "device": eval_niah.device_name(args.device), "torch": torch.__version__, "settings": vars(args),
+              "train": {}, "prompts": {}, "scores": {}}
+    for path in args.ckpt:
+        asked = eval_niah.flags().parse_args(["--ckpt", path, "--methods", args.method, f"--samples={args.samples}",
+                                              f"--seed={args.seed}", f"--device={args.device}"])
+        _, tokenizers, methods = eval_niah.prepare(asked)
+        tokenizer, method = next(iter(tokenizers.values())), list(methods)[-1]  # after dense
+        if not isinstance(method, kind):
+            raise ValueError(f"--method {args.method}: it must be {wanted}")
+        tasks = eval_niah.choose_tasks(asked, [tokenizer])
+        model, scores, prompts = Transformer.from_pretrained(path, torch.float32, args.device), {}, {}
+        print(f"{path}, {sparse.name(method)}: RULER's score, %", flush=True)
+        for task, examples in eval_niah.make_examples(asked, tokenizer, tasks).items():
+            prompts[task] = {"hash": niah.prompt_hash(examples), "keys_from": examples[0].keys_from, "haystack_from": examples[0].haystack_from}
+            scores[task] = compare(model, tokenizer, examples, method)
+            print(line(niah.TASKS[task].short, {way: score[0] for way, score in scores[task].items()}), flush=True)
+        print(line("mean", {way: eval_niah.mean([of[way][0] for of in scores.values()]) for way in scores[task]}), flush=True)
+        report["train"][path], report["prompts"][path], report["scores"][path] = eval_niah.training_record(path), prompts, scores
+        eval_niah.save(report, args.json)
+    print(f"results in {args.json}")
+
+
+def line(title, scores):
+    return f"    {title:6}" + "".join(f"{way:>10}{score:6.1f}" for way, score in scores.items())
