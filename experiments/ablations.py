@@ -1,5 +1,5 @@
 """
-What the memory needs, one line each: six models made alike (reproduce.py's memory arm) but for one thing, and asked alike.
+What the memory needs, one line each: models made alike (reproduce.py's memory arm) but for one thing, and asked alike.
 
     memory        k~[t] = g[t] k~[t-1] + (1 - g[t]) k[t], v~ alike, g[t] = sigmoid(gate(x[t])): Eq. 1, trained with ARL
     no-arl        the same, trained without ARL's pass
@@ -8,8 +8,9 @@ What the memory needs, one line each: six models made alike (reproduce.py's memo
     head-gate     one g[t] for all channels of a KV head
     fixed-decay   g = 1 - 1/L, whatever the input: the heads' L spread from 1 to ARL's length, as in RetNet (arXiv 2307.08621)
 
-    python experiments/ablations.py                          train and compare all, --per_gpu at a time on each visible GPU
-    python experiments/ablations.py --variant keys-only      one of them; flags not known here go to train.py
+    python experiments/ablations.py --seeds 0 1 2            train and compare all, --per_gpu at a time on each visible GPU
+    python experiments/ablations.py --run keys-only-0        one of them, here; flags not known to this file go to train.py
+    python experiments/ablations.py --variants               none: the table of what is in results/ablations
     python experiments/ablations.py --lengths CKPT           how far back each channel of a trained memory reaches
     python experiments/ablations.py --lm_loss CKPT CKPT      loss on text that training never saw
 
@@ -23,6 +24,7 @@ import importlib
 import inspect
 import json
 import re
+import statistics
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,79 +95,127 @@ def changed(variant, length):
         Attention.gate, Attention.remember = plain_gate, plain_remember
 
 
-# ---------------------------------------------------------------- one variant: train, evaluate
+# ---------------------------------------------------------------- one run: train, evaluate
 
-def folder_of(variant, args):
-    return Path(args.out) / f"ablation-{variant}-{args.seed}"
+def named(text):
+    """A flag's run, VARIANT-SEED: (variant, seed)."""
+    variant, _, seed = text.rpartition("-")
+    if variant not in VARIANTS or not seed.isdigit():
+        raise argparse.ArgumentTypeError(f"{text} is no run: VARIANT-SEED, of {', '.join(VARIANTS)}")
+    return variant, int(seed)
 
 
-def stages_of(variant, args, rest):
+def folder_of(variant, seed, args):
+    return Path(args.out) / f"ablation-{variant}-{seed}"
+
+
+def result_of(variant, seed, args):
+    return Path(args.results) / f"{variant}-{seed}.json"
+
+
+def stages_of(variant, seed, args, rest):
     """{folder: flags of train.py}: reproduce.py's memory arm. Ours come last and win: no two variants share a folder."""
-    ours = ["--memory=on", f"--seed={args.seed}", *(["--arl=0"] if variant == "no-arl" else [])]
-    return reproduce.stages(folder_of(variant, args), ["--recipe=micro"], [*rest, *ours])
+    ours = ["--memory=on", f"--seed={seed}", *(["--arl=0"] if variant == "no-arl" else [])]
+    return reproduce.stages(folder_of(variant, seed, args), ["--recipe=micro"], [*rest, *ours])
 
 
-def run_variant(variant, args, rest):
+def check(variant, seed, args, rest):
+    """ValueError for a flag that this run cannot have. -> tokens that its pretraining's ARL teaches"""
+    pretraining, _ = map(train.parse, stages_of(variant, seed, args, rest).values())
+    with changed(variant, pretraining.arl):
+        return pretraining.arl
+
+
+def run_one(variant, seed, args, rest):
     """
-    Train and evaluate. -> what the table and the JSON tell of it, also in ablation.json beside the run's checkpoints.
+    Train and evaluate, unless it is done. What the table tells of it is in its result, with how it was made.
     One call per process: what torch.compile has made of a variant's layers would not change with the next one's.
     """
-    stages, run = stages_of(variant, args, rest), folder_of(variant, args)
-    pretraining, _ = map(train.parse, stages.values())
-    with changed(variant, pretraining.arl):
-        for folder, flags in stages.items():
-            if reproduce.finished(folder, flags):
-                print(f"{folder}: trained already")
-            else:
+    run, result, arl = folder_of(variant, seed, args), result_of(variant, seed, args), check(variant, seed, args, rest)
+    with changed(variant, arl):
+        for folder, flags in stages_of(variant, seed, args, rest).items():
+            if not reproduce.finished(folder, flags):
+                result.unlink(missing_ok=True)  # of another model, then
                 train.train(train.parse(flags))
+        if (record := read(result)) and record["eval"]["settings"]["samples"] == args.samples:
+            print(f"{run}: done already, {result}")
+            return
         gc.collect()  # the training's CUDA graphs, and their memory
-        checkpoint, device = weights.resolve(run), pretraining.device
+        checkpoint = weights.resolve(run)
+        made = json.loads((checkpoint / "train.json").read_text())
+        device = made["settings"]["device"]
         # --kernels=torch: Triton's decoding step goes past Attention.remember and has a memory of both k and v in one kernel,
         # whatever the variant. Training may use Triton: there remember, ours, is what calls its memory_scan
-        eval_niah.main(["--ckpt", str(run), f"--samples={args.samples}", f"--device={device}", "--kernels=torch",
-                        f"--out={run / 'niah'}", f"--json={run / 'niah.json'}"])
+        eval_niah.main(["--ckpt", str(run), f"--samples={args.samples}", f"--batch={args.batch}", f"--device={device}",
+                        "--kernels=torch", f"--out={run / 'niah'}", f"--json={run / 'niah.json'}"])
         model = Transformer.from_pretrained(checkpoint, torch.float32, device)
         median_length = lengths(model, prompts(model, checkpoint)).median().item()
     report = json.loads((run / "niah.json").read_text())
-    found, scores = eval_niah.lookup(report["results"]), {}
+    rows, scores = eval_niah.lookup(report["results"]), {}
     for method in report["settings"]["methods"]:
-        rows = found[run.name, method]
-        mean, half = eval_niah.mean_of_tasks(rows, "ruler")
-        scores[method] = {"mean": mean, "half": half, "tasks": {row["task"]: row["ruler"] for row in rows}}
-    record = {"variant": variant, "scores": scores, "median_length": median_length, "checkpoint": str(checkpoint),
-              "train": json.loads((checkpoint / "train.json").read_text()),
-              "eval": {key: report[key] for key in ("commit", "device", "torch", "settings")}}
-    eval_niah.save(record, run / "ablation.json")
-    return record
+        of_tasks = {row["task"]: row["ruler"] for row in rows[run.name, method]}
+        scores[method] = {"mean": eval_niah.mean(score[0] for score in of_tasks.values()), "tasks": of_tasks}
+    save(result, args.argv, {"variant": variant, "seed": seed, "scores": scores, "median_length": median_length,
+                             "prompts": {row["task"]: row["prompts"] for row in report["results"]}, "checkpoint": str(checkpoint),
+                             "train": made, "eval": {key: report[key] for key in ("commit", "device", "torch", "settings")}})
 
 
-def table(records):
-    cells = lambda words: "".join(f"{word:>7}" for word in words)
-    lines = [f"{'':12}{cells(['dense', 'quest', '', '', 'moba', '', '', 'snapkv', '', ''])}{'median':>9}",
-             f"{'':12}{cells(['', *eval_niah.BUDGETS * 3])}{'length':>9}"]
-    for record in records:
-        means = [of["mean"] for of in record["scores"].values()]
-        lines.append(f"{record['variant']:12}{cells(f'{mean:.1f}' for mean in means)}{record['median_length']:9.1f}")
-    most = max(of["half"] for record in records for of in record["scores"].values())
-    return "\n".join([*lines, f"RULER's score, %, mean of tasks, ±{most:.1f} or less (95 %, by the examples; training adds to it)",
-                      "length: tokens that a channel's memory averages over, median of all channels"])
-
-
-# ---------------------------------------------------------------- all of them
+# ---------------------------------------------------------------- all of them, and the table
 
 def run_all(args, rest):
-    """A process for each variant, then the table. ValueError as soon as one fails."""
-    variants, script = list(dict.fromkeys(args.variants)), "experiments/ablations.py"
-    for variant in variants:
-        pretraining, _ = map(train.parse, stages_of(variant, args, rest).values())
-        with changed(variant, pretraining.arl):
-            pass  # a wrong flag is known now
-    flags = [f"--seed={args.seed}", f"--samples={args.samples}", f"--out={args.out}", *rest]
-    reproduce.spread([lambda call, v=v: call([script, f"--variant={v}", *flags], folder_of(v, args).with_suffix(".log")) for v in variants],
+    """A process for each run, then the table of all results that are there. ValueError as soon as one fails."""
+    runs = [(variant, seed) for seed in dict.fromkeys(args.seeds) for variant in dict.fromkeys(args.variants)]
+    for variant, seed in runs:
+        check(variant, seed, args, rest)  # a wrong flag is known now
+    flags = [f"--samples={args.samples}", f"--batch={args.batch}", f"--out={args.out}", f"--results={args.results}", *rest]
+    reproduce.spread([lambda call, v=variant, s=seed: call(["experiments/ablations.py", f"--run={v}-{s}", *flags],
+                                                           folder_of(v, s, args).with_suffix(".log")) for variant, seed in runs],
                      args.per_gpu)
-    records = [json.loads((folder_of(variant, args) / "ablation.json").read_text()) for variant in variants]
-    save(args.json, args.argv, {"device": records[0]["eval"]["device"], "seed": args.seed, "samples": args.samples, "variants": records})
-    print(f"\n{table(records)}\n\nresults in {args.json}")
+    found = read_all(args)
+    if not found:
+        raise ValueError(f"{args.results} holds no result: name --variants to make some")
+    print(f"\n{table(found)}\n\nof {args.results}")
+
+
+def read(file):
+    """A run's record, or None where none is yet."""
+    if not file.exists():
+        return None
+    try:
+        record = json.loads(file.read_text())
+        record["seed"], record["scores"], record["prompts"], record["median_length"]
+        return record
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no result of ablations.py ({error}): delete it") from None
+
+
+def read_all(args):
+    """{variant: {seed: record}} of what is there. ValueError if not all were asked the same prompts under the same methods."""
+    found, first = {}, None
+    for variant in VARIANTS:
+        for file in sorted(Path(args.results).glob(f"{variant}-*.json")):
+            record = read(file)
+            asked = record["prompts"], list(record["scores"])
+            first = first or asked
+            if asked != first:
+                raise ValueError(f"{file} was asked otherwise than the first result there: delete one of them, and run again")
+            found.setdefault(variant, {})[record["seed"]] = record
+    return found
+
+
+def table(found):
+    """A line per variant: means over its seeds."""
+    cells = lambda words: "".join(f"{word:>7}" for word in words)
+    lines = [f"{'':12}{'seeds':>7}{cells(['dense', 'quest', '', '', 'moba', '', '', 'snapkv', '', ''])}{'spread':>8}{'length':>8}",
+             f"{'':19}{cells(['', *eval_niah.BUDGETS * 3])}"]
+    for variant, records in found.items():
+        by_method = reproduce.transpose([{m: of["mean"] for m, of in record["scores"].items()} for record in records.values()])
+        means = [f"{statistics.fmean(values):.1f}" for values in by_method.values()]
+        spread = f"{max(map(statistics.stdev, by_method.values())):.1f}" if len(records) > 1 else ""
+        length = statistics.fmean(record["median_length"] for record in records.values())
+        lines.append(f"{variant:12}{len(records):7}{cells(means)}{spread:>8}{length:8.1f}")
+    return "\n".join([*lines, "RULER's score, %: mean of tasks and of seeds. spread: the largest standard deviation over seeds in a row",
+                      "length: tokens that a channel's memory averages over, median of all channels"])
 
 
 # ---------------------------------------------------------------- how far back a memory reaches
@@ -298,17 +348,18 @@ def flags():
     parser.error = lambda message: parser.exit(2, f"ablations.py: {message}\n")
     add = parser.add_argument
     # what to do; with none of these: train and compare --variants
-    add("--variant", choices=VARIANTS, metavar="NAME", help="this one alone, in this process, on its first GPU")
+    add("--run", type=named, metavar="VARIANT-SEED", help="this one alone, in this process, on its first GPU")
     add("--lengths", metavar="CKPT", help="effective length of each channel of this model, as a table, results/lengths.json and .png")
     add("--lm_loss", nargs="+", metavar="CKPT", help="these models' loss on Python's docstrings, in nats per token, also in results/lm-loss.json")
     # of what
-    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
-    add("--seed", type=int, default=0, help="of weights and training data; the evaluation's examples are always the same")
+    add("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=f"{', '.join(VARIANTS)}; none: only the table")
+    add("--seeds", nargs="+", type=int, default=[0], help="of weights and training data; the evaluation's examples are always the same")
     add("--samples", type=eval_niah.positive, default=100, help="examples per task")
-    add("--per_gpu", type=eval_niah.positive, default=1, metavar="RUNS", help="variants at a time on each GPU")
+    add("--batch", type=eval_niah.positive, default=64, help="prompts at a time in the evaluation")
+    add("--per_gpu", type=eval_niah.positive, default=1, metavar="RUNS", help="runs at a time on each GPU")
     # where to
-    add("--out", default="out/ablations", metavar="DIR", help="folder of the runs, ablation-NAME-SEED; one that is there goes on")
-    add("--json", default="results/ablations.json", metavar="FILE", help="all results of --variants")
+    add("--out", default="out/ablations", metavar="DIR", help="folder of the runs, ablation-VARIANT-SEED; one that is there goes on")
+    add("--results", default="results/ablations", metavar="DIR", help="where the JSON of each run goes; the table is made of all that are there")
     return parser
 
 
@@ -323,8 +374,8 @@ def main(argv=None):
             show_lengths(args.lengths, args.argv)
         if args.lm_loss:
             show_lm_loss(args.lm_loss, args.argv)
-        if args.variant:
-            print("\n" + table([run_variant(args.variant, args, rest)]))
+        if args.run:
+            run_one(*args.run, args, rest)
         elif not (args.lengths or args.lm_loss):
             run_all(args, rest)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

@@ -199,19 +199,19 @@ def small_run(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "micro", TINY)
     monkeypatch.setattr(eval_niah, "METHODS", ["quest:budget=1/4", "snapkv:budget=1/4"])
     monkeypatch.chdir(tmp_path)
-    return lambda *flags: ablations.main(["--variant=fixed-decay", "--samples=1", *RUN, "--steps=2", "--save_every=1", *flags])
+    return lambda *flags: ablations.main(["--run=fixed-decay-0", "--samples=1", *RUN, "--steps=2", "--save_every=1", *flags])
 
 
 def test_a_variant_is_trained_once_as_itself_and_evaluated(small_run, monkeypatch, capsys):
     """Training without the change, evaluation of something else, a finished run trained again, one that cannot go on."""
     small_run()
-    assert "fixed-decay" in capsys.readouterr().out
-    run = Path("out/ablations/ablation-fixed-decay-0")
-    record = json.loads((run / "ablation.json").read_text())
+    run, result = Path("out/ablations/ablation-fixed-decay-0"), Path("results/ablations/fixed-decay-0.json")
+    record = json.loads(result.read_text())
+    assert record["command"] == "python experiments/ablations.py --run=fixed-decay-0 --samples=1 " + " ".join(RUN) + " --steps=2 --save_every=1"
     assert record["train"]["settings"]["seed"] == 0 and {"command", "commit", "device", "torch"} <= record["train"].keys()
     assert record["eval"]["settings"]["kernels"] == "torch" and record["eval"]["settings"]["samples"] == 1
     assert list(record["scores"]) == ["dense", "quest:budget=1/4,block_size=8", "snapkv:budget=1/4,window=8,kernel=15"]
-    assert record["scores"]["dense"]["tasks"].keys() == {"niah_single_1"}
+    assert record["scores"]["dense"]["tasks"].keys() == {"niah_single_1"} == record["prompts"].keys()
     assert record["median_length"] == pytest.approx(1)  # of lengths 1 and 16, the lower
     model, new = Transformer.from_pretrained(run), train.make_model(train.parse(["--memory=on", "--recipe=micro", *RUN]))
     trained, untrained = model.layers[0].self_attn, new.layers[0].self_attn
@@ -224,12 +224,17 @@ def test_a_variant_is_trained_once_as_itself_and_evaluated(small_run, monkeypatc
         with ablations.loaded(path):
             assert Attention.gate is not ablations.plain_gate
     shutil.rmtree(run / "step_0000002")
-    small_run()  # goes on after step 1, though AdamW has no state of the gate
+    result.write_text(json.dumps(record | {"median_length": "of another model"}))
+    small_run()  # goes on after step 1, though AdamW has no state of the gate, and is asked again
+    assert json.loads(result.read_text())["median_length"] == pytest.approx(1)
     monkeypatch.setattr(train, "train", lambda args: pytest.fail("trained again"))
-    small_run()
+    small_run("--samples=2")
+    assert json.loads(result.read_text())["eval"]["settings"]["samples"] == 2
+    monkeypatch.setattr(eval_niah, "main", lambda argv: pytest.fail("evaluated again"))
+    small_run("--samples=2")
     with pytest.raises(SystemExit) as end:  # a run of other flags is not this one
         small_run("--lr=1e-5")
-    assert end.value.code == 2 and "--lr" in capsys.readouterr().err
+    assert end.value.code == 2 and "--lr" in capsys.readouterr().err and result.exists()
 
 
 def test_lengths_and_lm_loss_of_a_checkpoint(tmp_path, monkeypatch, capsys):
@@ -264,36 +269,61 @@ def test_all_variants_stop_at_the_first_that_fails(tmp_path, monkeypatch, capsys
     assert "nowhere.txt" in line and not Path("out/ablations/ablation-memory-0.log").exists() and not Path("results").exists()
 
 
-def test_all_variants_make_one_table_and_one_file(tmp_path, monkeypatch, capsys):
-    """A row under another variant's name, or a JSON that does not say how it was made."""
+def written(variant, seed, score, prompts="a hash"):
+    scores = {method: {"mean": score, "tasks": {}} for method in ["dense", *eval_niah.METHODS]}
+    eval_niah.save({"seed": seed, "scores": scores, "median_length": 7.0, "prompts": {"niah_single_1": prompts}},
+                   f"results/ablations/{variant}-{seed}.json")
+
+
+def test_all_runs_make_one_table(tmp_path, monkeypatch, capsys):
+    """A row under another variant's name, seeds that are left out or run twice, results that were there and are not told."""
     monkeypatch.chdir(tmp_path)
     made = []
 
     class Process:  # in place of a run
         def __init__(self, command, **_):
-            variant = command[2].removeprefix("--variant=")
-            made.append(variant)
-            scores = {method: {"mean": 10.0 * len(made), "half": 1.5, "tasks": {}} for method in ["dense", *eval_niah.METHODS]}
-            eval_niah.save({"variant": variant, "scores": scores, "median_length": 7.0, "eval": {"device": "abacus"}},
-                           f"out/ablations/ablation-{variant}-3/ablation.json")
+            made.append(command[2].removeprefix("--run="))
+            variant, seed = ablations.named(made[-1])
+            written(variant, seed, 10.0 * len(made))
 
         def wait(self):
             return 0
     monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(Popen=Process))
-    ablations.main(["--variants", "no-arl", "memory", "--seed=3", "--json=a.json", *RUN])
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [row for row in rows if row[1:2] == ["10.0"]] == [["no-arl", *["10.0"] * 10, "7.0"]]
-    assert [row for row in rows if row[1:2] == ["20.0"]] == [["memory", *["20.0"] * 10, "7.0"]]
-    report = json.loads(Path("a.json").read_text())
-    assert made == ["no-arl", "memory"] == [record["variant"] for record in report["variants"]]
-    assert {"command", "commit", "torch"} <= report.keys() and report["seed"] == 3 and report["device"] == "abacus"
+    written("values-only", 0, 90.0)
+    ablations.main(["--variants", "no-arl", "memory", "--seeds", "3", "1", "3", *RUN])
+    rows = {row[0]: row[1:] for row in map(str.split, capsys.readouterr().out.splitlines()) if row}
+    assert made == ["no-arl-3", "memory-3", "no-arl-1", "memory-1"]
+    assert rows["no-arl"] == ["2", *["20.0"] * 10, "14.1", "7.0"] and rows["memory"] == ["2", *["30.0"] * 10, "14.1", "7.0"]
+    assert rows["values-only"] == ["1", *["90.0"] * 10, "7.0"]
+    ablations.main(["--variants"])  # the table again, and nothing else
+    assert "30.0" in capsys.readouterr().out and len(made) == 4
+
+
+def test_results_that_make_no_table_are_refused(tmp_path, monkeypatch, capsys):
+    """None at all, one of other prompts, a foreign file: the line must say which, and how to go on."""
+    monkeypatch.chdir(tmp_path)
+
+    def refused():
+        with pytest.raises(SystemExit) as end:
+            ablations.main(["--variants"])
+        line = capsys.readouterr().err
+        assert end.value.code == 2 and line.count("\n") == 1, line
+        return line
+    assert "--variants" in refused()
+    written("memory", 0, 1.0)
+    written("no-arl", 0, 1.0, "other prompts")
+    assert "no-arl-0.json" in refused()
+    Path("results/ablations/memory-0.json").write_text("{}")
+    assert "memory-0.json" in refused()
 
 
 @pytest.mark.parametrize("argv, words", [
     (["--frobnicate"], "--frobnicate"),
     (["--variants", "valuesonly"], "valuesonly"),
     (["--variants", "fixed-decay", "--steps=0"], "--steps"),
-    (["--variant", "fixed-decay", "--arl=0"], "--arl"),
+    (["--run", "fixed-decay"], "fixed-decay"),
+    (["--run", "decay-0"], "decay-0"),
+    (["--run", "fixed-decay-0", "--arl=0"], "--arl"),
     (["--variants", "memory", "fixed-decay", "--arl=0"], "--arl"),
     (["--samples=0"], "--samples"),
     (["--lengths", "nowhere"], "nowhere"),
