@@ -62,6 +62,7 @@ OTHERS = ["quest:budget=1/64,block_size=16", "moba:budget=1/4,block_size=128", "
           *(f"dilated:dilation={d},local=64,initial=4" for d in (4, 16, 64)),
           "dilated:dilation=none,local=1019,initial=4"]  # StreamingLLM: 1,024 entries, the query's own included
 BRIEF = "joint", "long", *LATER  # arms that are asked NINE alone
+CONTROLS = "joint", "long", "continued"  # in the tables, not in the plots
 
 
 # ---------------------------------------------------------------- one run
@@ -320,7 +321,10 @@ def markdown(summary, found):
 
 
 def plots(found, folder):
-    """accuracy.png: score by budget, a row per method and a column per task. hits.png: hit rates by rank of the head."""
+    """
+    Of the arms that are no controls. accuracy.png: score by budget, a row per method and a column per task.
+    hits.png: hit rates by rank of the head.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -328,6 +332,9 @@ def plots(found, folder):
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    found = {arm: reports for arm, reports in found.items() if arm not in CONTROLS}
+    if not found:
+        return
     report = first_report(found)
     kinds, tasks = ("quest", "moba", "snapkv"), list(dict.fromkeys(row["task"] for row in report["results"]))
     nine = [method for method in report["settings"]["methods"] if method != "dense"]

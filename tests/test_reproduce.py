@@ -103,12 +103,14 @@ def test_brief_arms_alone_make_a_summary_without_hypotheses(folder):
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
     brief = report(70, 0)
     brief["results"] = [row | {"hits": None} for row in brief["results"] if row["random"] is None]
-    found = {"long": {0: brief | {"train": record(40, "micro", None)}}}
-    text = reproduce.markdown(reproduce.summarise(found), found)
-    assert "H1" not in text and "H2" not in text and f"| {SIZED[0]} | 70.0 |\n" in text
-    (folder / "hits.png").unlink(missing_ok=True)
-    reproduce.plots(found, folder)
-    assert not (folder / "hits.png").exists() and (folder / "accuracy.png").exists()
+    for arm, drawn in ("converted", True), ("long", False):  # a control is in the table only
+        found = {arm: {0: brief | {"train": record(40, "micro", None)}}}
+        text = reproduce.markdown(reproduce.summarise(found), found)
+        assert "H1" not in text and "H2" not in text and f"| {SIZED[0]} | 70.0 |\n" in text
+        for plot in "hits.png", "accuracy.png":
+            (folder / plot).unlink(missing_ok=True)
+        reproduce.plots(found, folder)
+        assert not (folder / "hits.png").exists() and (folder / "accuracy.png").exists() == drawn
 
 
 def test_arms_that_are_asked_less_leave_cells_empty(folder):
