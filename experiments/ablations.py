@@ -105,6 +105,13 @@ def named(text):
     return variant, int(seed)
 
 
+def natural(text):
+    """A flag's seed, at least 0: a minus would read as a part of the run's name."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 on")
+    return int(text)
+
+
 def folder_of(variant, seed, args):
     return Path(args.out) / f"ablation-{variant}-{seed}"
 
@@ -120,33 +127,35 @@ def stages_of(variant, seed, args, rest):
 
 
 def check(variant, seed, args, rest):
-    """ValueError for a flag that this run cannot have. -> tokens that its pretraining's ARL teaches"""
-    pretraining, _ = map(train.parse, stages_of(variant, seed, args, rest).values())
-    with changed(variant, pretraining.arl):
-        return pretraining.arl
+    """ValueError for a flag that this run cannot have. -> its two stages' settings"""
+    for word in rest:
+        if word.split("=")[0] in ("--seed", "--memory", "--name"):
+            raise ValueError(f"{word}: each run has its own, told by --run or --variants and --seeds")
+    settings = [train.parse(flags) for flags in stages_of(variant, seed, args, rest).values()]
+    with changed(variant, settings[0].arl):
+        return settings
 
 
 def run_one(variant, seed, args, rest):
     """
-    Train and evaluate, unless it is done. What the table tells of it is in its result, with how it was made.
-    One call per process: what torch.compile has made of a variant's layers would not change with the next one's.
+    Train and evaluate, unless that is done: with checkpoints in --out, and a result that is theirs. It holds what the table
+    tells, and how it was made. One call per process: what torch.compile has made of a variant's layers would not change with
+    the next one's.
     """
-    run, result, arl = folder_of(variant, seed, args), result_of(variant, seed, args), check(variant, seed, args, rest)
-    with changed(variant, arl):
+    run, result, settings = folder_of(variant, seed, args), result_of(variant, seed, args), check(variant, seed, args, rest)
+    with changed(variant, settings[0].arl):
         for folder, flags in stages_of(variant, seed, args, rest).items():
             if not reproduce.finished(folder, flags):
-                result.unlink(missing_ok=True)  # of another model, then
                 train.train(train.parse(flags))
-        if (record := read(result)) and record["eval"]["settings"]["samples"] == args.samples:
+        checkpoint, device = weights.resolve(run), settings[1].device
+        made, record = json.loads((checkpoint / "train.json").read_text()), read(result)
+        if record and record["train"] == made and record["eval"]["settings"]["samples"] == args.samples:
             print(f"{run}: done already, {result}")
             return
         gc.collect()  # the training's CUDA graphs, and their memory
-        checkpoint = weights.resolve(run)
-        made = json.loads((checkpoint / "train.json").read_text())
-        device = made["settings"]["device"]
         # --kernels=torch: Triton's decoding step goes past Attention.remember and has a memory of both k and v in one kernel,
         # whatever the variant. Training may use Triton: there remember, ours, is what calls its memory_scan
-        eval_niah.main(["--ckpt", str(run), f"--samples={args.samples}", f"--batch={args.batch}", f"--device={device}",
+        eval_niah.main(["--ckpt", str(run), f"--samples={args.samples}", f"--batch={args.eval_batch}", f"--device={device}",
                         "--kernels=torch", f"--out={run / 'niah'}", f"--json={run / 'niah.json'}"])
         model = Transformer.from_pretrained(checkpoint, torch.float32, device)
         median_length = lengths(model, prompts(model, checkpoint)).median().item()
@@ -158,6 +167,7 @@ def run_one(variant, seed, args, rest):
     save(result, args.argv, {"variant": variant, "seed": seed, "scores": scores, "median_length": median_length,
                              "prompts": {row["task"]: row["prompts"] for row in report["results"]}, "checkpoint": str(checkpoint),
                              "train": made, "eval": {key: report[key] for key in ("commit", "device", "torch", "settings")}})
+    print(f"result in {result}")
 
 
 # ---------------------------------------------------------------- all of them, and the table
@@ -167,7 +177,13 @@ def run_all(args, rest):
     runs = [(variant, seed) for seed in dict.fromkeys(args.seeds) for variant in dict.fromkeys(args.variants)]
     for variant, seed in runs:
         check(variant, seed, args, rest)  # a wrong flag is known now
-    flags = [f"--samples={args.samples}", f"--batch={args.batch}", f"--out={args.out}", f"--results={args.results}", *rest]
+    if rest and not runs:
+        raise ValueError(f"{rest[0]} means nothing to a table: name --variants to train")
+    for variant, records in read_all(args).items():
+        for seed, record in records.items():
+            if runs and (variant, seed) not in runs and record["eval"]["settings"]["samples"] != args.samples:
+                raise ValueError(f"{result_of(variant, seed, args)} was asked other --samples: a table of both would compare nothing")
+    flags = [f"--samples={args.samples}", f"--eval_batch={args.eval_batch}", f"--out={args.out}", f"--results={args.results}", *rest]
     reproduce.spread([lambda call, v=variant, s=seed: call(["experiments/ablations.py", f"--run={v}-{s}", *flags],
                                                            folder_of(v, s, args).with_suffix(".log")) for variant, seed in runs],
                      args.per_gpu)
@@ -183,7 +199,7 @@ def read(file):
         return None
     try:
         record = json.loads(file.read_text())
-        record["seed"], record["scores"], record["prompts"], record["median_length"]
+        record["scores"], record["prompts"], record["median_length"], record["train"], record["eval"]["settings"]["samples"]
         return record
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no result of ablations.py ({error}): delete it") from None
@@ -194,12 +210,14 @@ def read_all(args):
     found, first = {}, None
     for variant in VARIANTS:
         for file in sorted(Path(args.results).glob(f"{variant}-*.json")):
+            seed = file.stem.removeprefix(f"{variant}-")
+            if not seed.isdigit():
+                continue
             record = read(file)
-            asked = record["prompts"], list(record["scores"])
-            first = first or asked
-            if asked != first:
-                raise ValueError(f"{file} was asked otherwise than the first result there: delete one of them, and run again")
-            found.setdefault(variant, {})[record["seed"]] = record
+            first = first or (file, record)
+            if record["prompts"] != first[1]["prompts"] or list(record["scores"]) != list(first[1]["scores"]):
+                raise ValueError(f"{file} was asked otherwise than {first[0]}: delete one of them, and run again")
+            found.setdefault(variant, {})[int(seed)] = record
     return found
 
 
@@ -353,9 +371,9 @@ def flags():
     add("--lm_loss", nargs="+", metavar="CKPT", help="these models' loss on Python's docstrings, in nats per token, also in results/lm-loss.json")
     # of what
     add("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=f"{', '.join(VARIANTS)}; none: only the table")
-    add("--seeds", nargs="+", type=int, default=[0], help="of weights and training data; the evaluation's examples are always the same")
+    add("--seeds", nargs="+", type=natural, default=[0], help="of weights and training data; the evaluation's examples are always the same")
     add("--samples", type=eval_niah.positive, default=100, help="examples per task")
-    add("--batch", type=eval_niah.positive, default=64, help="prompts at a time in the evaluation")
+    add("--eval_batch", type=eval_niah.positive, default=64, help="prompts at a time in the evaluation")
     add("--per_gpu", type=eval_niah.positive, default=1, metavar="RUNS", help="runs at a time on each GPU")
     # where to
     add("--out", default="out/ablations", metavar="DIR", help="folder of the runs, ablation-VARIANT-SEED; one that is there goes on")

@@ -208,7 +208,7 @@ def test_a_variant_is_trained_once_as_itself_and_evaluated(small_run, monkeypatc
     run, result = Path("out/ablations/ablation-fixed-decay-0"), Path("results/ablations/fixed-decay-0.json")
     record = json.loads(result.read_text())
     assert record["command"] == "python experiments/ablations.py --run=fixed-decay-0 --samples=1 " + " ".join(RUN) + " --steps=2 --save_every=1"
-    assert record["train"]["settings"]["seed"] == 0 and {"command", "commit", "device", "torch"} <= record["train"].keys()
+    assert record["train"]["settings"]["seed"] == 0 and record["train"]["settings"]["batch"] == 2 and {"command", "commit", "device", "torch"} <= record["train"].keys()
     assert record["eval"]["settings"]["kernels"] == "torch" and record["eval"]["settings"]["samples"] == 1
     assert list(record["scores"]) == ["dense", "quest:budget=1/4,block_size=8", "snapkv:budget=1/4,window=8,kernel=15"]
     assert record["scores"]["dense"]["tasks"].keys() == {"niah_single_1"} == record["prompts"].keys()
@@ -224,7 +224,7 @@ def test_a_variant_is_trained_once_as_itself_and_evaluated(small_run, monkeypatc
         with ablations.loaded(path):
             assert Attention.gate is not ablations.plain_gate
     shutil.rmtree(run / "step_0000002")
-    result.write_text(json.dumps(record | {"median_length": "of another model"}))
+    result.write_text(json.dumps(record | {"median_length": "of another model"}))  # its train.json differs in the time it took
     small_run()  # goes on after step 1, though AdamW has no state of the gate, and is asked again
     assert json.loads(result.read_text())["median_length"] == pytest.approx(1)
     monkeypatch.setattr(train, "train", lambda args: pytest.fail("trained again"))
@@ -271,8 +271,8 @@ def test_all_variants_stop_at_the_first_that_fails(tmp_path, monkeypatch, capsys
 
 def written(variant, seed, score, prompts="a hash"):
     scores = {method: {"mean": score, "tasks": {}} for method in ["dense", *eval_niah.METHODS]}
-    eval_niah.save({"seed": seed, "scores": scores, "median_length": 7.0, "prompts": {"niah_single_1": prompts}},
-                   f"results/ablations/{variant}-{seed}.json")
+    eval_niah.save({"scores": scores, "median_length": 7.0, "prompts": {"niah_single_1": prompts}, "train": {},
+                    "eval": {"settings": {"samples": 100}}}, f"results/ablations/{variant}-{seed}.json")
 
 
 def test_all_runs_make_one_table(tmp_path, monkeypatch, capsys):
@@ -297,6 +297,9 @@ def test_all_runs_make_one_table(tmp_path, monkeypatch, capsys):
     assert rows["values-only"] == ["1", *["90.0"] * 10, "7.0"]
     ablations.main(["--variants"])  # the table again, and nothing else
     assert "30.0" in capsys.readouterr().out and len(made) == 4
+    with pytest.raises(SystemExit):  # the results that are there are not of two samples a task
+        ablations.main(["--variants", "head-gate", "--samples=2", *RUN])
+    assert "--samples" in capsys.readouterr().err and len(made) == 4
 
 
 def test_results_that_make_no_table_are_refused(tmp_path, monkeypatch, capsys):
@@ -322,6 +325,10 @@ def test_results_that_make_no_table_are_refused(tmp_path, monkeypatch, capsys):
     (["--variants", "valuesonly"], "valuesonly"),
     (["--variants", "fixed-decay", "--steps=0"], "--steps"),
     (["--run", "fixed-decay"], "fixed-decay"),
+    (["--run", "memory-0", "--seed=3"], "--seed=3"),
+    (["--variants", "memory", "--memory=off"], "--memory=off"),
+    (["--variants", "--frobnicate"], "--frobnicate"),
+    (["--seeds", "-1"], "-1"),
     (["--run", "decay-0"], "decay-0"),
     (["--run", "fixed-decay-0", "--arl=0"], "--arl"),
     (["--variants", "memory", "fixed-decay", "--arl=0"], "--arl"),
