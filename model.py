@@ -226,9 +226,12 @@ class Transformer(nn.Module):
 
     def add_memory(self, gate=0.5):
         """
-        Give a model that has none a fresh memory, to be trained: every gate starts at `gate`, whatever it reads. At 1/2, as in
-        a model trained with a memory from the start; experiments/gate_start.py says what other values do.
+        Give a model that has none a fresh memory, to be trained: every gate starts at `gate`, above 0 and below 1, whatever
+        it reads. At 1/2, as in a model trained with a memory from the start; experiments/gate_start.py says what other values
+        do. ValueError for another gate, or if there is a memory.
         """
+        if not 0 < gate < 1:
+            raise ValueError(f"gate={gate}: gates start above 0 and below 1")
         if self.config.memory:
             raise ValueError("this model has a memory already: load it without memory=True")
         self.config = replace(self.config, memory=True)

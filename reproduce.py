@@ -199,7 +199,7 @@ def read(file):
     try:
         report = json.loads(file.read_text())
         return report if report["finished"] else None
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no report of eval_niah.py ({error}): delete it") from None
 
 
@@ -325,6 +325,9 @@ def plots(found, folder):
     Of the arms that are no controls. accuracy.png: score by budget, a row per method and a column per task.
     hits.png: hit rates by rank of the head.
     """
+    found = {arm: reports for arm, reports in found.items() if arm not in CONTROLS}
+    if not found:
+        return
     try:
         import matplotlib
     except ImportError:
@@ -332,9 +335,6 @@ def plots(found, folder):
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    found = {arm: reports for arm, reports in found.items() if arm not in CONTROLS}
-    if not found:
-        return
     report = first_report(found)
     kinds, tasks = ("quest", "moba", "snapkv"), list(dict.fromkeys(row["task"] for row in report["results"]))
     nine = [method for method in report["settings"]["methods"] if method != "dense"]

@@ -127,12 +127,14 @@ def stages_of(variant, seed, args, rest):
 
 
 def check(variant, seed, args, rest):
-    """ValueError for a flag that this run cannot have. -> its two stages' settings"""
+    """ValueError for a flag that this run cannot have. -> the settings of its two stages"""
+    if Path(args.results).exists() and not Path(args.results).is_dir():
+        raise ValueError(f"--results {args.results} is no folder")
     for word in rest:
         if word.split("=")[0] in ("--seed", "--memory", "--name"):
             raise ValueError(f"{word}: each run has its own, told by --run or --variants and --seeds")
     settings = [train.parse(flags) for flags in stages_of(variant, seed, args, rest).values()]
-    with changed(variant, settings[0].arl):
+    with changed(variant, settings[0].arl):  # refuses a length that the variant cannot have
         return settings
 
 
@@ -144,9 +146,9 @@ def run_one(variant, seed, args, rest):
     """
     run, result, settings = folder_of(variant, seed, args), result_of(variant, seed, args), check(variant, seed, args, rest)
     with changed(variant, settings[0].arl):
-        for folder, flags in stages_of(variant, seed, args, rest).items():
+        for (folder, flags), stage in zip(stages_of(variant, seed, args, rest).items(), settings):
             if not reproduce.finished(folder, flags):
-                train.train(train.parse(flags))
+                train.train(stage)
         checkpoint, device = weights.resolve(run), settings[1].device
         made, record = json.loads((checkpoint / "train.json").read_text()), read(result)
         if record and record["train"] == made and record["eval"]["settings"]["samples"] == args.samples:
@@ -160,10 +162,8 @@ def run_one(variant, seed, args, rest):
         model = Transformer.from_pretrained(checkpoint, torch.float32, device)
         median_length = lengths(model, prompts(model, checkpoint)).median().item()
     report = json.loads((run / "niah.json").read_text())
-    rows, scores = eval_niah.lookup(report["results"]), {}
-    for method in report["settings"]["methods"]:
-        of_tasks = {row["task"]: row["ruler"] for row in rows[run.name, method]}
-        scores[method] = {"mean": eval_niah.mean(score[0] for score in of_tasks.values()), "tasks": of_tasks}
+    scores = {method: {"mean": mean, "tasks": {row["task"]: row["ruler"] for row in report["results"] if row["method"] == method}}
+              for method, mean in reproduce.means(report).items()}
     save(result, args.argv, {"variant": variant, "seed": seed, "scores": scores, "median_length": median_length,
                              "prompts": {row["task"]: row["prompts"] for row in report["results"]}, "checkpoint": str(checkpoint),
                              "train": made, "eval": {key: report[key] for key in ("commit", "device", "torch", "settings")}})
@@ -179,10 +179,11 @@ def run_all(args, rest):
         check(variant, seed, args, rest)  # a wrong flag is known now
     if rest and not runs:
         raise ValueError(f"{rest[0]} means nothing to a table: name --variants to train")
-    for variant, records in read_all(args).items():
-        for seed, record in records.items():
-            if runs and (variant, seed) not in runs and record["eval"]["settings"]["samples"] != args.samples:
-                raise ValueError(f"{result_of(variant, seed, args)} was asked other --samples: a table of both would compare nothing")
+    others = [(result_of(variant, seed, args), record["eval"]["settings"]["samples"])
+              for variant, records in read_all(args).items() for seed, record in records.items() if (variant, seed) not in runs]
+    for file, samples in others:
+        if runs and samples != args.samples:
+            raise ValueError(f"{file} was asked --samples={samples}: ask the others as many, or delete it")
     flags = [f"--samples={args.samples}", f"--eval_batch={args.eval_batch}", f"--out={args.out}", f"--results={args.results}", *rest]
     reproduce.spread([lambda call, v=variant, s=seed: call(["experiments/ablations.py", f"--run={v}-{s}", *flags],
                                                            folder_of(v, s, args).with_suffix(".log")) for variant, seed in runs],

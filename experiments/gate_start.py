@@ -67,6 +67,7 @@ def table(found, lengths):
 
 
 def run_all(args, rest):
+    """A run of train.py for each g0 that is not there yet, then the table and the JSON. ValueError as soon as one fails."""
     for g0 in args.g0:  # a wrong flag is known now
         if train.parse(flags_of(g0, args, rest)).arl == 0:
             raise ValueError("--arl=0: without ARL there is no loss to compare")

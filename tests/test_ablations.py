@@ -316,8 +316,9 @@ def test_results_that_make_no_table_are_refused(tmp_path, monkeypatch, capsys):
     written("memory", 0, 1.0)
     written("no-arl", 0, 1.0, "other prompts")
     assert "no-arl-0.json" in refused()
-    Path("results/ablations/memory-0.json").write_text("{}")
-    assert "memory-0.json" in refused()
+    for foreign in "{}", "[]", "{":
+        Path("results/ablations/memory-0.json").write_text(foreign)
+        assert "memory-0.json" in refused()
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -330,6 +331,7 @@ def test_results_that_make_no_table_are_refused(tmp_path, monkeypatch, capsys):
     (["--variants", "--frobnicate"], "--frobnicate"),
     (["--seeds", "-1"], "-1"),
     (["--run", "decay-0"], "decay-0"),
+    (["--run", "memory-0", f"--results={__file__}"], "--results"),
     (["--run", "fixed-decay-0", "--arl=0"], "--arl"),
     (["--variants", "memory", "fixed-decay", "--arl=0"], "--arl"),
     (["--samples=0"], "--samples"),

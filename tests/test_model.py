@@ -633,6 +633,10 @@ def test_added_memory_starts_at_its_gate_and_leaves_the_rest(form, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = Transformer.from_pretrained(tmp_path, memory=True)
     assert loaded.config == replace(model.config, memory=True)
+    for wrong in 0, 1, float("nan"):
+        with pytest.raises(ValueError, match="gate="):
+            model.add_memory(wrong)
+    assert not model.config.memory  # still as it was
     assert model.add_memory(0.1) is model and model.config.memory
     x = torch.randn(2, 50, model.config.width)
     for m, gate in (model, 0.1), (loaded, 0.5):

@@ -113,6 +113,13 @@ def test_brief_arms_alone_make_a_summary_without_hypotheses(folder):
         assert not (folder / "hits.png").exists() and (folder / "accuracy.png").exists() == drawn
 
 
+@pytest.mark.parametrize("foreign", ["{", "{}", "[]"])
+def test_a_foreign_report_is_named(tmp_path, foreign):
+    (tmp_path / "memory-0.json").write_text(foreign)
+    with pytest.raises(ValueError, match=r"memory-0\.json .* delete it"):
+        reproduce.read_results(tmp_path)
+
+
 def test_arms_that_are_asked_less_leave_cells_empty(folder):
     """A figure of another arm in the cell of one that was never asked."""
     brief = report(70, 0)
