@@ -223,17 +223,18 @@ def read_all(args):
 
 
 def table(found):
-    """A line per variant: means over its seeds."""
-    cells = lambda words: "".join(f"{word:>7}" for word in words)
-    lines = [f"{'':12}{'seeds':>7}{cells(['dense', 'quest', '', '', 'moba', '', '', 'snapkv', '', ''])}{'spread':>8}{'length':>8}",
-             f"{'':19}{cells(['', *eval_niah.BUDGETS * 3])}"]
+    """A line per variant: mean over its seeds, and their standard deviation."""
+    def cell(scores):
+        return f"{statistics.fmean(scores):.1f}" + (f"±{statistics.stdev(scores):.1f}" if len(scores) > 1 else "")
+
+    row = lambda words: "".join(f"{word:>10}" for word in words)
+    lines = [f"{'':12}{'seeds':>6}{row(['dense', 'quest', '', '', 'moba', '', '', 'snapkv', '', ''])}{'length':>8}",
+             f"{'':18}{row(['', *eval_niah.BUDGETS * 3])}"]
     for variant, records in found.items():
         by_method = reproduce.transpose([{m: of["mean"] for m, of in record["scores"].items()} for record in records.values()])
-        means = [f"{statistics.fmean(values):.1f}" for values in by_method.values()]
-        spread = f"{max(map(statistics.stdev, by_method.values())):.1f}" if len(records) > 1 else ""
         length = statistics.fmean(record["median_length"] for record in records.values())
-        lines.append(f"{variant:12}{len(records):7}{cells(means)}{spread:>8}{length:8.1f}")
-    return "\n".join([*lines, "RULER's score, %: mean of tasks and of seeds. spread: the largest standard deviation over seeds in a row",
+        lines.append(f"{variant:12}{len(records):6}{row(map(cell, by_method.values()))}{length:8.1f}")
+    return "\n".join([*lines, "RULER's score, %: mean of tasks and of seeds, ± the seeds' standard deviation",
                       "length: tokens that a channel's memory averages over, median of all channels"])
 
 

@@ -293,7 +293,7 @@ def test_all_runs_make_one_table(tmp_path, monkeypatch, capsys):
     ablations.main(["--variants", "no-arl", "memory", "--seeds", "3", "1", "3", *RUN])
     rows = {row[0]: row[1:] for row in map(str.split, capsys.readouterr().out.splitlines()) if row}
     assert made == ["no-arl-3", "memory-3", "no-arl-1", "memory-1"]
-    assert rows["no-arl"] == ["2", *["20.0"] * 10, "14.1", "7.0"] and rows["memory"] == ["2", *["30.0"] * 10, "14.1", "7.0"]
+    assert rows["no-arl"] == ["2", *["20.0±14.1"] * 10, "7.0"] and rows["memory"] == ["2", *["30.0±14.1"] * 10, "7.0"]
     assert rows["values-only"] == ["1", *["90.0"] * 10, "7.0"]
     ablations.main(["--variants"])  # the table again, and nothing else
     assert "30.0" in capsys.readouterr().out and len(made) == 4
