@@ -86,7 +86,7 @@ LESSON = ["--context_len=4096", "--drills=0", "--gate_start=0.1", "--steps=40", 
           "--memory_lr=3e-3", "--log_every=5", "--eval_every=40"]
 
 
-def inner_share(text):
+def gate(text):
     """A number above 0 and below 1, where a gate can start."""
     if not 0 < float(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and below 1")
@@ -103,7 +103,7 @@ def flags():
     add("--preset", choices=PRESETS, metavar="NAME", help="a new model: " + ", ".join(PRESETS))
     add("--init", metavar="PATH", help="or a model to start from: anything that Transformer.from_pretrained loads")
     add("--memory", choices=["on", "off"], help="the decaying memory: on adds one to an --init without; None: as it is")
-    add("--gate_start", type=inner_share, default=0.5, metavar="G", help="where the gates of a memory start that --init is "
+    add("--gate_start", type=gate, default=0.5, metavar="G", help="where the gates of a memory start that --init is "
         "given, above 0 and below 1")
     add("--arl", type=int, metavar="TOKENS", help="length that ARL teaches the memory, 0 for none; None: 64 with a memory")
     add("--joint", type=int, default=0, metavar="TOKENS", help="before each dense pass one that sees so many tokens back, as official "
