@@ -385,7 +385,7 @@ def sized(text, context_len, tokenizer):
 def training_record(path):
     """What train.py wrote beside the model of its making (train.record_of), None if it is not of ours."""
     file = weights.resolve(path) / "train.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    return load(file, "settings") if file.exists() else None
 
 
 def trained_with(path):
@@ -446,6 +446,13 @@ class Progress:
 def positive(text):
     """A flag's whole number, at least 1."""
     if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def natural(text):
+    """A flag's whole number, at least 0."""
+    if int(text) < 0:
         raise ValueError
     return int(text)
 
@@ -604,6 +611,17 @@ def save(report, path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     weights.whole_or_nothing(path, lambda file: file.write_text(json.dumps(report, indent=1)))
+
+
+def load(path, *fields):
+    """What save wrote. ValueError, which names the file, if it has not all these fields, or is no JSON."""
+    try:
+        report = json.loads(Path(path).read_text())
+        for field in fields:
+            report[field]
+        return report
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or not of ours ({type(error).__name__}: {error}): delete it") from None
 
 
 def command(parser, run, argv, interrupted):

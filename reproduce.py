@@ -22,31 +22,25 @@ the nine cells alone.
 Of one seed, attention, joint and memory see the same samples in the same order (niah.py: a sample is a function of seed and
 index). A model is "ahead" in a cell if the difference of the means exceeds the spread, the larger of the two standard
 deviations over seeds. `python reproduce.py` does all of it on all visible GPUs; --arms and --seeds do a part, and the
-summary is made of what is there. --ship writes checkpoints/ from seed 0. Checked in tests/test_reproduce.py.
+summary is made of what is there. --ship writes checkpoints/ from seed 0. Checked in tests/test_reproduce.py. Read runs.py
+first.
 """
 import argparse
 import json
-import os
 import shlex
 import shutil
-import signal
 import statistics
-import subprocess
-import sys
-import time
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from queue import Queue
 
 import torch
 
 import eval_niah
 import niah
+import runs
 import train
 import weights
 from model import Transformer
 
-ROOT = Path(__file__).parent
 ARMS = {  # pretraining: flags of train.py; {seed} is filled in
     "attention": "--recipe=micro --memory=off",
     "joint": "--recipe=micro --memory=off --joint=64",
@@ -71,158 +65,80 @@ def folder_of(arm, seed):
     return Path("out/reproduce") / f"{arm}-{seed}"
 
 
-def stages(run, pretraining, more):
-    """
-    {folder: flags of train.py}: pretraining with these flags, then fine-tuning of what that made, into `run`. more: flags
-    for both, though fine-tuning has neither ARL nor a joint pass. ValueError if they say what a stage starts from.
-    """
-    for word in more:
-        if word.split("=")[0] in ("--recipe", "--preset", "--init"):
-            raise ValueError(f"{word}: both stages have their own")
-    first = run.with_name(f"{run.name}-pretrained")
-    to = lambda folder: [f"--out={folder.parent}", f"--name={folder.name}", "--resume"]
-    return {first: [*pretraining, *more, *to(first)],
-            run: ["--recipe=micro-sft", *more, f"--init={first}", "--arl=0", "--joint=0", *to(run)]}
-
-
 def stages_of(arm, seed, args):
-    return stages(folder_of(arm, seed), ARMS[arm].format(seed=seed).split(), [f"--seed={seed}", *shlex.split(args.train)])
-
-
-def finished(run, flags):
-    """Whether the run has seen all its steps. ValueError if other flags made it, or another model than --init now is."""
-    settings, checkpoint = train.parse(flags), train.newest(run, resume=True)
-    if checkpoint is None:
-        return False
-    steps = train.step_of(checkpoint, run, settings)
-    if settings.init:
-        now = train.begun(settings, None)["from"]
-        if now is None or now != train.begun(settings, checkpoint)["from"]:
-            raise ValueError(f"{run} did not start from {settings.init} as it is now: delete {run}")
-    return steps == settings.steps
+    return runs.stages(folder_of(arm, seed), ARMS[arm].format(seed=seed).split(), seed, shlex.split(args.train))
 
 
 def do(arm, seed, args, call):
-    """Train and evaluate, unless it is done. call: spread's."""
+    """Train and evaluate, unless it is done. call: runs.spread's."""
     run, results = folder_of(arm, seed), Path(args.results)
+    log, record = run.with_suffix(".log"), results / f"{run.name}-train.json"
     results.mkdir(parents=True, exist_ok=True)  # where that is impossible, it is known before the training
     if arm in LATER:
         source, flags = next(iter(stages_of("attention", seed, args).items()))
-        if not finished(source, flags):
+        if not runs.finished(source, flags):
             raise ValueError(f"{run.name} starts from {source}, which is not trained to its end: --arms attention {arm}")
+    for flags in [flags for folder, flags in stages_of(arm, seed, args).items() if not runs.finished(folder, flags)]:
+        call(["train.py", *flags], log)
     parts = {"": NINE} if arm in BRIEF else {"": [*NINE, "--hits", f"--random={args.random}"], "-more": OTHERS}
-    commands = [["train.py", *flags] for folder, flags in stages_of(arm, seed, args).items() if not finished(folder, flags)]
-    if commands:
-        for part in "", "-more":  # of another model, then
+    made = eval_niah.training_record(run)
+    if not record.exists() or eval_niah.load(record) != made:  # the reports, if any, are another model's
+        for part in "", "-more":
             (results / f"{run.name}{part}.json").unlink(missing_ok=True)
+        eval_niah.save(made, record)
     for part, methods in parts.items():
         result = results / f"{run.name}{part}.json"
-        report = read(result)
-        if report is None or (report["settings"]["samples"], report["settings"]["seed"]) != (args.samples, args.eval_seed):
-            commands.append(["eval_niah.py", "--ckpt", str(run), f"--samples={args.samples}", f"--seed={args.eval_seed}",
-                             f"--batch={args.batch}", f"--out={run}/niah{part}", f"--json={result}", "--methods", *methods])
-    for command in commands:
-        if command[0] == "eval_niah.py":  # the record is there before the report is, for whoever sums up meanwhile
-            shutil.copy(weights.resolve(run) / "train.json", results / f"{run.name}-train.json")
-        call(command, run.with_suffix(".log"))
+        flags = ["--ckpt", str(run), f"--samples={args.samples}", f"--seed={args.eval_seed}", f"--batch={args.batch}",
+                 f"--out={run}/niah{part}", f"--json={result}", "--methods", *methods]
+        report, asked = read(result), vars(eval_niah.flags().parse_args(flags))
+        if report is None or any(report["settings"][key] != asked[key] for key in ("samples", "seed", "hits", "random")):
+            call(["eval_niah.py", *flags], log)
 
-
-# ---------------------------------------------------------------- all runs
 
 def do_all(args):
     """Converted and continued models come after those that they start from."""
     arms, seeds = dict.fromkeys(args.arms), dict.fromkeys(args.seeds)
     for arm in arms:
         for flags in stages_of(arm, 0, args).values():
-            train.parse(flags)  # a wrong flag is known now, once
+            settings = train.parse(flags)  # a wrong flag is known now, once
+    if arms:
+        stay = {file: {row["task"]: row["prompts"] for row in report["results"]} for arm, seed, file, report in reports(args.results)
+                if not (arm in arms and seed in seeds)}
+        runs.refuse_other_prompts(stay, settings, args.samples, args.eval_seed)
     for phase in [arm for arm in arms if arm not in LATER], [arm for arm in arms if arm in LATER]:
-        spread([lambda call, arm=arm, seed=seed: do(arm, seed, args, call) for seed in seeds for arm in phase], args.per_gpu)
-
-
-def spread(jobs, per_gpu=1):
-    """
-    Run jobs on all visible GPUs, or without any on the CPU, `per_gpu` at a time on each. The first failure ends all.
-
-    A job is a function of call, by which it runs scripts of ours on its GPU: call(["train.py", flag, ...], log) waits until
-    the script has ended, its output in the file log. ValueError, which names the log, if it ended badly.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    gpus, running, failed = Queue(), set(), []
-    for gpu in (visible.split(",") if torch.cuda.is_available() else [None]) * per_gpu:
-        gpus.put(gpu)
-
-    def on_a_gpu(job):
-        gpu = gpus.get()
-
-        def call(command, log):
-            started, script, name = time.time(), command[0], log.stem
-            print(f"{name}: python {shlex.join(command)}", flush=True)
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with open(log, "a") as file:
-                process = subprocess.Popen([sys.executable, ROOT / script, *command[1:]], stdout=file, stderr=file,
-                                           env=os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}))
-            running.add(process)
-            code = process.wait()
-            running.discard(process)
-            if code:
-                said = log.read_text().strip().splitlines() or ["nothing"]
-                raise ValueError(f"{name}: {script} ended with code {code}, its last words: {said[-1]}. All are in {log}; what is "
-                                 "finished is kept")
-            print(f"{name}: {script} took {(time.time() - started) / 60:.1f} min", flush=True)
-        try:
-            if not failed:
-                job(call)
-        except BaseException:
-            failed.append(job)
-            raise
-        finally:
-            gpus.put(gpu)
-    with ThreadPoolExecutor(gpus.qsize()) as pool:
-        futures = [pool.submit(on_a_gpu, job) for job in jobs]
-        try:
-            done = wait(futures, return_when=FIRST_EXCEPTION).done
-            for future in filter(done.__contains__, futures):  # in order: of several failures, the first asked for is told
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(running):
-                process.terminate()  # training ends after its step, with a checkpoint to go on from
-            raise
+        runs.spread([lambda call, arm=arm, seed=seed: do(arm, seed, args, call) for seed in seeds for arm in phase], args.per_gpu)
 
 
 # ---------------------------------------------------------------- the summary
 
 def read(file):
     """A report of eval_niah.py that ran to its end, else None."""
-    if not file.exists():
-        return None
-    try:
-        report = json.loads(file.read_text())
-        return report if report["finished"] else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no report of eval_niah.py ({error}): delete it") from None
+    report = eval_niah.load(file, "finished", "settings", "results") if file.exists() else None
+    return report if report and report["finished"] else None
+
+
+def reports(folder):
+    """(arm, seed, file, report) of each result that is there, whole, in the order of ARMS."""
+    for arm, seed, file in runs.result_files(folder, ARMS):
+        if report := read(file):
+            yield arm, seed, file, report
 
 
 def read_results(folder):
-    """{arm: {seed: report}}, in the order of ARMS; with the rows of its -more.json, if it is whole, and the record of its training."""
-    found, folder, first = {}, Path(folder), {}
-    for arm in ARMS:
-        for file in sorted(folder.glob(f"{arm}-*.json")):
-            seed = file.stem.removeprefix(f"{arm}-")
-            if not seed.isdigit():
-                continue
-            report, more = read(file), read(file.with_stem(f"{file.stem}-more"))
-            if report:
-                if more and all(more["settings"][key] == report["settings"][key] for key in ("samples", "seed")):
-                    report["results"] += [row for row in more["results"] if row["method"] != "dense"]
-                report["train"] = json.loads(file.with_stem(f"{file.stem}-train").read_text())
-                asked = {}  # {method: {(task, n, prompts)}}
-                for row in report["results"]:
-                    asked.setdefault(row["method"], set()).add((row["task"], row["n"], row["prompts"]))
-                first = first or asked
-                if any(asked.get(method, prompts) != prompts for method, prompts in first.items()):
-                    raise ValueError(f"{file} asks other prompts than the first result there: delete it, and run again")
-                found.setdefault(arm, {})[int(seed)] = report
+    """{arm: {seed: report}}; with the rows of its -more.json, if it is whole, and the record of its training."""
+    found, first = {}, {}
+    for arm, seed, file, report in reports(folder):
+        more = read(file.with_stem(f"{file.stem}-more"))
+        if more and all(more["settings"][key] == report["settings"][key] for key in ("samples", "seed")):
+            report["results"] += [row for row in more["results"] if row["method"] != "dense"]
+        report["train"] = eval_niah.load(file.with_stem(f"{file.stem}-train"), "settings")
+        asked = {}  # {method: {(task, n, prompts)}}
+        for row in report["results"]:
+            asked.setdefault(row["method"], set()).add((row["task"], row["n"], row["prompts"]))
+        first = first or asked
+        if any(asked.get(method, prompts) != prompts for method, prompts in first.items()):
+            raise ValueError(f"{file} asks other prompts than the first result there: delete it, and run again")
+        found.setdefault(arm, {})[seed] = report
     return found
 
 
@@ -267,9 +183,14 @@ def summarise(found):
     base = scores.get("attention", {})
     against = {arm: {method: compare(values, base[method]) for method, values in of_arm.items() if method in base}
                for arm, of_arm in scores.items() if base and arm != "attention"}
-    runs = {arm: {seed: {"train": report["train"], "eval": {key: report[key] for key in ("command", "commit", "device", "torch")}}
+    made = {arm: {seed: {"train": report["train"], "eval": {key: report[key] for key in ("command", "commit", "device", "torch")}}
                   for seed, report in reports.items()} for arm, reports in found.items()}
-    return {"scores": scores, "hits": hits, "against_attention": against, "runs": runs}
+    return {"scores": scores, "hits": hits, "against_attention": against, "runs": made}
+
+
+def short(commit):
+    """Seven digits, and whether the code was that commit's."""
+    return commit[:7] + ("+dirty" if commit.endswith("+dirty") else "")
 
 
 def transpose(dicts):
@@ -314,7 +235,7 @@ def markdown(summary, found):
             made, rows = report["train"], []
             while made:  # the newest stage first
                 rows.insert(0, f"| {arm} {seed} | {made['settings']['recipe']} | {made['step']} | {made['seconds'] / 60:.1f} | "
-                               f"{made['tokens_per_second']:,} | {made['mfu'] or ''} | {made['device']} | {made['commit'][:7]} |")
+                               f"{made['tokens_per_second']:,} | {made['mfu'] or ''} | {made['device']} | {short(made['commit'])} |")
                 made = made.get("from")  # an --init of an older version has none
             lines += rows
     return "\n".join(lines) + "\n"
@@ -378,9 +299,9 @@ def ship(args):
     """checkpoints/: seed 0 of attention and memory in bf16, with train.json, which tells how they were made."""
     for arm in "attention", "memory":
         run, flags = list(stages_of(arm, 0, args).items())[-1]
-        if not finished(run, flags):
+        if not runs.finished(run, flags):
             raise ValueError(f"{run} is not trained to its end: --ship needs seed 0 of attention and memory")
-        source, folder = weights.resolve(run), ROOT / "checkpoints" / arm
+        source, folder = weights.resolve(run), runs.ROOT / "checkpoints" / arm
         Transformer.from_pretrained(source, torch.bfloat16).save_pretrained(folder)
         shutil.copy(source / "train.json", folder)
         print(f"{source} in bf16: {folder}")
@@ -393,19 +314,18 @@ def main():
     add = parser.add_argument
     add("--arms", nargs="*", choices=ARMS, default=list(ARMS), metavar="ARM", help="which to train and evaluate: " + ", ".join(ARMS) +
         "; none: only the summary of what is there")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of weights and training data")
+    add("--seeds", nargs="+", type=eval_niah.natural, default=[0, 1, 2], help="of weights and training data")
     add("--samples", type=eval_niah.positive, default=200, help="examples per task; the same for all runs")
     add("--eval_seed", type=int, default=0, help="of the examples; who changes a recipe looks at another seed's until it is final")
     add("--random", type=eval_niah.positive, default=1, metavar="SEEDS", help="H2: draws of a selection by chance, for each model")
     add("--batch", type=eval_niah.positive, default=200, help="prompts at a time in the evaluation")
-    add("--train", default="", metavar="FLAGS", help="more flags of train.py, for both stages of every run: --train='--steps=2 --batch=2' is "
-        "a trial; delete out/reproduce after it")
+    add("--train", default="", metavar="FLAGS", help="more flags of train.py, for both stages of every run: --train='--steps=2 --batch=2' "
+        "--results=out/trial is a trial; delete out/reproduce after it")
     add("--per_gpu", type=eval_niah.positive, default=1, metavar="RUNS", help="runs at a time on each GPU; 2 takes less time in all, but "
         "then the tokens per second of one run mean little")
     add("--results", default="results/reproduce", metavar="DIR", help="where the JSON of each run and the summary go")
     add("--ship", action="store_true", help="at the end, write checkpoints/ from seed 0")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as ctrl-C does
     try:
         do_all(args)
         found = read_results(args.results)

@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval_niah  # noqa: E402
 import niah  # noqa: E402
 import reproduce  # noqa: E402
+import runs  # noqa: E402
 import train  # noqa: E402
 import weights  # noqa: E402
 from data import tokenizer_of  # noqa: E402
@@ -105,34 +106,24 @@ def named(text):
     return variant, int(seed)
 
 
-def natural(text):
-    """A flag's seed, at least 0: a minus would read as a part of the run's name."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 on")
-    return int(text)
-
-
 def folder_of(variant, seed, args):
     return Path(args.out) / f"ablation-{variant}-{seed}"
 
 
 def result_of(variant, seed, args):
-    return Path(args.results) / f"{variant}-{seed}.json"
+    return Path(args.results) / "ablations" / f"{variant}-{seed}.json"
 
 
 def stages_of(variant, seed, args, rest):
-    """{folder: flags of train.py}: reproduce.py's memory arm. Ours come last and win: no two variants share a folder."""
-    ours = ["--memory=on", f"--seed={seed}", *(["--arl=0"] if variant == "no-arl" else [])]
-    return reproduce.stages(folder_of(variant, seed, args), ["--recipe=micro"], [*rest, *ours])
+    """{folder: flags of train.py}: reproduce.py's memory arm."""
+    return runs.stages(folder_of(variant, seed, args), ["--recipe=micro", "--memory=on"], seed,
+                       [*rest, *(["--arl=0"] if variant == "no-arl" else [])])
 
 
 def check(variant, seed, args, rest):
     """ValueError for a flag that this run cannot have. -> the settings of its two stages"""
     if Path(args.results).exists() and not Path(args.results).is_dir():
         raise ValueError(f"--results {args.results} is no folder")
-    for word in rest:
-        if word.split("=")[0] in ("--seed", "--memory", "--name"):
-            raise ValueError(f"{word}: each run has its own, told by --run or --variants and --seeds")
     settings = [train.parse(flags) for flags in stages_of(variant, seed, args, rest).values()]
     with changed(variant, settings[0].arl):  # refuses a length that the variant cannot have
         return settings
@@ -147,10 +138,10 @@ def run_one(variant, seed, args, rest):
     run, result, settings = folder_of(variant, seed, args), result_of(variant, seed, args), check(variant, seed, args, rest)
     with changed(variant, settings[0].arl):
         for (folder, flags), stage in zip(stages_of(variant, seed, args, rest).items(), settings):
-            if not reproduce.finished(folder, flags):
+            if not runs.finished(folder, flags):
                 train.train(stage)
-        checkpoint, device = weights.resolve(run), settings[1].device
-        made, record = json.loads((checkpoint / "train.json").read_text()), read(result)
+        checkpoint, made, device = weights.resolve(run), eval_niah.training_record(run), settings[1].device
+        record = read(result) if result.exists() else None
         if record and record["train"] == made and record["eval"]["settings"]["samples"] == args.samples:
             print(f"{run}: done already, {result}")
             return
@@ -161,7 +152,7 @@ def run_one(variant, seed, args, rest):
                         "--kernels=torch", f"--out={run / 'niah'}", f"--json={run / 'niah.json'}"])
         model = Transformer.from_pretrained(checkpoint, torch.float32, device)
         median_length = lengths(model, prompts(model, checkpoint)).median().item()
-    report = json.loads((run / "niah.json").read_text())
+    report = eval_niah.load(run / "niah.json")
     scores = {method: {"mean": mean, "tasks": {row["task"]: row["ruler"] for row in report["results"] if row["method"] == method}}
               for method, mean in reproduce.means(report).items()}
     save(result, args.argv, {"variant": variant, "seed": seed, "scores": scores, "median_length": median_length,
@@ -174,51 +165,41 @@ def run_one(variant, seed, args, rest):
 
 def run_all(args, rest):
     """A process for each run, then the table of all results that are there. ValueError as soon as one fails."""
-    runs = [(variant, seed) for seed in dict.fromkeys(args.seeds) for variant in dict.fromkeys(args.variants)]
-    for variant, seed in runs:
-        check(variant, seed, args, rest)  # a wrong flag is known now
-    if rest and not runs:
+    wanted = [(variant, seed) for seed in dict.fromkeys(args.seeds) for variant in dict.fromkeys(args.variants)]
+    if rest and not wanted:
         raise ValueError(f"{rest[0]} means nothing to a table: name --variants to train")
-    others = [(result_of(variant, seed, args), record["eval"]["settings"]["samples"])
-              for variant, records in read_all(args).items() for seed, record in records.items() if (variant, seed) not in runs]
-    for file, samples in others:
-        if runs and samples != args.samples:
-            raise ValueError(f"{file} was asked --samples={samples}: ask the others as many, or delete it")
+    for variant, seed in wanted:
+        settings = check(variant, seed, args, rest)  # a wrong flag is known now
+    if wanted:
+        stay = {file: read(file)["prompts"] for variant, seed, file in files(args) if (variant, seed) not in wanted}
+        runs.refuse_other_prompts(stay, settings[1], args.samples, seed=0)
     flags = [f"--samples={args.samples}", f"--eval_batch={args.eval_batch}", f"--out={args.out}", f"--results={args.results}", *rest]
-    reproduce.spread([lambda call, v=variant, s=seed: call(["experiments/ablations.py", f"--run={v}-{s}", *flags],
-                                                           folder_of(v, s, args).with_suffix(".log")) for variant, seed in runs],
-                     args.per_gpu)
+    runs.spread([lambda call, v=variant, s=seed: call(["experiments/ablations.py", f"--run={v}-{s}", *flags],
+                                                      folder_of(v, s, args).with_suffix(".log")) for variant, seed in wanted], args.per_gpu)
     found = read_all(args)
     if not found:
-        raise ValueError(f"{args.results} holds no result: name --variants to make some")
-    print(f"\n{table(found)}\n\nof {args.results}")
+        raise ValueError(f"{args.results}/ablations holds no result: name --variants to make some")
+    print(f"\n{table(found)}\n\nof {args.results}/ablations")
+
+
+def files(args):
+    """(variant, seed, file) of each result that is there."""
+    return runs.result_files(Path(args.results) / "ablations", VARIANTS)
 
 
 def read(file):
-    """A run's record, or None where none is yet."""
-    if not file.exists():
-        return None
-    try:
-        record = json.loads(file.read_text())
-        record["scores"], record["prompts"], record["median_length"], record["train"], record["eval"]["settings"]["samples"]
-        return record
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no result of ablations.py ({error}): delete it") from None
+    return eval_niah.load(file, "scores", "prompts", "median_length", "train", "eval")
 
 
 def read_all(args):
     """{variant: {seed: record}} of what is there. ValueError if not all were asked the same prompts under the same methods."""
     found, first = {}, None
-    for variant in VARIANTS:
-        for file in sorted(Path(args.results).glob(f"{variant}-*.json")):
-            seed = file.stem.removeprefix(f"{variant}-")
-            if not seed.isdigit():
-                continue
-            record = read(file)
-            first = first or (file, record)
-            if record["prompts"] != first[1]["prompts"] or list(record["scores"]) != list(first[1]["scores"]):
-                raise ValueError(f"{file} was asked otherwise than {first[0]}: delete one of them, and run again")
-            found.setdefault(variant, {})[int(seed)] = record
+    for variant, seed, file in files(args):
+        record = read(file)
+        first = first or (file, record)
+        if record["prompts"] != first[1]["prompts"] or list(record["scores"]) != list(first[1]["scores"]):
+            raise ValueError(f"{file} was asked otherwise than {first[0]}: delete one of them, and run again")
+        found.setdefault(variant, {})[seed] = record
     return found
 
 
@@ -267,14 +248,14 @@ def prompts(model, path):
     return torch.tensor([row[:min(map(len, ids))] for row in ids], device=model.embed_tokens.weight.device)
 
 
-def show_lengths(path, argv):
-    """A table, results/lengths.json and results/lengths.png."""
+def show_lengths(path, args):
+    """A table, lengths.json and lengths.png."""
     with loaded(path) as model:
         if not model.config.memory:
             raise ValueError(f"{path} has no memory whose length could be measured")
         found = lengths(model, prompts(model, path)).cpu()
-    save("results/lengths.json", argv, {"checkpoint": path, "train": eval_niah.training_record(path),
-                                        "lengths": [[[round(x, 3) for x in head] for head in layer] for layer in found.tolist()]})
+    rounded = [[[round(x, 3) for x in head] for head in layer] for layer in found.tolist()]
+    save(Path(args.results) / "lengths.json", args.argv, {"checkpoint": path, "train": eval_niah.training_record(path), "lengths": rounded})
     print(f"{path}: tokens that a memory averages over, median of a KV head's {found.shape[2]} channels")
     print("layer     " + "".join(f"{f'head {h}':>9}" for h in range(found.shape[1])))
     for i, of_layer in enumerate(found.median(dim=2).values.tolist()):
@@ -292,8 +273,8 @@ def show_lengths(path, argv):
         axis.set(title=f"layer {i}", xlabel="KV head", yscale="log")
     axes[0, 0].set_ylabel("effective length, tokens")
     figure.tight_layout()
-    figure.savefig("results/lengths.png", dpi=150)
-    print("plot in results/lengths.png")
+    figure.savefig(Path(args.results) / "lengths.png", dpi=150)
+    print(f"plot in {args.results}/lengths.png")
 
 
 # ---------------------------------------------------------------- loss on other text
@@ -326,8 +307,8 @@ def lm_loss(model, tokenizer, n_windows=64):
     return torch.stack([F.cross_entropy(model(row[None, :-1])[0].float(), row[1:]) for row in windows]).mean().item()
 
 
-def show_lm_loss(paths, argv):
-    """A line per model, and results/lm-loss.json."""
+def show_lm_loss(paths, args):
+    """A line per model, and lm-loss.json."""
     losses = {}
     print(f"nats per token of docstrings of {len(MODULES)} modules, Python {sys.version.split()[0]}; a token is what the model's "
           "tokenizer makes of them")
@@ -335,8 +316,8 @@ def show_lm_loss(paths, argv):
         with loaded(path) as model:
             losses[path] = lm_loss(model, load_tokenizer(model, path))
         print(f"{path:40} {losses[path]:.4f}   windows of {model.config.context_len} tokens", flush=True)
-    save("results/lm-loss.json", argv, {"python": sys.version.split()[0], "nats_per_token": losses,
-                                        "train": {path: eval_niah.training_record(path) for path in paths}})
+    records = {path: eval_niah.training_record(path) for path in paths}
+    save(Path(args.results) / "lm-loss.json", args.argv, {"python": sys.version.split()[0], "nats_per_token": losses, "train": records})
 
 
 # ---------------------------------------------------------------- python experiments/ablations.py
@@ -369,17 +350,17 @@ def flags():
     add = parser.add_argument
     # what to do; with none of these: train and compare --variants
     add("--run", type=named, metavar="VARIANT-SEED", help="this one alone, in this process, on its first GPU")
-    add("--lengths", metavar="CKPT", help="effective length of each channel of this model, as a table, results/lengths.json and .png")
-    add("--lm_loss", nargs="+", metavar="CKPT", help="these models' loss on Python's docstrings, in nats per token, also in results/lm-loss.json")
+    add("--lengths", metavar="CKPT", help="effective length of each channel of this model, as a table, lengths.json and .png")
+    add("--lm_loss", nargs="+", metavar="CKPT", help="these models' loss on Python's docstrings, in nats per token, also in lm-loss.json")
     # of what
     add("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=f"{', '.join(VARIANTS)}; none: only the table")
-    add("--seeds", nargs="+", type=natural, default=[0], help="of weights and training data; the evaluation's examples are always the same")
+    add("--seeds", nargs="+", type=eval_niah.natural, default=[0], help="of weights and training data; the evaluation's examples are always the same")
     add("--samples", type=eval_niah.positive, default=100, help="examples per task")
     add("--eval_batch", type=eval_niah.positive, default=64, help="prompts at a time in the evaluation")
     add("--per_gpu", type=eval_niah.positive, default=1, metavar="RUNS", help="runs at a time on each GPU")
     # where to
     add("--out", default="out/ablations", metavar="DIR", help="folder of the runs, ablation-VARIANT-SEED; one that is there goes on")
-    add("--results", default="results/ablations", metavar="DIR", help="where the JSON of each run goes; the table is made of all that are there")
+    add("--results", default="results", metavar="DIR", help="where JSON and plot go, that of the runs in DIR/ablations; the table is made of all that are there")
     return parser
 
 
@@ -391,9 +372,9 @@ def main(argv=None):
         parser.error(f"--lengths and --lm_loss train nothing: {rest[0]} means nothing to them")
     try:
         if args.lengths:
-            show_lengths(args.lengths, args.argv)
+            show_lengths(args.lengths, args)
         if args.lm_loss:
-            show_lm_loss(args.lm_loss, args.argv)
+            show_lm_loss(args.lm_loss, args)
         if args.run:
             run_one(*args.run, args, rest)
         elif not (args.lengths or args.lm_loss):

@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval_niah  # noqa: E402
-import reproduce  # noqa: E402
+import runs  # noqa: E402
 import train  # noqa: E402
 import weights  # noqa: E402
 from experiments import ablations  # noqa: E402
@@ -38,15 +38,15 @@ def folder_of(g0, args):
 
 def flags_of(g0, args, rest):
     run = folder_of(g0, args)
-    return ["--recipe=micro-convert", *rest, f"--init={args.init}", f"--gate_start={g0:g}", f"--seed={args.seed}", f"--out={run.parent}",
+    return ["--recipe=micro-convert", *runs.passed_on(rest), f"--init={args.init}", f"--gate_start={g0:g}", f"--seed={args.seed}", f"--out={run.parent}",
             f"--name={run.name}", "--resume"]
 
 
 def losses(run):
     """{step: {"dense": nats, "arl": nats}} of a run, means of the MEAN_OF steps up to this one: the first alone, then later ones."""
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    until = sorted({1, *(math.ceil(len(log) * share) for share in (0.1, 0.25, 0.5, 1))})
-    mean = lambda key, step: statistics.fmean(entry[key] for entry in log[max(0, step - MEAN_OF):step])
+    log = {entry["step"]: entry for entry in map(json.loads, (run / "log.jsonl").read_text().splitlines())}
+    until = sorted({1, *(math.ceil(max(log) * share) for share in (0.1, 0.25, 0.5, 1))})
+    mean = lambda key, last: statistics.fmean(log[step][key] for step in range(max(1, last - MEAN_OF + 1), last + 1))
     return {step: {"dense": mean("loss", step), "arl": mean("arl_loss", step)} for step in until}
 
 
@@ -68,21 +68,21 @@ def table(found, lengths):
 
 def run_all(args, rest):
     """A run of train.py for each g0 that is not there yet, then the table and the JSON. ValueError as soon as one fails."""
-    for g0 in args.g0:  # a wrong flag is known now
-        if train.parse(flags_of(g0, args, rest)).arl == 0:
-            raise ValueError("--arl=0: without ARL there is no loss to compare")
+    settings = train.parse(flags_of(args.g0[0], args, rest))  # a wrong flag is known now
+    if settings.arl == 0:
+        raise ValueError("--arl=0: without ARL there is no loss to compare")
     if weights.read(args.init)[0].get("memory"):
         raise ValueError(f"--init {args.init} has a memory already: there is nothing to start")
     if eval_niah.training_record(args.init) is None:
         raise ValueError(f"--init {args.init}: it has no train.json, by which a second call would know it again")
     jobs = [lambda call, g0=g0: call(["train.py", *flags_of(g0, args, rest)], Path(f"{folder_of(g0, args)}.log"))
-            for g0 in args.g0 if not reproduce.finished(folder_of(g0, args), flags_of(g0, args, rest))]
-    reproduce.spread(jobs, args.per_gpu)
-    runs = {g0: folder_of(g0, args) for g0 in args.g0}
-    found, made = {g0: losses(run) for g0, run in runs.items()}, {g0: eval_niah.training_record(run) for g0, run in runs.items()}
-    lengths = {g0: median_lengths(run, made[g0]["settings"]["device"]) for g0, run in runs.items()}
+            for g0 in args.g0 if not runs.finished(folder_of(g0, args), flags_of(g0, args, rest))]
+    runs.spread(jobs, args.per_gpu)
+    made = {g0: folder_of(g0, args) for g0 in args.g0}
+    found = {g0: losses(run) for g0, run in made.items()}
+    lengths = {g0: median_lengths(run, settings.device) for g0, run in made.items()}
     eval_niah.save({"command": eval_niah.command_line(args.argv, "experiments/gate_start.py"), "losses": found, "lengths": lengths,
-                    "train": made}, args.json)
+                    "train": {g0: eval_niah.training_record(run) for g0, run in made.items()}}, args.json)
     print(f"\n{table(found, lengths)}\n\nresults in {args.json}")
 
 

@@ -69,7 +69,7 @@ def run(args):
 
 
 def main(argv=None):
-    eval_niah.command(flags(), run, argv, "snapkv_answer.py: interrupted; the models that were finished, if any, are in {json}")
+    eval_niah.command(flags(), run, argv, "snapkv_answer.py: interrupted; what this call finished, if anything, is in {json}")
 
 
 if __name__ == "__main__":

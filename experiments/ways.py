@@ -38,14 +38,11 @@ def run(name, args, kind, wanted, compare):
     backend.use("torch")
     report = {"command": eval_niah.command_line(args.argv, f"experiments/{name}.py"), "commit": eval_niah.commit(),
               "device": eval_niah.device_name(args.device), "torch": torch.__version__, "settings": vars(args),
-              "train": {}, "prompts": {}, "scores": {}}
-    for path in args.ckpt:
-        asked = eval_niah.flags().parse_args(["--ckpt", path, "--methods", args.method, f"--samples={args.samples}",
-                                              f"--seed={args.seed}", f"--device={args.device}"])
-        _, tokenizers, methods = eval_niah.prepare(asked)
-        tokenizer, method = next(iter(tokenizers.values())), list(methods)[-1]  # after dense
-        if not isinstance(method, kind):
-            raise ValueError(f"--method {args.method}: it must be {wanted}")
+              "train": {}, "methods": {}, "prompts": {}, "scores": {}}
+    models = [prepare(path, args) for path in args.ckpt]  # all, so that a wrong path is known now
+    if not all(isinstance(method, kind) for _, _, method in models):
+        raise ValueError(f"--method {args.method}: it must be {wanted}")
+    for path, (asked, tokenizer, method) in zip(args.ckpt, models):
         tasks = eval_niah.choose_tasks(asked, [tokenizer])
         model, scores, prompts = Transformer.from_pretrained(path, torch.float32, args.device), {}, {}
         print(f"{path}, {sparse.name(method)}: RULER's score, %", flush=True)
@@ -54,9 +51,18 @@ def run(name, args, kind, wanted, compare):
             scores[task] = compare(model, tokenizer, examples, method)
             print(line(niah.TASKS[task].short, {way: score[0] for way, score in scores[task].items()}), flush=True)
         print(line("mean", {way: eval_niah.mean([of[way][0] for of in scores.values()]) for way in scores[task]}), flush=True)
-        report["train"][path], report["prompts"][path], report["scores"][path] = eval_niah.training_record(path), prompts, scores
+        for key, of_model in ("train", eval_niah.training_record(path)), ("methods", sparse.name(method)), ("prompts", prompts), ("scores", scores):
+            report[key][path] = of_model
         eval_niah.save(report, args.json)
     print(f"results in {args.json}")
+
+
+def prepare(path, args):
+    """-> flags of eval_niah.py for one model, its tokenizer, and the method as its context sizes it"""
+    asked = eval_niah.flags().parse_args(["--ckpt", path, "--methods", args.method, f"--samples={args.samples}", f"--seed={args.seed}",
+                                          f"--device={args.device}"])
+    _, tokenizers, methods = eval_niah.prepare(asked)
+    return asked, next(iter(tokenizers.values())), list(methods)[-1]  # after dense
 
 
 def line(title, scores):

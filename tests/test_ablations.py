@@ -14,6 +14,7 @@ import backend
 import eval_niah
 import niah
 import reproduce
+import runs
 import train
 from data import ByteTokenizer
 from memory import memory_loop
@@ -278,7 +279,7 @@ def written(variant, seed, score, prompts="a hash"):
 def test_all_runs_make_one_table(tmp_path, monkeypatch, capsys):
     """A row under another variant's name, seeds that are left out or run twice, results that were there and are not told."""
     monkeypatch.chdir(tmp_path)
-    made = []
+    made, asked_before = [], []
 
     class Process:  # in place of a run
         def __init__(self, command, **_):
@@ -288,8 +289,12 @@ def test_all_runs_make_one_table(tmp_path, monkeypatch, capsys):
 
         def wait(self):
             return 0
-    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(Popen=Process))
+    monkeypatch.setattr(runs, "subprocess", SimpleNamespace(Popen=Process))
     written("values-only", 0, 90.0)
+    with pytest.raises(SystemExit):  # it was asked other prompts than these would be
+        ablations.main(["--variants", "no-arl", *RUN])
+    assert "values-only-0.json was asked other prompts" in capsys.readouterr().err and made == []
+    monkeypatch.setattr(runs, "refuse_other_prompts", lambda stay, *_, **__: asked_before.append(stay))
     ablations.main(["--variants", "no-arl", "memory", "--seeds", "3", "1", "3", *RUN])
     rows = {row[0]: row[1:] for row in map(str.split, capsys.readouterr().out.splitlines()) if row}
     assert made == ["no-arl-3", "memory-3", "no-arl-1", "memory-1"]
@@ -297,9 +302,9 @@ def test_all_runs_make_one_table(tmp_path, monkeypatch, capsys):
     assert rows["values-only"] == ["1", *["90.0"] * 10, "7.0"]
     ablations.main(["--variants"])  # the table again, and nothing else
     assert "30.0" in capsys.readouterr().out and len(made) == 4
-    with pytest.raises(SystemExit):  # the results that are there are not of two samples a task
-        ablations.main(["--variants", "head-gate", "--samples=2", *RUN])
-    assert "--samples" in capsys.readouterr().err and len(made) == 4
+    ablations.main(["--variants", "no-arl", "--seeds", "3", *RUN])
+    stay = [[file.stem for file in before] for before in asked_before]
+    assert stay == [["values-only-0"], ["memory-1", "memory-3", "no-arl-1", "values-only-0"]]
 
 
 def test_results_that_make_no_table_are_refused(tmp_path, monkeypatch, capsys):
@@ -342,7 +347,7 @@ def test_results_that_make_no_table_are_refused(tmp_path, monkeypatch, capsys):
 def test_a_wrong_flag_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, argv, words):
     """A traceback, or six processes that each end in one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, "subprocess", None)  # no run may start
+    monkeypatch.setattr(runs, "subprocess", None)  # no run may start
     with pytest.raises(SystemExit) as end:
         ablations.main(argv)
     line = capsys.readouterr().err

@@ -3,7 +3,6 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
 
 import train
 from experiments import gate_start
@@ -44,7 +43,7 @@ def test_all_are_made_once_and_told(source, capsys):
 
 
 @pytest.mark.parametrize("flags, words", [(["--g0=1"], "--g0"), (["--init=nowhere"], "nowhere"), (["--steps=none"], "--steps"),
-                                          (["--arl=0"], "--arl=0"), (["--init=plain"], "train.json"), (["--init=with"], "memory already")])
+                                          (["--arl=0"], "--arl=0"), (["--name=other"], "--name"), (["--init=plain"], "train.json"), (["--init=with"], "memory already")])
 def test_errors_are_one_line(source, flags, words, capsys):
     Transformer(train.PRESETS["pico"]).save_pretrained("plain")
     Transformer(replace(train.PRESETS["pico"], memory=True)).save_pretrained("with")

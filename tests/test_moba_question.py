@@ -40,9 +40,13 @@ def test_command_compares_and_writes_json(tmp_path, monkeypatch, capsys):
     report = json.loads(Path("a.json").read_text())
     assert {"command", "commit", "device", "torch", "settings"} <= report.keys()
     assert all(of.keys() == {"dense", "moba", "context", "question"} for of in report["scores"]["model"].values())
-    assert len({*map(tuple, seen[:4])}) == 4
+    assert len({*map(tuple, seen[:4])}) == 4 and report["methods"] == {"model": "moba:budget=64,block_size=8"}
     capsys.readouterr()
-    for argv, words in (["--ckpt", "nowhere"], "nowhere"), (["--ckpt", "model", "--method=dense"], "--method"):
+    monkeypatch.setattr(moba_question.eval_niah, "scores", lambda *_: pytest.fail("asked, though it must end in an error"))
+    Path("damaged").mkdir()
+    Path("damaged/train.json").write_text('{"step": 3, "set')
+    for argv, words in ((["--ckpt", "model", "nowhere"], "nowhere"), (["--ckpt", "model", "--method=dense"], "--method"),
+                        (["--ckpt", "damaged"], "damaged/train.json is damaged")):
         with pytest.raises(SystemExit) as end:
             moba_question.main([*argv, "--device=cpu"])
         line = capsys.readouterr().err

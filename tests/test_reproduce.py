@@ -11,6 +11,7 @@ import pytest
 import eval_niah
 import niah
 import reproduce
+import runs
 import train
 from data import ByteTokenizer
 
@@ -31,7 +32,7 @@ def report(score, n_hit):
 
 
 def record(steps, recipe, made_from):
-    return {"step": steps, "seconds": 120, "tokens_per_second": 5000, "mfu": 0.25, "device": "abacus", "commit": "c0ffee00",
+    return {"step": steps, "seconds": 120, "tokens_per_second": 5000, "mfu": 0.25, "device": "abacus", "commit": "c0ffee00+dirty",
             "settings": {"recipe": recipe}, "from": made_from}
 
 
@@ -59,7 +60,7 @@ def test_summary_gives_means_spread_and_who_is_ahead(folder):
     assert summary["hits"]["memory"][quest] == [100, 100] and summary["hits"]["attention"][quest] == [0, 0]
     text = reproduce.markdown(summary, reproduce.read_results(folder))
     assert f"| {quest} | 45.0 ± 7.1 | 62.0 ± 2.8 | **+17.0** |" in text
-    lines = [f"| memory 1 | {stage} | 2.0 | 5,000 | 0.25 | abacus | c0ffee0 |\n" for stage in ("micro | 40", "micro-sft | 60")]
+    lines = [f"| memory 1 | {stage} | 2.0 | 5,000 | 0.25 | abacus | c0ffee0+dirty |\n" for stage in ("micro | 40", "micro-sft | 60")]
     assert "".join(lines) in text
 
 
@@ -114,10 +115,11 @@ def test_brief_arms_alone_make_a_summary_without_hypotheses(folder):
 
 
 @pytest.mark.parametrize("foreign", ["{", "{}", "[]"])
-def test_a_foreign_report_is_named(tmp_path, foreign):
-    (tmp_path / "memory-0.json").write_text(foreign)
-    with pytest.raises(ValueError, match=r"memory-0\.json .* delete it"):
-        reproduce.read_results(tmp_path)
+def test_a_foreign_report_is_named(folder, foreign):
+    for name in "memory-0-train.json", "memory-0-more.json", "memory-0.json":
+        (folder / name).write_text(foreign)
+        with pytest.raises(ValueError, match=f"{name} .* delete it"):
+            reproduce.read_results(folder)
 
 
 def test_arms_that_are_asked_less_leave_cells_empty(folder):
@@ -148,13 +150,9 @@ def test_plots_are_written(folder):
 def calls(monkeypatch, tmp_path):
     """Commands instead of processes. A train.py leaves a run with all its steps, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    made = []
-
-    numbers = itertools.count()
+    made, asked_before, numbers = [], [], itertools.count()
 
     class Process:
-        code = 0
-
         def __init__(self, command, **_):
             made.append([Path(command[1]).name, *command[2:]])
             if made[-1][0] == "train.py":
@@ -166,9 +164,10 @@ def calls(monkeypatch, tmp_path):
                                                             "first_sample": "s", "from": train.begun(settings, None)["from"]}))
 
         def wait(self):
-            return Process.code
-    monkeypatch.setattr(reproduce.subprocess, "Popen", Process)
-    return made, Process
+            return 3 if "--steps=3" in made[-1] else 0
+    monkeypatch.setattr(runs.subprocess, "Popen", Process)
+    monkeypatch.setattr(runs, "refuse_other_prompts", lambda stay, *_: asked_before.append(stay))
+    return made, asked_before
 
 
 def arguments(folder, arms, seeds=(0, 1)):
@@ -183,21 +182,45 @@ def scripts(made):
 
 def test_what_is_there_is_not_made_again(folder, calls):
     """Hours of training repeated; a run that was stopped half-way taken for whole; old answers taken for a new model's."""
-    made, _ = calls
-    reproduce.do_all(arguments(folder, ["memory"], [0]))
-    assert scripts(made) == ["train.py", "train.py", "eval_niah.py", "eval_niah.py"]  # the results there were of another model
-    for part in "", "-more":
-        (folder / f"memory-0{part}.json").write_text(json.dumps(report(1, 0)))
-    reproduce.do_all(arguments(folder, ["memory"], [0]))
-    assert scripts(made) == []
+    made, asked_before = calls
     args = arguments(folder, ["memory"], [0])
-    args.eval_seed = 7
+    reproduce.do_all(args)
+    assert scripts(made) == ["train.py", "train.py", "eval_niah.py", "eval_niah.py"]  # the results there were of another model
+    assert [file.stem for file in asked_before[0]] == ["attention-0", "attention-1", "memory-1"]  # not memory-0, nor -2, half done
+    for part, of in ("", {"hits": True, "random": 5}), ("-more", {"hits": False, "random": 0}):
+        answered = report(1, 0)
+        answered["settings"] |= of
+        (folder / f"memory-0{part}.json").write_text(json.dumps(answered))
+    reproduce.do_all(args)
+    assert scripts(made) == []
+    args.random = 6
+    reproduce.do_all(args)
+    assert scripts(made) == ["eval_niah.py"]  # -more has no draws
+    args.random, args.eval_seed = 5, 7
     reproduce.do_all(args)
     assert scripts(made) == ["eval_niah.py", "eval_niah.py"]
+    args.eval_seed = 0
     record = Path("out/reproduce/memory-0/step_0000001/train.json")
     record.write_text(record.read_text().replace('"step": 1280', '"step": 640'))
-    reproduce.do_all(arguments(folder, ["memory"], [0]))
+    reproduce.do_all(args)
     assert scripts(made) == ["train.py", "eval_niah.py", "eval_niah.py"]
+
+
+def test_answers_of_another_model_that_came_back_are_asked_anew(folder, calls):
+    """git checkout, or a second --results: reports that lie there, whole, but not of the model in out/."""
+    made, _ = calls
+    args = arguments(folder, ["joint"], [0])
+    reproduce.do_all(args)
+    brief = report(1, 0)
+    brief["settings"] |= {"hits": False, "random": 0}
+    (folder / "joint-0.json").write_text(json.dumps(brief))
+    made.clear()
+    reproduce.do_all(args)
+    assert made == [] and (folder / "joint-0.json").exists()
+    (folder / "joint-0-train.json").write_text(json.dumps(record(60, "micro-sft", None)))
+    reproduce.do_all(args)
+    assert scripts(made) == ["eval_niah.py"] and not (folder / "joint-0.json").exists()
+    assert json.loads((folder / "joint-0-train.json").read_text())["step"] == 1280
 
 
 def test_what_was_made_of_an_older_model_is_not_taken_for_new(folder, calls):
@@ -244,14 +267,18 @@ def test_converted_models_come_after_those_they_start_from(tmp_path, calls):
     assert starts[-1] == ["--init=out/reproduce/converted-1-pretrained"] and starts[-2] == ["--init=out/reproduce/attention-1-pretrained"]
 
 
-def test_a_failure_is_one_line_that_names_the_log(calls, monkeypatch, capsys):
-    calls[1].code = 3
-    monkeypatch.setattr(reproduce.signal, "signal", lambda *_: None)  # the tests' own stays
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--arms", "memory", "--seeds", "0"])
+@pytest.mark.parametrize("flags, words", [
+    (["--train=--steps=3"], "memory-0: train.py ended with code 3"), (["--train=--seed=5"], "--seed=5"), (["--train=--memory=off"], "--memory"),
+    (["--train=--name=x"], "--name"), (["--train=--init x"], "--init"), (["--seeds", "-1"], "--seeds"), (["--results=plain"], "plain")])
+def test_a_failure_is_one_line(calls, monkeypatch, capsys, flags, words):
+    """A traceback; a flag that would make all seeds the same, or another arm; a run that no table would tell."""
+    Path("plain").touch()
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--arms", "memory", "--seeds", "0", *flags])
     with pytest.raises(SystemExit) as end:
         reproduce.main()
     line = capsys.readouterr().err
-    assert end.value.code == 2 and "memory-0: train.py ended with code 3" in line and "memory-0.log" in line and line.count("\n") == 1
+    assert end.value.code == 2 and words in line and line.count("\n") == 1, line
+    assert ("memory-0.log" in line) == ("ended" in words)
 
 
 def test_every_arm_is_two_commands_that_train_accepts():
@@ -266,6 +293,6 @@ def test_every_arm_is_two_commands_that_train_accepts():
         tuning.add(json.dumps(vars(last) | {"init": None, "name": None}))
     assert len(tuning) == 1
     assert train.parse(list(reproduce.stages_of("memory", 0, args).values())[1]).arl == 0
-    for word in "--recipe=pico", "--preset=pico", "--init=elsewhere":
+    for word in runs.OURS:
         with pytest.raises(ValueError, match=word):
-            reproduce.stages_of("memory", 0, SimpleNamespace(train=word))
+            reproduce.stages_of("memory", 0, SimpleNamespace(train=f"--lr=1e-3 {word}=x"))

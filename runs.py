@@ -1,0 +1,160 @@
+"""
+Trainings that belong together, each in a process of its own on one of the GPUs, and not made again once they are there.
+
+    stages      the flags of train.py for a run's two stages: pretraining, then fine-tuning of what that made
+    finished    has a run seen all its steps, by the flags that it would be given now?
+    spread      runs our scripts on all visible GPUs, some at a time on each; the first failure ends all
+
+Each run's result is a file NAME-SEED.json, and a table is made of all that are there. They must have been asked the same:
+refuse_other_prompts looks before anything is trained. reproduce.py, experiments/ablations.py and experiments/gate_start.py
+are made of these. Checked in tests/test_runs.py.
+"""
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from queue import Queue
+
+import torch
+
+import eval_niah
+import niah
+import train
+from data import tokenizer_of
+from model import PRESETS
+
+ROOT = Path(__file__).parent
+OURS = "--recipe", "--preset", "--init", "--memory", "--seed", "--name", "--out", "--gate_start"
+
+
+# ---------------------------------------------------------------- one run
+
+def passed_on(words):
+    """A user's flags of train.py, for all runs of an experiment. ValueError for one that each run has of its own."""
+    for word in words:
+        if word.split("=")[0] in OURS:
+            raise ValueError(f"{word}: every run has its own, as it is what the runs differ in")
+    return words
+
+
+def stages(run, pretraining, seed, more):
+    """
+    {folder: flags of train.py}: pretraining with these flags, then fine-tuning of what that made, into `run`. more: a user's
+    flags for both, though fine-tuning has neither ARL nor a joint pass.
+    """
+    first = run.with_name(f"{run.name}-pretrained")
+    both = [*passed_on(more), f"--seed={seed}"]
+    to = lambda folder: [f"--out={folder.parent}", f"--name={folder.name}", "--resume"]
+    return {first: [*pretraining, *both, *to(first)],
+            run: ["--recipe=micro-sft", *both, f"--init={first}", "--arl=0", "--joint=0", *to(run)]}
+
+
+def finished(run, flags):
+    """Whether the run has seen all its steps. ValueError if other flags made it, or another model than --init now is."""
+    settings, checkpoint = train.parse(flags), train.newest(run, resume=True)
+    if checkpoint is None:
+        return False
+    steps = train.step_of(checkpoint, run, settings)
+    if settings.init:
+        now = train.begun(settings, None)["from"]
+        if now is None or now != train.begun(settings, checkpoint)["from"]:
+            raise ValueError(f"{run} did not start from {settings.init} as it is now: delete {run}")
+    return steps == settings.steps
+
+
+# ---------------------------------------------------------------- all runs
+
+def spread(jobs, per_gpu=1):
+    """
+    Run jobs on all visible GPUs, or without any on the CPU, `per_gpu` at a time on each. The first failure ends all, and so
+    does ctrl-C or kill.
+
+    A job is a function of call, by which it runs scripts of ours on its GPU: call(["train.py", flag, ...], log) waits until
+    the script has ended, its output in the file log. ValueError, which names the log, if it ended badly.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    gpus, running, failures, over = Queue(), set(), [], threading.Event()
+    for gpu in (visible.split(",") if torch.cuda.is_available() else [None]) * per_gpu:
+        gpus.put(gpu)
+
+    def on_a_gpu(job):
+        gpu = gpus.get()
+
+        def call(command, log):
+            if over.is_set():
+                raise ValueError("another job has failed")
+            started, script, name = time.time(), command[0], log.stem
+            print(f"{name}: python {shlex.join(command)}", flush=True)
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with open(log, "a") as file:
+                process = subprocess.Popen([sys.executable, ROOT / script, *command[1:]], stdout=file, stderr=file,
+                                           env=os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}))
+            running.add(process)
+            if over.is_set():  # between the look above and now
+                process.terminate()
+            code = process.wait()
+            running.discard(process)
+            if code:
+                said = log.read_text().strip().splitlines() or ["nothing"]
+                raise ValueError(f"{name}: {script} ended with code {code}, its last words: {said[-1]}. All are in {log}; what is "
+                                 "finished is kept")
+            print(f"{name}: {script} took {(time.time() - started) / 60:.1f} min", flush=True)
+        try:
+            if not over.is_set():
+                job(call)
+        except BaseException as error:
+            failures.append(error)
+            over.set()
+            raise
+        finally:
+            gpus.put(gpu)
+    kill = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as ctrl-C does
+    with ThreadPoolExecutor(gpus.qsize()) as pool:
+        futures = [pool.submit(on_a_gpu, job) for job in jobs]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+            if failures:
+                raise failures[0]
+        except BaseException:
+            over.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                process.terminate()  # training ends after its step, with a checkpoint to go on from
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, kill)
+
+
+# ---------------------------------------------------------------- results
+
+def result_files(folder, names):
+    """(name, seed, file) of each NAME-SEED.json that is there, in the order of names."""
+    for name in names:
+        for file in sorted(Path(folder).glob(f"{name}-*.json")):
+            seed = file.stem.removeprefix(f"{name}-")
+            if seed.isdigit():
+                yield name, int(seed), file
+
+
+def refuse_other_prompts(results, settings, samples, seed):
+    """
+    ValueError if results that will stay, {file: {task: hash}}, were asked other prompts than eval_niah.py will ask a model that
+    train.py makes by these settings: other --samples or tasks, or where other words for keys were installed.
+    """
+    if not results:
+        return
+    tokenizer = tokenizer_of(None, PRESETS["micro"].vocab_size, settings.tokenizer)
+    asked = eval_niah.flags().parse_args([f"--samples={samples}", f"--seed={seed}", f"--context_len={settings.context_len}",
+                                          f"--protocol={settings.protocol}"])
+    asked.max_new_tokens = niah.default_new_tokens(asked.context_len, tokenizer)
+    tasks = settings.tasks or niah.fitting_tasks(asked.context_len, tokenizer, asked.protocol, asked.max_new_tokens)
+    prompts = {task: niah.prompt_hash(examples) for task, examples in eval_niah.make_examples(asked, tokenizer, tasks).items()}
+    for file, theirs in results.items():
+        if theirs != prompts:
+            raise ValueError(f"{file} was asked other prompts than these runs would be (--samples, tasks, or the words that keys are "
+                             "made of): delete it, or choose another --results")

@@ -1,0 +1,95 @@
+"""runs.py: jobs over GPUs end together, and results that would not make one table are known before the training."""
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+import eval_niah
+import niah
+import runs
+import train
+
+
+@pytest.fixture
+def script(tmp_path):
+    """A script of ours: it says "up" and lives for so many seconds."""
+    file = tmp_path / "script.py"
+    file.write_text("import sys, time\nprint('up', flush=True)\ntime.sleep(float(sys.argv[1]))\nsys.exit(int(sys.argv[2]))")
+    return str(file)
+
+
+def wait_for(condition):
+    deadline = time.time() + 60
+    while not condition():
+        assert time.time() < deadline, "waited for a minute"
+        time.sleep(0.02)
+
+
+def test_the_first_failure_ends_all(script, tmp_path):
+    """Training that goes on for hours after the failure, whether its script runs at that moment, is about to, or waits its turn."""
+    failed, ended, began = threading.Event(), [], time.time()
+
+    def fails(call):
+        try:
+            wait_for(lambda: (tmp_path / "runs.log").exists() and "up" in (tmp_path / "runs.log").read_text())
+            call([script, "0", "3"], tmp_path / "fails.log")
+        finally:
+            failed.set()
+
+    def runs_on(call):
+        try:
+            call([script, "60", "0"], tmp_path / "runs.log")
+        except ValueError as error:
+            ended.append(str(error))
+            raise
+
+    def is_between(call):
+        call([script, "0", "0"], tmp_path / "between.log")
+        failed.wait(60)
+        time.sleep(0.2)
+        call([script, "60", "0"], tmp_path / "second.log")
+    with pytest.raises(ValueError, match="fails: .* ended with code 3, its last words: up.*/fails.log"):
+        runs.spread([fails, runs_on, is_between, lambda call: call([script, "60", "0"], tmp_path / "third.log")], per_gpu=3)
+    assert time.time() - began < 30 and "ended with code -15" in ended[0] and (tmp_path / "between.log").exists()
+    assert not (tmp_path / "second.log").exists() and not (tmp_path / "third.log").exists()
+
+
+def test_kill_ends_all_as_ctrl_c_does(script, tmp_path):
+    """A training that goes on alone after its parent is gone, and is started again beside itself."""
+    log, before = tmp_path / "one.log", signal.getsignal(signal.SIGTERM)
+    ended = []
+
+    def job(call):
+        try:
+            call([script, "60", "0"], log)
+        except ValueError as error:
+            ended.append(str(error))
+
+    def kill():
+        wait_for(lambda: log.exists() and "up" in log.read_text())
+        os.kill(os.getpid(), signal.SIGTERM)
+    threading.Thread(target=kill).start()
+    with pytest.raises(KeyboardInterrupt):
+        runs.spread([job])
+    assert "ended with code -15" in ended[0] and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_results_of_other_prompts_are_known_before_the_training():
+    """An hour of training whose result no table takes; or a refusal of what eval_niah.py would ask alike."""
+    settings = train.parse(["--recipe=micro-sft", "--init=x", "--context_len=512", "--tasks", "niah_single_1", "niah_single_2"])
+    asked = eval_niah.flags().parse_args(["--samples=3", "--context_len=512", "--protocol=sft", "--max_new_tokens=48"])
+    tokenizer = runs.tokenizer_of(None, 257)
+    prompts = {task: niah.prompt_hash(of) for task, of in eval_niah.make_examples(asked, tokenizer, settings.tasks).items()}
+    runs.refuse_other_prompts({}, settings, 3, 0)
+    runs.refuse_other_prompts({"a.json": prompts}, settings, 3, 0)
+    for samples, seed, theirs in (4, 0, prompts), (3, 1, prompts), (3, 0, prompts | {"niah_single_3": "x"}), (3, 0, {}):
+        with pytest.raises(ValueError, match="b.json was asked other prompts"):
+            runs.refuse_other_prompts({"a.json": prompts, "b.json": theirs} if theirs is not prompts else {"b.json": prompts}, settings, samples, seed)
+
+
+def test_only_results_are_results(tmp_path):
+    for name in "memory-10", "memory-2", "memory-2-more", "memory-2-train", "no-arl-0", "memory", "other-1":
+        (tmp_path / f"{name}.json").touch()
+    assert [found[:2] for found in runs.result_files(tmp_path, ["no-arl", "memory"])] == [("no-arl", 0), ("memory", 10), ("memory", 2)]
