@@ -66,32 +66,36 @@ def folder_of(arm, seed):
 
 
 def stages_of(arm, seed, args):
-    return runs.stages(folder_of(arm, seed), ARMS[arm].format(seed=seed).split(), seed, shlex.split(args.train))
+    more = runs.passed_on(shlex.split(args.train), ("--arl", "--joint"))  # what arms differ in
+    return runs.stages(folder_of(arm, seed), ARMS[arm].format(seed=seed).split(), seed, more)
 
 
-def do(arm, seed, args, call):
-    """Train and evaluate, unless it is done. call: runs.spread's."""
+def do(arm, seed, prompts, args, call):
+    """Train and evaluate, unless it is done: a report of this model that was asked these prompts. call: runs.spread's."""
     run, results = folder_of(arm, seed), Path(args.results)
     log, record = run.with_suffix(".log"), results / f"{run.name}-train.json"
-    results.mkdir(parents=True, exist_ok=True)  # where that is impossible, it is known before the training
+    parts = {"": NINE} if arm in BRIEF else {"": [*NINE, "--hits", f"--random={args.random}"], "-more": OTHERS}
+    files = {part: results / f"{run.name}{part}.json" for part in parts}
+    # a folder that cannot be made and a damaged file are known before the training
+    results.mkdir(parents=True, exist_ok=True)
+    there, model_of = {part: read(file) for part, file in files.items()}, eval_niah.load(record) if record.exists() else None
     if arm in LATER:
         source, flags = next(iter(stages_of("attention", seed, args).items()))
         if not runs.finished(source, flags):
             raise ValueError(f"{run.name} starts from {source}, which is not trained to its end: --arms attention {arm}")
     for flags in [flags for folder, flags in stages_of(arm, seed, args).items() if not runs.finished(folder, flags)]:
         call(["train.py", *flags], log)
-    parts = {"": NINE} if arm in BRIEF else {"": [*NINE, "--hits", f"--random={args.random}"], "-more": OTHERS}
     made = eval_niah.training_record(run)
-    if not record.exists() or eval_niah.load(record) != made:  # the reports, if any, are another model's
-        for part in "", "-more":
-            (results / f"{run.name}{part}.json").unlink(missing_ok=True)
+    if made != model_of:
+        there = {}  # of another model
+        for file in files.values():
+            file.unlink(missing_ok=True)
         eval_niah.save(made, record)
     for part, methods in parts.items():
-        result = results / f"{run.name}{part}.json"
         flags = ["--ckpt", str(run), f"--samples={args.samples}", f"--seed={args.eval_seed}", f"--batch={args.batch}",
-                 f"--out={run}/niah{part}", f"--json={result}", "--methods", *methods]
-        report, asked = read(result), vars(eval_niah.flags().parse_args(flags))
-        if report is None or any(report["settings"][key] != asked[key] for key in ("samples", "seed", "hits", "random")):
+                 f"--out={run}/niah{part}", f"--json={files[part]}", "--methods", *methods]
+        report, asked = there.get(part), vars(eval_niah.flags().parse_args(flags))
+        if not report or prompts_in(report) != prompts or any(report["settings"].get(key) != asked[key] for key in ("hits", "random")):
             call(["eval_niah.py", *flags], log)
 
 
@@ -101,12 +105,13 @@ def do_all(args):
     for arm in arms:
         for flags in stages_of(arm, 0, args).values():
             settings = train.parse(flags)  # a wrong flag is known now, once
-    if arms:
-        stay = {file: {row["task"]: row["prompts"] for row in report["results"]} for arm, seed, file, report in reports(args.results)
-                if not (arm in arms and seed in seeds)}
-        runs.refuse_other_prompts(stay, settings, args.samples, args.eval_seed)
+    if not arms:
+        return
+    prompts = runs.prompts_of(settings, args.samples, args.eval_seed)
+    runs.refuse_others({file: prompts_in(report) for arm, seed, file, report in reports(args.results)
+                        if not (arm in arms and seed in seeds)}, prompts)
     for phase in [arm for arm in arms if arm not in LATER], [arm for arm in arms if arm in LATER]:
-        runs.spread([lambda call, arm=arm, seed=seed: do(arm, seed, args, call) for seed in seeds for arm in phase], args.per_gpu)
+        runs.spread([lambda call, arm=arm, seed=seed: do(arm, seed, prompts, args, call) for seed in seeds for arm in phase], args.per_gpu)
 
 
 # ---------------------------------------------------------------- the summary
@@ -115,6 +120,11 @@ def read(file):
     """A report of eval_niah.py that ran to its end, else None."""
     report = eval_niah.load(file, "finished", "settings", "results") if file.exists() else None
     return report if report and report["finished"] else None
+
+
+def prompts_in(report):
+    """{task: hash}"""
+    return {row["task"]: row["prompts"] for row in report["results"]}
 
 
 def reports(folder):
@@ -131,7 +141,7 @@ def read_results(folder):
         more = read(file.with_stem(f"{file.stem}-more"))
         if more and all(more["settings"][key] == report["settings"][key] for key in ("samples", "seed")):
             report["results"] += [row for row in more["results"] if row["method"] != "dense"]
-        report["train"] = eval_niah.load(file.with_stem(f"{file.stem}-train"), "settings")
+        report["train"] = eval_niah.load(file.with_stem(f"{file.stem}-train"), "settings", "step", "seconds", "device", "commit")
         asked = {}  # {method: {(task, n, prompts)}}
         for row in report["results"]:
             asked.setdefault(row["method"], set()).add((row["task"], row["n"], row["prompts"]))
@@ -339,7 +349,7 @@ def main():
         if args.ship:
             ship(args)
         plots(found, folder)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.error(error)
     except KeyboardInterrupt:
         parser.exit(130, "\nreproduce.py: interrupted; what is finished is kept, and the same command goes on\n")

@@ -5,9 +5,9 @@ Trainings that belong together, each in a process of its own on one of the GPUs,
     finished    has a run seen all its steps, by the flags that it would be given now?
     spread      runs our scripts on all visible GPUs, some at a time on each; the first failure ends all
 
-Each run's result is a file NAME-SEED.json, and a table is made of all that are there. They must have been asked the same:
-refuse_other_prompts looks before anything is trained. reproduce.py, experiments/ablations.py and experiments/gate_start.py
-are made of these. Checked in tests/test_runs.py.
+Each run's result is a file NAME-SEED.json, and a table is made of all that are there. They must have been asked the same
+prompts: prompts_of tells those of a model that is not made yet. reproduce.py, experiments/ablations.py and
+experiments/gate_start.py are made of these. Checked in tests/test_runs.py.
 """
 import os
 import shlex
@@ -34,11 +34,11 @@ OURS = "--recipe", "--preset", "--init", "--memory", "--seed", "--name", "--out"
 
 # ---------------------------------------------------------------- one run
 
-def passed_on(words):
-    """A user's flags of train.py, for all runs of an experiment. ValueError for one that each run has of its own."""
+def passed_on(words, ours=OURS):
+    """A user's flags of train.py, for all runs of an experiment. ValueError for one that the experiment sets."""
     for word in words:
-        if word.split("=")[0] in OURS:
-            raise ValueError(f"{word}: every run has its own, as it is what the runs differ in")
+        if word.split("=")[0] in ours:
+            raise ValueError(f"{word}: not here, where every run is given its own")
     return words
 
 
@@ -114,20 +114,21 @@ def spread(jobs, per_gpu=1):
         finally:
             gpus.put(gpu)
     kill = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as ctrl-C does
-    with ThreadPoolExecutor(gpus.qsize()) as pool:
-        futures = [pool.submit(on_a_gpu, job) for job in jobs]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-            if failures:
-                raise failures[0]
-        except BaseException:
-            over.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(running):
-                process.terminate()  # training ends after its step, with a checkpoint to go on from
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, kill)
+    try:
+        with ThreadPoolExecutor(gpus.qsize()) as pool:
+            try:
+                wait([pool.submit(on_a_gpu, job) for job in jobs], return_when=FIRST_EXCEPTION)
+                if failures:
+                    raise failures[0]
+            except BaseException:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all are told to end already
+                over.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(running):
+                    process.terminate()  # training ends after its step, with a checkpoint to go on from
+                raise
+    finally:
+        signal.signal(signal.SIGTERM, kill)
 
 
 # ---------------------------------------------------------------- results
@@ -141,20 +142,19 @@ def result_files(folder, names):
                 yield name, int(seed), file
 
 
-def refuse_other_prompts(results, settings, samples, seed):
-    """
-    ValueError if results that will stay, {file: {task: hash}}, were asked other prompts than eval_niah.py will ask a model that
-    train.py makes by these settings: other --samples or tasks, or where other words for keys were installed.
-    """
-    if not results:
-        return
+def prompts_of(settings, samples, seed):
+    """{task: niah.prompt_hash} of what eval_niah.py will ask a model that train.py makes by these settings."""
     tokenizer = tokenizer_of(None, PRESETS["micro"].vocab_size, settings.tokenizer)
     asked = eval_niah.flags().parse_args([f"--samples={samples}", f"--seed={seed}", f"--context_len={settings.context_len}",
                                           f"--protocol={settings.protocol}"])
     asked.max_new_tokens = niah.default_new_tokens(asked.context_len, tokenizer)
     tasks = settings.tasks or niah.fitting_tasks(asked.context_len, tokenizer, asked.protocol, asked.max_new_tokens)
-    prompts = {task: niah.prompt_hash(examples) for task, examples in eval_niah.make_examples(asked, tokenizer, tasks).items()}
+    return {task: niah.prompt_hash(examples) for task, examples in eval_niah.make_examples(asked, tokenizer, tasks).items()}
+
+
+def refuse_others(results, prompts):
+    """ValueError if results that will stay, {file: {task: hash}}, were not asked these prompts."""
     for file, theirs in results.items():
         if theirs != prompts:
-            raise ValueError(f"{file} was asked other prompts than these runs would be (--samples, tasks, or the words that keys are "
-                             "made of): delete it, or choose another --results")
+            raise ValueError(f"{file} was asked other prompts than these runs would be (samples, seed, tasks, the words that keys are made "
+                             "of, or Python's help pages): delete it, or choose another --results")

@@ -22,7 +22,6 @@ import argparse
 import gc
 import importlib
 import inspect
-import json
 import re
 import statistics
 import sys
@@ -43,6 +42,7 @@ from data import tokenizer_of  # noqa: E402
 from memory import effective_length  # noqa: E402
 from model import Attention, Transformer  # noqa: E402
 
+EVAL_SEED = 0  # of the examples: the same for all
 VARIANTS = "memory", "no-arl", "keys-only", "values-only", "head-gate", "fixed-decay"
 
 
@@ -136,19 +136,19 @@ def run_one(variant, seed, args, rest):
     the next one's.
     """
     run, result, settings = folder_of(variant, seed, args), result_of(variant, seed, args), check(variant, seed, args, rest)
+    there = read(result) if result.exists() else None  # if it is damaged, that is known before the training
     with changed(variant, settings[0].arl):
         for (folder, flags), stage in zip(stages_of(variant, seed, args, rest).items(), settings):
             if not runs.finished(folder, flags):
                 train.train(stage)
         checkpoint, made, device = weights.resolve(run), eval_niah.training_record(run), settings[1].device
-        record = read(result) if result.exists() else None
-        if record and record["train"] == made and record["eval"]["settings"]["samples"] == args.samples:
+        if there and there["train"] == made and there["prompts"] == runs.prompts_of(settings[1], args.samples, EVAL_SEED):
             print(f"{run}: done already, {result}")
             return
         gc.collect()  # the training's CUDA graphs, and their memory
         # --kernels=torch: Triton's decoding step goes past Attention.remember and has a memory of both k and v in one kernel,
         # whatever the variant. Training may use Triton: there remember, ours, is what calls its memory_scan
-        eval_niah.main(["--ckpt", str(run), f"--samples={args.samples}", f"--batch={args.eval_batch}", f"--device={device}",
+        eval_niah.main(["--ckpt", str(run), f"--samples={args.samples}", f"--seed={EVAL_SEED}", f"--batch={args.eval_batch}", f"--device={device}",
                         "--kernels=torch", f"--out={run / 'niah'}", f"--json={run / 'niah.json'}"])
         model = Transformer.from_pretrained(checkpoint, torch.float32, device)
         median_length = lengths(model, prompts(model, checkpoint)).median().item()
@@ -171,8 +171,9 @@ def run_all(args, rest):
     for variant, seed in wanted:
         settings = check(variant, seed, args, rest)  # a wrong flag is known now
     if wanted:
-        stay = {file: read(file)["prompts"] for variant, seed, file in files(args) if (variant, seed) not in wanted}
-        runs.refuse_other_prompts(stay, settings[1], args.samples, seed=0)
+        asked = {(variant, seed, file): read(file)["prompts"] for variant, seed, file in files(args)}  # a damaged file is known now
+        runs.refuse_others({file: prompts for (variant, seed, file), prompts in asked.items() if (variant, seed) not in wanted},
+                           runs.prompts_of(settings[1], args.samples, EVAL_SEED))
     flags = [f"--samples={args.samples}", f"--eval_batch={args.eval_batch}", f"--out={args.out}", f"--results={args.results}", *rest]
     runs.spread([lambda call, v=variant, s=seed: call(["experiments/ablations.py", f"--run={v}-{s}", *flags],
                                                       folder_of(v, s, args).with_suffix(".log")) for variant, seed in wanted], args.per_gpu)

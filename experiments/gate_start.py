@@ -102,7 +102,7 @@ def main(argv=None):
     args.argv = argv
     try:
         run_all(args, rest)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.error(error)
     except KeyboardInterrupt:
         parser.exit(130, "\ngate_start.py: interrupted; the same command goes on\n")

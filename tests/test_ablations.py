@@ -13,7 +13,6 @@ from conftest import DEVICE, assert_close, draw_tokens, tiny
 import backend
 import eval_niah
 import niah
-import reproduce
 import runs
 import train
 from data import ByteTokenizer
@@ -233,6 +232,11 @@ def test_a_variant_is_trained_once_as_itself_and_evaluated(small_run, monkeypatc
     assert json.loads(result.read_text())["eval"]["settings"]["samples"] == 2
     monkeypatch.setattr(eval_niah, "main", lambda argv: pytest.fail("evaluated again"))
     small_run("--samples=2")
+    monkeypatch.setattr(runs, "prompts_of", lambda *_: {"niah_single_1": "of other words"})
+    with pytest.raises(pytest.fail.Exception, match="evaluated again"):
+        small_run("--samples=2")
+    monkeypatch.setattr(runs, "prompts_of", lambda *_: json.loads(result.read_text())["prompts"])
+    small_run("--samples=2")
     with pytest.raises(SystemExit) as end:  # a run of other flags is not this one
         small_run("--lr=1e-5")
     assert end.value.code == 2 and "--lr" in capsys.readouterr().err and result.exists()
@@ -262,6 +266,7 @@ def test_lengths_and_lm_loss_of_a_checkpoint(tmp_path, monkeypatch, capsys):
 
 def test_all_variants_stop_at_the_first_that_fails(tmp_path, monkeypatch, capsys):
     """A table of what is left, or a wait for the rest; and a line that does not tell which run, or why."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # one at a time
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         ablations.main(["--variants", "head-gate", "memory", "--steps=1", "--haystack=nowhere.txt", *RUN])
@@ -294,7 +299,12 @@ def test_all_runs_make_one_table(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):  # it was asked other prompts than these would be
         ablations.main(["--variants", "no-arl", *RUN])
     assert "values-only-0.json was asked other prompts" in capsys.readouterr().err and made == []
-    monkeypatch.setattr(runs, "refuse_other_prompts", lambda stay, *_, **__: asked_before.append(stay))
+    Path("results/ablations/no-arl-1.json").write_text("{")
+    with pytest.raises(SystemExit):  # of a wanted run, but who knows what it was
+        ablations.main(["--variants", "no-arl", "--seeds", "1", *RUN])
+    assert "no-arl-1.json is damaged" in capsys.readouterr().err and made == []
+    Path("results/ablations/no-arl-1.json").unlink()
+    monkeypatch.setattr(runs, "refuse_others", lambda stay, _: asked_before.append(stay))
     ablations.main(["--variants", "no-arl", "memory", "--seeds", "3", "1", "3", *RUN])
     rows = {row[0]: row[1:] for row in map(str.split, capsys.readouterr().out.splitlines()) if row}
     assert made == ["no-arl-3", "memory-3", "no-arl-1", "memory-1"]

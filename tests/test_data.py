@@ -430,11 +430,11 @@ def test_no_argument_tokenises_the_text_of_cpython(tmp_path, monkeypatch, capsys
     assert np.frombuffer(read_stream(Path("data/pydoc")), "<u2").tolist() == tok.encode(data.builtin_text()) + [tok.eos_id]
 
 
-def start_script(tmp_path, out, workers=2):
+def start_script(tmp_path, out, workers=2, documents=400):
     """A run long enough to be caught in the middle, stopped when its first shard appears."""
     source = tmp_path / "in.jsonl"
     line = json.dumps({"text": data.builtin_text()[:100_000]}) + "\n"
-    source.write_text(line * 400)
+    source.write_text(line * documents)
     command = [sys.executable, "data.py", f"--input={source}", f"--output={out}", "--shard_tokens=2e6", f"--workers={workers}"]
     script = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not (out / "00000.bin").exists():
@@ -465,7 +465,7 @@ def test_killed_run_leaves_whole_shards_and_a_rerun_completes_them(tmp_path):
 
 def test_ctrl_c_ends_in_one_line(tmp_path):
     """Catches a screenful of tracebacks, one per worker."""
-    script, _ = start_script(tmp_path, tmp_path / "out", workers=8)  # so that some wait for work
+    script, _ = start_script(tmp_path, tmp_path / "out", workers=8, documents=2000)  # so that some wait for work, and none ends first
     os.killpg(script.pid, signal.SIGINT)  # as a terminal does: to the workers too
     out, err = script.communicate(timeout=20)
     assert script.returncode == 130

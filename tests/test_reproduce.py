@@ -166,7 +166,8 @@ def calls(monkeypatch, tmp_path):
         def wait(self):
             return 3 if "--steps=3" in made[-1] else 0
     monkeypatch.setattr(runs.subprocess, "Popen", Process)
-    monkeypatch.setattr(runs, "refuse_other_prompts", lambda stay, *_: asked_before.append(stay))
+    monkeypatch.setattr(runs, "prompts_of", lambda *_: dict.fromkeys(niah.TASKS, "p"))
+    monkeypatch.setattr(runs, "refuse_others", lambda stay, _: asked_before.append(stay))
     return made, asked_before
 
 
@@ -180,7 +181,7 @@ def scripts(made):
     return names
 
 
-def test_what_is_there_is_not_made_again(folder, calls):
+def test_what_is_there_is_not_made_again(folder, calls, monkeypatch):
     """Hours of training repeated; a run that was stopped half-way taken for whole; old answers taken for a new model's."""
     made, asked_before = calls
     args = arguments(folder, ["memory"], [0])
@@ -196,10 +197,11 @@ def test_what_is_there_is_not_made_again(folder, calls):
     args.random = 6
     reproduce.do_all(args)
     assert scripts(made) == ["eval_niah.py"]  # -more has no draws
-    args.random, args.eval_seed = 5, 7
+    args.random, prompts_of = 5, runs.prompts_of
+    monkeypatch.setattr(runs, "prompts_of", lambda settings, samples, seed: {"niah_single_1": f"{samples} of seed {seed}"})
     reproduce.do_all(args)
     assert scripts(made) == ["eval_niah.py", "eval_niah.py"]
-    args.eval_seed = 0
+    monkeypatch.setattr(runs, "prompts_of", prompts_of)
     record = Path("out/reproduce/memory-0/step_0000001/train.json")
     record.write_text(record.read_text().replace('"step": 1280', '"step": 640'))
     reproduce.do_all(args)
@@ -239,6 +241,15 @@ def test_what_was_made_of_an_older_model_is_not_taken_for_new(folder, calls):
         reproduce.do_all(arguments(folder, ["converted"], [0]))
 
 
+def test_a_damaged_result_is_known_before_the_training(folder, calls):
+    made, _ = calls
+    for name in "memory-0-train", "memory-0-more", "memory-0", "attention-1":
+        (folder / f"{name}.json").write_text("{")
+        with pytest.raises(ValueError, match=f"{name}.json is damaged"):
+            reproduce.do_all(arguments(folder, ["memory"], [0]))
+        assert made == []
+
+
 def test_a_trial_is_not_taken_for_the_run(folder, calls):
     args = arguments(folder, ["memory"], [0])
     args.train = "--steps=2 --batch=2 --device_batch=2"
@@ -268,7 +279,7 @@ def test_converted_models_come_after_those_they_start_from(tmp_path, calls):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--train=--steps=3"], "memory-0: train.py ended with code 3"), (["--train=--seed=5"], "--seed=5"), (["--train=--memory=off"], "--memory"),
+    (["--train=--steps=3"], "memory-0: train.py ended with code 3"), (["--train=--seed=5"], "--seed=5"), (["--train=--memory=off"], "--memory"), (["--train=--joint=64"], "--joint"),
     (["--train=--name=x"], "--name"), (["--train=--init x"], "--init"), (["--seeds", "-1"], "--seeds"), (["--results=plain"], "plain")])
 def test_a_failure_is_one_line(calls, monkeypatch, capsys, flags, words):
     """A traceback; a flag that would make all seeds the same, or another arm; a run that no table would tell."""
@@ -283,8 +294,7 @@ def test_a_failure_is_one_line(calls, monkeypatch, capsys, flags, words):
 
 def test_every_arm_is_two_commands_that_train_accepts():
     """A flag renamed in train.py alone; fine-tuning that has ARL after all, or differs between the arms."""
-    args, tuning = arguments("results", []), set()
-    args.train = "--arl=32 --joint=0"  # of a user, for the pretraining; in fine-tuning it means nothing
+    tuning = set()
     for arm in reproduce.ARMS:
         first, last = map(train.parse, reproduce.stages_of(arm, 0, SimpleNamespace(train="")).values())
         assert bool(first.arl) == (arm in ("memory", "converted")) and bool(first.joint) == (arm == "joint")
@@ -292,7 +302,6 @@ def test_every_arm_is_two_commands_that_train_accepts():
         assert (last.arl, last.joint, last.context_len, last.init) == (0, 0, 4096, f"out/reproduce/{arm}-0-pretrained")
         tuning.add(json.dumps(vars(last) | {"init": None, "name": None}))
     assert len(tuning) == 1
-    assert train.parse(list(reproduce.stages_of("memory", 0, args).values())[1]).arl == 0
-    for word in runs.OURS:
+    for word in *runs.OURS, "--arl", "--joint":
         with pytest.raises(ValueError, match=word):
             reproduce.stages_of("memory", 0, SimpleNamespace(train=f"--lr=1e-3 {word}=x"))

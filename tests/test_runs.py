@@ -1,20 +1,23 @@
 """runs.py: jobs over GPUs end together, and results that would not make one table are known before the training."""
+import json
 import os
 import signal
 import threading
 import time
 
 import pytest
+import torch
+from conftest import tiny
 
 import eval_niah
-import niah
 import runs
 import train
 
 
 @pytest.fixture
-def script(tmp_path):
+def script(tmp_path, monkeypatch):
     """A script of ours: it says "up" and lives for so many seconds."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # per_gpu jobs at a time, no more
     file = tmp_path / "script.py"
     file.write_text("import sys, time\nprint('up', flush=True)\ntime.sleep(float(sys.argv[1]))\nsys.exit(int(sys.argv[2]))")
     return str(file)
@@ -76,17 +79,23 @@ def test_kill_ends_all_as_ctrl_c_does(script, tmp_path):
     assert "ended with code -15" in ended[0] and signal.getsignal(signal.SIGTERM) == before
 
 
-def test_results_of_other_prompts_are_known_before_the_training():
-    """An hour of training whose result no table takes; or a refusal of what eval_niah.py would ask alike."""
-    settings = train.parse(["--recipe=micro-sft", "--init=x", "--context_len=512", "--tasks", "niah_single_1", "niah_single_2"])
-    asked = eval_niah.flags().parse_args(["--samples=3", "--context_len=512", "--protocol=sft", "--max_new_tokens=48"])
-    tokenizer = runs.tokenizer_of(None, 257)
-    prompts = {task: niah.prompt_hash(of) for task, of in eval_niah.make_examples(asked, tokenizer, settings.tasks).items()}
-    runs.refuse_other_prompts({}, settings, 3, 0)
-    runs.refuse_other_prompts({"a.json": prompts}, settings, 3, 0)
-    for samples, seed, theirs in (4, 0, prompts), (3, 1, prompts), (3, 0, prompts | {"niah_single_3": "x"}), (3, 0, {}):
+@pytest.mark.parametrize("flags", [["--context_len=512", "--tasks", "niah_single_1", "niah_single_2"], ["--context_len=1024"]])
+def test_prompts_of_a_model_not_yet_made_are_those_it_is_asked(tmp_path, monkeypatch, flags):
+    """A refusal of what would agree, or hours of training whose result no table takes."""
+    monkeypatch.chdir(tmp_path)
+    settings = train.parse(["--recipe=micro-sft", "--init=x", *flags])
+    model = tiny(vocab_size=257, context_len=settings.context_len)
+    model.save_pretrained("model")
+    (tmp_path / "model" / "train.json").write_text(json.dumps({"settings": vars(settings)}))
+    monkeypatch.setattr(eval_niah, "evaluate", lambda *asked: {m: eval_niah.Outcome([""] * len(asked[2]), [], [], 0.0) for m in asked[3]})
+    for samples, seed in (2, 0), (2, 1), (1, 0):
+        eval_niah.main(["--ckpt=model", f"--samples={samples}", f"--seed={seed}", "--methods=dense", "--device=cpu", "--json=a.json"])
+        asked = {row["task"]: row["prompts"] for row in eval_niah.load("a.json")["results"]}
+        assert runs.prompts_of(settings, samples, seed) == asked
+    runs.refuse_others({"a.json": asked}, asked)
+    for theirs in asked | {"niah_single_1": "x"}, asked | {"another": "x"}, {}:
         with pytest.raises(ValueError, match="b.json was asked other prompts"):
-            runs.refuse_other_prompts({"a.json": prompts, "b.json": theirs} if theirs is not prompts else {"b.json": prompts}, settings, samples, seed)
+            runs.refuse_others({"a.json": asked, "b.json": theirs}, asked)
 
 
 def test_only_results_are_results(tmp_path):
