@@ -121,7 +121,7 @@ def spread(jobs, per_gpu=1):
                 if failures:
                     raise failures[0]
             except BaseException:
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all are told to end already
+                signal.signal(signal.SIGTERM, lambda *_: None)  # once is enough
                 over.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in list(running):
