@@ -66,7 +66,7 @@ def folder_of(arm, seed):
 
 
 def stages_of(arm, seed, args):
-    more = runs.passed_on(shlex.split(args.train), ("--arl", "--joint"))  # what arms differ in
+    more = runs.passed_on(args.train, ("--arl", "--joint"))  # what arms differ in
     return runs.stages(folder_of(arm, seed), ARMS[arm].format(seed=seed).split(), seed, more)
 
 
@@ -104,7 +104,7 @@ def do_all(args):
     arms, seeds = dict.fromkeys(args.arms), dict.fromkeys(args.seeds)
     for arm in arms:
         for flags in stages_of(arm, 0, args).values():
-            settings = train.parse(flags)  # a wrong flag is known now, once
+            settings = train.parse(flags)  # a wrong flag is known now, once; all arms are fine-tuned, so asked, alike
     if not arms:
         return
     prompts = runs.prompts_of(settings, args.samples, args.eval_seed)
@@ -208,12 +208,14 @@ def transpose(dicts):
     return {key: [each[key] for each in dicts] for key in dicts[0] if all(key in each for each in dicts)}
 
 
-def markdown(summary, found):
-    def cell(values):
-        if values is None:
-            return ""
-        return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+def cell(values, plus_minus=" ± "):
+    """Mean and standard deviation of a score over seeds; None: nobody was asked."""
+    if values is None:
+        return ""
+    return f"{statistics.fmean(values):.1f}" + (f"{plus_minus}{statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
+
+def markdown(summary, found):
     def gap(against):
         return f"**{against['gain']:+.1f}**" if against["ahead"] else f"{against['gain']:+.1f}"
 
@@ -307,11 +309,11 @@ def plots(found, folder):
 
 def ship(args):
     """checkpoints/: seed 0 of attention and memory in bf16, with train.json, which tells how they were made."""
-    for arm in "attention", "memory":
-        run, flags = list(stages_of(arm, 0, args).items())[-1]
+    for folder in eval_niah.SHIPPED:
+        run, flags = list(stages_of(folder.name, 0, args).items())[-1]
         if not runs.finished(run, flags):
             raise ValueError(f"{run} is not trained to its end: --ship needs seed 0 of attention and memory")
-        source, folder = weights.resolve(run), runs.ROOT / "checkpoints" / arm
+        source = weights.resolve(run)
         Transformer.from_pretrained(source, torch.bfloat16).save_pretrained(folder)
         shutil.copy(source / "train.json", folder)
         print(f"{source} in bf16: {folder}")
@@ -329,7 +331,7 @@ def main():
     add("--eval_seed", type=int, default=0, help="of the examples; who changes a recipe looks at another seed's until it is final")
     add("--random", type=eval_niah.positive, default=1, metavar="SEEDS", help="H2: draws of a selection by chance, for each model")
     add("--batch", type=eval_niah.positive, default=200, help="prompts at a time in the evaluation")
-    add("--train", default="", metavar="FLAGS", help="more flags of train.py, for both stages of every run: --train='--steps=2 --batch=2' "
+    add("--train", type=shlex.split, default="", metavar="FLAGS", help="more flags of train.py, for both stages of every run: --train='--steps=2 --batch=2' "
         "--results=out/trial is a trial; delete out/reproduce after it")
     add("--per_gpu", type=eval_niah.positive, default=1, metavar="RUNS", help="runs at a time on each GPU; 2 takes less time in all, but "
         "then the tokens per second of one run mean little")

@@ -397,7 +397,7 @@ def record_of(step, durations, flops, commit, first_sample, before, args):
 def begun(args, checkpoint):
     """What a record goes on from: the seconds of the steps so far, and "from", the record of --init if that has one."""
     if checkpoint:
-        return json.loads((checkpoint / "train.json").read_text())
+        return eval_niah.load(checkpoint / "train.json")
     return {"seconds": 0.0, "from": eval_niah.training_record(args.init) if args.init else None}
 
 
@@ -418,7 +418,7 @@ def fingerprint(dataset):
 
 def step_of(checkpoint, run, args):
     """How many steps the checkpoint has seen. ValueError if going on with these flags would mix two runs."""
-    saved = json.loads((checkpoint / "train.json").read_text())
+    saved = eval_niah.load(checkpoint / "train.json", "settings", "step")
     if "first_sample" not in saved:
         raise ValueError(f"--resume: an older version made {run}, with other samples: delete it, or choose another --name")
     for key, value in saved["settings"].items():
@@ -579,8 +579,7 @@ def train(args):
     if stopped:
         say(f"{run}: stopped after step {step}; go on with the same command{'' if args.resume else ' and --resume'}")
         sys.exit(130)
-    checkpoint = weights.resolve(run)
-    made = json.loads((checkpoint / "train.json").read_text())
+    checkpoint, made = weights.resolve(run), eval_niah.training_record(run)
     speed = f"; {made['tokens_per_second']:,} tokens/s, MFU {made['mfu']:.1%}" if made.get("mfu") else ""
     say(f"{run}: done, {checkpoint}{speed}")
     return checkpoint, json.loads(log_file.read_text().splitlines()[-1])

@@ -156,7 +156,7 @@ def run_one(variant, seed, args, rest):
     scores = {method: {"mean": mean, "tasks": {row["task"]: row["ruler"] for row in report["results"] if row["method"] == method}}
               for method, mean in reproduce.means(report).items()}
     save(result, args.argv, {"variant": variant, "seed": seed, "scores": scores, "median_length": median_length,
-                             "prompts": {row["task"]: row["prompts"] for row in report["results"]}, "checkpoint": str(checkpoint),
+                             "prompts": reproduce.prompts_in(report), "checkpoint": str(checkpoint),
                              "train": made, "eval": {key: report[key] for key in ("commit", "device", "torch", "settings")}})
     print(f"result in {result}")
 
@@ -189,6 +189,7 @@ def files(args):
 
 
 def read(file):
+    """The record that run_one saved."""
     return eval_niah.load(file, "scores", "prompts", "median_length", "train", "eval")
 
 
@@ -206,16 +207,14 @@ def read_all(args):
 
 def table(found):
     """A line per variant: mean over its seeds, and their standard deviation."""
-    def cell(scores):
-        return f"{statistics.fmean(scores):.1f}" + (f"±{statistics.stdev(scores):.1f}" if len(scores) > 1 else "")
-
     row = lambda words: "".join(f"{word:>10}" for word in words)
     lines = [f"{'':12}{'seeds':>6}{row(['dense', 'quest', '', '', 'moba', '', '', 'snapkv', '', ''])}{'length':>8}",
              f"{'':18}{row(['', *eval_niah.BUDGETS * 3])}"]
     for variant, records in found.items():
         by_method = reproduce.transpose([{m: of["mean"] for m, of in record["scores"].items()} for record in records.values()])
         length = statistics.fmean(record["median_length"] for record in records.values())
-        lines.append(f"{variant:12}{len(records):6}{row(map(cell, by_method.values()))}{length:8.1f}")
+        scores = row(reproduce.cell(values, plus_minus="±") for values in by_method.values())
+        lines.append(f"{variant:12}{len(records):6}{scores}{length:8.1f}")
     return "\n".join([*lines, "RULER's score, %: mean of tasks and of seeds, ± the seeds' standard deviation",
                       "length: tokens that a channel's memory averages over, median of all channels"])
 

@@ -43,11 +43,15 @@ def flags_of(g0, args, rest):
 
 
 def losses(run):
-    """{step: {"dense": nats, "arl": nats}} of a run, means of the MEAN_OF steps up to this one: the first alone, then later ones."""
-    log = {entry["step"]: entry for entry in map(json.loads, (run / "log.jsonl").read_text().splitlines())}
-    until = sorted({1, *(math.ceil(max(log) * share) for share in (0.1, 0.25, 0.5, 1))})
-    mean = lambda key, last: statistics.fmean(log[step][key] for step in range(max(1, last - MEAN_OF + 1), last + 1))
-    return {step: {"dense": mean("loss", step), "arl": mean("arl_loss", step)} for step in until}
+    """{step: {"dense": nats, "arl": nats}} of a run, means of the MEAN_OF steps up to this one: the first alone, then later ones. ValueError if its log is not whole."""
+    file = run / "log.jsonl"
+    try:
+        log = {entry["step"]: entry for entry in map(json.loads, file.read_text().splitlines())}
+        until = sorted({1, *(math.ceil(max(log) * share) for share in (0.1, 0.25, 0.5, 1))})
+        mean = lambda key, last: statistics.fmean(log[step][key] for step in range(max(1, last - MEAN_OF + 1), last + 1))
+        return {step: {"dense": mean("loss", step), "arl": mean("arl_loss", step)} for step in until}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} lacks steps, or is damaged ({type(error).__name__}: {error}): delete {run}") from None
 
 
 def median_lengths(run, device):

@@ -25,6 +25,10 @@ def test_losses_are_the_logs(tmp_path):
     found = gate_start.losses(tmp_path)
     assert list(found) == [1, 40, 100, 200, 400] and found[1] == {"dense": 1.0, "arl": 2.0}
     assert found[40] == {"dense": 30.5, "arl": 61.0} and found[400]["dense"] == 390.5
+    for lines in [], log[1:], ["no log"]:
+        (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        with pytest.raises(ValueError, match=r"log\.jsonl lacks steps.* delete"):
+            gate_start.losses(tmp_path)
 
 
 def test_all_are_made_once_and_told(source, capsys):

@@ -172,7 +172,7 @@ def calls(monkeypatch, tmp_path):
 
 
 def arguments(folder, arms, seeds=(0, 1)):
-    return SimpleNamespace(results=str(folder), random=5, samples=3, eval_seed=0, batch=200, train="", arms=arms, seeds=seeds, per_gpu=1)
+    return SimpleNamespace(results=str(folder), random=5, samples=3, eval_seed=0, batch=200, train=[], arms=arms, seeds=seeds, per_gpu=1)
 
 
 def scripts(made):
@@ -252,9 +252,9 @@ def test_a_damaged_result_is_known_before_the_training(folder, calls):
 
 def test_a_trial_is_not_taken_for_the_run(folder, calls):
     args = arguments(folder, ["memory"], [0])
-    args.train = "--steps=2 --batch=2 --device_batch=2"
+    args.train = ["--steps=2", "--batch=2", "--device_batch=2"]
     reproduce.do_all(args)
-    args.train = ""
+    args.train = []
     with pytest.raises(ValueError, match="steps=2"):
         reproduce.do_all(args)
 
@@ -280,7 +280,7 @@ def test_converted_models_come_after_those_they_start_from(tmp_path, calls):
 
 @pytest.mark.parametrize("flags, words", [
     (["--train=--steps=3"], "memory-0: train.py ended with code 3"), (["--train=--seed=5"], "--seed=5"), (["--train=--memory=off"], "--memory"), (["--train=--joint=64"], "--joint"),
-    (["--train=--name=x"], "--name"), (["--train=--init x"], "--init"), (["--seeds", "-1"], "--seeds"), (["--results=plain"], "plain")])
+    (["--train=--name=x"], "--name"), (["--train=--lr '1"], "--train"), (["--train=--init x"], "--init"), (["--seeds", "-1"], "--seeds"), (["--results=plain"], "plain")])
 def test_a_failure_is_one_line(calls, monkeypatch, capsys, flags, words):
     """A traceback; a flag that would make all seeds the same, or another arm; a run that no table would tell."""
     Path("plain").touch()
@@ -296,7 +296,7 @@ def test_every_arm_is_two_commands_that_train_accepts():
     """A flag renamed in train.py alone; fine-tuning that has ARL after all, or differs between the arms."""
     tuning = set()
     for arm in reproduce.ARMS:
-        first, last = map(train.parse, reproduce.stages_of(arm, 0, SimpleNamespace(train="")).values())
+        first, last = map(train.parse, reproduce.stages_of(arm, 0, SimpleNamespace(train=[])).values())
         assert bool(first.arl) == (arm in ("memory", "converted")) and bool(first.joint) == (arm == "joint")
         assert (first.batch, first.context_len, first.protocol, first.name) == (64, 1024, "sft", f"{arm}-0-pretrained")
         assert (last.arl, last.joint, last.context_len, last.init) == (0, 0, 4096, f"out/reproduce/{arm}-0-pretrained")
@@ -304,4 +304,4 @@ def test_every_arm_is_two_commands_that_train_accepts():
     assert len(tuning) == 1
     for word in *runs.OURS, "--arl", "--joint":
         with pytest.raises(ValueError, match=word):
-            reproduce.stages_of("memory", 0, SimpleNamespace(train=f"--lr=1e-3 {word}=x"))
+            reproduce.stages_of("memory", 0, SimpleNamespace(train=["--lr=1e-3", f"{word}=x"]))

@@ -284,6 +284,9 @@ def test_runs_do_not_mix():
         run("--name=one")
     with pytest.raises(ValueError, match="--lr=0.001"):
         run("--name=one", "--resume", "--lr=0.5")
+    sorted(Path("out/one").glob("step_*/train.json"))[-1].write_text('{"step": 3, "set')
+    with pytest.raises(ValueError, match="step_.*/train.json is damaged"):
+        run("--name=one", "--resume")
 
 
 def test_torn_log_does_not_stop_a_resume():
