@@ -14,6 +14,7 @@ fla's chunk_hgrn where it is installed (pip install fla-core), dense attention b
 
     python bench.py                         everything; a table, and out/bench.json
     python bench.py --only memory quest     some of it
+    python bench.py --end-to-end            whole models instead, prompt to answer: bench_model.py
 
 Without a GPU it times plain PyTorch at a small shape: that says nothing about the kernels.
 """
@@ -27,8 +28,10 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from eval_niah import commit, save
+import bench_model
+from eval_niah import commit, positive, save
 from memory import memory_scan, memory_step
+from model import PRESETS
 from sparse import Dilated, MoBA, SnapKV, attend
 
 H, D = 32, 128
@@ -439,11 +442,33 @@ def without_gpu():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip(), allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"bench.py: {message}\n")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="PART", help=f"of {', '.join(SECTIONS)} (default: all)")
-    parser.add_argument("--json", default="out/bench.json", metavar="FILE", help="all numbers (default: %(default)s)")
+    add = parser.add_argument
+    add("--only", nargs="+", metavar="PART", help=f"of {', '.join(SECTIONS)}; with --end-to-end of {', '.join(bench_model.PARTS)} "
+        "(default: all; without a GPU single)")
+    add("--json", metavar="FILE", help="all numbers (default: out/bench.json, out/bench-model.json)")
+    add("--end-to-end", action="store_true", help="whole models with random weights: prompts, decoding steps, memory")
+    add("--preset", choices=PRESETS, metavar="NAME", help="whole models: their shape (default: olmo2-7b; without a GPU micro)")
+    add("--contexts", nargs="+", type=positive, metavar="TOKENS", help="whole models: lengths of prompts (default: 1024 to 65536; without a GPU 2048)")
+    add("--tokenizer", default="bytes", metavar="SPEC", help="whole models, table3: as in data.py (default: %(default)s, whose answers are longer "
+        "than in tokens)")
     args = parser.parse_args()
+    allowed = bench_model.PARTS if args.end_to_end else SECTIONS
+    for part in args.only or ():
+        if part not in allowed:
+            parser.error(f"--only {part}: one of {', '.join(allowed)}" + ("" if args.end_to_end else "; the others with --end-to-end"))
+    if args.end_to_end:
+        parts = args.only or (bench_model.PARTS if ON_GPU else ["single"])
+        if not ON_GPU and set(parts) != {"single"}:
+            parser.error(f"--only {' '.join(parts)}: these parts need a GPU")
+        try:
+            return bench_model.run(args.json or "out/bench-model.json", args.preset or ("olmo2-7b" if ON_GPU else "micro"),
+                                   sorted(args.contexts or ([1024 * 2**i for i in range(7)] if ON_GPU else [2048])), parts, args.tokenizer,
+                                   ceilings() if ON_GPU else None)
+        except (ValueError, OSError, ImportError) as error:
+            parser.error(error)
     if not ON_GPU:
         return without_gpu()
+    args.only, args.json = args.only or list(SECTIONS), args.json or "out/bench.json"
     import triton
     torch.manual_seed(0)
     rates = ceilings()

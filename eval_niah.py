@@ -3,12 +3,15 @@ Needles found under each sparse method: the paper's tables, its figure, and its 
 
     for each checkpoint, task and method:   prompt -> prefill -> greedy answer -> two scores, and what was read
 
-One prefill serves all methods that prefill alike (dense, Quest, SnapKV), through cache.fork(). What a method reads is
-counted while it answers, in tokens per query, KV head and layer, and asserted against its budget: a method that is
-silently off ends the run. Three results (arXiv 2605.28640):
+One prefill serves all methods that prefill alike (dense, Quest, SnapKV), one after the other, and one cache all batches.
+What a method reads is counted while it answers, in tokens per query, KV head and layer, and asserted against its budget: a
+method that is silently off ends the run. Three results (arXiv 2605.28640):
     tables 3 and 4   accuracy by backbone, method and budget, as a table, JSON and a plot
     H1, --hits       does the method select the answer's place?   share of answers, for each head
     H2, --random     does it matter what is selected?             the same methods with scores drawn by chance
+
+Each batch's answers are kept at once (answers.py), and the report is read from there: a run that was stopped goes on with
+the same command and --out, also with more methods. Under torchrun each GPU takes its share of the batches.
 
 Two scores, both in percent (niah.py): "ruler", the share of answers that occur in what the model wrote, and "paper",
 exact pieces between commas. Intervals are Wilson's at 95 %, of a proportion: for tasks of several answers, whose scores
@@ -26,6 +29,8 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +41,7 @@ import backend
 import niah
 import sparse
 import weights
+from answers import Line, Ranks, by_length, load, read_lines, refuse_others, save, unanswered
 from data import tokenizer_of
 from model import Transformer
 
@@ -46,29 +52,79 @@ METHODS = [f"{label}:budget={budget}" for label in ("quest", "moba", "snapkv") f
 
 # ---------------------------------------------------------------- answers
 
+class Told(NamedTuple):
+    """One answer. Reads are entries per token, mean of KV heads and layers."""
+    text: str
+    read: float         # by a token of the answer, in decoding; None where the prefill gave the end at once
+    prompt_read: float  # by a token of the prompt, in prefill; None if the method does not tell
+    seconds: float      # of the batch, prefill and decoding, divided by its rows; a prefill counts for each method that it serves
+
+
 @dataclass
 class Outcome:
-    """What one method made of the examples, in their order. Reads are entries per token, mean of KV heads and layers."""
-    texts: list            # predictions
-    read: list             # by a token of the answer, in decoding; None where the prefill gave the end at once
-    prompt_read: list      # by a token of the prompt, in prefill; None if the method does not tell
-    seconds: float = 0.0   # prefill and decoding; a prefill counts for each method that it serves
+    """What one method made of the examples, in their order: lists as in Told, and the sum of seconds."""
+    texts: list
+    read: list
+    prompt_read: list
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, told):
+        *lists, seconds = map(list, zip(*told))
+        return cls(*lists, sum(seconds))
 
 
-class Meter:
-    """A method as it is, which notes how many entries each decoding step reads in each layer."""
+class Reads:
+    """How many entries each decoding step reads: to be called after each, as `watch` of model.decode."""
+
+    def __init__(self):
+        self.mean, self.most = [], []  # over layers and KV heads: (B,) per step
+
+    def __call__(self, cache):
+        dense = cache.used[:, None]  # (B, 1)
+        read = [dense if selected is None else (selected >= 0).sum(-1) for selected in cache.selected]  # per layer (B, KV)
+        read = torch.stack(read if any(x is not dense for x in read) else read[:1])
+        self.mean.append(read.float().mean((0, 2)))
+        self.most.append(read.amax((0, 2)))
+
+    def of_rows(self, method, cache, steps):
+        """The mean of each row's own first `steps` (B,): later ones wait for other rows. None where it took none."""
+        if not self.mean:
+            return [None] * len(steps)
+        parts, most = phases(method), int(torch.stack(self.most).max())
+        if hasattr(parts.decode_by, "budget"):
+            assert most <= parts.decode_by.budget, f"{sparse.name(method)} read {most} entries in a step"
+        if hasattr(parts.compress_by, "budget"):  # the tokens fed since come on top
+            kept = int(cache.used.max()) - len(self.mean)
+            assert kept <= parts.compress_by.budget, f"{sparse.name(method)} kept {kept} entries of the prompt"
+        mean = torch.stack(self.mean).cpu()  # (steps, B)
+        return [float(mean[:n, b].mean()) if n else None for b, n in enumerate(steps)]
+
+
+class PromptReads:
+    """How many entries a token of the prompt reads: `watch` of model.prefill, called for each layer and part of the batch."""
 
     def __init__(self, method):
-        self.prefill, self.compress, self.method = method.prefill, method.compress, method
-        self.compress_by = phases(method).compress_by  # whose window the cache must hold
-        self.mean, self.most = [], []  # over KV heads: (B,) per layer and step
+        self.method, self.mean, self.most = method, {}, []
 
-    def decode(self, q, cache):
-        y, selected = self.method.decode(q, cache)
-        read = cache.used[:, None] if selected is None else (selected >= 0).sum(-1)  # (B, 1 or KV)
-        self.mean.append(read.float().mean(1))
-        self.most.append(read.amax(1))
-        return y, selected
+    def __call__(self, layer, blocks, real):
+        if not isinstance(self.method, sparse.MoBA):
+            return
+        t, size = torch.arange(blocks.shape[2], device=blocks.device), self.method.block_size  # blocks (B, KV, T, S)
+        read = (blocks >= 0).sum(-1) * size - (size - 1 - t % size)  # (B, KV, T): the own block is read up to the token itself
+        real = torch.ones_like(read[:, 0], dtype=torch.bool) if real is None else real
+        self.mean.setdefault(layer, []).append((read.float().mean(1) * real).sum(1) / real.sum(1))
+        self.most.append(read.max())
+
+    def of_rows(self, lengths):
+        """Mean of tokens, KV heads and layers, one per row; None: the method does not tell."""
+        if type(self.method) is sparse.Dense:
+            return ((lengths + 1) / 2).tolist()  # each token all before it, and itself
+        if not self.mean:
+            return [None] * len(lengths)
+        most = int(torch.stack(self.most).max())
+        assert most <= self.method.budget, f"{sparse.name(self.method)} read {most} entries"
+        return torch.stack([torch.cat(parts) for parts in self.mean.values()]).mean(0).tolist()
 
 
 def phases(method):
@@ -82,80 +138,61 @@ def padded(rows, device):
     return tokens.to(device), torch.tensor([len(row) for row in rows], device=device)
 
 
-def prefill(model, examples, method, max_new_tokens, window=64):
-    """-> the examples' cache, logits (B, V) of the first new token, lengths (B,)"""
+def prefill(model, examples, method, max_new_tokens, window=64, cache=None, watch=None):
+    """
+    -> the examples' cache, logits (B, V) of the first new token, lengths (B,)
+
+    cache: of an earlier batch, which serves again, and its graphs with it, if this one has as many rows and fits; else it is
+    emptied. watch: as in model.prefill.
+    """
     tokens, lengths = padded([e.ids for e in examples], model.embed_tokens.weight.device)
-    cache = model.new_cache(len(examples), tokens.shape[1] + max_new_tokens, window)
-    return cache, model.prefill(tokens, lengths, cache, method), lengths
+    room = tokens.shape[1] + max_new_tokens
+    if cache is not None and cache.B == len(examples) and cache.window == window and room <= cache.max_len < room + 512:
+        cache.clear()
+    else:
+        if cache is not None:
+            cache.empty()  # there may not be memory for both
+        cache = model.new_cache(len(examples), room + -room % 256, window)
+    return cache, model.prefill(tokens, lengths, cache, method, watch=watch), lengths
 
 
-def by_length(examples, batch):
-    """Indices of the examples in batches of similar length, so that there is little padding."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-    return [order[start:start + batch] for start in range(0, len(order), batch)]
-
-
-def evaluate(model, tokenizer, examples, methods, batch=16, progress=None):
+def answer(model, tokenizer, examples, methods, cache=None):
     """
-    Greedy answers to the examples (of niah.py) under each method: {method: Outcome}.
-
-    batch: examples at a time. progress: called with the number of answers just finished.
+    Greedy answers to the examples (of niah.py), one batch, under each method: {method: a Told for each example}. And the cache,
+    for the next batch.
     """
-    outcomes = {method: Outcome(*([None] * len(examples) for _ in range(3))) for method in methods}
-    groups = {}  # by what decides the prefill
-    for method in outcomes:
+    told, groups = {}, {}  # groups: by what decides the prefill
+    for method in dict.fromkeys(methods):
         groups.setdefault(phases(method).prefill_by, []).append(method)
     window = max([64] + [getattr(phases(method).compress_by, "window", 0) for method in methods])
     n_new, eos_id = examples[0].max_new_tokens, tokenizer.eos_id
-    for rows in by_length(examples, batch):
-        for prefill_by, group in groups.items():
-            started = time.time()
-            cache, logits, lengths = prefill(model, [examples[i] for i in rows], prefill_by, n_new, window)
-            prompt_read = prompt_reads(cache, prefill_by, lengths)
-            prefill_seconds = time.time() - started
-            for method in group:
-                started, outcome = time.time(), outcomes[method]
-                meter, own = Meter(method), cache if method is group[-1] else cache.fork()
-                new = model.decode(logits, own, n_new, meter, eos_id=eos_id).tolist()
+    for prefill_by, group in groups.items():
+        started, reads = time.time(), PromptReads(prefill_by)
+        cache, logits, lengths = prefill(model, examples, prefill_by, n_new, window, cache, reads)
+        prompt_read = reads.of_rows(lengths)
+        prefill_seconds = time.time() - started
+        for method in group:
+            started, reads = time.time(), Reads()
+            with cache.turn(method) as own:
+                new = model.decode(logits, own, n_new, method, eos_id=eos_id, watch=reads).tolist()
                 new = [row[:row.index(eos_id)] if eos_id in row else row for row in new]
-                read = decode_reads(meter, own, [min(len(row), n_new - 1) for row in new])
-                for b, i in enumerate(rows):
-                    outcome.texts[i], outcome.read[i], outcome.prompt_read[i] = tokenizer.decode(new[b]), read[b], prompt_read[b]
-                outcome.seconds += prefill_seconds + time.time() - started
-                if progress:
-                    progress(len(rows))
-    return outcomes
+                read = reads.of_rows(method, own, [min(len(row), n_new - 1) for row in new])
+            seconds = (prefill_seconds + time.time() - started) / len(examples)
+            told[method] = [Told(tokenizer.decode(row), *counts, seconds) for row, *counts in zip(new, read, prompt_read)]
+    return told, cache
 
 
-def prompt_reads(cache, method, lengths):
-    """Entries that a token of the prompt reads, mean of tokens, KV heads and layers: one per row, None: it does not tell."""
-    if type(method) is sparse.Dense:
-        return ((lengths + 1) / 2).tolist()  # each token all before it, and itself
-    if cache.selected[0] is None:
-        return [None] * len(lengths)
-    total = 0
-    for blocks in cache.selected:  # (B, KV, T, S)
-        t = torch.arange(blocks.shape[2], device=blocks.device)
-        # the own block is read up to the token itself
-        read = (blocks >= 0).sum(-1) * method.block_size - (method.block_size - 1 - t % method.block_size)  # (B, KV, T)
-        assert read.max() <= method.budget, f"{sparse.name(method)} read {read.max()} entries"
-        total = total + (read.float().mean(1) * (t < lengths[:, None])).sum(1) / lengths
-    return (total / len(cache.selected)).tolist()
-
-
-def decode_reads(meter, cache, steps):
-    """Entries read, mean of a row's own steps, KV heads and layers: one per row. steps: (B,), later ones wait for others."""
-    taken = len(meter.mean) // len(cache.k)
-    if taken == 0:
-        return [None] * len(steps)
-    parts, most = phases(meter.method), int(torch.stack(meter.most).max())
-    if hasattr(parts.decode_by, "budget"):
-        assert most <= parts.decode_by.budget, f"{sparse.name(meter.method)} read {most} entries in a step"
-    if hasattr(parts.compress_by, "budget"):  # the tokens fed since come on top
-        kept = int(cache.used.max()) - taken
-        assert kept <= parts.compress_by.budget, f"{sparse.name(meter.method)} kept {kept} entries of the prompt"
-    mean = torch.stack(meter.mean).view(taken, -1, len(steps)).mean(1)  # (taken, B)
-    return [float(mean[:n, b].mean()) if n else None for b, n in enumerate(steps)]
+def evaluate(model, tokenizer, examples, methods, batch=16, progress=None):
+    """The answers to all examples, `batch` at a time: {method: Outcome}. progress: called with the number just finished."""
+    told, cache = {method: [None] * len(examples) for method in methods}, None
+    for rows in by_length(examples, batch):
+        of_batch, cache = answer(model, tokenizer, [examples[i] for i in rows], methods, cache)
+        for method, of_rows in of_batch.items():
+            for i, of_row in zip(rows, of_rows):
+                told[method][i] = of_row
+        if progress:
+            progress(len(rows) * len(told))
+    return {method: Outcome.of(of_all) for method, of_all in told.items()}
 
 
 # ---------------------------------------------------------------- scores
@@ -221,40 +258,38 @@ def was_read(cache, layer, low, high):
     """Whether the last decoding step read any of the positions low to high - 1, both (B,). -> (B, KV)"""
     positions = cache.selected[layer]                                                      # (B, KV, S)
     if positions is None:  # all that SnapKV has left
-        slot = torch.arange(cache.max_len, device=low.device)
+        slot = torch.arange(cache.slots, device=low.device)
         positions = cache.positions[layer].transpose(1, 2).masked_fill(slot >= cache.used[:, None, None], -1)
     return ((positions >= low[:, None, None]) & (positions < high[:, None, None])).any(-1)
 
 
 @torch.no_grad()
-def hits(model, tokenizer, examples, method, batch=16, progress=None):
+def hits(model, tokenizer, examples, method, cache=None):
     """
-    H1, teacher-forced: the share of answers, (layers, KV), that each head hits. A head hits an answer if at every step
-    at which one of its tokens is written, what the head selected contains that token's position in the prompt.
+    H1, teacher-forced, of one batch: how many answers each head hits, (layers, KV), and how many there are; and the cache,
+    for the next batch. A head hits an answer if at every step at which one of its tokens is written, what the head selected
+    contains that token's position in the prompt.
 
     Feeding token j of the gold answer is the step that writes token j + 1. Token 0 follows from the prefill, which
     selects nothing (Quest, SnapKV), and does not count.
     """
-    n_hits, n_answers = torch.zeros(model.config.n_layer, model.config.n_kv_head), 0
-    for rows in by_length(examples, batch):
-        gold = [sources(examples[i], tokenizer) for i in rows]
-        target, _ = padded([ids for ids, _ in gold], model.embed_tokens.weight.device)  # (B, M)
-        window = getattr(phases(method).compress_by, "window", 64)
-        cache, _, _ = prefill(model, [examples[i] for i in rows], phases(method).prefill_by, target.shape[1], window)
-        hit = {}  # (row, answer): (layers, KV)
+    gold = [sources(e, tokenizer) for e in examples]
+    target, _ = padded([ids for ids, _ in gold], model.embed_tokens.weight.device)  # (B, M)
+    window = getattr(phases(method).compress_by, "window", 64)
+    cache, _, _ = prefill(model, examples, phases(method).prefill_by, target.shape[1], window, cache)
+    hit = {}  # (row, answer): (layers, KV)
+    with cache.turn(method) as own:
         for j in range(1, target.shape[1]):
-            model.hidden(target[:, j - 1:j], cache=cache, sparse=method)
+            model.step(target[:, j - 1], own, method)
             source = [found[j] if j < len(found) else None for _, found in gold]
             low, high = (torch.tensor([getattr(s, end) if s else -1 for s in source], device=target.device)
                          for end in ("low", "high"))
-            read = torch.stack([was_read(cache, i, low, high) for i in range(len(cache.k))]).cpu()  # (layers, B, KV)
+            read = torch.stack([was_read(own, i, low, high) for i in range(len(own.k))]).cpu()  # (layers, B, KV)
             for b, s in enumerate(source):
                 if s:
                     hit[b, s.answer] = hit.get((b, s.answer), True) & read[:, b]
-        n_hits, n_answers = n_hits + sum(x.float() for x in hit.values()), n_answers + len(hit)
-        if progress:
-            progress(len(rows))
-    return n_hits / n_answers
+    nothing = torch.zeros(model.config.n_layer, model.config.n_kv_head, dtype=torch.long)
+    return sum((x.long() for x in hit.values()), nothing), len(hit), cache
 
 
 def best_heads(rates):
@@ -359,6 +394,7 @@ def plot(results, path):
     axes[0, 0].legend(title="dense: dashed")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
+    plt.close(figure)
     print(f"plot in {path}")
 
 
@@ -431,15 +467,15 @@ def device_name(device):
 class Progress:
     """A line with the time left: the same one again on a terminal, elsewhere a new one every half minute."""
 
-    def __init__(self, total):
-        self.total, self.done, self.started, self.shown = total, 0, time.time(), time.time()
+    def __init__(self, total, there):
+        self.total, self.there, self.done, self.started, self.shown = total, there, there, time.time(), time.time()
 
     def __call__(self, n):
         self.done += n
         now, again = time.time(), sys.stdout.isatty()
         if now - self.shown > (0.5 if again else 30):
-            left = (now - self.started) / self.done * (self.total - self.done)
-            print(f"{self.done} of {self.total} answers, {left / 60:.1f} min left", end="  \r" if again else "\n", flush=True)
+            left = (now - self.started) / (self.done - self.there) * (self.total - self.done)
+            print(f"{self.done:.0f} of {self.total} answers, {left / 60:.1f} min left", end="  \r" if again else "\n", flush=True)
             self.shown = now
 
 
@@ -458,7 +494,10 @@ def natural(text):
 
 
 def usable_device(text):
+    """A flag's device. Each process of torchrun has a GPU of its own: there cuda is cuda:LOCAL_RANK."""
     try:
+        if text == "cuda" and "LOCAL_RANK" in os.environ:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from None
@@ -497,13 +536,14 @@ def flags():
     backend.add_flag(parser)
     add("--tokenizer", metavar="SPEC", help="as in data.py; None: the one beside each model")
     # where to
-    add("--out", metavar="DIR", help="folder of the predictions; None: a new one, out/niah-DATE-TIME")
+    add("--out", metavar="DIR", help="folder of the answers, to go on with if it holds some; None: a new one, out/niah-DATE-TIME")
     add("--json", metavar="FILE", help="all results; None: results.json in --out. The plot goes beside it")
     return parser
 
 
 def prepare(args):
     """Fill in what was not given, from the models. -> {label: path}, {label: tokenizer}, {method: text}"""
+    args.out = args.out or datetime.now().strftime("out/niah-%Y%m%d-%H%M%S-%f")  # first: ctrl-C tells it
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     args.ckpt = [str(path) for path in args.ckpt or known_models()]
     args.protocol = args.protocol or trained_with(args.ckpt[0]).get("protocol", "base")
@@ -515,7 +555,6 @@ def prepare(args):
     args.context_len = args.context_len or settings[args.ckpt[0]]["context_len"]
     args.max_new_tokens = args.max_new_tokens or niah.default_new_tokens(args.context_len, tokenizer)
     args.samples = args.samples or (200 if args.device.startswith("cuda") else max(2, 8192 // args.context_len))
-    args.out = args.out or time.strftime("out/niah-%Y%m%d-%H%M%S")
     args.json = args.json or str(Path(args.out) / "results.json")
     args.methods = list(dict.fromkeys(["dense", *(sized(text, args.context_len, tokenizer) for text in args.methods)]))
     methods = {sparse.parse(text, args.context_len): text for text in args.methods}
@@ -554,74 +593,102 @@ def read_examples(args, tokenizer):
 
 def run(args):
     backend.use(args.kernels)
+    ranks = Ranks()
     labels, tokenizers, methods = prepare(args)
+    args.out = ranks.meet("prepared", args.out)
     asked = [m for m in methods if getattr(m, "budget", 0) * 4 == args.context_len] if args.random else []
     if args.random and not asked:
         raise ValueError(f"--random: none of the methods has a budget of 1/4, {args.context_len / 4:g} tokens")
-    by_chance = {sparse.randomized(m, seed): m for m in asked for seed in range(args.random)}
+    texts = methods | {sparse.randomized(m, seed): methods[m] for m in asked for seed in range(args.random)}
     dense = sparse.Dense()
     selecting = [m for m in methods if args.hits and (phases(m).compress_by, phases(m).decode_by) != (dense, dense)]
+    by_name = {f"H1 {sparse.name(m)}": m for m in selecting} | {sparse.name(m): m for m in texts}
+    different = {tokenizer.name: tokenizer for tokenizer in tokenizers.values()}
     if args.jsonl:
-        examples = {label: read_examples(args, tokenizer) for label, tokenizer in tokenizers.items()}
+        made = {name: read_examples(args, tokenizer) for name, tokenizer in different.items()}
     else:
-        tasks = choose_tasks(args, tokenizers.values())
-        examples = {label: make_examples(args, tokenizer, tasks) for label, tokenizer in tokenizers.items()}
-    n_prompts = sum(len(of_task) for by_task in examples.values() for of_task in by_task.values())
-    n_methods = len(methods) + len(by_chance) + len(selecting)
-    device = device_name(args.device)
-    print(f"{', '.join(labels)}: {n_prompts} prompts of up to {args.context_len} tokens x {n_methods} methods = "
-          f"{n_prompts * n_methods:,} answers of up to {args.max_new_tokens}; protocol {args.protocol}; {device}, {args.dtype}")
-    print(" ".join(methods.values()), flush=True)
+        tasks = choose_tasks(args, different.values())
+        made = {name: make_examples(args, tokenizer, tasks) for name, tokenizer in different.items()}
+    examples = {label: made[tokenizer.name] for label, tokenizer in tokenizers.items()}
 
-    results, progress = [], Progress(n_prompts * n_methods)
-    report = {"command": command_line(args.argv, "eval_niah.py"), "commit": commit(), "device": device,
-              "torch": torch.__version__, "settings": vars(args), "finished": False, "results": results}
+    refuse_others(args, labels, tokenizers, examples)
+    left = list(unanswered(examples, by_name, args.batch, read_lines(args.out)))
+    ranks.meet("all have read what is there")  # before any writes
+    mine, count = left[ranks.rank::ranks.n], lambda batches: sum(len(rows) for *_, missing in batches for rows in missing.values())
+    n_prompts = sum(len(of_task) for by_task in examples.values() for of_task in by_task.values())
+    total, device = n_prompts * len(by_name), (f"{ranks.n} x " if ranks.n > 1 else "") + device_name(args.device)
+    if ranks.rank == 0:
+        print(f"{', '.join(labels)}: {n_prompts} prompts of up to {args.context_len} tokens x {len(by_name)} methods = {total:,} answers "
+              f"of up to {args.max_new_tokens}, {total - count(left):,} of them in {args.out} already; protocol {args.protocol}; {device}, {args.dtype}")
+        print(" ".join(methods.values()), flush=True)
+
+    progress = Progress(total, total - count(left))
+    with open(Path(args.out) / f"answers-{ranks.rank}.jsonl", "ab") as file:
+        file.truncate(Path(file.name).read_bytes().rfind(b"\n") + 1)  # off with what a kill has left of a line
+        for label, batches in groupby(mine, lambda batch: batch[0]):
+            model = Transformer.from_pretrained(labels[label], getattr(torch, args.dtype), args.device)
+            cache = None
+            for batch in batches:
+                lines, cache = ask(model, tokenizers[label], examples, batch, by_name, args, cache)
+                file.write("".join(json.dumps(line._asdict()) + "\n" for line in lines).encode())
+                file.flush()
+                if ranks.rank == 0:
+                    progress(count([batch]) * count(left) / count(mine))  # the others are taken to be as far
+            del model, cache  # room for the next
+    ranks.meet("all have written")
+    if ranks.rank == 0:
+        report(args, device, labels, tokenizers, examples, texts)
+
+
+def ask(model, tokenizer, examples, batch, by_name, args, cache):
+    """-> the Lines that are missing of one batch of `unanswered`; and the cache, for the next"""
+    (label, task, rows, missing), lines = batch, []
+    take = lambda rows: [examples[label][task][i] for i in rows]
+    for name, some in missing.items():
+        if name.startswith("H1 "):
+            n_hits, n_answers, cache = hits(model, tokenizer, take(some), by_name[name], cache)
+            lines.append(Line(label, task, name, some, {"hits": n_hits.tolist(), "answers": n_answers}))
+    # on a GPU all batches are of one size: the last example fills up a short one, and no one takes these answers
+    size = min(args.batch, len(examples[label][task])) if args.device.startswith("cuda") else len(rows)
+    methods = [by_name[name] for name in missing if not name.startswith("H1 ")]
+    told, cache = answer(model, tokenizer, take(rows + rows[-1:] * (size - len(rows))), methods, cache)
+    for method, of_rows in told.items():
+        name, of_row = sparse.name(method), dict(zip(rows, of_rows))
+        lines += [Line(label, task, name, [i], of_row[i]._asdict()) for i in missing[name]]
+    return lines, cache
+
+
+def report(args, device, labels, tokenizers, examples, texts):
+    """All answers -> predictions, results.json, tables and plot."""
+    there, results = read_lines(args.out), []
     for label, path in labels.items():
-        model, tokenizer = Transformer.from_pretrained(path, getattr(torch, args.dtype), args.device), tokenizers[label]
         for task, of_task in examples[label].items():
-            rates = {m: hits(model, tokenizer, of_task, m, args.batch, progress).tolist() for m in selecting}
-            outcomes = evaluate(model, tokenizer, of_task, [*methods, *by_chance], args.batch, progress)
-            for method, outcome in outcomes.items():
-                folder = Path(args.out) / label.replace("/", "_") / sparse.name(method).replace(":", "-")
+            for method, text in texts.items():
+                name = sparse.name(method)
+                outcome = Outcome.of([Told(**there[label, task, name][i].told) for i in range(len(of_task))])
+                folder = Path(args.out) / label.replace("/", "_") / name.replace(":", "-")
                 niah.write_predictions(folder, of_task, outcome.texts)
+                batches = [line.told for i, line in there.get((label, task, f"H1 {name}"), {}).items() if i == line.examples[0]]
+                rates = sum(torch.tensor(b["hits"]) for b in batches) / sum(b["answers"] for b in batches) if args.hits and batches else None
                 read, prompt_read = mean(outcome.read), mean(outcome.prompt_read)
                 share = lambda read: None if read is None else read / args.context_len
                 results.append({
-                    "checkpoint": label, "path": str(weights.resolve(path)), "tokenizer": tokenizer.name,
-                    "method": methods[by_chance.get(method, method)], "random": getattr(method, "random", None),
+                    "checkpoint": label, "path": str(weights.resolve(path)), "tokenizer": tokenizers[label].name,
+                    "method": text, "random": getattr(method, "random", None),
                     "budget": getattr(method, "budget", None), "task": task, "n": len(of_task),
                     **scores(outcome.texts, of_task), "by_depth": by_depth(outcome.texts, of_task),
                     "read": read, "read_share": share(read), "prompt_read": prompt_read, "prompt_read_share": share(prompt_read),
-                    "hits": rates.get(method), "seconds": outcome.seconds, "prompts": niah.prompt_hash(of_task),
+                    "hits": None if rates is None else rates.tolist(), "seconds": outcome.seconds, "prompts": niah.prompt_hash(of_task),
                     "keys_from": of_task[0].keys_from, "haystack_from": of_task[0].haystack_from,
                     "predictions": str(folder / f"{task}.jsonl")})
-            save(report, args.json)  # a run that is stopped keeps what it has
-        del model  # room for the next
-    report["finished"] = True
-    save(report, args.json)
+    save({"command": command_line(args.argv, "eval_niah.py"), "commit": commit(), "device": device, "torch": torch.__version__,
+          "settings": vars(args), "finished": True, "results": results}, args.json)
 
     print("\n" + table(results))
     if args.random:
         print("\n" + table_random(results))
     print(f"\nresults in {args.json}, predictions in {args.out}")
     plot(results, Path(args.json).with_suffix(".png"))
-
-
-def save(report, path):
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    weights.whole_or_nothing(path, lambda file: file.write_text(json.dumps(report, indent=1)))
-
-
-def load(path, *fields):
-    """What save wrote. ValueError, which names the file, if it has not all these fields, or is no JSON."""
-    try:
-        report = json.loads(Path(path).read_text())
-        for field in fields:
-            report[field]
-        return report
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged, or not of ours ({type(error).__name__}: {error}): delete it") from None
 
 
 def command(parser, run, argv, interrupted):
@@ -635,11 +702,11 @@ def command(parser, run, argv, interrupted):
     except (ValueError, OSError, ImportError) as error:
         parser.error(error)
     except KeyboardInterrupt:
-        parser.exit(130, "\n" + interrupted.format(**vars(args)) + "\n")
+        parser.exit(130, "\n" + interrupted.format(**vars(args)) + "\n" if os.environ.get("RANK", "0") == "0" else None)
 
 
 def main(argv=None):
-    command(flags(), run, argv, "eval_niah.py: interrupted; the tasks that were finished, if any, are in {json}")
+    command(flags(), run, argv, "eval_niah.py: interrupted; what is answered is kept, and the same command with --out {out} goes on")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ Quest's decoding step and SnapKV's compression in Triton: the maths of sparse.py
 
     Quest   block_bounds once per prompt, then per step: quest_scores -> select -> quest_attend
     SnapKV  snapkv_scores -> select, once per prompt
+    dense   attend_slots: quest_attend's kernel without a choice. Decoding of all but Quest and Dilated
 
 `select` is Eq. 3's TopK for both, and takes any scores: the random variants of H2 draw theirs in torch and meet the
 kernels there. Each launcher below is a torch custom op, without a wait for the GPU, with a grid from shapes alone:
@@ -294,11 +295,11 @@ def _(scores, S):
     return scores.new_empty(*scores.shape[:-1], S, dtype=torch.int32)
 
 
-# ---------------------------------------------------------------- Quest: attention over the chosen blocks
+# ---------------------------------------------------------------- Quest: attention over the chosen blocks; or over all slots
 
 @triton.jit
-def quest_attend_kernel(
-    q_ptr, k_ptr, v_ptr, chosen_ptr, used_ptr, part_ptr, lse_ptr, slots_ptr, E, per_split, scale,
+def attend_kernel(
+    q_ptr, k_ptr, v_ptr, chosen_ptr, used_ptr, part_ptr, lse_ptr, slots_ptr, E, scale,
     stride_qb, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     G: tl.constexpr, block_size: tl.constexpr, D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
@@ -308,11 +309,12 @@ def quest_attend_kernel(
 
         entry e of the list, 0 <= e < E = S * block_size, is slot chosen[e // block_size] * block_size + e % block_size
         part = softmax(scale * q . k[slots]) . v[slots],  lse = log2 sum exp2(scale * q . k[slots])     of one split
-    reference: sparse.Quest.decode, last lines. `slots` is what this kernel read, -1 where it read nothing: a block of
-    -1, or a slot that is not filled.
-    grid   (KV, splits, B): a program reads per_split entries, for the G query heads of a KV head together
+    chosen None: entry e is slot e, and E what the row has filled, so that the size of the cache costs nothing.
+    reference: sparse.Quest.decode, last lines; sparse.attend. `slots` is what this kernel read, -1 where it read nothing:
+    a block of -1, or a slot that is not filled.
+    grid   (KV, splits, B): a program reads an equal part of the entries, for the G query heads of a KV head together
     tile   q [BLOCK_G, D], G padded to the tensor core's 16; k, v [BLOCK_E, D] gathered STAGES tiles ahead
-    bytes  2 * E * D elements per KV head: the chosen pages, once. FLOPs do not matter
+    bytes  2 * E * D elements per KV head: what is to be read, once. FLOPs do not matter
     dtype  bf16 or full fp32 products, fp32 softmax and sums
     """
     kv, split, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -324,17 +326,23 @@ def quest_attend_kernel(
     q = tl.load(q_ptr + b * stride_qb + heads[:, None] * stride_qh + offs_d[None, :], mask=mask_g, other=0)
     k_ptr += b * stride_kb + kv * stride_kh
     v_ptr += b * stride_vb + kv * stride_vh
-    chosen_ptr += (b * KV + kv) * (E // block_size)
-    slots_ptr += (b * KV + kv) * E
+    if chosen_ptr is None:
+        E = tl.minimum(used, E).to(tl.int32)
+    else:
+        chosen_ptr += (b * KV + kv) * (E // block_size)
+        slots_ptr += (b * KV + kv) * E
 
     peak = tl.full((BLOCK_G,), float("-inf"), tl.float32)  # running maximum of the logits
     total = tl.zeros((BLOCK_G,), tl.float32)               # and sum of exp2(logits - peak)
     y = tl.zeros((BLOCK_G, D), tl.float32)
+    per_split = tl.cdiv(tl.cdiv(E, BLOCK_E), splits) * BLOCK_E
     first = split * per_split
     for start in tl.range(first, tl.minimum(first + per_split, E), BLOCK_E, num_stages=STAGES):
         offs_e = start + tl.arange(0, BLOCK_E)
         mask_e = offs_e < E
-        if block_size % BLOCK_E == 0:  # the tile lies in one block
+        if chosen_ptr is None:
+            slot = offs_e.to(tl.int64)
+        elif block_size % BLOCK_E == 0:  # the tile lies in one block
             block = tl.load(chosen_ptr + start // block_size).to(tl.int64)
             slot = block * block_size + (start % block_size + tl.arange(0, BLOCK_E))
         else:
@@ -343,7 +351,8 @@ def quest_attend_kernel(
         keep = (slot >= 0) & (slot < used)  # a block of -1 lies before slot 0
         k = tl.load(k_ptr + slot[:, None] * stride_kt + offs_d[None, :], mask=keep[:, None], other=0)  # [BLOCK_E, D]
         v = tl.load(v_ptr + slot[:, None] * stride_vt + offs_d[None, :], mask=keep[:, None], other=0)
-        tl.store(slots_ptr + offs_e, tl.where(keep, slot, -1), mask=mask_e)
+        if chosen_ptr is not None:
+            tl.store(slots_ptr + offs_e, tl.where(keep, slot, -1), mask=mask_e)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale                       # [BLOCK_G, BLOCK_E]
         logits = tl.where(keep[None, :], logits, float("-inf"))
         highest = tl.maximum(peak, tl.max(logits, axis=1))
@@ -363,11 +372,11 @@ def quest_attend_kernel(
 
 
 @triton.jit
-def quest_combine_kernel(
+def combine_kernel(
     part_ptr, lse_ptr, y_ptr, splits, D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):
     """
-    The splits of quest_attend_kernel put together: each weighs as much as the softmax gave to its keys.
+    The splits of attend_kernel put together: each weighs as much as the softmax gave to its keys.
 
         y = sum_s w[s] * part[s] / sum_s w[s],  w[s] = exp2(lse[s] - max lse)
     grid   (H, B)
@@ -388,6 +397,33 @@ def quest_combine_kernel(
     tl.store(y_ptr + (b * H + h) * D + offs_d, y.to(y_ptr.dtype.element_ty))
 
 
+def attend_entries(q, k, v, chosen, used, block_size, E, slots):
+    """attend_kernel and combine_kernel. chosen (B, KV, S) and slots (B, KV, E), or None and None. -> y (B, 1, H, D)"""
+    B, _, KV, D = k.shape
+    H = q.shape[2]
+    check_heads(H, KV, D)
+    check_tensors(q, k, v)
+    assert q.shape == (B, 1, H, D), f"q is {tuple(q.shape)}, not {(B, 1, H, D)}"
+    assert k.shape == v.shape, f"k is {tuple(k.shape)}, v {tuple(v.shape)}"
+    shrink = q.element_size() // 2  # fp32 has no tensor cores: half the tile and twice the threads, or registers spill
+    BLOCK_E = ATTEND["BLOCK_E"] // shrink
+    # a tile of neighbouring slots needs at most one index. Else the indices are a tile too, loaded two stages before k and v
+    num_stages = ATTEND["num_stages"] + (0 if chosen is None or block_size % BLOCK_E == 0 else 2)
+    tiles = triton.cdiv(E, BLOCK_E)
+    splits = triton.cdiv(tiles, triton.cdiv(tiles, max(1, ATTEND["programs"] // (B * KV))))
+    y = q.new_empty(B, 1, H, D)
+    part = y if splits == 1 else q.new_empty(B, splits, H, D, dtype=torch.float32)  # a single split is the result
+    lse = q.new_empty(B, splits, H, dtype=torch.float32)
+    attend_kernel[KV, splits, B](
+        q, k, v, chosen, used, part, lse, slots, E, math.log2(math.e) / math.sqrt(D),
+        q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3],
+        G=H // KV, block_size=block_size, D=D, BLOCK_G=max(16, triton.next_power_of_2(H // KV)), BLOCK_E=BLOCK_E,
+        STAGES=num_stages, num_warps=ATTEND["num_warps"] * shrink)
+    if splits > 1:
+        combine_kernel[H, B](part, lse, y, splits, D=D, BLOCK_S=triton.next_power_of_2(splits), num_warps=4)
+    return y
+
+
 @torch.library.custom_op("nanorat::quest_attend", mutates_args=())
 def quest_attend(
     q: Tensor,        # (B, 1, H, D)
@@ -397,40 +433,32 @@ def quest_attend(
     used: Tensor,     # (B,)            int64
     block_size: int,
 ) -> tuple[Tensor, Tensor]:  # y (B, 1, H, D), slots (B, KV, S * block_size) int64, -1 for what was not read
-    B, _, KV, D = k.shape
-    H, S = q.shape[2], chosen.shape[2]
-    check_heads(H, KV, D)
-    check_tensors(q, k, v)
-    assert q.shape == (B, 1, H, D), f"q is {tuple(q.shape)}, not {(B, 1, H, D)}"
-    assert k.shape == v.shape, f"k is {tuple(k.shape)}, v {tuple(v.shape)}"
+    B, _, KV, _ = k.shape
+    S = chosen.shape[2]
     assert chosen.shape == (B, KV, S) and chosen.dtype == torch.int32, f"chosen is {chosen.dtype} {tuple(chosen.shape)}"
-    chosen = chosen.contiguous()
-    G, E = H // KV, S * block_size
-    shrink = q.element_size() // 2  # fp32 has no tensor cores: half the tile and twice the threads, or registers spill
-    BLOCK_E = ATTEND["BLOCK_E"] // shrink
-    # a tile that lies in one block needs one index. Else the indices are a tile too, loaded two stages before k and v
-    num_stages = ATTEND["num_stages"] + (0 if block_size % BLOCK_E == 0 else 2)
-    tiles = triton.cdiv(E, BLOCK_E)
-    per_split = triton.cdiv(tiles, max(1, ATTEND["programs"] // (B * KV)))  # tiles
-    splits = triton.cdiv(tiles, per_split)
-    y, slots = q.new_empty(B, 1, H, D), chosen.new_empty(B, KV, E, dtype=torch.int64)
-    # a single split is the result
-    part = y if splits == 1 else q.new_empty(B, splits, H, D, dtype=torch.float32)
-    lse = q.new_empty(B, splits, H, dtype=torch.float32)
-    quest_attend_kernel[KV, splits, B](
-        q, k, v, chosen, used, part, lse, slots, E, per_split * BLOCK_E, math.log2(math.e) / math.sqrt(D),
-        q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3],
-        G=G, block_size=block_size, D=D, BLOCK_G=max(16, triton.next_power_of_2(G)), BLOCK_E=BLOCK_E,
-        STAGES=num_stages, num_warps=ATTEND["num_warps"] * shrink)
-    if splits > 1:
-        quest_combine_kernel[H, B](part, lse, y, splits, D=D, BLOCK_S=triton.next_power_of_2(splits), num_warps=4)
-    return y, slots
+    slots = chosen.new_empty(B, KV, S * block_size, dtype=torch.int64)
+    return attend_entries(q, k, v, chosen.contiguous(), used, block_size, S * block_size, slots), slots
 
 
 @quest_attend.register_fake
 def _(q, k, v, chosen, used, block_size):
     B, KV, S = chosen.shape
     return q.new_empty(q.shape), chosen.new_empty(B, KV, S * block_size, dtype=torch.int64)
+
+
+@torch.library.custom_op("nanorat::attend_slots", mutates_args=())
+def attend_slots(
+    q: Tensor,     # (B, 1, H, D)
+    k: Tensor,     # (B, Tk, KV, D)
+    v: Tensor,
+    used: Tensor,  # (B,)            slots filled per row, int64: those are read
+) -> Tensor:       # y (B, 1, H, D)
+    return attend_entries(q, k, v, None, used, 1, k.shape[1], None)
+
+
+@attend_slots.register_fake
+def _(q, k, v, used):
+    return q.new_empty(q.shape)
 
 
 # ---------------------------------------------------------------- SnapKV

@@ -10,7 +10,7 @@ In attention: project q, k, v  ->  decaying memory on k, v (memory.py)  ->  QK-n
     RAT+   normalises its input, as Llama does, x = x + attn(norm(x)); x = x + mlp(norm(x))   with an output gate, GELU.
 
 Modules carry the names of Hugging Face's OLMo 2, so a parameter and its tensor in a file are called the same.
-Here, top down: Config and presets, Transformer, its blocks, the cache. weights.py reads and writes the files.
+Here, top down: Config and presets, Transformer, its blocks. cache.py has the cache, weights.py reads and writes the files.
 Checked against transformers' Olmo2 and the official RAT+ in tests/test_model.py. Read memory.py next, then sparse.py.
 
 Letters: B batch, T tokens, C model width, H query heads, KV key/value heads, D = C / H head width, V vocabulary.
@@ -25,8 +25,11 @@ from torch.nn import functional as F
 
 import backend
 import weights
+from cache import LAYER_DICE, Cache
 from memory import memory_scan, memory_step
-from sparse import Dense
+from sparse import Dense, drops
+
+TOGETHER = 32768  # tokens of a prompt that go through a layer at a time: more take memory and save no time
 
 
 @dataclass
@@ -80,9 +83,6 @@ PRESETS = {
 }
 
 
-LAYER_DICE = 0x9E3779B97F4A7D  # large and odd, gives each layer its own dice; times the number of layers it stays below 2**63
-
-
 @dataclass
 class Feed:
     """What every layer needs to know about one call of the model."""
@@ -91,12 +91,15 @@ class Feed:
     sparse: Dense                # the method
     lengths: torch.Tensor | None  # (B,)    real tokens per row in this call; None: all T
     real: torch.Tensor | None    # (B, T)   True where there is a real token; None: everywhere
-    dice: torch.Tensor | None    # (B, T)   a hash of the row's tokens so far: chance for H2's selectors, else ignored
+    dices: list                  # per layer, (B, T) or None: a hash of the row's tokens so far, chance for H2's selectors
     position: torch.Tensor       # (1 or B, T)  each token's
-    decoding: bool = False       # one new token per row of a cache
-    # with a cache, whose places for tokens are called slots (see Cache):
+    fused: bool = False          # inference in Triton, kernels_block.py too
+    dice: torch.Tensor | None = None  # the layer's own, while it computes
+    # with a cache, whose places for tokens are called slots (see cache.py):
+    decoding: bool = False       # one new token per row
+    whole: bool = False          # the prompt ends here, and the method drops entries: at once
+    watch: Callable | None = None
     start: object = 0            # int, or (B,)  the slot of the first token
-    slots: tuple = ()            # index of the real tokens' slots in a (B, max_len, ...) tensor
 
 
 # ---------------------------------------------------------------- the model
@@ -125,25 +128,31 @@ class Transformer(nn.Module):
         """
         return self.head(self.hidden(tokens, lengths, cache, sparse))
 
-    def hidden(self, tokens, lengths=None, cache=None, sparse=None):
-        """forward without the head: (B, T, C), normalised. A prompt's last token alone may need the head."""
+    def hidden(self, tokens, lengths=None, cache=None, sparse=None, whole=False, watch=None):
+        """forward without the head: (B, T, C), normalised. A prompt's last token alone may need the head. See also prefill."""
         self.check_tokens(tokens)
         sparse = sparse or Dense()
         decoding = cache is not None and tokens.shape[1] == 1 and lengths is None
         if decoding:
             cache.compress(sparse)  # once, and only if the method drops entries
-        feed = self.feed(tokens, lengths, cache, sparse, decoding)
+        feed = self.feed(tokens, lengths, cache, sparse)
+        feed.decoding, feed.whole, feed.watch = decoding, whole and drops(sparse), watch
         x = self.embed_tokens(tokens)
-        for layer in self.layers:
+        for layer, feed.dice in zip(self.layers, feed.dices):
             x = layer(x, feed, cache)
-            if feed.dice is not None:  # each layer throws its own
-                feed.dice = feed.dice + LAYER_DICE
+        if cache is not None:
+            cache.stepped, cache.decoding = sparse if decoding else None, cache.decoding or decoding
         return self.norm(x)
 
     def head(self, x):
-        return F.linear(x, self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
+        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return few_products(x, [weight])[0] if self.by_kernels() and few(x) else F.linear(x, weight)
 
-    def feed(self, tokens, lengths, cache, sparse, decoding):
+    def by_kernels(self):
+        """Whether this is inference in Triton."""
+        return not torch.is_grad_enabled() and backend.triton_for(self.embed_tokens.weight.new_empty(0, self.config.head_width))
+
+    def feed(self, tokens, lengths, cache, sparse):
         """Where these tokens stand: positions, padding, dice. Makes room for them in the cache."""
         B, T = tokens.shape
         device, D = tokens.device, self.config.head_width
@@ -152,21 +161,24 @@ class Transformer(nn.Module):
         if lengths is not None and T > 1 and bool((lengths == T).all()):
             lengths = None
         real = None if lengths is None else index < lengths[:, None]
-        position, start, slots = index[None], 0, ()
+        position, start = index[None], 0
         if cache is not None:
-            position = cache.lengths[:, None] + index
-            start, slots = cache.grow(T, lengths, real)
+            if len(cache.used[cache.part]) != B:
+                raise ValueError(f"{B} rows of tokens for a cache of {len(cache.used[cache.part])}: ask new_cache for as many")
+            position = cache.lengths[cache.part, None] + index
+            start = cache.grow(T, lengths)
         angle = position[..., None] * (1 / self.config.rope_theta ** (torch.arange(0, D, 2, device=device).float() / D))
         cos, sin = angle.cos().unsqueeze(2), angle.sin().unsqueeze(2)
 
-        dice = None
+        dices = [None] * self.config.n_layer
         if cache is not None or type(sparse) is not Dense:
             mixed = (tokens + 1) * 0x1E3779B97F4A7C15 ^ (position + 1) * 0x632BE59BD9B4E019
             dice = (mixed if real is None else mixed * real).cumsum(1)
             if cache is not None:
-                dice = dice + cache.token_hash[:, None]
-                cache.token_hash = dice[:, -1]
-        return Feed(cos, sin, sparse, lengths, real, dice, position, decoding, start, slots)
+                dice = dice + cache.token_hash[cache.part, None]
+                cache.token_hash[cache.part] = dice[:, -1]
+            dices = dice + LAYER_DICE * torch.arange(self.config.n_layer, device=device)[:, None, None]
+        return Feed(cos, sin, sparse, lengths, real, dices, position, cache is not None and self.by_kernels(), start=start)
 
     def new_cache(self, B, max_len, window=64):
         """An empty cache for B rows of at most max_len tokens each. window: last queries kept, for SnapKV."""
@@ -174,47 +186,85 @@ class Transformer(nn.Module):
         return Cache(self.config, B, max_len, window, device=weight.device, dtype=weight.dtype)
 
     @torch.no_grad()
-    def prefill(self, tokens, lengths=None, cache=None, sparse=None):
-        """Feed a prompt; the logits (B, V) of the token to follow each row."""
-        if lengths is None and tokens.shape[1] == 1:  # without lengths it would be a decoding step
-            lengths = torch.ones(len(tokens), dtype=torch.long, device=tokens.device)
-        x = self.hidden(tokens, lengths, cache, sparse)
-        last = x[:, -1] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1]
-        return self.head(last)
+    def prefill(self, tokens, lengths=None, cache=None, sparse=None, whole=False, watch=None):
+        """
+        Feed a prompt; the logits (B, V) of the token to follow each row. Rows of long prompts go through the layers a few
+        at a time, so that memory for one of them is enough.
+
+        whole: the prompt ends here and the cache is empty. A method that drops entries then does so in each layer as soon as
+        it is done, so that one layer's k and v are all that is ever whole: SnapKV's cache is small from the start.
+        watch: called after each layer of each part of the batch, with the layer, what the method selected, and which tokens
+        are real (B, T), None: all.
+        """
+        B, T = tokens.shape
+        if lengths is None and T == 1:  # without lengths it would be a decoding step
+            lengths = torch.ones(B, dtype=torch.long, device=tokens.device)
+        if whole and cache.filled:
+            raise ValueError("prefill(whole=True) takes a whole prompt, and this cache holds some of it already")
+        parts = [slice(first, first + max(1, TOGETHER // T)) for first in range(0, B, max(1, TOGETHER // T))]
+        views = [None] * len(parts) if cache is None else [cache] if len(parts) == 1 else [cache.rows(part) for part in parts]
+        logits = []
+        for part, view in zip(parts, views):
+            some = None if lengths is None else lengths[part]
+            x = self.hidden(tokens[part], some, view, sparse, whole, watch)
+            last = -1 if some is None else some - 1
+            logits.append(self.head(x[torch.arange(len(x), device=x.device), last][:, None])[:, 0])
+        if len(parts) > 1 and cache is not None:
+            cache.joined(views)
+        return torch.cat(logits)
 
     @torch.no_grad()
-    def decode(self, logits, cache, max_new_tokens, sparse=None, temperature=0, top_k=None, eos_id=None, seed=None):
+    def step(self, token, cache, sparse=None):
+        """
+        One decoding step: token (B,) -> logits (B, V), which the next step may write over.
+
+        With the kernels on a GPU, steps of one method that follow each other are replays of one CUDA graph, so that Python
+        costs nothing. The first of them runs as it is (it may drop entries, and sums up Quest's blocks); the graph is
+        captured at the second, once for a cache and a method.
+        """
+        sparse = sparse or Dense()
+        if not (token.is_cuda and self.by_kernels()) or cache.stepped != sparse:
+            return self(token[:, None], cache=cache, sparse=sparse)[:, -1]
+        if sparse not in cache.graphs:
+            cache.graphs[sparse] = Graph(self, cache, sparse)
+        return cache.graphs[sparse].replay(token, cache)
+
+    @torch.no_grad()
+    def decode(self, logits, cache, max_new_tokens, sparse=None, temperature=0, top_k=None, eos_id=None, seed=None, watch=None):
         """
         Continue each row of a filled cache: new tokens (B, <= max_new_tokens). logits: (B, V), from prefill.
 
         temperature 0 takes the likeliest token; above, tokens are drawn, from the top_k likeliest if given, and the
         same seed draws the same. A row that has written eos_id repeats it; when all have, generation ends.
+        watch: called with the cache after each step, e.g. to look at cache.selected.
         """
         source = None
         if temperature > 0:
             source = torch.Generator(logits.device)
             source.manual_seed(seed) if seed is not None else source.seed()
         new, done = [], torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-        for step in range(max_new_tokens):
+        for n in range(max_new_tokens):
             token = sample(logits.float(), temperature, top_k, source)  # (B,)
             if eos_id is not None:
                 token = token.masked_fill(done, eos_id)
                 done = done | (token == eos_id)
             new.append(token)
-            if step + 1 == max_new_tokens or (eos_id is not None and bool(done.all())):
+            if n + 1 == max_new_tokens or (eos_id is not None and bool(done.all())):
                 break
-            logits = self(token[:, None], cache=cache, sparse=sparse)[:, -1]
+            logits = self.step(token, cache, sparse)
+            if watch:
+                watch(cache)
         return torch.stack(new, dim=1)
 
     def generate(self, tokens, max_new_tokens, lengths=None, sparse=None, temperature=0, top_k=None, eos_id=None,
-                 seed=None):
+                 seed=None, watch=None):
         """Prompts (B, T), right-padded to T where lengths (B,) says so -> new tokens alone. Settings as in decode."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
         compressor = getattr(sparse, "compress_by", sparse)
         cache = self.new_cache(len(tokens), tokens.shape[1] + max_new_tokens, window=max(64, getattr(compressor, "window", 0)))
-        logits = self.prefill(tokens, lengths, cache, sparse)
-        return self.decode(logits, cache, max_new_tokens, sparse, temperature, top_k, eos_id, seed)
+        logits = self.prefill(tokens, lengths, cache, sparse, whole=True)
+        return self.decode(logits, cache, max_new_tokens, sparse, temperature, top_k, eos_id, seed, watch)
 
     def check_tokens(self, tokens):
         # on a GPU the look-up itself asserts; asking first would make every step wait for the answer
@@ -292,6 +342,23 @@ def sample(logits, temperature, top_k, source):
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=source).squeeze(1)
 
 
+class Graph:
+    """A decoding step of one cache and method as a CUDA graph: what is launched is recorded once, then launched as one."""
+
+    def __init__(self, model, cache, sparse):
+        self.token, self.graph, filled = torch.zeros_like(cache.used), torch.cuda.CUDAGraph(), cache.filled
+        with torch.cuda.graph(self.graph):  # records, and computes nothing
+            self.logits = model(self.token[:, None], cache=cache, sparse=sparse)[:, -1]
+        cache.filled, self.selected = filled, list(cache.selected)
+
+    def replay(self, token, cache):
+        cache.check_room(cache.filled + 1)
+        cache.filled, cache.selected = cache.filled + 1, list(self.selected)
+        self.token.copy_(token)
+        self.graph.replay()
+        return self.logits
+
+
 # ---------------------------------------------------------------- its blocks
 
 class Block(nn.Module):
@@ -310,11 +377,35 @@ class Block(nn.Module):
     def forward(self, x, feed, cache):
         if self.pre_norm:
             x = x + self.self_attn(self.input_layernorm(x), feed, cache)
-            x = x + self.mlp(self.pre_feedforward_layernorm(x))
-        else:
-            x = x + self.post_attention_layernorm(self.self_attn(x, feed, cache))
-            x = x + self.post_feedforward_layernorm(self.mlp(x))
+            x = x + self.mlp(self.pre_feedforward_layernorm(x), feed)
+        else:  # x + norm(attn(x)), x + norm(mlp(x))
+            x = add_normed(x, self.self_attn(x, feed, cache), self.post_attention_layernorm, feed)
+            x = add_normed(x, self.mlp(x, feed), self.post_feedforward_layernorm, feed)
         return x
+
+
+def add_normed(x, y, norm, feed):
+    """x + norm(y)"""
+    if feed.fused:
+        from kernels_block import add_norm
+        return add_norm(x, y, norm.weight, norm.eps)
+    return x + norm(y)
+
+
+def few(x):
+    """Whether x (B, T, C) is so few rows that reading the weights is all that a product costs: kernels_block.py does that best."""
+    from kernels_block import MOST_ROWS
+    return x.shape[0] * x.shape[1] <= MOST_ROWS
+
+
+def few_products(x, weights, *bias):
+    from kernels_block import products
+    return products(x, weights, *bias)
+
+
+def product(linear, x, feed):
+    """linear(x), which has no bias"""
+    return few_products(x, [linear.weight])[0] if feed.fused and few(x) else linear(x)
 
 
 def memory_proj(config):
@@ -343,27 +434,47 @@ class Attention(nn.Module):
 
     def forward(self, x, feed, cache):
         B, T, C = x.shape
-        heads = lambda y: y.view(B, T, -1, self.config.head_width)  # (B, T, C) -> (B, T, H, D); for k, v (B, T, KV, D)
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
-        gate = None if self.memory_proj is None else heads(self.gate(x))
+        q, k, v, gate, output_gate = self.project(x, feed)
 
-        if feed.decoding and backend.triton_for(q):
+        if feed.decoding and feed.fused:
             q = cache.step(self, q, k, v, gate, feed)  # all of what follows until attention, in one kernel
             y = cache.read(self.index, q, feed)
         else:
             if gate is not None:
                 k, v = self.remember(k, v, gate, feed, cache)
-            # QK-norm spans the whole projection, all heads together
-            q, k = heads(self.q_norm(q.flatten(2))), heads(self.k_norm(k.flatten(2)))
-            q, k = rotate(q, feed), rotate(k, feed)
+            q, k = self.normed_and_rotated(q, self.q_norm, feed), self.normed_and_rotated(k, self.k_norm, feed)
             if cache is None:
                 y, _ = feed.sparse.prefill(q, k, v, 0, feed.dice)
+            elif feed.decoding:
+                cache.store(self.index, k, v, feed)
+                y = cache.read(self.index, q, feed)
             else:
                 y = cache.attend(self.index, q, k, v, feed)  # the same, with what the cache holds before k and v
         y = y.flatten(2)  # (B, T, C)
-        if self.output_gate is not None:
-            y = y * torch.sigmoid(self.output_gate(x))
-        return self.o_proj(y)
+        if output_gate is not None:
+            y = y * torch.sigmoid(output_gate)
+        return product(self.o_proj, y, feed)
+
+    def project(self, x, feed):
+        """(B, T, C) -> q (B, T, H, D), k, v and the memory's gate (B, T, KV, D), output gate (B, T, C); None: not in this model."""
+        heads = lambda y: y.unflatten(2, (-1, self.config.head_width))
+        linears = [self.q_proj, self.k_proj, self.v_proj, *([self.output_gate] if self.output_gate else [])]
+        if feed.fused and few(x):
+            gate, normed = self.memory_proj, None if self.config.pre_norm else self.config.norm_eps
+            q, k, v, *rest = few_products(x, [part.weight for part in (*linears, *([gate] if gate else []))],
+                                          gate.bias if gate else None, normed)
+            gate = heads(rest.pop()) if gate else None
+        else:
+            q, k, v, *rest = (part(x) for part in linears)
+            gate = None if self.memory_proj is None else heads(self.gate(x))
+        return heads(q), heads(k), heads(v), gate, rest[0] if rest else None
+
+    def normed_and_rotated(self, x, norm, feed):
+        """QK-norm, which spans the whole projection, all heads together; then RoPE. x: (B, T, H, D)"""
+        if feed.fused:
+            from kernels_block import norm_rotate
+            return norm_rotate(x, norm.weight if self.config.qk_norm else None, self.config.norm_eps, feed.cos, feed.sin)
+        return rotate(norm(x.flatten(2)).view(x.shape), feed)
 
     def gate(self, x):
         """Logits of Eq. 1's g. They read the block's input at RMS 1: pre-norm has seen to that."""
@@ -380,7 +491,9 @@ class Attention(nn.Module):
         if cache is None:
             k, v, _ = form(k, v, gate)
         else:
-            k, v, cache.state[self.index] = form(k, v, gate, cache.state[self.index])
+            state = cache.state[self.index][:, cache.part]
+            k, v, last = form(k, v, gate, state)
+            state.copy_(last)
         return k, v
 
 
@@ -398,185 +511,20 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.width, config.mlp_width, bias=False)
         self.down_proj = nn.Linear(config.mlp_width, config.width, bias=False)
 
-    def forward(self, x):
-        if self.gate_proj is not None:
-            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return self.down_proj(F.gelu(self.up_proj(x)))
+    def forward(self, x, feed):
+        if not feed.fused:
+            return self.down_proj(self.hidden(x))
+        if few(x) and self.gate_proj is not None:
+            from kernels_block import swiglu_products
+            return product(self.down_proj, swiglu_products(x, self.gate_proj.weight, self.up_proj.weight), feed)
+        # a part of a long prompt at a time: its hidden vectors are large
+        return torch.cat([self.down_proj(self.hidden(part, fused=True)) for part in x.flatten(0, 1).split(TOGETHER // 2)]).view(x.shape)
 
-
-# ---------------------------------------------------------------- the cache
-
-@dataclass
-class LayerCache:
-    """One layer's cache as a decoding step sees it."""
-    k: torch.Tensor                 # (B, Tk, KV, D)  the slots up to the fullest row's newest entry, the query's own
-    v: torch.Tensor
-    used: torch.Tensor              # (B,)            slots filled per row: its newest entry is in slot used - 1
-    ragged: bool                    # rows differ in `used`
-    dice: torch.Tensor              # (B, 1)
-    positions: torch.Tensor | None  # (B, Tk, KV)     true position of each slot; None: the slot itself
-    bounds_of: Callable = None      # block size -> low, high (B, N, KV, D) of its blocks' keys, which the cache keeps for Triton
-
-    def filled_slots(self):
-        """(B, Tk) True where a slot holds an entry."""
-        return torch.arange(self.k.shape[1], device=self.used.device) < self.used[:, None]
-
-    def positions_of(self, slots):
-        """Slots (B, KV, S), -1 for none -> true positions, likewise."""
-        if self.positions is None:
-            return slots
-        return self.positions.transpose(1, 2).gather(2, slots.clamp_min(0)).where(slots >= 0, -1)
-
-
-class Cache:
-    """
-    Keys and values (after memory, QK-norm and RoPE) of B rows of tokens, and the memory's state, for all layers.
-
-    A token's slot is its position, until SnapKV drops prompt entries and closes the gaps; `positions` then tells which
-    token a slot holds. Rows may differ in length: row b fills the slots below used[b], the rest is zeros.
-    """
-
-    def __init__(self, config, B, max_len, window, device, dtype):
-        layers = range(config.n_layer)
-        entries = B, max_len, config.n_kv_head, config.head_width
-        self.k = [torch.zeros(entries, device=device, dtype=dtype) for _ in layers]  # zeros: garbage might be NaN
-        self.v = [torch.zeros(entries, device=device, dtype=dtype) for _ in layers]
-        self.positions = [None for _ in layers]  # (B, slots, KV), once compressed
-        self.state = [None for _ in layers]      # (2, B, KV, D) fp32, of the memory
-        self.bounds = [None for _ in layers]     # (low, high, block size) of Quest's kernels: (B, N, KV, D), once asked for
-        # each row's last queries, the newest at the end, for SnapKV; kept with any method, as a fork may use it
-        queries = B, window, config.n_head, config.head_width
-        self.recent_q = [torch.zeros(queries, device=device, dtype=dtype) for _ in layers]
-        self.selected = [None for _ in layers]   # what the method read in the last call, in the words of sparse.py
-        self.lengths = torch.zeros(B, dtype=torch.long, device=device)     # tokens fed per row: the next position
-        self.used = torch.zeros(B, dtype=torch.long, device=device)        # slots filled per row
-        self.token_hash = torch.zeros(B, dtype=torch.long, device=device)  # of all tokens fed, for the random selectors
-        self.filled = 0                          # the largest of `used`, known without asking the GPU
-        self.ragged = False                      # rows may differ in `used`
-
-    @property
-    def max_len(self):
-        return self.k[0].shape[1]
-
-    def fork(self):
-        """An independent copy: one prefill can serve many settings."""
-        clone = lambda x: x.clone() if isinstance(x, torch.Tensor) else tuple(map(clone, x)) if isinstance(x, tuple) else x
-        copy = object.__new__(Cache)
-        for field, value in vars(self).items():
-            setattr(copy, field, [clone(x) for x in value] if isinstance(value, list) else clone(value))
-        copy.selected = [None for _ in self.selected]  # large after a MoBA prefill
-        return copy
-
-    def grow(self, T, lengths, real):
-        """
-        Claim slots for T more tokens per row, of which lengths (B,) are real as real (B, T) says (None, None: all).
-        Returns the first one's slot, int or (B,), and the index of all of them in a (B, max_len, ...) tensor.
-        """
-        start, new = self.used if self.ragged else self.filled, T if lengths is None else lengths
-        filled = self.filled + T if lengths is None else int((self.used + lengths).max())
-        if filled > self.max_len:
-            raise ValueError(f"the cache has room for {self.max_len} entries a row and would need {filled}: "
-                             "ask new_cache for a larger max_len")
-        self.lengths, self.used, self.filled = self.lengths + new, self.used + new, filled
-        if not self.ragged and lengths is None:
-            return start, (slice(None), slice(start, start + T))
-        self.ragged = True
-        B, device = len(self.used), self.used.device
-        slot = torch.as_tensor(start, device=device).view(-1, 1) + torch.arange(T, device=device)
-        row = torch.arange(B, device=device)[:, None]
-        return start, tuple(only_real(x.expand(B, T), real) for x in (row, slot))
-
-    def attend(self, i, q, k, v, feed):
-        """Store k, v (B, T, KV, D) of layer i, and attend with q (B, T, H, D) to all it holds, through the hooks."""
-        self.store(self.k[i], k, feed)
-        self.store(self.v[i], v, feed)
-        self.bounds[i] = None  # of fewer keys
-        self.note(i, q, feed)
-        if isinstance(feed.start, int) and feed.start == 0 and not feed.decoding:  # nothing came before
-            y, self.selected[i] = feed.sparse.prefill(q, k, v, 0, feed.dice)
-            return y
-        return self.read(i, q, feed)
-
-    def step(self, attention, q, k, v, gate, feed):
-        """
-        The projections q (B, 1, H, D), k, v, gate (B, 1, KV, D) of a new token, through memory, QK-norm and RoPE, k and v
-        into the cache: in one kernel, and in fp32 all the way. -> q, ready for attention.
-        """
-        from kernels import decode_step
-        i, config = attention.index, attention.config
-        if gate is not None and self.state[i] is None:
-            self.state[i] = torch.zeros(2, *k[:, 0].shape, device=k.device)
-        norms = (attention.q_norm.weight, attention.k_norm.weight) if config.qk_norm else (None, None)
-        low, high, block_size = self.bounds[i] or (None, None, 1)
-        q = decode_step(q, k, v, gate, *norms, config.norm_eps, feed.cos, feed.sin, self.state[i], self.k[i], self.v[i],
-                        low, high, block_size, self.used)
-        self.note(i, q, feed)
-        return q
-
-    def note(self, i, q, feed):
-        """Keep what a later compression, or a compressed cache, needs to know of these tokens."""
-        if self.positions[i] is None:
-            self.recent_q[i] = self.newest(self.recent_q[i], q, feed.lengths)
-        else:
-            self.store(self.positions[i], feed.position.expand(q.shape[:2])[..., None], feed)
-
-    def read(self, i, q, feed):
-        """Attend with q (B, T, H, D), whose tokens are stored, to all that layer i holds, through the hooks."""
-        if feed.decoding:
-            y, self.selected[i] = feed.sparse.decode(q, self.layer(i, feed.dice))
-        else:
-            y, self.selected[i] = feed.sparse.prefill(q, self.k[i][:, :self.filled], self.v[i][:, :self.filled],
-                                                      feed.start, feed.dice)
-        return y
-
-    def layer(self, i, dice):
-        positions = None if self.positions[i] is None else self.positions[i][:, :self.filled]
-        return LayerCache(self.k[i][:, :self.filled], self.v[i][:, :self.filled], self.used, self.ragged, dice, positions,
-                          lambda block_size: self.bounds_of(i, block_size))
-
-    def bounds_of(self, i, block_size):
-        """Each block's least and greatest key, per channel: low, high (B, N, KV, D). From then on, step keeps them up to date."""
-        from kernels_sparse import block_bounds
-        if self.bounds[i] is None or self.bounds[i][2] != block_size:
-            self.bounds[i] = *block_bounds(self.k[i], self.used, block_size), block_size
-        N = -(-self.filled // block_size)
-        return self.bounds[i][0][:, :N], self.bounds[i][1][:, :N]
-
-    def store(self, where, x, feed):
-        where[feed.slots] = x if isinstance(feed.slots[1], slice) else only_real(x, feed.real).to(where.dtype)
-
-    def newest(self, old, q, lengths):
-        """The last W queries of each row: of old (B, W, H, D), then the first lengths (B,) of q (B, T, H, D)."""
-        W, both = old.shape[1], torch.cat([old, q.to(old.dtype)], dim=1)
-        if lengths is None:
-            return both[:, -W:]
-        index = lengths[:, None] + torch.arange(W, device=q.device)  # (B, W)
-        return both.gather(1, index[..., None, None].expand(-1, -1, *q.shape[2:]))
-
-    def compress(self, sparse):
-        """Before the first decoding step: drop the entries that the method does not keep, in every layer."""
-        if self.filled == 0 or self.positions[0] is not None:
-            return
-        used, room = self.used, self.max_len - self.filled
-        for i in range(len(self.k)):
-            # the last prompt token's hash stands in for the draw of all of them
-            k, v = self.k[i][:, :self.filled], self.v[i][:, :self.filled]
-            dice = self.token_hash[:, None] + i * LAYER_DICE
-            kept = sparse.compress(self.recent_q[i], k, v, self.lengths, dice)  # (B, KV, S)
-            if kept is None:
-                return
-            kept = kept.transpose(1, 2)                                         # (B, S, KV), -1 at the end
-            index = kept.clamp_min(0).unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
-            gap = (kept < 0).unsqueeze(-1)
-            grown = lambda x: F.pad(x, (0, 0) * (x.dim() - 2) + (0, room))
-            self.k[i] = grown(k.gather(1, index).masked_fill(gap, 0))
-            self.v[i] = grown(v.gather(1, index).masked_fill(gap, 0))
-            self.positions[i] = grown(kept)
-            self.recent_q[i] = self.bounds[i] = None
-            used = (kept[:, :, 0] >= 0).sum(1)                                  # (B,), the same in all layers and heads
-        self.used, self.filled = used, kept.shape[1]
-
-
-def only_real(x, real):
-    """(B, T, ...) -> (tokens, ...) without padding, of which real (B, T) tells; None: there is none."""
-    return x.flatten(0, 1) if real is None else x[real]
+    def hidden(self, x, fused=False):
+        """(..., C) -> (..., mlp_width)"""
+        if self.gate_proj is None:
+            return F.gelu(self.up_proj(x))
+        if fused:
+            from kernels_block import swiglu
+            return swiglu(self.gate_proj(x), self.up_proj(x))
+        return F.silu(self.gate_proj(x)) * self.up_proj(x)

@@ -88,13 +88,16 @@ def do(arm, seed, prompts, args, call):
     made = eval_niah.training_record(run)
     if made != model_of:
         there = {}  # of another model
-        for file in files.values():
+        for part, file in files.items():
             file.unlink(missing_ok=True)
+            shutil.rmtree(run / f"niah{part}", ignore_errors=True)
         eval_niah.save(made, record)
     for part, methods in parts.items():
         flags = ["--ckpt", str(run), f"--samples={args.samples}", f"--seed={args.eval_seed}", f"--batch={args.batch}",
                  f"--out={run}/niah{part}", f"--json={files[part]}", "--methods", *methods]
         report, asked = there.get(part), vars(eval_niah.flags().parse_args(flags))
+        if report and prompts_in(report) != prompts:
+            shutil.rmtree(run / f"niah{part}", ignore_errors=True)  # answers to others
         if not report or prompts_in(report) != prompts or any(report["settings"].get(key) != asked[key] for key in ("hits", "random")):
             call(["eval_niah.py", *flags], log)
 

@@ -16,7 +16,7 @@ import niah
 import sparse
 import weights
 from data import tokenizer_of
-from eval_niah import Meter, known_models, positive, sized, trained_with, usable_device
+from eval_niah import Reads, known_models, positive, sized, trained_with, usable_device
 from model import Transformer
 
 
@@ -65,11 +65,11 @@ def run(args):
     if args.prompt is None:
         print(f"\n{'gold':40}{example.target}")
     for text, method in methods.items():
-        meter = Meter(method)
-        new = model.generate(torch.tensor([ids], device=args.device), args.max_new_tokens, sparse=meter,
+        reads = Reads()
+        new = model.generate(torch.tensor([ids], device=args.device), args.max_new_tokens, sparse=method, watch=reads,
                              temperature=args.temperature, top_k=args.top_k, eos_id=tokenizer.eos_id, seed=args.seed)
         answer = tokenizer.decode([token for token in new[0].tolist() if token != tokenizer.eos_id])
-        read = f"{torch.stack(meter.mean).mean():.1f}" if meter.mean else "no"
+        read = f"{torch.stack(reads.mean).mean():.1f}" if reads.mean else "no"
         print(f"\n{text:40}{answer}\n{'':40}({new.shape[1]} tokens after {len(ids)}; a step read {read} entries per head)")
 
 

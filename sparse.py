@@ -16,7 +16,7 @@ A method is three hooks, one per phase; the class Dense has the dense form of ea
 
     prefill(q, k, v, start, dice) -> y, selected      attention over a prompt, or over a chunk of one
     compress(q, k, v, lengths, dice) -> positions     which of the prompt's entries stay in the cache; None keeps all
-    decode(q, cache) -> y, selected                   one query against the cache (a model.LayerCache)
+    decode(q, cache) -> y, selected                   one query against the cache (a cache.LayerCache)
 
 `selected` says what was read: true positions (B, KV, S) in decode, blocks (B, KV, Tq, S) in prefill, -1 for none, None
 for everything. It is what H1 looks at, and how a budget is measured instead of believed. k and v are the remembered
@@ -129,8 +129,11 @@ class Dense:
     def decode(
         self,
         q,      # (B, 1, H, D)
-        cache,  # model.LayerCache: k, v (B, Tk, KV, D), used (B,) slots filled per row, the query's token included
+        cache,  # cache.LayerCache: k, v (B, Tk, KV, D), used (B,) slots filled per row, the query's token included
     ):          # -> y (B, 1, H, D), selected (B, KV, S) positions (None: everything)
+        if backend.triton_for(q):
+            from kernels_sparse import attend_slots
+            return attend_slots(q, cache.k, cache.v, cache.used), None
         if not cache.ragged:
             return attend(q, cache.k, cache.v), None
         return attend(q, cache.k, cache.v, cache.filled_slots()[:, None, None]), None
@@ -410,6 +413,11 @@ def compose(*methods):
     if "compress" in hooks and isinstance(hooks.get("decode"), Dilated):
         raise ValueError(f"dilated cannot follow {name(hooks['compress'])}: its pattern needs every position")
     return Compose(**{f"{hook}_by": method for hook, method in hooks.items()})
+
+
+def drops(method):
+    """Whether it drops prompt entries: whether its compress is another than Dense's."""
+    return drops(method.compress_by) if isinstance(method, Compose) else type(method).compress is not Dense.compress
 
 
 # ---------------------------------------------------------------- small helpers

@@ -604,7 +604,7 @@ def lesson():
           "recipe: expect less of the needles below.")
     print("\nNeedles, before and after, reading all of the prompt or a sixteenth of it:\n")
     eval_niah.main(["--ckpt", attention, str(run), "--methods", *(f"{kind}:budget=1/16" for kind in ("quest", "moba", "snapkv")),
-                    "--out=out/lesson"])
+                    f"--out={run / 'lesson'}"])
     print("\nNext: python eval_niah.py (all methods and budgets, and the model trained with a memory from the start)   "
           "python sample.py (one prompt, to read)")
 

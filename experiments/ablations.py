@@ -20,6 +20,7 @@ Checked in tests/test_ablations.py. Read memory.py and model.Attention first.
 """
 import argparse
 import gc
+import shutil
 import importlib
 import inspect
 import re
@@ -145,6 +146,8 @@ def run_one(variant, seed, args, rest):
         if there and there["train"] == made and there["prompts"] == runs.prompts_of(settings[1], args.samples, EVAL_SEED):
             print(f"{run}: done already, {result}")
             return
+        if there:  # a result of another model, or of other prompts: so are the answers
+            shutil.rmtree(run / "niah", ignore_errors=True)
         gc.collect()  # the training's CUDA graphs, and their memory
         # --kernels=torch: Triton's decoding step goes past Attention.remember and has a memory of both k and v in one kernel,
         # whatever the variant. Training may use Triton: there remember, ours, is what calls its memory_scan

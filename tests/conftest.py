@@ -79,9 +79,11 @@ if not backend.HAS_TRITON:  # Mac, Windows
     collect_ignore_glob = ["test_kernels*.py", "test_backend.py"]
 elif DEVICE == "cpu":
     import kernels
+    import kernels_block
     repair_interpreter()
     kernels.TILE.update(ROWS=16, STRIPS=2)  # the interpreter is slow, above all where strips meet
     kernels.LONG_TILE.update(ROWS=32, STRIPS=2)
+    kernels_block.ONE.update(BLOCK_N=16)
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def kernels_stay_as_they_were(monkeypatch):
 def one_layer():
     """Attention of a tiny model; x (B, T, C) and what a layer is told; k, v (B, T, KV, D)."""
     model, source = tiny(memory=True), torch.Generator().manual_seed(1)
-    feed = model.feed(draw_tokens(2, 20), None, None, Dense(), False)
+    feed = model.feed(draw_tokens(2, 20), None, None, Dense())
     x, k, v = torch.randn(2, 20, 32, generator=source), *torch.randn(2, 2, 20, 4, 8, generator=source)
     return model.layers[0].self_attn, x, feed, k, v
 

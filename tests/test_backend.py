@@ -47,8 +47,8 @@ def test_model_decodes_alike_with_either_backend(text, both):
     assert_close(ours, plain, atol=1e-4, what="logits")
     for a, b in zip(read, read_too):
         assert (a is None) == (b is None)
-        if a is not None:
-            assert torch.equal(a.sort(-1).values, b.long().sort(-1).values)
+        if a is not None:  # the kernels' lists are as long as the cache; what they name must be the same
+            assert [sorted(set(x) - {-1}) for x in a.flatten(0, 1).tolist()] == [sorted(set(x) - {-1}) for x in b.flatten(0, 1).tolist()]
 
 
 @pytest.mark.parametrize("form", ["olmo2", "ratplus"])

@@ -1,8 +1,12 @@
-"""eval_niah.py: numbers that a table may rest on. Scores of perfect and mute models, batches, what is read, H1, files."""
+"""eval_niah.py: numbers that a table may rest on. Scores of perfect and mute models, batches, what is read, H1, files, runs that stop and go on."""
 import json
 import math
 import os
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +14,7 @@ import torch
 from conftest import tiny
 from test_niah import Bytes, tokenizer_of
 
+import answers
 import eval_niah
 import niah
 import sparse
@@ -34,10 +39,10 @@ def writes(model, say, examples):
     """The model, but it answers each prompt with the ids that say(example) gives, whatever the method."""
     by_ids = {tuple(e.ids): e for e in examples}
 
-    def prefill(tokens, lengths, cache, sparse):
+    def prefill(tokens, lengths, cache, sparse, watch):
         return [by_ids[tuple(row[:n])] for row, n in zip(tokens.tolist(), lengths.tolist())]
 
-    def decode(told, cache, max_new_tokens, sparse, eos_id):
+    def decode(told, cache, max_new_tokens, sparse, eos_id, watch):
         rows = [say(e)[:max_new_tokens] for e in told]
         return torch.tensor([row + [eos_id] * (max_new_tokens - len(row)) for row in rows])
 
@@ -186,10 +191,16 @@ class Keeps(sparse.SnapKV):
         return torch.stack([positions[n:], torch.cat([positions[:self.first], positions[self.last:]])])[None]
 
 
+def rates(model, examples, method, batch):
+    """The share of answers that each head hits, (layers, KV)."""
+    found = [eval_niah.hits(model, Bytes(), [examples[i] for i in rows], method) for rows in eval_niah.by_length(examples, batch)]
+    return sum(n_hits for n_hits, *_ in found) / sum(n_answers for _, n_answers, _ in found)
+
+
 def test_a_head_hits_an_answer_if_it_reads_its_place_at_every_step():
     """Decision 9, by hand: everything selected is 1, nothing is 0, and one missing token of an answer is a miss."""
     model, examples = small(n_kv_head=2), make("niah_single_3", 3) + make("niah_single_2", 2)
-    rate = lambda method, examples=examples: eval_niah.hits(model, Bytes(), examples, method, batch=2).tolist()
+    rate = lambda method, examples=examples: rates(model, examples, method, batch=2).tolist()
     for method in sparse.SnapKV(CONTEXT, 8), sparse.Quest(CONTEXT, 8), METHODS[4].__class__(compress_by=sparse.SnapKV(CONTEXT, 8)):
         assert rate(method) == [[1, 1], [1, 1]]
     assert rate(sparse.Dilated(None, local=2, initial=4)) == [[0, 0], [0, 0]]
@@ -207,7 +218,7 @@ def test_hits_do_not_depend_on_the_batch():
     """Answers of different lengths: a row that is done and still fed."""
     model, examples = small(memory=True), make("niah_single_3", 2) + make("niah_single_2", 2)
     for method in METHODS[1], METHODS[3], METHODS[4]:
-        together, alone = (eval_niah.hits(model, Bytes(), examples, method, batch) for batch in (4, 1))
+        together, alone = (rates(model, examples, method, batch) for batch in (4, 1))
         assert torch.equal(together, alone) and 0 < together.mean() < 1
 
 
@@ -352,3 +363,227 @@ def test_a_wrong_flag_is_one_line_and_exit_2(runs, capsys, argv, words):
         eval_niah.main(argv)
     line = capsys.readouterr().err
     assert end.value.code == 2 and words in line and line.startswith("eval_niah.py: ") and line.count("\n") == 1, line
+
+
+# ---------------------------------------------------------------- a run that was stopped goes on
+
+ASKED = ["--ckpt", "checkpoints/attention", "checkpoints/memory", "--tasks", "niah_single_1", "niah_single_2", "--samples=5", "--batch=2",
+         "--max_new_tokens=12", "--device=cpu", "--hits", "--random=1", "--methods", "quest:budget=1/4", "moba:budget=1/8"]
+N_BATCHES = 2 * 2 * 3
+
+
+def told(out="eval"):
+    """The report in a folder, but for the time it took; and what its predictions are."""
+    report = eval_niah.load(Path(out) / "results.json")
+    for row in report["results"]:
+        del row["seconds"]
+        row["predictions"] = Path(row["predictions"]).read_text()
+    return report
+
+
+@pytest.fixture
+def undisturbed(runs, monkeypatch):
+    """What a run to eval/ tells that nothing stops. Its folder is then whole/, and eval/ is free."""
+    monkeypatch.setattr(eval_niah, "plot", lambda *_: None)  # takes a second
+    eval_niah.main([*ASKED, "--out=eval"])
+    report = told()
+    Path("eval").rename("whole")
+    return report
+
+
+def stopping(monkeypatch, after):
+    """eval_niah.answer, which ctrl-C ends in the batch after so many. -> the methods of each batch asked"""
+    answer, asked = eval_niah.answer, []
+
+    def stopped(model, tokenizer, examples, methods, cache):
+        if len(asked) == after:
+            raise KeyboardInterrupt
+        asked.append([sparse.name(method) for method in methods])
+        return answer(model, tokenizer, examples, methods, cache)
+
+    monkeypatch.setattr(eval_niah, "answer", stopped)
+    return asked
+
+
+def test_a_run_that_ctrl_c_stops_goes_on_to_the_same_results(undisturbed, capsys):
+    """Answers asked again, or lost; hits of a batch counted twice; a report of the last part alone."""
+    for n in 1, 5, 5, N_BATCHES:
+        with pytest.MonkeyPatch.context() as patch:
+            asked = stopping(patch, after=n)
+            if n < N_BATCHES:
+                with pytest.raises(SystemExit) as end:
+                    eval_niah.main([*ASKED, "--out=eval"])
+                assert end.value.code == 130 and "--out eval" in capsys.readouterr().err and len(asked) == n
+                assert not Path("eval/results.json").exists()
+            else:
+                eval_niah.main([*ASKED, "--out=eval"])
+                assert len(asked) == N_BATCHES - 1 - 5 - 5
+    assert told() == undisturbed
+    with pytest.MonkeyPatch.context() as patch:  # once more: nothing is left, and no model is loaded
+        patch.setattr(Transformer, "from_pretrained", lambda *_: pytest.fail("loaded"))
+        eval_niah.main([*ASKED, "--out=eval"])
+    assert told() == undisturbed
+
+
+def test_a_line_that_a_kill_cut_off_is_asked_again(undisturbed):
+    """kill -9 in the middle of a write: a run that cannot go on, or a line glued to the torn one."""
+    lines = Path("whole/answers-0.jsonl").read_bytes().splitlines(keepends=True)
+    for n, torn in (2, lines[2][:-1]), (30, lines[30][:5]), (len(lines) - 1, lines[-1][:-9]), (0, b"{"):
+        shutil.copytree("whole", "eval", dirs_exist_ok=True)
+        Path("eval/answers-0.jsonl").write_bytes(b"".join(lines[:n]) + torn)
+        eval_niah.main([*ASKED, "--out=eval"])
+        assert told() == undisturbed
+        seconds = lambda line: json.loads(line) | {"told": {k: v for k, v in json.loads(line)["told"].items() if k != "seconds"}}
+        now = Path("eval/answers-0.jsonl").read_bytes().splitlines()
+        assert sorted(map(str, map(seconds, now))) == sorted(map(str, map(seconds, lines)))
+
+
+def test_another_damaged_line_is_named(undisturbed, capsys):
+    """A traceback; or answers dropped that a disk, not a kill, has lost."""
+    Path("whole").rename("eval")
+    file = Path("eval/answers-0.jsonl")
+    lines = file.read_bytes().splitlines()
+    for damaged in lines[6][:40], b"\0" * 20, b"[]", b"", lines[6].replace(b'"told"', b'"tald"'):
+        file.write_bytes(b"\n".join([*lines[:6], damaged, *lines[7:]]) + b"\n")
+        with pytest.raises(SystemExit) as end:
+            eval_niah.main([*ASKED, "--out=eval"])
+        line = capsys.readouterr().err
+        assert end.value.code == 2 and line.count("\n") == 1 and "eval/answers-0.jsonl line 7 is damaged" in line and "delete that line" in line
+    file.write_bytes(b"\n".join([*lines[:6], *lines[7:]]) + b"\n")
+    eval_niah.main([*ASKED, "--out=eval"])
+    assert told() == undisturbed
+
+
+def refused(capsys, *flags):
+    with pytest.raises(SystemExit) as end:
+        eval_niah.main([*ASKED, "--out=whole", *flags])
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1 and len(line) < 700 and "another --out" in line, line
+    return line
+
+
+def test_a_folder_of_other_settings_is_refused(undisturbed, capsys, monkeypatch):
+    """A table of two runs that were asked different things."""
+    Path("words.txt").write_text("A text of one's own. " * 9)
+    niah.write_jsonl("niah_single_1.jsonl", make("niah_single_1", n=2, new=12))
+    before = Path("whole/answers-0.jsonl").read_bytes()
+    for flags in (["--samples=4"], ["--seed=1"], ["--context_len=576"], ["--max_new_tokens=13"], ["--protocol=sft"], ["--dtype=bfloat16"],
+                  ["--kernels=torch"], ["--haystack=words.txt"], ["--tasks", "niah_single_1"], ["--ckpt", "checkpoints/memory"],
+                  ["--ckpt", "checkpoints/attention", "out/mine"]):
+        assert f"{flags[0].split('=')[0]} was" in refused(capsys, *flags)
+    assert "--tasks was" in refused(capsys, "--jsonl", "niah_single_1.jsonl")
+    monkeypatch.setattr(niah, "NOISE", "The grass is blue.")
+    assert "what is asked in niah_single_1" in refused(capsys)
+    assert Path("whole/answers-0.jsonl").read_bytes() == before
+
+
+def test_a_model_that_was_trained_again_is_refused(undisturbed, capsys):
+    """Half a table of the old weights: the path, and the files' sizes, are the same."""
+    small(seed=1, memory=True, context_len=CONTEXT).save_pretrained("checkpoints/memory")
+    assert "--ckpt memory (" in refused(capsys)
+
+
+def test_more_methods_are_more_work_and_fewer_are_none(undisturbed, monkeypatch):
+    """Answers that are there, asked again for a new column; a column that was not asked for."""
+    without = [flag for flag in ASKED[:-1] if flag not in ("--hits", "--random=1")]
+    eval_niah.main([*without, "--out=eval"])
+    asked = stopping(monkeypatch, after=99)
+    eval_niah.main([*ASKED, "--out=eval", "--batch=4"])  # of batches that overlap with the old ones
+    assert len(asked) == 2 * 2 * 2 and all(methods == ["moba:budget=64,block_size=8", "quest:budget=128,block_size=8,random=0"] for methods in asked)
+    report = told()
+    for of in report, undisturbed:
+        del of["settings"], of["command"]
+    assert report == undisturbed
+    eval_niah.main([*without, "--out=eval"])
+    assert told()["results"] == [row | {"hits": None} for row in undisturbed["results"] if row["method"] != "moba:budget=1/8,block_size=8"
+                                 and row["random"] is None] and len(asked) == 2 * 2 * 2
+
+
+def two_processes(*flags, change=""):
+    """eval_niah.py with these flags, after a change to it, in two processes."""
+    Path("ranks.py").write_text(f"import glob, os, signal, sys; sys.path.insert(0, {os.path.dirname(eval_niah.__file__)!r})\n"
+                                f"import torch; torch.set_num_threads(1)\nimport eval_niah\n{change}\neval_niah.main()\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ranks.py"]
+    return subprocess.run([*command, *ASKED, *flags], capture_output=True, text=True, timeout=120)
+
+
+def test_two_processes_answer_like_one_and_go_on_where_one_was_stopped(undisturbed, monkeypatch):
+    """Batches that no rank takes, or two do; a report before the other is done; two reports."""
+    stopping(monkeypatch, after=3)
+    with pytest.raises(SystemExit):
+        eval_niah.main([*ASKED, "--out=eval"])
+    before = Path("eval/answers-0.jsonl").read_bytes()
+    result = two_processes("--out=eval")
+    assert result.returncode == 0 and result.stdout.count("results in") == result.stdout.count("answers of up to") == 1, result.stderr[-4000:]
+    first, second = (Path(f"eval/answers-{rank}.jsonl").read_bytes() for rank in (0, 1))
+    per_batch = before.count(b"\n") / 3
+    assert first.startswith(before) and first.count(b"\n") > 6 * per_batch and second.count(b"\n") > 3 * per_batch
+    report = told()
+    assert report["device"] == f"2 x {undisturbed['device']}" and report["results"] == undisturbed["results"]
+
+
+KILL = """
+original, calls = eval_niah.answer, []
+def killed(*args):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 3:
+        with open(*glob.glob("out/niah-*/answers-1.jsonl"), "ab") as file:
+            file.write(b'{"checkpoint": "att')
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args)
+eval_niah.answer = killed
+"""
+
+
+def test_one_process_goes_on_where_two_were_killed(undisturbed):
+    """A rank that waits for a dead one; ranks that write into folders of their own; what another rank left, overlooked."""
+    result = two_processes(change=KILL)
+    assert result.returncode != 0 and "results in" not in result.stdout
+    out, = Path("out").glob("niah-*")
+    torn = (out / "answers-1.jsonl").read_bytes()
+    assert torn.count(b"\n") > 8 and not torn.endswith(b"\n")
+    eval_niah.main([*ASKED, f"--out={out}"])
+    assert told(out)["results"] == undisturbed["results"] and (out / "answers-1.jsonl").read_bytes() == torn
+
+
+def test_ranks_of_a_caller_are_not_ours(monkeypatch):
+    """`torchrun train.py`, whose first rank alone calls us: it would wait for the others, or answer its half."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(answers.dist, "is_initialized", lambda: True)
+    ranks = eval_niah.Ranks()
+    assert (ranks.rank, ranks.n) == (0, 1) and ranks.meet("here", "word") == "word"
+
+
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
+    """Eight models on the first."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [eval_niah.usable_device(text) for text in ("cuda", "cpu", "cuda:1")] == ["cuda", "cpu", "cuda:1"] and taken == [3]
+
+
+@pytest.mark.parametrize("batch, sizes", [(2, [2, 2, 2]), (4, [4, 4]), (16, [5])])
+def test_on_a_gpu_all_batches_are_of_one_size(monkeypatch, batch, sizes):
+    """A CUDA graph of another number of rows; the answer of a row that fills up, in a table."""
+    examples, model, seen = {"m": {"niah_single_2": make(n=5)}}, small(), []
+    by_name = {sparse.name(method): method for method in METHODS[:2]}
+    answer = eval_niah.answer
+    monkeypatch.setattr(eval_niah, "answer", lambda m, t, some, *rest: seen.append(len(some)) or answer(m, t, some, *rest))
+    lines = {}
+    for device in "cpu", "cuda":
+        for todo in eval_niah.unanswered(examples, by_name, batch, {}):
+            args = SimpleNamespace(device=device, batch=batch)
+            lines.setdefault(device, []).extend(line._replace(told=line.told["text"]) for line in
+                                                eval_niah.ask(model, Bytes(), examples, todo, by_name, args, None)[0])
+    assert seen[len(sizes):] == sizes and lines["cpu"] == lines["cuda"] and len(lines["cpu"]) == 5 * 2
+
+
+def test_time_left_is_of_what_is_made_now(monkeypatch, capsys):
+    """Answers of an earlier run that make this one look fast."""
+    clock = [0.0]
+    monkeypatch.setattr(eval_niah.time, "time", lambda: clock[0])
+    progress = eval_niah.Progress(100, there=60)
+    clock[0] = 60.0
+    progress(10)
+    assert "70 of 100 answers, 3.0 min left" in capsys.readouterr().out

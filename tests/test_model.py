@@ -312,7 +312,7 @@ def test_snapkv_decodes_as_if_the_dropped_entries_were_masked(form):
     assert cache.used.tolist() == [24, 24] and cache.lengths.tolist() == [50, 50]
     kept = []
     for i in range(2):
-        positions = cache.positions[i][:, :24].transpose(1, 2)  # (B, KV, 24)
+        positions = cache.positions[i][:, :24].long().transpose(1, 2)  # (B, KV, 24)
         assert torch.equal(positions[..., 14:], torch.arange(40, 50).expand(2, KV, 10))
         assert torch.equal(positions[..., 8:14], torch.arange(34, 40).expand(2, KV, 6))
         assert positions.diff(dim=-1).gt(0).all()
@@ -322,7 +322,7 @@ def test_snapkv_decodes_as_if_the_dropped_entries_were_masked(form):
     assert_close(logits, masked)
     assert error(logits[:, 40:], model(tokens)[:, 40:]) > 1e-2, "nothing of weight was dropped"
     for i in range(2):
-        index = cache.positions[i][:, :24, :, None].expand(-1, -1, -1, 8)
+        index = cache.positions[i][:, :24, :, None].long().expand(-1, -1, -1, 8)
         # keys of the prompt are bit by bit those that were there; later ones follow from what was read
         assert torch.equal(cache.k[i][:, :14], full.k[i].gather(1, index)[:, :14])
         assert_close(cache.v[i][:, :24], full.v[i].gather(1, index))
@@ -360,9 +360,11 @@ def test_reads_in_the_model_stay_within_the_budget(method):
     """A method that is asked in one layer only, or reads more than a table of results claims."""
     model, tokens = tiny(**FORMS["gqa memory"]), draw_tokens(3, 40)
     cache = model.new_cache(3, 64)
-    model.prefill(tokens, torch.tensor([40, 31, 9]), cache, method)
+    chosen = []
+    model.prefill(tokens, torch.tensor([40, 31, 9]), cache, method, watch=lambda layer, selected, real: chosen.append(selected))
+    assert len(chosen) == 2
     if not isinstance(method, Quest):
-        for selected in cache.selected:
+        for selected in chosen:
             assert selected.shape[-1] * 4 <= 12
     budget = method.budget if isinstance(method, Quest) else method.decode_by.budget
     seen = set()

@@ -1,0 +1,120 @@
+"""
+Answers that outlive what makes them: the files of an evaluation that can be stopped, continued and shared by GPUs.
+
+    OUT/answers-RANK.jsonl   a line for each answer, appended batch by batch: ctrl-C or kill -9 costs the batch in hand
+    OUT/asked.json           what was asked of whom; a run of other questions or models is refused
+    OUT/results.json         the report, made from all lines once none is missing (eval_niah.py)
+
+Which examples share a batch follows from the examples and --batch alone, so a run that was stopped, or goes on with another
+number of GPUs, gives the same answers. Checked in tests/test_eval_niah.py. eval_niah.py fills these files.
+"""
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+import niah
+import weights
+
+# ---------------------------------------------------------------- json files
+
+def save(report, path):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights.whole_or_nothing(path, lambda file: file.write_text(json.dumps(report, indent=1)))
+
+
+def load(path, *fields):
+    """What save wrote. ValueError, which names the file, if it has not all these fields, or is no JSON."""
+    try:
+        report = json.loads(Path(path).read_text())
+        for field in fields:
+            report[field]
+        return report
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or not of ours ({type(error).__name__}: {error}): delete it") from None
+
+
+# ---------------------------------------------------------------- what is answered, and what is left
+
+class Line(NamedTuple):
+    """A line of OUT/answers-RANK.jsonl: an answer, or the hits of a batch, whose method is "H1 METHOD"."""
+    checkpoint: str  # its label
+    task: str
+    method: str      # sparse.name, which tells a random one's seed
+    examples: list   # indices in the task, of an answer only one
+    told: dict       # of an answer: Told; of H1: hits (layers, KV) and the number of answers
+
+
+def read_lines(folder):
+    """{(checkpoint, task, method): {example: its Line}} of all answers-*.jsonl, whatever the number of ranks was."""
+    found = {}
+    for file in sorted(Path(folder).glob("answers-*.jsonl")):
+        for number, text in enumerate(file.read_bytes().split(b"\n")[:-1], 1):  # the last is empty, or cut off by a kill
+            try:
+                line = Line(**json.loads(text))
+                there = found.setdefault(line[:3], {})
+                if there.keys().isdisjoint(line.examples):  # else two runs at once wrote here
+                    there.update(dict.fromkeys(line.examples, line))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{file} line {number} is damaged ({error}): delete that line, and what it told is asked again") from None
+    return found
+
+
+def by_length(examples, batch):
+    """Indices of the examples in batches of similar length, so that there is little padding."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    return [order[start:start + batch] for start in range(0, len(order), batch)]
+
+
+def unanswered(examples, methods, batch, there):
+    """
+    Batches with something missing: (label, task, indices, {method: those that are not `there`}). Who shares a batch follows
+    from the examples and --batch alone: no answer, nor its rounding, depends on where a run was stopped, nor on the ranks.
+    """
+    for label, by_task in examples.items():
+        for task, of_task in by_task.items():
+            for rows in by_length(of_task, batch):
+                missing = {name: [i for i in rows if i not in there.get((label, task, name), ())] for name in methods}
+                if any(missing.values()):
+                    yield label, task, rows, {name: indices for name, indices in missing.items() if indices}
+
+
+def refuse_others(args, labels, tokenizers, examples):
+    """ValueError if --out holds answers to other questions, or of other models. More methods are no other question."""
+    now = {"--ckpt": list(labels), "--tasks": list(next(iter(examples.values()))), "--tokenizer": [t.name for t in tokenizers.values()]}
+    now |= {f"--{name}": getattr(args, name) for name in ("samples", "seed", "context_len", "max_new_tokens", "protocol", "haystack",
+                                                         "jsonl", "dtype", "kernels")}
+    for label, path in labels.items():
+        path = weights.resolve(path)
+        files = sorted([path / "config.json", *path.glob("model*")]) if path.is_dir() else [path]
+        stats = str([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+        now[f"--ckpt {label} (a hash of its files' sizes and dates)"] = hashlib.sha256(stats.encode()).hexdigest()[:12]
+        now |= {f"what is asked in {task} (a hash of {label}'s prompts)": niah.prompt_hash(e) for task, e in examples[label].items()}
+    file = Path(args.out) / "asked.json"
+    before = load(file) if any(file.parent.glob("answers-*.jsonl")) else now
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ValueError(f"{args.out} holds answers of another run: {name} was {before.get(name)}, now {value}. Choose another "
+                             "--out, or delete that one")
+    save(now, file)
+
+
+class Ranks:
+    """The processes that torchrun started, one for each GPU, which meet in its key-value store; without it, one."""
+
+    def __init__(self):
+        # to a caller that has shared out its own work (train.py) this is one process
+        alone = dist.is_initialized() or os.environ.get("WORLD_SIZE", "1") == "1"
+        self.store, self.rank, self.n = (dist.HashStore(), 0, 1) if alone else next(dist.rendezvous("env://"))
+
+    def meet(self, place, word=""):
+        """Wait until all are there. -> the first rank's word. If one fails, torchrun ends the others."""
+        self.store.set(f"{place} {self.rank}", word)
+        while not self.store.check([f"{place} {rank}" for rank in range(self.n)]):
+            time.sleep(0.1)  # not in the store, where ctrl-C is not heard
+        return self.store.get(f"{place} 0").decode()

@@ -1,0 +1,320 @@
+"""
+What a model keeps of the tokens it has read: keys and values of each layer, and the memory's state.
+
+    prompt    cache.attend stores its k and v, and attends through the method's prefill
+    compress  a method that drops entries does so once: layer by layer as the prompt comes (model.generate), else before the
+              first decoding step. The kept entries move together, and what they leave is given back
+    step      cache.step, cache.read: one token per row. On a GPU replayed as a CUDA graph (`replay`), as the tensors stay in place
+
+One prefill serves many settings: one after the other in its `turn` (this cache `rewinding`, or a `compressed` copy of what the
+method keeps), or all at once, each in a `fork`, an independent copy. model.py calls all this; the methods of sparse.py see a LayerCache. Checked in
+tests/test_model.py and tests/test_cache.py.
+
+Letters: B batch, T tokens, H query heads, KV key/value heads, D head width, W window, S kept entries, L layers.
+"""
+import copy
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+import sparse as methods
+
+LAYER_DICE = 0x9E3779B97F4A7D  # large and odd, gives each layer its own dice; times the number of layers it stays below 2**63
+
+
+@dataclass
+class LayerCache:
+    """One layer's cache as a decoding step sees it."""
+    k: torch.Tensor                 # (B, Tk, KV, D)  slots, at least up to the fullest row's newest entry, the query's own
+    v: torch.Tensor
+    used: torch.Tensor              # (B,)            slots filled per row: its newest entry is in slot used - 1
+    ragged: bool                    # some slot of k and v may not be filled
+    dice: torch.Tensor              # (B, 1)
+    positions: torch.Tensor | None  # (B, Tk, KV)     int32, true position of each slot; None: the slot itself
+    bounds_of: Callable = None      # block size -> low, high (B, N, KV, D) of its blocks' keys, which the cache keeps for Triton
+
+    def filled_slots(self):
+        """(B, Tk) True where a slot holds an entry."""
+        return torch.arange(self.k.shape[1], device=self.used.device) < self.used[:, None]
+
+    def positions_of(self, slots):
+        """Slots (B, KV, S), -1 for none -> true positions, likewise."""
+        if self.positions is None:
+            return slots
+        return self.positions.transpose(1, 2).gather(2, slots.clamp_min(0)).where(slots >= 0, -1)
+
+
+class Cache:
+    """
+    Keys and values (after memory, QK-norm and RoPE) of B rows of tokens, and the memory's state, for all layers.
+
+    A token's slot is its position, until a method drops prompt entries and closes the gaps; `positions` then tells which
+    token a slot holds. Rows may differ in length: row b fills the slots below used[b], the rest is zeros. Tensors are made
+    when their layer's first tokens come, and then updated in place.
+    """
+
+    def __init__(self, config, B, max_len, window, device, dtype):
+        self.config, self.B, self.max_len, self.window, self.device, self.dtype = config, B, max_len, window, device, dtype
+        state = 2, B, config.n_kv_head, config.head_width
+        self.state = [torch.zeros(state, device=device) if config.memory else None for _ in range(config.n_layer)]  # of the memory
+        rows = lambda: torch.zeros(B, dtype=torch.long, device=device)
+        self.lengths = rows()     # tokens fed per row: the next position
+        self.used = rows()        # slots filled per row
+        self.token_hash = rows()  # of all tokens fed, for the random selectors
+        self.part = slice(None)   # the rows that are fed: all but in a view of some (`rows`)
+        self.empty()
+        self.clear()
+
+    def empty(self):
+        """Without tensors."""
+        none = lambda: [None] * self.config.n_layer
+        self.k, self.v = none(), none()  # (B, slots, KV, D)
+        self.positions = none()          # (B, slots, KV), once compressed
+        self.bounds = none()             # {block size: (low, high)} of Quest's kernels, (B, N, KV, D) each
+        self.recent_q = none()           # (B, W, H, D): each row's last queries, the newest at the end, for SnapKV
+        self.selected = none()           # what the last decoding step read, in the words of sparse.py
+        self.slots = self.max_len        # places for entries in a row
+        self.compact = {}                # method -> what `compressed` made for it
+        self.graphs = {}                 # method -> its decoding step, captured (model.Transformer.step)
+
+    def clear(self):
+        """Forget all tokens. A cache that was not compressed keeps its tensors, and so its graphs."""
+        if self.positions[0] is not None:
+            self.empty()
+        self.recent_q = [None for _ in self.recent_q]
+        for x in self.lengths, self.used, self.token_hash, *self.state:
+            if x is not None:
+                x.zero_()
+        self.filled = 0           # the largest of `used`, known without asking the GPU
+        self.ragged = False       # rows may differ in `used`
+        self.stepped = None       # the method, if the last thing to happen was a decoding step of it
+        self.decoding = False     # a decoding step has happened
+        self.bounded = [None] * self.config.n_layer   # the block size whose bounds are up to date
+
+    # ---------------------------------------------------------------- one prefill, many settings
+
+    def fork(self):
+        """An independent copy."""
+        clone = lambda x: (x.clone() if isinstance(x, torch.Tensor) else tuple(map(clone, x)) if isinstance(x, tuple) else
+                           {key: clone(value) for key, value in x.items()} if isinstance(x, dict) else x)
+        fork = object.__new__(Cache)
+        for field, value in vars(self).items():
+            if field not in ("graphs", "compact", "selected"):
+                setattr(fork, field, [clone(x) for x in value] if isinstance(value, list) else clone(value))
+        fork.graphs, fork.compact, fork.selected = {}, {}, [None for _ in self.selected]
+        return fork
+
+    @contextmanager
+    def rewinding(self):
+        """What is decoded within is forgotten at its end. Nothing large is copied."""
+        small = [x for x in (self.lengths, self.used, self.token_hash, *self.state) if x is not None]
+        before, filled, decoding, slots = [x.clone() for x in small], self.filled, self.decoding, self.slots
+        try:
+            yield self
+        finally:
+            assert self.slots == slots, "a method dropped entries, which cannot be undone: let it have `compressed`"
+            for x, old in zip(small, before):
+                x.copy_(old)
+            self.filled, self.decoding, self.stepped = filled, decoding, None
+            self.bounded = [None for _ in self.bounded]
+
+    def compressed(self, sparse):
+        """
+        A cache of what `sparse` keeps of this one, which stays as it is. The next call for the same method writes to the same
+        tensors, so that a graph of it serves again.
+        """
+        if sparse not in self.compact:
+            self.compact[sparse] = Cache(self.config, self.B, self.max_len, self.window, self.device, self.dtype)
+        copy = self.compact[sparse]
+        for x, mine in zip((copy.lengths, copy.token_hash, *copy.state), (self.lengths, self.token_hash, *self.state)):
+            if x is not None:
+                x.copy_(mine)
+        copy.keep_of(self, sparse)
+        copy.stepped = None
+        return copy
+
+    @contextmanager
+    def turn(self, sparse):
+        """The cache that a method may decode from, in its turn: the next one finds this cache as it was."""
+        if methods.drops(sparse):
+            yield self.compressed(sparse)
+        else:
+            with self.rewinding():
+                yield self
+
+    def rows(self, part):
+        """A view of the rows `part`, a slice. Feed it prompts, then tell the whole cache by `joined`."""
+        view = copy.copy(self)
+        view.part = part
+        return view
+
+    def joined(self, views):
+        """Know what was fed to views of all rows."""
+        self.ragged = any(view.ragged for view in views) or len({view.filled for view in views}) > 1
+        self.filled, self.slots = max(view.filled for view in views), views[0].slots
+        self.stepped = None
+
+    # ---------------------------------------------------------------- tokens in
+
+    def grow(self, T, lengths):
+        """
+        Claim slots for T more tokens per row, of which lengths (B,) are real (None: all). -> the first one's slot, int or (B,)
+        """
+        used, start = self.used[self.part], self.filled
+        filled = self.filled + T if lengths is None else int((used + lengths).max())
+        self.check_room(filled)
+        if self.ragged:
+            start = used.clone()
+        new, self.filled = T if lengths is None else lengths, filled
+        self.ragged = self.ragged or lengths is not None
+        self.lengths[self.part] += new
+        used += new
+        return start
+
+    def check_room(self, filled):
+        if filled > self.slots:
+            raise ValueError(f"the cache has room for {self.slots} entries a row and would need {filled}: "
+                             "ask new_cache for a larger max_len")
+
+    def room(self, i, slots):
+        """Tensors for layer i's entries."""
+        if self.k[i] is None or self.k[i].shape[1] < slots:
+            entries = self.B, slots, self.config.n_kv_head, self.config.head_width
+            self.k[i], self.v[i] = (torch.zeros(entries, device=self.device, dtype=self.dtype) for _ in "kv")  # garbage might be NaN
+            self.bounds[i], self.bounded[i] = None, None
+            self.graphs.clear()  # they know the old ones
+
+    def attend(self, i, q, k, v, feed):
+        """Store k, v (B, T, KV, D) of layer i, and attend with q (B, T, H, D) to all it holds, through the hooks."""
+        if feed.whole:  # what the method drops is never stored
+            y, selected = feed.sparse.prefill(q, k, v, 0, feed.dice)
+            newest = self.newest(q.new_zeros(len(q), self.window, *q.shape[2:]), q, feed.lengths)
+            kept = feed.sparse.compress(newest, k, v, self.lengths[self.part], feed.dice[:, -1:])
+            self.keep(i, kept, k, v, self.max_len - k.shape[1])
+        else:
+            self.store(i, k, v, feed)
+            if self.positions[i] is None:  # else compression is over
+                if self.recent_q[i] is None:
+                    self.recent_q[i] = q.new_zeros(self.B, self.window, *q.shape[2:], dtype=self.dtype)
+                self.recent_q[i][self.part] = self.newest(self.recent_q[i][self.part], q, feed.lengths)
+            if isinstance(feed.start, int) and feed.start == 0:  # nothing came before
+                y, selected = feed.sparse.prefill(q, k, v, 0, feed.dice)
+            else:
+                k, v = (x[i][self.part, :self.filled] for x in (self.k, self.v))
+                y, selected = feed.sparse.prefill(q, k, v, feed.start, feed.dice)
+        if feed.watch:
+            feed.watch(i, selected, feed.real)
+        return y
+
+    def store(self, i, k, v, feed):
+        """k and v (B, T, KV, D) of the real tokens into their slots of layer i."""
+        self.room(i, self.slots)
+        self.bounded[i] = None  # of fewer keys
+        self.put(self.k[i], k, feed)
+        self.put(self.v[i], v, feed)
+        if self.positions[i] is not None:
+            self.put(self.positions[i], feed.position[..., None].expand(k.shape[:3]), feed)
+
+    def put(self, where, x, feed):
+        """x (B, T, ...) into where (B, slots, ...), from slot feed.start on"""
+        x, where, (B, T) = x.to(where.dtype), where[self.part], x.shape[:2]
+        if isinstance(feed.start, int):  # padding is stored too, as zeros
+            end = min(feed.start + T, self.slots)
+            x = x if feed.real is None else x.where(feed.real.view(B, T, *[1] * (x.dim() - 2)), 0)
+            where[:, feed.start:end] = x[:, :end - feed.start]
+        else:
+            row, t = torch.ones(B, T, device=x.device).nonzero(as_tuple=True) if feed.real is None else feed.real.nonzero(as_tuple=True)
+            where[row, feed.start[row] + t] = x[row, t]
+
+    def newest(self, old, q, lengths):
+        """The last W queries of each row: of old (B, W, H, D), then the first lengths (B,) of q (B, T, H, D)."""
+        W, T = old.shape[1], q.shape[1]
+        if lengths is None:
+            return torch.cat([old[:, T:], q[:, -W:].to(old.dtype)], dim=1)
+        index = (lengths[:, None] + torch.arange(W, device=q.device))[..., None, None].expand(-1, -1, *q.shape[2:])  # in old, then q
+        return q.gather(1, (index - W).clamp_min(0)).to(old.dtype).where(index >= W, old.gather(1, index.clamp_max(W - 1)))
+
+    # ---------------------------------------------------------------- compression
+
+    def compress(self, sparse):
+        """Before the first decoding step: drop the entries that the method does not keep, in every layer."""
+        if self.filled and self.positions[0] is None and methods.drops(sparse):
+            if self.decoding:
+                raise ValueError(f"{methods.name(sparse)} drops entries before the first decoding step, and this cache has had one: "
+                                 "fork it before, or clear it")
+            self.keep_of(self, sparse)
+            self.recent_q = [None for _ in self.recent_q]
+
+    def keep_of(self, source, sparse):
+        """Hold what the method keeps of the cache `source`, this one or another."""
+        filled, room = source.filled, source.slots - source.filled
+        for i in range(len(self.k)):
+            k, v = source.k[i][:, :filled], source.v[i][:, :filled]
+            # the last prompt token's hash stands in for the draw of all of them
+            dice = source.token_hash[:, None] + i * LAYER_DICE
+            kept = sparse.compress(source.recent_q[i], k, v, source.lengths, dice)
+            if self is source:
+                self.k[i] = self.v[i] = None
+            self.keep(i, kept, k, v, room)
+
+    def keep(self, i, kept, k, v, room):
+        """Of layer i's prompt k, v (B, T, KV, D) hold the entries kept (B, KV, S), -1 at the end, None: all; and room for more."""
+        if kept is None:
+            slot = torch.arange(k.shape[1], device=self.device)
+            kept = slot.where(slot < self.lengths[self.part, None, None], -1).expand(-1, k.shape[2], -1)
+        kept = kept.transpose(1, 2)                                                   # (B, S, KV)
+        S, gap = kept.shape[1], (kept < 0).unsqueeze(-1)
+        self.room(i, S + room)
+        if self.positions[i] is None or self.positions[i].shape != self.k[i].shape[:3]:
+            self.positions[i] = torch.zeros(self.k[i].shape[:3], device=self.device, dtype=torch.int32)
+        index = kept.clamp_min(0).unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
+        self.k[i][self.part, :S] = k.gather(1, index).masked_fill(gap, 0)
+        self.v[i][self.part, :S] = v.gather(1, index).masked_fill(gap, 0)
+        self.positions[i][self.part, :S] = kept.int()
+        self.used[self.part] = (kept[:, :, 0] >= 0).sum(1)                            # the same in all layers and heads
+        self.filled, self.slots, self.ragged = S, self.k[i].shape[1], True            # a short prompt may fill less than S
+        self.bounded[i] = None
+
+    # ---------------------------------------------------------------- decoding steps
+
+    def step(self, attention, q, k, v, gate, feed):
+        """
+        The projections q (B, 1, H, D), k, v, gate (B, 1, KV, D) of a new token, through memory, QK-norm and RoPE, k and v
+        into the cache: in one kernel, and in fp32 all the way. -> q, ready for attention.
+        """
+        from kernels import decode_step
+        i, config = attention.index, attention.config
+        self.room(i, self.slots)
+        norms = (attention.q_norm.weight, attention.k_norm.weight) if config.qk_norm else (None, None)
+        low, high = self.bounds[i][self.bounded[i]] if self.bounded[i] else (None, None)
+        q = decode_step(q, k, v, gate, *norms, config.norm_eps, feed.cos, feed.sin, self.state[i], self.k[i], self.v[i],
+                        low, high, self.bounded[i] or 1, self.used)
+        if self.positions[i] is not None:
+            slot, position = (x[:, None, None].expand(-1, 1, k.shape[2]) for x in (self.used - 1, feed.position[:, 0].int()))
+            self.positions[i].scatter_(1, slot, position)
+        return q
+
+    def read(self, i, q, feed):
+        """A decoding step's attention: q (B, 1, H, D), whose token is stored, to what layer i holds, through the hook."""
+        # the kernels look at `used`: no shape of theirs changes from step to step
+        slots = slice(None) if feed.fused else slice(self.filled)
+        positions = None if self.positions[i] is None else self.positions[i][:, slots]
+        layer = LayerCache(self.k[i][:, slots], self.v[i][:, slots], self.used, self.ragged or feed.fused, feed.dice, positions,
+                           lambda block_size: self.bounds_of(i, block_size))
+        y, self.selected[i] = feed.sparse.decode(q, layer)
+        return y
+
+    def bounds_of(self, i, block_size):
+        """Each block's least and greatest key, per channel: low, high (B, N, KV, D). From then on, step keeps them up to date."""
+        from kernels_sparse import block_bounds
+        if self.bounded[i] != block_size:
+            new, held = block_bounds(self.k[i], self.used, block_size), self.bounds[i] or {}
+            if block_size in held:
+                for old, x in zip(held[block_size], new):
+                    old.copy_(x)
+            else:
+                self.bounds[i] = held | {block_size: new}
+            self.bounded[i] = block_size
+        return self.bounds[i][block_size]

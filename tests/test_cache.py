@@ -1,0 +1,220 @@
+"""cache.py, and prefill, step and generate in model.py: an engine that gives what the plain path gives, in less time and space."""
+import pytest
+import torch
+from conftest import DEVICE, FORMS, assert_close, draw_tokens, one_line, tiny
+
+import backend
+import model as model_file
+from sparse import Dense, MoBA, Quest, SnapKV, compose, name, parse
+
+METHODS = ["dense", "quest:budget=6,block_size=2", "quest:budget=6,block_size=2,random=3", "moba:budget=6,block_size=2",
+           "snapkv:budget=8,window=3", "snapkv:budget=8,window=3,random=2", "dilated:dilation=4,local=3,initial=1",
+           "moba:budget=6,block_size=2+snapkv:budget=9,window=3+quest:budget=6,block_size=2"]
+HEADS_OF_16 = dict(width=64, n_head=4)
+LENGTHS = [45, 31, 7, 40, 1]
+ALL = [Dense(), Quest(16, 8), MoBA(24, 8), SnapKV(20, 6), compose(MoBA(24, 8), SnapKV(20, 6), Quest(16, 8))]
+methods = pytest.mark.parametrize("method", ALL, ids=name)
+gpu = pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+
+
+@torch.no_grad()
+def by_the_book(model, tokens, n_new, lengths, method):
+    """Greedy tokens from plain PyTorch: the prompt at once, then model() for each token; entries are dropped at the first."""
+    cache = model.new_cache(len(tokens), tokens.shape[1] + n_new)
+    x = model(tokens, lengths, cache, method)
+    new = [(x[:, -1] if lengths is None else x[torch.arange(len(x)), lengths - 1]).argmax(-1)]
+    while len(new) < n_new:
+        new.append(model(new[-1][:, None], cache=cache, sparse=method)[:, -1].argmax(-1))
+    return torch.stack(new, dim=1)
+
+
+@pytest.mark.parametrize("B", [1, 5])
+@pytest.mark.parametrize("form", ["olmo2", "gqa memory", *(["memory", "gqa", "ratplus"] if DEVICE == "cuda" else [])])
+@pytest.mark.parametrize("text", METHODS)
+def test_generate_gives_the_tokens_of_the_plain_path(text, form, B, monkeypatch):
+    """A fused step, a graph, an early compression or a part of a batch that is not what it replaces."""
+    n_new = 40 if DEVICE == "cuda" else 4  # the interpreter takes a second a step
+    model, method = tiny(**HEADS_OF_16 | FORMS[form]).to(DEVICE), parse(text, 64)
+    tokens = draw_tokens(B, 13, seed=B).to(DEVICE)
+    lengths = torch.tensor([13, 9, 3, 12, 1], device=DEVICE) if B > 1 else None
+    monkeypatch.setattr(backend, "choice", "torch")
+    expected = by_the_book(model, tokens, n_new, lengths, method)
+    monkeypatch.setattr(backend, "choice", "triton")
+    monkeypatch.setattr(model_file, "TOGETHER", 40)  # three rows at a time
+    assert torch.equal(model.generate(tokens, n_new, lengths, sparse=method), expected)
+
+
+@methods
+@pytest.mark.parametrize("whole", [True, False])
+def test_parts_of_a_batch_are_the_batch(method, whole, monkeypatch):
+    """A row's state, queries or slots written to another row's."""
+    model, tokens, lengths = tiny(**FORMS["gqa memory"]), draw_tokens(5, 45), torch.tensor(LENGTHS)
+    caches, logits = [], []
+    for together in 10**6, 100:
+        monkeypatch.setattr(model_file, "TOGETHER", together)
+        caches.append(model.new_cache(5, 60))
+        logits.append(model.prefill(tokens, lengths, caches[-1], method, whole=whole))
+        logits.append(model.decode(logits[-1], caches[-1], 8, method))
+    assert_close(logits[2], logits[0])
+    assert torch.equal(logits[3], logits[1])
+    one, parts = caches
+    assert torch.equal(one.used, parts.used) and torch.equal(one.lengths, parts.lengths)
+    assert (one.filled, one.slots) == (parts.filled, parts.slots)
+    for i in range(2):
+        for b, used in enumerate(one.used.tolist()):
+            assert_close(parts.k[i][b, :used], one.k[i][b, :used], what="keys")
+        assert_close(parts.state[i], one.state[i], what="memory state")
+
+
+@pytest.mark.parametrize("method", [SnapKV(20, 6), SnapKV(20, 6, random=1), ALL[-1]], ids=name)
+def test_a_whole_prompt_is_compressed_as_one_that_may_go_on(method):
+    """Other entries kept because the layer was compressed early, or a place in the cache that is off by some."""
+    model, tokens, lengths = tiny(**FORMS["gqa memory"]), draw_tokens(3, 45), torch.tensor([45, 30, 9])
+    early, late = model.new_cache(3, 60), model.new_cache(3, 60)
+    logits = model.prefill(tokens, lengths, early, method, whole=True)
+    assert_close(model.prefill(tokens, lengths, late, method), logits)
+    late.compress(method)
+    assert torch.equal(early.used, late.used) and (early.filled, early.slots) == (late.filled, late.slots)
+    for i in range(2):
+        assert torch.equal(early.positions[i], late.positions[i]) and torch.equal(early.k[i], late.k[i]) and torch.equal(early.v[i], late.v[i])
+
+
+def entries(cache):
+    return [len(x[0]) for x in (*cache.k, *cache.v) if x is not None]
+
+
+def test_snapkv_never_holds_a_whole_prompt(monkeypatch):
+    """Storage that is small in the end only."""
+    model, tokens, most = tiny(), draw_tokens(2, 50), []
+    cache = model.new_cache(2, 60)
+    monkeypatch.setattr(type(cache), "room", lambda self, i, slots, room=type(cache).room: most.append(slots) or room(self, i, slots))
+    model.prefill(tokens, None, cache, SnapKV(20, 6), whole=True)
+    assert set(most) == {20 + 10} and entries(cache) == [30] * 4
+    late = model.new_cache(2, 60)
+    model.prefill(tokens, None, late)
+    assert entries(late) == [60] * 4
+    late.compress(SnapKV(20, 6))
+    assert entries(late) == [30] * 4, "not given back"
+
+
+@methods
+def test_a_turn_forgets_what_was_decoded(method):
+    """One setting of a comparison that leaks into the next: another memory state, an entry too many, bounds of the other's blocks."""
+    model, tokens, lengths = tiny(**FORMS["gqa memory"]), draw_tokens(3, 45), torch.tensor([45, 30, 9])
+    cache, fresh = model.new_cache(3, 60), model.new_cache(3, 60)
+    logits = model.prefill(tokens, lengths, cache)
+    before = [x.clone() for x in (cache.lengths, cache.used, cache.token_hash, *cache.state)]
+    answers = []
+    for _ in range(2):
+        for one in method, Quest(24, 4):
+            with cache.turn(one) as own:
+                answers.append(model.decode(logits, own, 8, one))
+    assert torch.equal(answers[0], answers[2]) and torch.equal(answers[1], answers[3])
+    for x, old in zip((cache.lengths, cache.used, cache.token_hash, *cache.state), before):
+        assert torch.equal(x, old)
+    model.prefill(tokens, lengths, fresh)
+    assert torch.equal(model.decode(logits, fresh, 8, method), answers[0])
+
+
+def test_what_is_compressed_leaves_the_cache_and_serves_again():
+    """A prompt that is lost to its first setting; new tensors, and so a new graph, for each batch."""
+    model, method = tiny(**FORMS["gqa memory"]), SnapKV(20, 6)
+    cache, places = model.new_cache(2, 60), set()
+    for seed in 1, 2:
+        tokens = draw_tokens(2, 40, seed)
+        logits = model.prefill(tokens, None, cache)
+        copy = cache.compressed(method)
+        places.add(copy.k[0].data_ptr())
+        assert entries(cache) == [60] * 4 and entries(copy) == [40] * 4 and cache.filled == 40 and copy.filled == 20
+        assert torch.equal(model.decode(logits, copy, 6, method), model.generate(tokens, 6, sparse=method))
+        cache.clear()
+    assert len(places) == 1
+
+
+@methods
+def test_a_cleared_cache_is_a_new_one(method):
+    """A prompt that reads its predecessor's entries, or inherits its memory."""
+    model, cache = tiny(**FORMS["gqa memory"]), None
+    for seed, lengths in (1, [45, 30]), (2, [20, 33]):
+        tokens, lengths = draw_tokens(2, max(lengths), seed), torch.tensor(lengths)
+        cache = cache or model.new_cache(2, 60)
+        cache.clear()
+        new = model.decode(model.prefill(tokens, lengths, cache, method), cache, 8, method)
+        assert torch.equal(new, model.generate(tokens, 8, lengths, sparse=method))
+
+
+def test_wrong_uses_are_clear_errors():
+    """Entries dropped in the middle of an answer, silently kept, or dropped where they should come back."""
+    model, tokens = tiny(), draw_tokens(2, 30)
+    cache = model.new_cache(2, 60)
+    logits = model.prefill(tokens, None, cache)
+    with pytest.raises(ValueError) as raised:
+        model.prefill(tokens, None, cache, whole=True)
+    one_line(raised, "whole")
+    with pytest.raises(ValueError) as raised:
+        model.prefill(tokens[:1], None, cache)
+    one_line(raised, 1, 2, "new_cache")
+    with pytest.raises(AssertionError) as raised, cache.fork().rewinding() as fork:
+        model.decode(logits, fork, 3, SnapKV(20, 6))
+    one_line(raised, "compressed")
+    model.decode(logits, cache, 3)
+    with pytest.raises(ValueError) as raised:
+        model.decode(logits, cache, 3, SnapKV(20, 6))
+    one_line(raised, "snapkv", "first decoding step")
+
+
+def test_watch_sees_each_step_and_each_layer_of_the_prompt():
+    """Reads counted for some of the steps."""
+    model, seen, reads = tiny(), [], []
+    cache = model.new_cache(2, 60)
+    logits = model.prefill(draw_tokens(2, 30), None, cache, MoBA(24, 8), watch=lambda i, selected, real: seen.append((i, selected.shape[2])))
+    assert seen == [(0, 30), (1, 30)]
+    model.decode(logits, cache, 5, Quest(16, 8), watch=lambda cache: reads.append([(x >= 0).sum(-1).max().item() for x in cache.selected]))
+    assert len(reads) == 4 and all(0 < n <= 16 for step in reads for n in step)
+
+
+# ---------------------------------------------------------------- on a GPU
+
+@gpu
+@methods
+def test_a_steady_loop_captures_nothing(method, monkeypatch):
+    """A graph for each prompt, or for each step."""
+    captured = []
+    init = model_file.Graph.__init__
+    monkeypatch.setattr(model_file.Graph, "__init__", lambda self, *args: captured.append(1) or init(self, *args))
+    model = tiny(**HEADS_OF_16 | FORMS["gqa memory"]).to(DEVICE)
+    cache = model.new_cache(5, 80)
+    for seed in range(4):
+        tokens = draw_tokens(5, 45, seed).to(DEVICE)
+        logits = model.prefill(tokens, torch.tensor(LENGTHS, device=DEVICE), cache)
+        with cache.turn(method) as own:
+            model.decode(logits, own, 12, method)
+        cache.clear()
+        assert len(captured) == 1
+
+
+@gpu
+def test_graphs_of_several_methods_share_a_cache():
+    """A graph that replays into what another has moved, or with its bounds; a report of what another one read."""
+    model = tiny(**HEADS_OF_16 | FORMS["gqa memory"]).to(DEVICE)
+    cache = model.new_cache(2, 120)
+    for seed in range(3):
+        tokens = draw_tokens(2, 80, seed).to(DEVICE)
+        logits = model.prefill(tokens, None, cache)
+        for method in Dense(), Quest(32, 8), Quest(48, 16), Quest(32, 8):
+            read = []
+            watch = lambda cache: read.append([None if x is None else int((x >= 0).sum(-1).max()) for x in cache.selected])
+            with cache.turn(method) as own:
+                assert torch.equal(model.decode(logits, own, 20, method, watch=watch), model.generate(tokens, 20, sparse=method))
+            assert len(read) == 19 and all(n is None if type(method) is Dense else 0 < n <= method.budget for step in read for n in step)
+        cache.clear()
+
+
+@gpu
+def test_a_full_cache_stops_a_graph():
+    """A replay that writes past the cache's end."""
+    model = tiny(**HEADS_OF_16).to(DEVICE)
+    cache = model.new_cache(1, 45)
+    logits = model.prefill(draw_tokens(1, 40).to(DEVICE), None, cache)
+    with pytest.raises(ValueError, match="max_len"):
+        model.decode(logits, cache, 20)
