@@ -35,24 +35,29 @@ FEW = dict(BLOCK_N=64, BLOCK_K=128, STAGES=6, num_warps=4)
 
 @triton.jit
 def times(x_ptr, w_ptr, n, N, K, R, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr):
-    """x (R, K) times rows n to n + BLOCK_N - 1 of W (N, K): [BLOCK_N, BLOCK_R]; and each row's mean square [BLOCK_R]. In fp32."""
-    offs_n, offs_k, offs_r = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
+    """x (R, K) times rows n to n + BLOCK_N - 1 of W (N, K): [BLOCK_N, BLOCK_R]; and each row's mean square [1, BLOCK_R]. In fp32."""
+    offs_n, offs_k = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     w_ptr += offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]                               # [BLOCK_N, BLOCK_K]
-    x_ptr += offs_r[None, :] * K + offs_k[:, None]                                            # [BLOCK_K, BLOCK_R]
-    total = tl.zeros((BLOCK_N, BLOCK_K if BLOCK_R == 1 else BLOCK_R), tl.float32)
-    square = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
-    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        mask_k = k + offs_k < K
-        w = tl.load(w_ptr + k, mask=(offs_n < N)[:, None] & mask_k[None, :], other=0)
-        x = tl.load(x_ptr + k, mask=mask_k[:, None] & (offs_r < R)[None, :], other=0)
-        if BLOCK_R == 1:
-            total += w.to(tl.float32) * tl.trans(x).to(tl.float32)  # summed up at the end
-        else:
-            total = tl.dot(w, x, total, input_precision="ieee")
-        square += x.to(tl.float32) * x.to(tl.float32)
     if BLOCK_R == 1:
-        total = tl.sum(total, axis=1)[:, None]
-    return total, tl.sum(square, axis=0) / K
+        partial, square = tl.zeros((BLOCK_N, BLOCK_K), tl.float32), tl.zeros((1, BLOCK_K), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            mask_k = (k + offs_k < K)[None, :]
+            w = tl.load(w_ptr + k, mask=(offs_n < N)[:, None] & mask_k, other=0).to(tl.float32)
+            x = tl.load(x_ptr + k + offs_k[None, :], mask=mask_k, other=0).to(tl.float32)     # [1, BLOCK_K]
+            partial += w * x
+            square += x * x
+        return tl.sum(partial, axis=1)[:, None], tl.sum(square, axis=1)[:, None] / K
+    else:
+        offs_r = tl.arange(0, BLOCK_R)
+        x_ptr += offs_r[None, :] * K + offs_k[:, None]                                        # [BLOCK_K, BLOCK_R]
+        total, square = tl.zeros((BLOCK_N, BLOCK_R), tl.float32), tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+            mask_k = k + offs_k < K
+            w = tl.load(w_ptr + k, mask=(offs_n < N)[:, None] & mask_k[None, :], other=0)
+            x = tl.load(x_ptr + k, mask=mask_k[:, None] & (offs_r < R)[None, :], other=0)
+            total = tl.dot(w, x, total, input_precision="ieee")
+            square += x.to(tl.float32) * x.to(tl.float32)
+        return total, tl.sum(square, axis=0)[None, :] / K
 
 
 @triton.jit
@@ -81,7 +86,7 @@ def products_kernel(
     if bias_ptr is not None:
         if n >= start - sizes[len(w_ptrs) - 1]:
             if eps is not None:
-                y *= tl.rsqrt(square + eps)[None, :]
+                y *= tl.rsqrt(square + eps)
             y += tl.load(bias_ptr + offs_n - first, mask=offs_n < start, other=0).to(tl.float32)[:, None]
     where = offs_r.to(tl.int64)[None, :] * start + offs_n[:, None]                            # [BLOCK_N, BLOCK_R]
     tl.store(y_ptr + where, y.to(y_ptr.dtype.element_ty), mask=(offs_n < start)[:, None] & (offs_r < R)[None, :])
