@@ -35,29 +35,37 @@ FEW = dict(BLOCK_N=64, BLOCK_K=128, STAGES=6, num_warps=4)
 
 @triton.jit
 def times(x_ptr, w_ptr, n, N, K, R, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr):
-    """x (R, K) times rows n to n + BLOCK_N - 1 of W (N, K): [BLOCK_N, BLOCK_R]; and each row's mean square [1, BLOCK_R]. In fp32."""
+    """x (R, K) times rows n to n + BLOCK_N - 1 of W (N, K): [BLOCK_N, BLOCK_R] in fp32"""
     offs_n, offs_k = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     w_ptr += offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]                               # [BLOCK_N, BLOCK_K]
     if BLOCK_R == 1:
-        partial, square = tl.zeros((BLOCK_N, BLOCK_K), tl.float32), tl.zeros((1, BLOCK_K), tl.float32)
+        partial = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for k in range(0, K, BLOCK_K):
             mask_k = (k + offs_k < K)[None, :]
             w = tl.load(w_ptr + k, mask=(offs_n < N)[:, None] & mask_k, other=0).to(tl.float32)
-            x = tl.load(x_ptr + k + offs_k[None, :], mask=mask_k, other=0).to(tl.float32)     # [1, BLOCK_K]
-            partial += w * x
-            square += x * x
-        return tl.sum(partial, axis=1)[:, None], tl.sum(square, axis=1)[:, None] / K
+            partial += w * tl.load(x_ptr + k + offs_k[None, :], mask=mask_k, other=0).to(tl.float32)
+        return tl.sum(partial, axis=1)[:, None]
     else:
         offs_r = tl.arange(0, BLOCK_R)
         x_ptr += offs_r[None, :] * K + offs_k[:, None]                                        # [BLOCK_K, BLOCK_R]
-        total, square = tl.zeros((BLOCK_N, BLOCK_R), tl.float32), tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+        total = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             mask_k = k + offs_k < K
             w = tl.load(w_ptr + k, mask=(offs_n < N)[:, None] & mask_k[None, :], other=0)
             x = tl.load(x_ptr + k, mask=mask_k[:, None] & (offs_r < R)[None, :], other=0)
             total = tl.dot(w, x, total, input_precision="ieee")
-            square += x.to(tl.float32) * x.to(tl.float32)
-        return total, tl.sum(square, axis=0)[None, :] / K
+        return total
+
+
+@triton.jit
+def mean_squares(x_ptr, K, R, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Of each row of x (R, K): [1, BLOCK_R]"""
+    offs_k, offs_r = tl.arange(0, BLOCK_K)[:, None], tl.arange(0, BLOCK_R)[None, :]
+    total = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        x = tl.load(x_ptr + offs_r * K + k + offs_k, mask=(k + offs_k < K) & (offs_r < R), other=0).to(tl.float32)
+        total += x * x
+    return tl.sum(total, axis=0)[None, :] / K
 
 
 @triton.jit
@@ -81,12 +89,12 @@ def products_kernel(
         if n >= start:
             w_ptr, N, first = w_ptrs[i], sizes[i], start
         start += sizes[i]
-    y, square = times(x_ptr, tl.multiple_of(w_ptr, 16), n - first, N, K, R, BLOCK_N, BLOCK_K, BLOCK_R, STAGES)
+    y = times(x_ptr, tl.multiple_of(w_ptr, 16), n - first, N, K, R, BLOCK_N, BLOCK_K, BLOCK_R, STAGES)
     offs_n, offs_r = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
     if bias_ptr is not None:
         if n >= start - sizes[len(w_ptrs) - 1]:
             if eps is not None:
-                y *= tl.rsqrt(square + eps)
+                y *= tl.rsqrt(mean_squares(x_ptr, K, R, BLOCK_K, BLOCK_R) + eps)
             y += tl.load(bias_ptr + offs_n - first, mask=offs_n < start, other=0).to(tl.float32)[:, None]
     where = offs_r.to(tl.int64)[None, :] * start + offs_n[:, None]                            # [BLOCK_N, BLOCK_R]
     tl.store(y_ptr + where, y.to(y_ptr.dtype.element_ty), mask=(offs_n < start)[:, None] & (offs_r < R)[None, :])
@@ -126,10 +134,10 @@ def swiglu_products_kernel(
     x_ptr, gate_ptr, up_ptr, y_ptr, N, K, R,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """y = silu(W_gate x) * W_up x. As products_kernel, a program with the same rows of both matrices, so half as many."""
+    """y = silu(W_gate x) * W_up x. As products_kernel, a program with the same rows of both matrices."""
     n = tl.program_id(0) * BLOCK_N
-    gate, _ = times(x_ptr, gate_ptr, n, N, K, R, BLOCK_N, BLOCK_K, BLOCK_R, STAGES)
-    up, _ = times(x_ptr, up_ptr, n, N, K, R, BLOCK_N, BLOCK_K, BLOCK_R, STAGES)
+    gate = times(x_ptr, gate_ptr, n, N, K, R, BLOCK_N, BLOCK_K, BLOCK_R, STAGES)
+    up = times(x_ptr, up_ptr, n, N, K, R, BLOCK_N, BLOCK_K, BLOCK_R, STAGES)
     offs_n, offs_r = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
     where = offs_r.to(tl.int64)[None, :] * N + offs_n[:, None]                                # [BLOCK_N, BLOCK_R]
     tl.store(y_ptr + where, (silu(gate) * up).to(y_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_r < R)[None, :])
@@ -143,7 +151,8 @@ def swiglu_products(
     assert x.shape[2] == K and w_up.shape == (N, K), f"{tuple(x.shape)} with {tuple(w_gate.shape)} and {tuple(w_up.shape)}"
     assert R <= MOST_ROWS and x.is_contiguous(), f"swiglu_products takes up to {MOST_ROWS} rows, contiguous, not {tuple(x.shape)}"
     y, constants = x.new_empty(*x.shape[:2], N), tiles(R, K)
-    constants["BLOCK_N"] //= 2
+    if R > 1:
+        constants["BLOCK_N"] //= 2
     swiglu_products_kernel[(triton.cdiv(N, constants["BLOCK_N"]),)](x, w_gate, w_up, y, N, K, R, **constants)
     return y
 
