@@ -247,7 +247,7 @@ def batch(report, model, label, T):
     """Dense's largest batch, Quest's step at it, and SnapKV at its own largest."""
     dense, quest, snapkv = (sparse.parse(text, T) for text in ("dense", "quest:budget=1/16", "snapkv:budget=1/16"))
     B = largest_batch(model, dense, T, NEW)
-    measure(report, model, label, "dense", B, T, rounds=1)
+    measure(report, model, label, "dense", B, T, rounds=2)
     if largest_batch(model, quest, T, NEW) >= B:
         clean()
         step = time_steps(model, quest, random_cache(model, B, T, NEW))
