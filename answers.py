@@ -6,7 +6,8 @@ Answers that outlive what makes them: the files of an evaluation that can be sto
     OUT/results.json         the report, made from all lines once none is missing (eval_niah.py)
 
 Which examples share a batch follows from the examples and --batch alone, so a run that was stopped, or goes on with another
-number of GPUs, gives the same answers. Checked in tests/test_eval_niah.py. eval_niah.py fills these files.
+number of GPUs, gives the same answers; on a GPU up to rounding, as sums are split by the size of the cache, which an earlier
+batch may have chosen. Checked in tests/test_eval_niah.py. eval_niah.py fills these files.
 """
 import hashlib
 import json
@@ -74,7 +75,7 @@ def by_length(examples, batch):
 def unanswered(examples, methods, batch, there):
     """
     Batches with something missing: (label, task, indices, {method: those that are not `there`}). Who shares a batch follows
-    from the examples and --batch alone: no answer, nor its rounding, depends on where a run was stopped, nor on the ranks.
+    from the examples and --batch alone, not from where a run was stopped, nor from the ranks.
     """
     for label, by_task in examples.items():
         for task, of_task in by_task.items():
@@ -84,8 +85,11 @@ def unanswered(examples, methods, batch, there):
                     yield label, task, rows, {name: indices for name, indices in missing.items() if indices}
 
 
-def refuse_others(args, labels, tokenizers, examples):
-    """ValueError if --out holds answers to other questions, or of other models. More methods are no other question."""
+def refuse_others(args, labels, tokenizers, examples, call):
+    """
+    ValueError if --out holds answers to other questions, or of other models. More methods are no other question. call: what is
+    running, kept beside those that made the answers there.
+    """
     now = {"--ckpt": list(labels), "--tasks": list(next(iter(examples.values()))), "--tokenizer": [t.name for t in tokenizers.values()]}
     now |= {f"--{name}": getattr(args, name) for name in ("samples", "seed", "context_len", "max_new_tokens", "protocol", "haystack",
                                                          "jsonl", "dtype", "kernels")}
@@ -96,12 +100,12 @@ def refuse_others(args, labels, tokenizers, examples):
         now[f"--ckpt {label} (a hash of its files' sizes and dates)"] = hashlib.sha256(stats.encode()).hexdigest()[:12]
         now |= {f"what is asked in {task} (a hash of {label}'s prompts)": niah.prompt_hash(e) for task, e in examples[label].items()}
     file = Path(args.out) / "asked.json"
-    before = load(file) if any(file.parent.glob("answers-*.jsonl")) else now
+    before = load(file, "calls") if any(file.parent.glob("answers-*.jsonl")) else now | {"calls": []}
     for name, value in now.items():
         if before.get(name) != value:
             raise ValueError(f"{args.out} holds answers of another run: {name} was {before.get(name)}, now {value}. Choose another "
                              "--out, or delete that one")
-    save(now, file)
+    save(now | {"calls": before["calls"] + [call] * (call not in before["calls"][-1:])}, file)
 
 
 class Ranks:

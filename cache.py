@@ -4,11 +4,11 @@ What a model keeps of the tokens it has read: keys and values of each layer, and
     prompt    cache.attend stores its k and v, and attends through the method's prefill
     compress  a method that drops entries does so once: layer by layer as the prompt comes (model.generate), else before the
               first decoding step. The kept entries move together, and what they leave is given back
-    step      cache.step, cache.read: one token per row. On a GPU replayed as a CUDA graph (`replay`), as the tensors stay in place
+    step      cache.step, cache.read: one token per row. As all tensors stay in place, a GPU can replay it as a CUDA graph
 
 One prefill serves many settings: one after the other in its `turn` (this cache `rewinding`, or a `compressed` copy of what the
-method keeps), or all at once, each in a `fork`, an independent copy. model.py calls all this; the methods of sparse.py see a LayerCache. Checked in
-tests/test_model.py and tests/test_cache.py.
+method keeps), or all at once, each in a `fork`, an independent copy. model.py calls all this; the methods of sparse.py see a
+LayerCache. Checked in tests/test_model.py and tests/test_cache.py.
 
 Letters: B batch, T tokens, H query heads, KV key/value heads, D head width, W window, S kept entries, L layers.
 """
@@ -51,8 +51,8 @@ class Cache:
     Keys and values (after memory, QK-norm and RoPE) of B rows of tokens, and the memory's state, for all layers.
 
     A token's slot is its position, until a method drops prompt entries and closes the gaps; `positions` then tells which
-    token a slot holds. Rows may differ in length: row b fills the slots below used[b], the rest is zeros. Tensors are made
-    when their layer's first tokens come, and then updated in place.
+    token a slot holds. Rows may differ in length: row b fills the slots below used[b]; what lies behind may be anything, such as
+    tokens that were forgotten. Tensors are made when their layer's first tokens come, and then updated in place.
     """
 
     def __init__(self, config, B, max_len, window, device, dtype):
@@ -110,11 +110,11 @@ class Cache:
     def rewinding(self):
         """What is decoded within is forgotten at its end. Nothing large is copied."""
         small = [x for x in (self.lengths, self.used, self.token_hash, *self.state) if x is not None]
-        before, filled, decoding, slots = [x.clone() for x in small], self.filled, self.decoding, self.slots
+        before, filled, decoding, whole = [x.clone() for x in small], self.filled, self.decoding, self.positions[0] is None
         try:
             yield self
         finally:
-            assert self.slots == slots, "a method dropped entries, which cannot be undone: let it have `compressed`"
+            assert (self.positions[0] is None) == whole, "a method dropped entries, which cannot be undone: let it have `compressed`"
             for x, old in zip(small, before):
                 x.copy_(old)
             self.filled, self.decoding, self.stepped = filled, decoding, None
@@ -123,17 +123,21 @@ class Cache:
     def compressed(self, sparse):
         """
         A cache of what `sparse` keeps of this one, which stays as it is. The next call for the same method writes to the same
-        tensors, so that a graph of it serves again.
+        tensors, so that a graph of it serves again. ValueError unless this cache holds a prompt, whole, and nothing more.
         """
+        if self.filled == 0 or self.positions[0] is not None:
+            raise ValueError(f"{methods.name(sparse)} chooses from a whole prompt, and this cache " +
+                             ("has none" if self.filled == 0 else "has dropped entries already: fork it before"))
+        self.check_not_decoding(sparse)
         if sparse not in self.compact:
             self.compact[sparse] = Cache(self.config, self.B, self.max_len, self.window, self.device, self.dtype)
-        copy = self.compact[sparse]
-        for x, mine in zip((copy.lengths, copy.token_hash, *copy.state), (self.lengths, self.token_hash, *self.state)):
+        kept = self.compact[sparse]
+        for x, mine in zip((kept.lengths, kept.token_hash, *kept.state), (self.lengths, self.token_hash, *self.state)):
             if x is not None:
                 x.copy_(mine)
-        copy.keep_of(self, sparse)
-        copy.stepped = None
-        return copy
+        kept.keep_of(self, sparse)
+        kept.stepped = None
+        return kept
 
     @contextmanager
     def turn(self, sparse):
@@ -148,6 +152,8 @@ class Cache:
         """A view of the rows `part`, a slice. Feed it prompts, then tell the whole cache by `joined`."""
         view = copy.copy(self)
         view.part = part
+        if self.ragged:
+            view.filled = int(self.used[part].max())
         return view
 
     def joined(self, views):
@@ -181,6 +187,9 @@ class Cache:
     def room(self, i, slots):
         """Tensors for layer i's entries."""
         if self.k[i] is None or self.k[i].shape[1] < slots:
+            if self.k[i] is not None and self.part != slice(None):
+                raise ValueError("a method's compress must keep equally many entries (B, KV, S) of each part of a batch: S may follow "
+                                 "from k's length and the budget alone")
             entries = self.B, slots, self.config.n_kv_head, self.config.head_width
             self.k[i], self.v[i] = (torch.zeros(entries, device=self.device, dtype=self.dtype) for _ in "kv")  # garbage might be NaN
             self.bounds[i], self.bounded[i] = None, None
@@ -241,11 +250,14 @@ class Cache:
     def compress(self, sparse):
         """Before the first decoding step: drop the entries that the method does not keep, in every layer."""
         if self.filled and self.positions[0] is None and methods.drops(sparse):
-            if self.decoding:
-                raise ValueError(f"{methods.name(sparse)} drops entries before the first decoding step, and this cache has had one: "
-                                 "fork it before, or clear it")
+            self.check_not_decoding(sparse)
             self.keep_of(self, sparse)
             self.recent_q = [None for _ in self.recent_q]
+
+    def check_not_decoding(self, sparse):
+        if self.decoding:
+            raise ValueError(f"{methods.name(sparse)} drops entries before the first decoding step, and this cache has had one: "
+                             "fork it before, or clear it")
 
     def keep_of(self, source, sparse):
         """Hold what the method keeps of the cache `source`, this one or another."""
@@ -269,6 +281,7 @@ class Cache:
         self.room(i, S + room)
         if self.positions[i] is None or self.positions[i].shape != self.k[i].shape[:3]:
             self.positions[i] = torch.zeros(self.k[i].shape[:3], device=self.device, dtype=torch.int32)
+            self.graphs.clear()  # they know none, or others
         index = kept.clamp_min(0).unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
         self.k[i][self.part, :S] = k.gather(1, index).masked_fill(gap, 0)
         self.v[i][self.part, :S] = v.gather(1, index).masked_fill(gap, 0)

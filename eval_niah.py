@@ -81,7 +81,7 @@ class Reads:
         self.mean, self.most = [], []  # over layers and KV heads: (B,) per step
 
     def __call__(self, cache):
-        dense = cache.used[:, None]  # (B, 1)
+        dense = cache.used[:, None].expand(-1, cache.config.n_kv_head)  # (B, KV)
         read = [dense if selected is None else (selected >= 0).sum(-1) for selected in cache.selected]  # per layer (B, KV)
         read = torch.stack(read if any(x is not dense for x in read) else read[:1])
         self.mean.append(read.float().mean((0, 2)))
@@ -108,7 +108,7 @@ class PromptReads:
         self.method, self.mean, self.most = method, {}, []
 
     def __call__(self, layer, blocks, real):
-        if not isinstance(self.method, sparse.MoBA):
+        if blocks is None or not hasattr(self.method, "block_size"):
             return
         t, size = torch.arange(blocks.shape[2], device=blocks.device), self.method.block_size  # blocks (B, KV, T, S)
         read = (blocks >= 0).sum(-1) * size - (size - 1 - t % size)  # (B, KV, T): the own block is read up to the token itself
@@ -130,6 +130,11 @@ class PromptReads:
 def phases(method):
     """The method as sparse.Compose: which part of it decides prefill, compress and decode."""
     return method if isinstance(method, sparse.Compose) else sparse.compose(method)
+
+
+def window_of(*methods):
+    """How many of a prompt's last queries the cache must keep for these methods."""
+    return max([64] + [getattr(phases(method).compress_by, "window", 0) for method in methods])
 
 
 def padded(rows, device):
@@ -164,8 +169,7 @@ def answer(model, tokenizer, examples, methods, cache=None):
     told, groups = {}, {}  # groups: by what decides the prefill
     for method in dict.fromkeys(methods):
         groups.setdefault(phases(method).prefill_by, []).append(method)
-    window = max([64] + [getattr(phases(method).compress_by, "window", 0) for method in methods])
-    n_new, eos_id = examples[0].max_new_tokens, tokenizer.eos_id
+    n_new, eos_id, window = examples[0].max_new_tokens, tokenizer.eos_id, window_of(*methods)
     for prefill_by, group in groups.items():
         started, reads = time.time(), PromptReads(prefill_by)
         cache, logits, lengths = prefill(model, examples, prefill_by, n_new, window, cache, reads)
@@ -275,8 +279,7 @@ def hits(model, tokenizer, examples, method, cache=None):
     """
     gold = [sources(e, tokenizer) for e in examples]
     target, _ = padded([ids for ids, _ in gold], model.embed_tokens.weight.device)  # (B, M)
-    window = getattr(phases(method).compress_by, "window", 64)
-    cache, _, _ = prefill(model, examples, phases(method).prefill_by, target.shape[1], window, cache)
+    cache, _, _ = prefill(model, examples, phases(method).prefill_by, target.shape[1], window_of(method), cache)
     hit = {}  # (row, answer): (layers, KV)
     with cache.turn(method) as own:
         for j in range(1, target.shape[1]):
@@ -611,12 +614,14 @@ def run(args):
         made = {name: make_examples(args, tokenizer, tasks) for name, tokenizer in different.items()}
     examples = {label: made[tokenizer.name] for label, tokenizer in tokenizers.items()}
 
-    refuse_others(args, labels, tokenizers, examples)
+    device = (f"{ranks.n} x " if ranks.n > 1 else "") + device_name(args.device)
+    call = {"command": command_line(args.argv, "eval_niah.py"), "commit": commit(), "device": device, "torch": torch.__version__}
+    refuse_others(args, labels, tokenizers, examples, call)
     left = list(unanswered(examples, by_name, args.batch, read_lines(args.out)))
     ranks.meet("all have read what is there")  # before any writes
     mine, count = left[ranks.rank::ranks.n], lambda batches: sum(len(rows) for *_, missing in batches for rows in missing.values())
     n_prompts = sum(len(of_task) for by_task in examples.values() for of_task in by_task.values())
-    total, device = n_prompts * len(by_name), (f"{ranks.n} x " if ranks.n > 1 else "") + device_name(args.device)
+    total = n_prompts * len(by_name)
     if ranks.rank == 0:
         print(f"{', '.join(labels)}: {n_prompts} prompts of up to {args.context_len} tokens x {len(by_name)} methods = {total:,} answers "
               f"of up to {args.max_new_tokens}, {total - count(left):,} of them in {args.out} already; protocol {args.protocol}; {device}, {args.dtype}")
@@ -637,7 +642,7 @@ def run(args):
             del model, cache  # room for the next
     ranks.meet("all have written")
     if ranks.rank == 0:
-        report(args, device, labels, tokenizers, examples, texts)
+        report(args, call, labels, tokenizers, examples, texts)
 
 
 def ask(model, tokenizer, examples, batch, by_name, args, cache):
@@ -653,12 +658,13 @@ def ask(model, tokenizer, examples, batch, by_name, args, cache):
     methods = [by_name[name] for name in missing if not name.startswith("H1 ")]
     told, cache = answer(model, tokenizer, take(rows + rows[-1:] * (size - len(rows))), methods, cache)
     for method, of_rows in told.items():
-        name, of_row = sparse.name(method), dict(zip(rows, of_rows))
+        # the time is the real rows'
+        name, of_row = sparse.name(method), {i: told._replace(seconds=told.seconds * size / len(rows)) for i, told in zip(rows, of_rows)}
         lines += [Line(label, task, name, [i], of_row[i]._asdict()) for i in missing[name]]
     return lines, cache
 
 
-def report(args, device, labels, tokenizers, examples, texts):
+def report(args, call, labels, tokenizers, examples, texts):
     """All answers -> predictions, results.json, tables and plot."""
     there, results = read_lines(args.out), []
     for label, path in labels.items():
@@ -681,8 +687,8 @@ def report(args, device, labels, tokenizers, examples, texts):
                     "hits": None if rates is None else rates.tolist(), "seconds": outcome.seconds, "prompts": niah.prompt_hash(of_task),
                     "keys_from": of_task[0].keys_from, "haystack_from": of_task[0].haystack_from,
                     "predictions": str(folder / f"{task}.jsonl")})
-    save({"command": command_line(args.argv, "eval_niah.py"), "commit": commit(), "device": device, "torch": torch.__version__,
-          "settings": vars(args), "finished": True, "results": results}, args.json)
+    calls = load(Path(args.out) / "asked.json", "calls")["calls"]  # more than one if it was stopped, or methods were added
+    save({**call, "calls": calls, "settings": vars(args), "finished": True, "results": results}, args.json)
 
     print("\n" + table(results))
     if args.random:

@@ -133,8 +133,12 @@ class Transformer(nn.Module):
         self.check_tokens(tokens)
         sparse = sparse or Dense()
         decoding = cache is not None and tokens.shape[1] == 1 and lengths is None
+        if cache is not None and len(cache.used[cache.part]) != len(tokens):
+            raise ValueError(f"{len(tokens)} rows of tokens for a cache of {len(cache.used[cache.part])}: ask new_cache for as many")
         if decoding:
             cache.compress(sparse)  # once, and only if the method drops entries
+            if cache.stepped != sparse:  # a graph of another method need not have kept Quest's bounds up to date
+                cache.bounded = [None for _ in cache.bounded]
         feed = self.feed(tokens, lengths, cache, sparse)
         feed.decoding, feed.whole, feed.watch = decoding, whole and drops(sparse), watch
         x = self.embed_tokens(tokens)
@@ -163,8 +167,6 @@ class Transformer(nn.Module):
         real = None if lengths is None else index < lengths[:, None]
         position, start = index[None], 0
         if cache is not None:
-            if len(cache.used[cache.part]) != B:
-                raise ValueError(f"{B} rows of tokens for a cache of {len(cache.used[cache.part])}: ask new_cache for as many")
             position = cache.lengths[cache.part, None] + index
             start = cache.grow(T, lengths)
         angle = position[..., None] * (1 / self.config.rope_theta ** (torch.arange(0, D, 2, device=device).float() / D))
@@ -199,6 +201,10 @@ class Transformer(nn.Module):
         B, T = tokens.shape
         if lengths is None and T == 1:  # without lengths it would be a decoding step
             lengths = torch.ones(B, dtype=torch.long, device=tokens.device)
+        if T == 0:
+            raise ValueError("the prompt has no tokens")
+        if cache is None and (whole or watch):
+            raise ValueError("prefill(whole=True) and watch need a cache")
         if whole and cache.filled:
             raise ValueError("prefill(whole=True) takes a whole prompt, and this cache holds some of it already")
         parts = [slice(first, first + max(1, TOGETHER // T)) for first in range(0, B, max(1, TOGETHER // T))]
@@ -223,9 +229,9 @@ class Transformer(nn.Module):
         captured at the second, once for a cache and a method.
         """
         sparse = sparse or Dense()
-        if not (token.is_cuda and self.by_kernels()) or cache.stepped != sparse:
+        if not (token.is_cuda and self.by_kernels()) or cache.stepped != sparse or len(token) != cache.B:
             return self(token[:, None], cache=cache, sparse=sparse)[:, -1]
-        if sparse not in cache.graphs:
+        if sparse not in cache.graphs or cache.graphs[sparse].model is not self:
             cache.graphs[sparse] = Graph(self, cache, sparse)
         return cache.graphs[sparse].replay(token, cache)
 
@@ -346,7 +352,7 @@ class Graph:
     """A decoding step of one cache and method as a CUDA graph: what is launched is recorded once, then launched as one."""
 
     def __init__(self, model, cache, sparse):
-        self.token, self.graph, filled = torch.zeros_like(cache.used), torch.cuda.CUDAGraph(), cache.filled
+        self.model, self.token, self.graph, filled = model, torch.zeros_like(cache.used), torch.cuda.CUDAGraph(), cache.filled
         with torch.cuda.graph(self.graph):  # records, and computes nothing
             self.logits = model(self.token[:, None], cache=cache, sparse=sparse)[:, -1]
         cache.filled, self.selected = filled, list(cache.selected)
@@ -398,9 +404,10 @@ def few(x):
     return x.shape[0] * x.shape[1] <= MOST_ROWS
 
 
-def few_products(x, weights, *bias):
+def few_products(x, weights, bias=None, eps=None):
+    """kernels_block.products, as it is imported only where it computes."""
     from kernels_block import products
-    return products(x, weights, *bias)
+    return products(x, weights, bias, eps)
 
 
 def product(linear, x, feed):

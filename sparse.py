@@ -123,7 +123,8 @@ class Dense:
         k, v,     # (B, Tk, KV, D)
         lengths,  # (B,)            tokens in each row's prompt
         dice,     # (B, 1)
-    ):            # -> positions (B, KV, S) that stay, ascending, -1 at the end; None keeps everything
+    ):            # -> positions (B, KV, S) that stay, ascending, -1 at the end, S from Tk and the budget; None keeps everything
+        """What k and v hold from lengths on may be anything."""
         return None
 
     def decode(
@@ -131,6 +132,10 @@ class Dense:
         q,      # (B, 1, H, D)
         cache,  # cache.LayerCache: k, v (B, Tk, KV, D), used (B,) slots filled per row, the query's token included
     ):          # -> y (B, 1, H, D), selected (B, KV, S) positions (None: everything)
+        """
+        On a GPU this is captured in a CUDA graph: no waiting for the GPU (.item(), nonzero), no effects in Python; and k and v
+        are all slots of the cache, of which those from `used` on may hold anything.
+        """
         if backend.triton_for(q):
             from kernels_sparse import attend_slots
             return attend_slots(q, cache.k, cache.v, cache.used), None

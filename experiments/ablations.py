@@ -20,10 +20,10 @@ Checked in tests/test_ablations.py. Read memory.py and model.Attention first.
 """
 import argparse
 import gc
-import shutil
 import importlib
 import inspect
 import re
+import shutil
 import statistics
 import sys
 from contextlib import contextmanager

@@ -492,7 +492,9 @@ def test_more_methods_are_more_work_and_fewer_are_none(undisturbed, monkeypatch)
     assert len(asked) == 2 * 2 * 2 and all(methods == ["moba:budget=64,block_size=8", "quest:budget=128,block_size=8,random=0"] for methods in asked)
     report = told()
     for of in report, undisturbed:
+        assert of["calls"][-1]["command"] == of["command"]
         del of["settings"], of["command"]
+    assert len(report.pop("calls")) == 2 and len(undisturbed.pop("calls")) == 1
     assert report == undisturbed
     eval_niah.main([*without, "--out=eval"])
     assert told()["results"] == [row | {"hits": None} for row in undisturbed["results"] if row["method"] != "moba:budget=1/8,block_size=8"
