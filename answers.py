@@ -24,6 +24,7 @@ import weights
 # ---------------------------------------------------------------- json files
 
 def save(report, path):
+    """Write a report as JSON, in a folder that is made if need be; whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     weights.whole_or_nothing(path, lambda file: file.write_text(json.dumps(report, indent=1)))

@@ -464,6 +464,8 @@ def main():
             return bench_model.run(args.json or "out/bench-model.json", args.preset or ("olmo2-7b" if ON_GPU else "micro"),
                                    sorted(args.contexts or ([1024 * 2**i for i in range(7)] if ON_GPU else [2048])), parts, args.tokenizer,
                                    ceilings() if ON_GPU else None)
+        except torch.OutOfMemoryError:
+            parser.error("the GPU has no room for that: shorter --contexts, or a smaller --preset")
         except (ValueError, OSError, ImportError) as error:
             parser.error(error)
     if not ON_GPU:

@@ -23,12 +23,11 @@ from dataclasses import replace
 
 import torch
 
-import model as model_file
 import niah
 import sparse
 from data import get_tokenizer
 from eval_niah import answer, commit, device_name, phases, save
-from model import PRESETS, Transformer
+from model import PRESETS, TOGETHER, Transformer
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
@@ -81,7 +80,7 @@ def bytes_needed(model, method, B, T, new):
         cache += B * -(-slots // parts.decode_by.block_size) * entry
     if not drops:
         cache += B * 64 * config.width * DTYPE.itemsize
-    tokens = min(B, max(1, model_file.TOGETHER // T)) * T
+    tokens = min(B, max(1, TOGETHER // T)) * T
     work = tokens * config.width * DTYPE.itemsize * (7.1 if config.memory else 6)
     if isinstance(parts.prefill_by, sparse.MoBA):
         from kernels_moba import PARTIAL_BYTES
@@ -258,7 +257,10 @@ def batch(report, model, label, T):
 @torch.no_grad()
 def peers(report, model, label, contexts):
     """transformers' Olmo2 with our weights."""
-    import transformers
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError("--only peers compares with transformers: pip install transformers") from None
     config = model.config
     with torch.device("meta"):
         theirs = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(
@@ -311,14 +313,14 @@ TABLE3 = ["dense", *(f"quest:budget=1/{n}" for n in (4, 8, 16)), "quest:budget=1
           *(f"moba:budget=1/{n},block_size=128" for n in (4, 8)), *(f"snapkv:budget=1/{n}" for n in (4, 8, 16))]
 
 
-def table3(report, model, label, spec, batch=12, samples=500):
+def table3(report, model, label, tokenizer, batch=12, samples=500):
     """
     What eval_niah.py needs for the paper's 12 settings and dense: 8 tasks at 4,096 tokens, protocol sft. Answered as there, and
     as long as the batch's longest gold answer and its end: random weights never end by themselves. Of two batches a task the
     second is timed: the first compiles kernels and captures graphs, which happens once, and not for each of 500 samples.
     """
     clean()
-    tokenizer, methods, cache, first, seconds, new_tokens = get_tokenizer(spec), [sparse.parse(text, 4096) for text in TABLE3], None, 0, {}, {}
+    methods, cache, first, seconds, new_tokens = [sparse.parse(text, 4096) for text in TABLE3], None, 0, {}, {}
     for task in niah.TASKS:
         examples = [niah.make_example(task, 4096, tokenizer, 0, i, "sft") for i in range(2 * batch)]
         new_tokens[task] = 1 + max(len(niah.target_ids(e.prompt, e.target, tokenizer)) for e in examples)
@@ -341,7 +343,7 @@ PARTS = "single", "batch", "peers", "table3"
 
 def run(path, preset, contexts, parts, tokenizer, rates):
     torch.manual_seed(0)
-    report = Report(path, rates)
+    tokenizer, report = get_tokenizer(tokenizer), Report(path, rates)
     print(f"{report.all['device']}, torch {torch.__version__}, commit {report.all['commit'][:12]}; {preset}, random weights, {DTYPE}"
           + (f"\nceilings: copy {rates['copy']:,.0f} GB/s, matmul {rates['matmul']:,.0f} TFLOP/s" if ON_GPU else ""), flush=True)
     model = random_model(PRESETS[preset])

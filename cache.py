@@ -118,7 +118,6 @@ class Cache:
             for x, old in zip(small, before):
                 x.copy_(old)
             self.filled, self.decoding, self.stepped = filled, decoding, None
-            self.bounded = [None for _ in self.bounded]
 
     def compressed(self, sparse):
         """
@@ -288,7 +287,6 @@ class Cache:
         self.positions[i][self.part, :S] = kept.int()
         self.used[self.part] = (kept[:, :, 0] >= 0).sum(1)                            # the same in all layers and heads
         self.filled, self.slots, self.ragged = S, self.k[i].shape[1], True            # a short prompt may fill less than S
-        self.bounded[i] = None
 
     # ---------------------------------------------------------------- decoding steps
 

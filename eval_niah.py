@@ -132,11 +132,6 @@ def phases(method):
     return method if isinstance(method, sparse.Compose) else sparse.compose(method)
 
 
-def window_of(*methods):
-    """How many of a prompt's last queries the cache must keep for these methods."""
-    return max([64] + [getattr(phases(method).compress_by, "window", 0) for method in methods])
-
-
 def padded(rows, device):
     """Lists of ids -> tokens (B, T), padded on the right, and lengths (B,)."""
     tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
@@ -169,7 +164,7 @@ def answer(model, tokenizer, examples, methods, cache=None):
     told, groups = {}, {}  # groups: by what decides the prefill
     for method in dict.fromkeys(methods):
         groups.setdefault(phases(method).prefill_by, []).append(method)
-    n_new, eos_id, window = examples[0].max_new_tokens, tokenizer.eos_id, window_of(*methods)
+    n_new, eos_id, window = examples[0].max_new_tokens, tokenizer.eos_id, sparse.window_of(*methods)
     for prefill_by, group in groups.items():
         started, reads = time.time(), PromptReads(prefill_by)
         cache, logits, lengths = prefill(model, examples, prefill_by, n_new, window, cache, reads)
@@ -279,7 +274,7 @@ def hits(model, tokenizer, examples, method, cache=None):
     """
     gold = [sources(e, tokenizer) for e in examples]
     target, _ = padded([ids for ids, _ in gold], model.embed_tokens.weight.device)  # (B, M)
-    cache, _, _ = prefill(model, examples, phases(method).prefill_by, target.shape[1], window_of(method), cache)
+    cache, _, _ = prefill(model, examples, phases(method).prefill_by, target.shape[1], sparse.window_of(method), cache)
     hit = {}  # (row, answer): (layers, KV)
     with cache.turn(method) as own:
         for j in range(1, target.shape[1]):

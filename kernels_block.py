@@ -23,10 +23,11 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels import load_halves, norm_and_rotate, store_halves
+
 MOST_ROWS = 16  # of x: what one tile of the tensor cores takes
-# Tiles of W. One row is multiplied without tensor cores, and its tile is loaded at once; for several rows they come in stages.
-# Measured on an H100 for 12,288 x 4,096: 98 % of copy speed for one row, 92 % for several (cuBLAS: 90 %); for 4,096 x 4,096,
-# too few to hide the start and the end of a launch, 85 and 79 % (67 %).
+# Tiles of W, chosen on an H100. One row is multiplied without tensor cores, and its tile is loaded at once; for several rows
+# they come in stages.
 ONE = dict(BLOCK_N=4, BLOCK_K=2048, STAGES=1, num_warps=4)
 FEW = dict(BLOCK_N=64, BLOCK_K=128, STAGES=6, num_warps=4)
 
@@ -151,7 +152,7 @@ def swiglu_products(
     assert x.shape[2] == K and w_up.shape == (N, K), f"{tuple(x.shape)} with {tuple(w_gate.shape)} and {tuple(w_up.shape)}"
     assert R <= MOST_ROWS and x.is_contiguous(), f"swiglu_products takes up to {MOST_ROWS} rows, contiguous, not {tuple(x.shape)}"
     y, constants = x.new_empty(*x.shape[:2], N), tiles(R, K)
-    if R > 1:
+    if R > 1:  # two matrices' tiles come in stages
         constants["BLOCK_N"] //= 2
     swiglu_products_kernel[(triton.cdiv(N, constants["BLOCK_N"]),)](x, w_gate, w_up, y, N, K, R, **constants)
     return y
@@ -200,20 +201,10 @@ def norm_rotate_kernel(
     bytes  x and out once: 2 * H * D elements a token
     """
     t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    head, offs_d = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, HALF)[None, :]
-    mask, where = head < H, head * 2 * HALF + offs_d
-    x_ptr += b * stride_b + t * stride_t
-    left = tl.load(x_ptr + where, mask=mask, other=0).to(tl.float32)
-    right = tl.load(x_ptr + where + HALF, mask=mask, other=0).to(tl.float32)
-    if weight_ptr is not None:
-        scale = tl.rsqrt((tl.sum(left * left) + tl.sum(right * right)) / (H * 2 * HALF) + eps)
-        left *= scale * tl.load(weight_ptr + where, mask=mask, other=0).to(tl.float32)
-        right *= scale * tl.load(weight_ptr + where + HALF, mask=mask, other=0).to(tl.float32)
-    cos = tl.load(cos_ptr + b * cos_stride + t * HALF + offs_d)
-    sin = tl.load(sin_ptr + b * cos_stride + t * HALF + offs_d)
-    out_ptr += (b * T + t) * H * 2 * HALF
-    tl.store(out_ptr + where, (left * cos - right * sin).to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(out_ptr + where + HALF, (right * cos + left * sin).to(out_ptr.dtype.element_ty), mask=mask)
+    angle = b * cos_stride + t * HALF
+    left, right = load_halves(x_ptr + b * stride_b + t * stride_t, H, HALF, BLOCK_H)
+    left, right = norm_and_rotate(left, right, weight_ptr, cos_ptr + angle, sin_ptr + angle, H, eps, HALF, BLOCK_H)
+    store_halves(out_ptr + (b * T + t) * H * 2 * HALF, left, right, H, HALF, BLOCK_H)
 
 
 def norm_rotate(

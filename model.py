@@ -27,7 +27,7 @@ import backend
 import weights
 from cache import LAYER_DICE, Cache
 from memory import memory_scan, memory_step
-from sparse import Dense, drops
+from sparse import Dense, drops, window_of
 
 TOGETHER = 32768  # tokens of a prompt that go through a layer at a time: more take memory and save no time
 
@@ -267,8 +267,7 @@ class Transformer(nn.Module):
         """Prompts (B, T), right-padded to T where lengths (B,) says so -> new tokens alone. Settings as in decode."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        compressor = getattr(sparse, "compress_by", sparse)
-        cache = self.new_cache(len(tokens), tokens.shape[1] + max_new_tokens, window=max(64, getattr(compressor, "window", 0)))
+        cache = self.new_cache(len(tokens), tokens.shape[1] + max_new_tokens, window_of(sparse))
         logits = self.prefill(tokens, lengths, cache, sparse, whole=True)
         return self.decode(logits, cache, max_new_tokens, sparse, temperature, top_k, eos_id, seed, watch)
 

@@ -425,6 +425,11 @@ def drops(method):
     return drops(method.compress_by) if isinstance(method, Compose) else type(method).compress is not Dense.compress
 
 
+def window_of(*methods):
+    """How many of a prompt's last queries a cache must keep for these methods (None: dense)."""
+    return max([64] + [getattr(getattr(method, "compress_by", method), "window", 0) for method in methods])
+
+
 # ---------------------------------------------------------------- small helpers
 
 def to_blocks(x, block_size):
