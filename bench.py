@@ -199,6 +199,12 @@ def plain_quest(q, k, v, low, high, S, block_size):
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k.gather(1, index), v.gather(1, index))))
 
 
+def norm_and_rotate(x, weight, cos, sin):
+    """QK-norm and RoPE of x (B, T, H, D)."""
+    a, b = F.rms_norm(x.flatten(2), weight.shape, weight, 1e-6).view(x.shape).float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
 def forward_backward(f, inputs, gradients):
     outputs = f(*inputs)
     return torch.autograd.grad(outputs, inputs, gradients)
@@ -251,13 +257,9 @@ def bench_step(table):
         ours = lambda q, k, v, gate, state, k_cache, v_cache: decode_step(
             q, k, v, gate, weight, weight, 1e-6, cos, sin, state, k_cache, v_cache, low, high, 64, used)
 
-        def rotate(x):
-            a, b = x.float().chunk(2, dim=-1)
-            return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-
         def plain(q, k, v, gate, state, k_cache, v_cache):
             k, v, new = memory_step(k, v, gate, state)
-            q, k = (rotate(F.rms_norm(x.flatten(2), (H * D,), weight, 1e-6).view(x.shape)) for x in (q, k))
+            q, k = (norm_and_rotate(x, weight, cos, sin) for x in (q, k))
             state.copy_(new)
             k_cache[:, 3999], v_cache[:, 3999] = k[:, 0], v[:, 0]
             low[:, 62], high[:, 62] = torch.minimum(low[:, 62], k[:, 0]), torch.maximum(high[:, 62], k[:, 0])
@@ -413,6 +415,41 @@ def bench_dilated(table):
                {"cuDNN": [lambda: dense(q, k, v, CUDNN)]}, flops=4 * H * D * T * (T / 32 + 256), n_bytes=4 * T * H * D * 2, error=error)
 
 
+def bench_block(table):
+    """A decoding step's products, in a 7B block and of its head; and what lies between the products of a prompt."""
+    from kernels_block import add_norm, norm_rotate, products, swiglu, swiglu_products
+    C, N, V = H * D, 11008, 100352
+    weight = randn(C)
+    for B in 1, 4:
+        x, wide = randn(B, 1, C), randn(B, 1, N)
+        plain_gate = lambda *w: [*(F.linear(x, p) for p in w[:3]), F.linear(F.rms_norm(x, (C,), eps=1e-6), w[3], weight)]
+        for name, shapes, ours, plain in (
+                ("products q, k, v", [(C, C)] * 3, lambda *w: products(x, w), lambda *w: [F.linear(x, p) for p in w]),
+                ("products q, k, v, gate", [(C, C)] * 4, lambda *w: products(x, w, weight, 1e-6), plain_gate),
+                ("products out", [(C, C)], lambda w: products(x, [w]), lambda w: [F.linear(x, w)]),
+                ("swiglu_products", [(N, C)] * 2, lambda *w: [swiglu_products(x, *w)],
+                 lambda gate, up: [F.silu(F.linear(x, gate)) * F.linear(x, up)]),
+                ("products down", [(C, N)], lambda w: products(wide, [w]), lambda w: [F.linear(wide, w)]),
+                ("products head", [(V, C)], lambda w: products(x, [w]), lambda w: [F.linear(x, w)])):
+            n = sum(a * b for a, b in shapes) * 2
+            sets = [[randn(*shape) / 64 for shape in shapes] for _ in range(input_sets(2 * n))]
+            calls = lambda f: [lambda s=s: f(*s) for s in sets]
+            table.line(name, f"B{B}", calls(ours), {"cuBLAS": calls(plain)}, n_bytes=n, error=relative_error(ours(*sets[0]), plain(*sets[0])))
+
+    T = 4096
+    angle = torch.randn(1, T, 1, D // 2, device=DEVICE)
+    cos, sin = angle.cos(), angle.sin()
+    for name, shape, n_inputs, ours, plain in (
+            ("add_norm", (C,), 2, lambda x, y: add_norm(x, y, weight, 1e-6), lambda x, y: x + F.rms_norm(y, (C,), weight, 1e-6)),
+            ("norm_rotate", (H, D), 1, lambda x: norm_rotate(x, weight, 1e-6, cos, sin), lambda x: norm_and_rotate(x, weight, cos, sin)),
+            ("swiglu", (N,), 2, swiglu, lambda gate, up: F.silu(gate) * up)):
+        sets = [[randn(1, T, *shape) for _ in range(n_inputs)] for _ in range(8)]
+        calls = lambda f: [lambda s=s: f(*s) for s in sets]
+        error = relative_error([ours(*(x.clone() for x in sets[0]))], [plain(*sets[0])])  # clones: swiglu writes over one
+        table.line(name, f"B1 T{T}", calls(ours), {"compiled": calls(torch.compile(plain)), "eager": calls(plain)},
+                   n_bytes=(n_inputs + 1) * sets[0][0].numel() * 2, error=error)
+
+
 def bench_dense(table):
     """What there is to beat."""
     for T in 4096, 32768:
@@ -422,7 +459,7 @@ def bench_dense(table):
 
 
 SECTIONS = {"dense": bench_dense, "memory": bench_memory, "step": bench_step, "quest": bench_quest, "moba": bench_moba,
-            "snapkv": bench_snapkv, "dilated": bench_dilated}
+            "snapkv": bench_snapkv, "dilated": bench_dilated, "block": bench_block}
 
 
 def without_gpu():
@@ -449,9 +486,11 @@ def main():
     add("--end-to-end", action="store_true", help="whole models with random weights: prompts, decoding steps, memory")
     add("--preset", choices=PRESETS, metavar="NAME", help="whole models: their shape (default: olmo2-7b; without a GPU micro)")
     add("--contexts", nargs="+", type=positive, metavar="TOKENS", help="whole models: lengths of prompts (default: 1024 to 65536; without a GPU 2048)")
-    add("--tokenizer", default="bytes", metavar="SPEC", help="whole models, table3: as in data.py (default: %(default)s, whose answers are longer "
-        "than in tokens)")
+    add("--tokenizer", metavar="SPEC", help="whole models, table3: as in data.py (default: bytes, whose answers are longer than in tokens)")
     args = parser.parse_args()
+    for name in ("preset", "contexts", "tokenizer"):
+        if getattr(args, name) and not args.end_to_end:
+            parser.error(f"--{name} is of whole models: add --end-to-end")
     allowed = bench_model.PARTS if args.end_to_end else SECTIONS
     for part in args.only or ():
         if part not in allowed:
@@ -462,7 +501,7 @@ def main():
             parser.error(f"--only {' '.join(parts)}: these parts need a GPU")
         try:
             return bench_model.run(args.json or "out/bench-model.json", args.preset or ("olmo2-7b" if ON_GPU else "micro"),
-                                   sorted(args.contexts or ([1024 * 2**i for i in range(7)] if ON_GPU else [2048])), parts, args.tokenizer,
+                                   sorted(args.contexts or ([1024 * 2**i for i in range(7)] if ON_GPU else [2048])), parts, args.tokenizer or "bytes",
                                    ceilings() if ON_GPU else None)
         except torch.OutOfMemoryError:
             parser.error("the GPU has no room for that: shorter --contexts, or a smaller --preset")

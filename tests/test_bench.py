@@ -34,6 +34,15 @@ def test_an_unknown_part_is_one_line(monkeypatch, capsys):
     assert stop.value.code == 2 and "memroy" in error and "memory" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("flags", [["--preset=pico"], ["--contexts", "256"], ["--tokenizer=bytes"]], ids=str)
+def test_what_is_of_whole_models_is_refused_without(flags, monkeypatch, capsys):
+    """Minutes of the kernels at a shape that was not asked for."""
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and flags[0].split("=")[0] in error and "--end-to-end" in error and error.count("\n") == 1
+
+
 def test_its_plain_quest_is_quest(monkeypatch):
     """A peer that reads other blocks, and so is no peer."""
     q, k, v, _ = draw(2, 64, 4, 4, seed=1)
