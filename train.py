@@ -37,6 +37,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
@@ -485,9 +486,9 @@ def train(args):
         for layer in model.layers:
             layer.compile(dynamic=False)  # there are few shapes, each worth its own kernels
     if world > 1:
-        for layer in model.layers:
-            fully_shard(layer)
-        fully_shard(model)
+        mesh = init_device_mesh("cuda" if on_gpu else "cpu", (world,))  # without, a machine's GPUs, also where --device=cpu
+        for part in *model.layers, model:
+            fully_shard(part, mesh=mesh)
     optimizer = make_optimizer(model, args)
     if checkpoint:
         restore_optimizer(checkpoint, model, optimizer)
