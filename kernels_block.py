@@ -95,7 +95,7 @@ def products_kernel(
     if bias_ptr is not None:
         if n >= start - sizes[len(w_ptrs) - 1]:
             if eps is not None:
-                y *= tl.rsqrt(mean_squares(x_ptr, K, R, BLOCK_K, BLOCK_R) + eps)
+                y *= tl.rsqrt(mean_squares(x_ptr, K, R, max(BLOCK_K, 512), BLOCK_R) + eps)
             y += tl.load(bias_ptr + offs_n - first, mask=offs_n < start, other=0).to(tl.float32)[:, None]
     where = offs_r.to(tl.int64)[None, :] * start + offs_n[:, None]                            # [BLOCK_N, BLOCK_R]
     tl.store(y_ptr + where, y.to(y_ptr.dtype.element_ty), mask=(offs_n < start)[:, None] & (offs_r < R)[None, :])
