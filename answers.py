@@ -86,6 +86,17 @@ def unanswered(examples, methods, batch, there):
                     yield label, task, rows, {name: indices for name, indices in missing.items() if indices}
 
 
+def content_hash(files):
+    """Of names and bytes. Not of dates, which a copy changes; 14 GB take some 10 s."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {file.stat().st_size} ".encode())
+        with open(file, "rb") as opened:
+            while chunk := opened.read(2**24):
+                digest.update(chunk)
+    return digest.hexdigest()[:12]
+
+
 def refuse_others(args, labels, tokenizers, examples, call):
     """
     ValueError if --out holds answers to other questions, or of other models. More methods are no other question. call: what is
@@ -97,8 +108,7 @@ def refuse_others(args, labels, tokenizers, examples, call):
     for label, path in labels.items():
         path = weights.resolve(path)
         files = sorted([path / "config.json", *path.glob("model*")]) if path.is_dir() else [path]
-        stats = str([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
-        now[f"--ckpt {label} (a hash of its files' sizes and dates)"] = hashlib.sha256(stats.encode()).hexdigest()[:12]
+        now[f"--ckpt {label} (a hash of its files)"] = content_hash(files)
         now |= {f"what is asked in {task} (a hash of {label}'s prompts)": niah.prompt_hash(e) for task, e in examples[label].items()}
     file = Path(args.out) / "asked.json"
     before = load(file, "calls") if any(file.parent.glob("answers-*.jsonl")) else now | {"calls": []}

@@ -478,8 +478,12 @@ def test_a_folder_of_other_settings_is_refused(undisturbed, capsys, monkeypatch)
     assert Path("whole/answers-0.jsonl").read_bytes() == before
 
 
-def test_a_model_that_was_trained_again_is_refused(undisturbed, capsys):
-    """Half a table of the old weights: the path, and the files' sizes, are the same."""
+def test_a_model_that_was_trained_again_is_refused_and_a_copy_is_not(undisturbed, capsys):
+    """Half a table of the old weights: the path, and the files' sizes, are the same. All work lost for other dates."""
+    for file in Path("checkpoints/memory").iterdir():
+        os.utime(file, (0, 0))
+    eval_niah.main([*ASKED, "--out=whole"])
+    assert told("whole")["results"] == undisturbed["results"]
     small(seed=1, memory=True, context_len=CONTEXT).save_pretrained("checkpoints/memory")
     assert "--ckpt memory (" in refused(capsys)
 
