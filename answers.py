@@ -111,7 +111,7 @@ def refuse_others(args, labels, tokenizers, examples, call):
         now[f"--ckpt {label} (a hash of its files)"] = content_hash(files)
         now |= {f"what is asked in {task} (a hash of {label}'s prompts)": niah.prompt_hash(e) for task, e in examples[label].items()}
     file = Path(args.out) / "asked.json"
-    before = load(file, "calls") if any(file.parent.glob("answers-*.jsonl")) else now | {"calls": []}
+    before = load(file, "calls") if any(there.stat().st_size for there in file.parent.glob("answers-*.jsonl")) else now | {"calls": []}
     for name, value in now.items():
         if before.get(name) != value:
             raise ValueError(f"{args.out} holds answers of another run: {name} was {before.get(name)}, now {value}. Choose another "

@@ -316,7 +316,7 @@ TABLE3 = ["dense", *(f"quest:budget=1/{n}" for n in (4, 8, 16)), "quest:budget=1
 def table3(report, model, label, tokenizer, batch=12, samples=500):
     """
     What eval_niah.py needs for the paper's 12 settings and dense: 8 tasks at 4,096 tokens, protocol sft. Answered as there, and
-    as long as the batch's longest gold answer and its end: random weights never end by themselves. Of two batches a task the
+    as long as the task's longest gold answer and its end: random weights never end by themselves. Of two batches a task the
     second is timed: the first compiles kernels and captures graphs, which happens once, and not for each of 500 samples.
     """
     clean()

@@ -546,7 +546,7 @@ def prepare(args):
     args.ckpt = [str(path) for path in args.ckpt or known_models()]
     args.protocol = args.protocol or trained_with(args.ckpt[0]).get("protocol", "base")
     settings = {path: weights.read(path)[0] for path in args.ckpt}  # all, so that a wrong path is known now
-    names = [Path(path).absolute().name for path in settings]
+    names = [Path(os.path.abspath(path)).name for path in settings]
     labels = {path if names.count(name) > 1 else name: path for path, name in zip(settings, names)}
     tokenizers = {label: tokenizer_of(weights.resolve(path), settings[path]["vocab_size"], args.tokenizer) for label, path in labels.items()}
     tokenizer = next(iter(tokenizers.values()))
@@ -583,6 +583,8 @@ def read_examples(args, tokenizer):
         examples = niah.read_jsonl(file, tokenizer, args.protocol, max_new_tokens=args.max_new_tokens)[:args.samples]
         if not examples or examples[0].task not in niah.TASKS:
             raise ValueError(f"{file} has no examples of a task we know: call it TASK.jsonl or TASK/validation.jsonl")
+        if examples[0].task in found:
+            raise ValueError(f"--jsonl: {file} is a second file of {examples[0].task}; give one, or join them")
         found[examples[0].task] = examples
     return found
 

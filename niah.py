@@ -407,10 +407,14 @@ def read_jsonl(path, tokenizer, protocol="base", task=None, max_new_tokens=128):
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} line {number}: not JSON ({error}); write one object per line") from None
-        for field in ("index", "input", "outputs"):
-            if field not in row:
-                raise ValueError(f"{path} line {number}: no field {field!r}; RULER's scripts/data/prepare.py writes it")
-        prefix = row.get("answer_prefix", "") if protocol == "base" else ""
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} line {number}: not an object {{...}}; write one per line")
+        for field, kind, what in ("index", int, "a number"), ("input", str, "a text"), ("outputs", list, "a list"):
+            if not isinstance(row.get(field), kind):
+                raise ValueError(f"{path} line {number}: no field {field!r} that is {what}; RULER's scripts/data/prepare.py writes it")
+        if not row["outputs"] or not all(isinstance(answer, str) and answer for answer in row["outputs"]):
+            raise ValueError(f"{path} line {number}: outputs must be one or more texts, not {row['outputs']!r}")
+        prefix = str(row.get("answer_prefix", "")) if protocol == "base" else ""
         prompt, answers, chars = row["input"] + prefix, row["outputs"], []
         for answer in answers:
             found = re.search(rf"(?<= is: ){re.escape(answer)}\.", prompt) or re.search(re.escape(answer), prompt)

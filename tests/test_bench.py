@@ -24,6 +24,10 @@ def test_without_a_gpu_it_times_the_plain_forms(monkeypatch, capsys):
     run(monkeypatch)
     text = capsys.readouterr().out
     assert text.startswith("no GPU here: plain PyTorch") and "memory_scan" in text and "moba" in text
+    for flags in ["--only", "memory"], ["--json=b.json"]:  # of what is not timed here
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, *flags)
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_an_unknown_part_is_one_line(monkeypatch, capsys):

@@ -356,10 +356,13 @@ def test_rulers_own_file_gives_what_the_generator_gives(runs):
     (["--tokenizer=nowhere"], "nowhere"),
     (["--haystack=nowhere.txt"], "nowhere.txt"),
     (["--jsonl", "other.jsonl"], "other"),
+    (["--jsonl", "niah_single_2.jsonl", "a/niah_single_2.jsonl"], "second file of niah_single_2"),
 ])
 def test_a_wrong_flag_is_one_line_and_exit_2(runs, capsys, argv, words):
     """A traceback, or a long run that ends in one."""
-    niah.write_jsonl("other.jsonl", make(n=1))
+    Path("a").mkdir()
+    for file in "other.jsonl", "niah_single_2.jsonl", "a/niah_single_2.jsonl":
+        niah.write_jsonl(file, make(n=1))
     with pytest.raises(SystemExit) as end:
         eval_niah.main(argv)
     line = capsys.readouterr().err
@@ -453,6 +456,18 @@ def test_another_damaged_line_is_named(undisturbed, capsys):
     file.write_bytes(b"\n".join([*lines[:6], *lines[7:]]) + b"\n")
     eval_niah.main([*ASKED, "--out=eval"])
     assert told() == undisturbed
+
+
+def test_a_run_that_was_stopped_before_its_first_answer_binds_no_one(runs, monkeypatch):
+    """A folder to be deleted by hand, though nothing is in it. Predictions beside --out, as a model is called .."""
+    few = ["--tasks", "niah_single_1", "--max_new_tokens=12", "--device=cpu", "--methods", "quest:budget=1/4", f"--out={runs / 'eval'}"]
+    Path("checkpoints/memory/inner").mkdir()
+    monkeypatch.chdir("checkpoints/memory/inner")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stopping(patch, after=0)
+        eval_niah.main([*few, "--samples=1", "--ckpt", ".."])
+    eval_niah.main([*few, "--samples=2", "--ckpt", ".."])
+    assert (runs / "eval/memory/dense/niah_single_1.jsonl").exists() and told(runs / "eval")["results"][0]["n"] == 2
 
 
 def refused(capsys, *flags):

@@ -307,6 +307,10 @@ def test_predictions_are_in_the_form_that_rulers_evaluation_reads(tmp_path):
 @pytest.mark.parametrize("line, complaint", [
     ("{", r"line 2: not JSON"),
     ('{"index": 0, "input": "x"}', r"line 2: no field 'outputs'"),
+    ("1", r"line 2: not an object"),
+    ('{"index": 0, "input": "x", "outputs": []}', r"line 2: outputs must be one or more texts"),
+    ('{"index": 0, "input": "x", "outputs": [1]}', r"line 2: outputs must be one or more texts"),
+    ('{"index": 0, "input": 5, "outputs": ["x"]}', r"line 2: no field 'input' that is a text"),
     ('{"index": 0, "input": "x", "outputs": ["7"]}', r"line 2: answer '7' is not in the input"),
 ])
 def test_bad_line_is_named(tmp_path, line, complaint):
