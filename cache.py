@@ -78,6 +78,7 @@ class Cache:
         self.slots = self.max_len        # places for entries in a row
         self.compact = {}                # method -> what `compressed` made for it
         self.graphs = {}                 # method -> its decoding step, captured (model.Transformer.step)
+        self.kept_by = None              # the method whose compress chose the entries, once compressed
 
     def clear(self):
         """Forget all tokens. A cache that was not compressed keeps its tensors, and so its graphs."""
@@ -108,8 +109,9 @@ class Cache:
 
     @contextmanager
     def rewinding(self):
-        """What is decoded within is forgotten at its end. Nothing large is copied."""
-        small = [x for x in (self.lengths, self.used, self.token_hash, *self.state) if x is not None]
+        """What is fed and decoded within is forgotten at its end. Nothing large is copied."""
+        recent_q = list(self.recent_q)
+        small = [x for x in (self.lengths, self.used, self.token_hash, *self.state, *recent_q) if x is not None]
         before, filled, decoding, whole = [x.clone() for x in small], self.filled, self.decoding, self.positions[0] is None
         try:
             yield self
@@ -117,7 +119,7 @@ class Cache:
             assert (self.positions[0] is None) == whole, "a method dropped entries, which cannot be undone: let it have `compressed`"
             for x, old in zip(small, before):
                 x.copy_(old)
-            self.filled, self.decoding, self.stepped = filled, decoding, None
+            self.filled, self.decoding, self.stepped, self.recent_q = filled, decoding, None, recent_q
 
     def compressed(self, sparse):
         """
@@ -140,8 +142,8 @@ class Cache:
 
     @contextmanager
     def turn(self, sparse):
-        """The cache that a method may decode from, in its turn: the next one finds this cache as it was."""
-        if methods.drops(sparse):
+        """The cache that a method (None: dense) may decode from, in its turn: the next one finds this cache as it was."""
+        if sparse is not None and methods.drops(sparse):
             yield self.compressed(sparse)
         else:
             with self.rewinding():
@@ -158,7 +160,7 @@ class Cache:
     def joined(self, views):
         """Know what was fed to views of all rows."""
         self.ragged = any(view.ragged for view in views) or len({view.filled for view in views}) > 1
-        self.filled, self.slots = max(view.filled for view in views), views[0].slots
+        self.filled, self.slots, self.kept_by = max(view.filled for view in views), views[0].slots, views[0].kept_by
         self.stepped = None
 
     # ---------------------------------------------------------------- tokens in
@@ -201,6 +203,7 @@ class Cache:
             newest = self.newest(q.new_zeros(len(q), self.window, *q.shape[2:]), q, feed.lengths)
             kept = feed.sparse.compress(newest, k, v, self.lengths[self.part], feed.dice[:, -1:])
             self.keep(i, kept, k, v, self.max_len - k.shape[1])
+            self.kept_by = methods.compress_by(feed.sparse)
         else:
             self.store(i, k, v, feed)
             if self.positions[i] is None:  # else compression is over
@@ -210,7 +213,8 @@ class Cache:
             if isinstance(feed.start, int) and feed.start == 0:  # nothing came before
                 y, selected = feed.sparse.prefill(q, k, v, 0, feed.dice)
             else:
-                k, v = (x[i][self.part, :self.filled] for x in (self.k, self.v))
+                # padding may reach further than any entry, and the kernels want a slot for each query
+                k, v = (x[i][self.part, :max(self.filled, q.shape[1])] for x in (self.k, self.v))
                 y, selected = feed.sparse.prefill(q, k, v, feed.start, feed.dice)
         if feed.watch:
             feed.watch(i, selected, feed.real)
@@ -248,10 +252,15 @@ class Cache:
 
     def compress(self, sparse):
         """Before the first decoding step: drop the entries that the method does not keep, in every layer."""
-        if self.filled and self.positions[0] is None and methods.drops(sparse):
+        if not self.filled or not methods.drops(sparse):
+            return
+        if self.positions[0] is None:
             self.check_not_decoding(sparse)
             self.keep_of(self, sparse)
             self.recent_q = [None for _ in self.recent_q]
+        elif self.kept_by != methods.compress_by(sparse):
+            raise ValueError(f"{methods.name(sparse)} would keep other entries than {methods.name(self.kept_by)}, which has dropped "
+                             "them: fork the cache before, or clear it")
 
     def check_not_decoding(self, sparse):
         if self.decoding:
@@ -260,7 +269,7 @@ class Cache:
 
     def keep_of(self, source, sparse):
         """Hold what the method keeps of the cache `source`, this one or another."""
-        filled, room = source.filled, source.slots - source.filled
+        filled, room, self.kept_by = source.filled, source.slots - source.filled, methods.compress_by(sparse)
         for i in range(len(self.k)):
             k, v = source.k[i][:, :filled], source.v[i][:, :filled]
             # the last prompt token's hash stands in for the draw of all of them

@@ -27,7 +27,7 @@ import backend
 import weights
 from cache import LAYER_DICE, Cache
 from memory import memory_scan, memory_step
-from sparse import Dense, drops, window_of
+from sparse import Dense, by_position, drops, name, window_of
 
 TOGETHER = 32768  # tokens of a prompt that go through a layer at a time: more take memory and save no time
 
@@ -135,6 +135,8 @@ class Transformer(nn.Module):
         decoding = cache is not None and tokens.shape[1] == 1 and lengths is None
         if cache is not None and len(cache.used[cache.part]) != len(tokens):
             raise ValueError(f"{len(tokens)} rows of tokens for a cache of {len(cache.used[cache.part])}: ask new_cache for as many")
+        if cache is not None and cache.positions[0] is not None and not decoding and by_position(sparse):
+            raise ValueError(f"{name(sparse)} cannot go on after {name(cache.kept_by)}: its pattern needs every position")
         if decoding:
             cache.compress(sparse)  # once, and only if the method drops entries
             if cache.stepped != sparse:  # a graph of another method need not have kept Quest's bounds up to date
@@ -196,17 +198,25 @@ class Transformer(nn.Module):
         whole: the prompt ends here and the cache is empty. A method that drops entries then does so in each layer as soon as
         it is done, so that one layer's k and v are all that is ever whole: SnapKV's cache is small from the start.
         watch: called after each layer of each part of the batch, with the layer, what the method selected, and which tokens
-        are real (B, T), None: all.
+        are real (B, T), None: all; T is the longest row's.
+        A row may have no tokens in a later chunk of a prompt. It has no logits there: those of its last chunk hold.
         """
         B, T = tokens.shape
-        if lengths is None and T == 1:  # without lengths it would be a decoding step
-            lengths = torch.ones(B, dtype=torch.long, device=tokens.device)
         if T == 0:
             raise ValueError("the prompt has no tokens")
+        if lengths is not None:
+            least, most = map(int, lengths.aminmax())
+            if least < 0 or most > T or most == 0 or (least == 0 and (cache is None or bool((lengths + cache.used == 0).any()))):
+                raise ValueError(f"lengths={lengths.tolist()}: of rows padded to {T} each must have 1 to {T} tokens, or 0 after others")
+            tokens, T = tokens[:, :most], most  # what pads all rows is left out
+        elif T == 1:  # without lengths it would be a decoding step
+            lengths = torch.ones(B, dtype=torch.long, device=tokens.device)
         if cache is None and (whole or watch):
             raise ValueError("prefill(whole=True) and watch need a cache")
         if whole and cache.filled:
             raise ValueError("prefill(whole=True) takes a whole prompt, and this cache holds some of it already")
+        if cache is not None:  # for all rows, before any is fed
+            cache.check_room(cache.filled + T if lengths is None else int((cache.used + lengths).max()))
         parts = [slice(first, first + max(1, TOGETHER // T)) for first in range(0, B, max(1, TOGETHER // T))]
         views = [None] * len(parts) if cache is None else [cache] if len(parts) == 1 else [cache.rows(part) for part in parts]
         logits = []
@@ -244,6 +254,8 @@ class Transformer(nn.Module):
         same seed draws the same. A row that has written eos_id repeats it; when all have, generation ends.
         watch: called with the cache after each step, e.g. to look at cache.selected.
         """
+        if max_new_tokens < 1 or temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f"{max_new_tokens=}, {temperature=}, {top_k=}: at least 1 token, a temperature of 0 or more, top_k of 1 or more")
         source = None
         if temperature > 0:
             source = torch.Generator(logits.device)
@@ -265,8 +277,6 @@ class Transformer(nn.Module):
     def generate(self, tokens, max_new_tokens, lengths=None, sparse=None, temperature=0, top_k=None, eos_id=None,
                  seed=None, watch=None):
         """Prompts (B, T), right-padded to T where lengths (B,) says so -> new tokens alone. Settings as in decode."""
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
         cache = self.new_cache(len(tokens), tokens.shape[1] + max_new_tokens, window_of(sparse))
         logits = self.prefill(tokens, lengths, cache, sparse, whole=True)
         return self.decode(logits, cache, max_new_tokens, sparse, temperature, top_k, eos_id, seed, watch)

@@ -5,7 +5,7 @@ from conftest import DEVICE, FORMS, assert_close, draw_tokens, one_line, tiny
 
 import backend
 import model as model_file
-from sparse import Dense, MoBA, Quest, SnapKV, compose, name, parse
+from sparse import Dense, Dilated, MoBA, Quest, SnapKV, compose, name, parse
 
 METHODS = ["dense", "quest:budget=6,block_size=2", "quest:budget=6,block_size=2,random=3", "moba:budget=6,block_size=2",
            "snapkv:budget=8,window=3", "snapkv:budget=8,window=3,random=2", "dilated:dilation=4,local=3,initial=1",
@@ -93,6 +93,40 @@ def test_a_second_chunk_in_parts_has_the_room_of_its_own_rows(monkeypatch):
     assert_close(logits[1], logits[0])
 
 
+@pytest.mark.parametrize("who", ["torch", "triton"])
+def test_a_second_chunk_whose_padding_reaches_past_all_entries(who, monkeypatch):
+    """Rows of a part that hold fewer entries than the chunk has columns: kernels that want a slot for each query."""
+    model, tokens, method = tiny(**HEADS_OF_16 | FORMS["gqa memory"]).to(DEVICE), draw_tokens(2, 23).to(DEVICE), MoBA(24, 8)
+    monkeypatch.setattr(backend, "choice", who)
+    monkeypatch.setattr(model_file, "TOGETHER", 20)  # a row at a time
+    cache, lengths = model.new_cache(2, 60), lambda *n: torch.tensor(n, device=DEVICE)
+    model.prefill(tokens[:, :3], lengths(3, 2), cache, method)
+    logits = model.prefill(tokens[:, 3:], lengths(5, 20), cache, method)
+    monkeypatch.setattr(backend, "choice", "torch")
+    assert_close(logits[:1], model.prefill(tokens[:1, :8], None, model.new_cache(1, 60), method), 1e-4)
+
+
+def test_padding_takes_no_room():
+    """A cache that is full because of columns in which no row has a token."""
+    model, tokens, lengths = tiny(**FORMS["gqa memory"]), draw_tokens(2, 45), torch.tensor([30, 20])
+    for method in ALL:
+        for whole in True, False:
+            cache = model.new_cache(2, 40)
+            new = model.decode(model.prefill(tokens, lengths, cache, method, whole=whole), cache, 11, method)
+            assert torch.equal(new, model.generate(tokens, 11, lengths, sparse=method))
+
+
+def test_a_prompt_that_does_not_fit_changes_nothing(monkeypatch):
+    """The first part of a batch fed, the second refused, and a cache that calls itself empty."""
+    monkeypatch.setattr(model_file, "TOGETHER", 40)  # a row at a time
+    model, tokens = tiny(**FORMS["memory"]), draw_tokens(2, 40)
+    for lengths in torch.tensor([10, 35]), None:
+        cache = model.new_cache(2, 30)
+        with pytest.raises(ValueError, match="larger max_len"):
+            model.prefill(tokens, lengths, cache)
+        assert cache.filled == 0 and not any(x.any() for x in (cache.lengths, cache.used, cache.token_hash, *cache.state))
+
+
 def entries(cache):
     return [len(x[0]) for x in (*cache.k, *cache.v) if x is not None]
 
@@ -128,6 +162,21 @@ def test_a_turn_forgets_what_was_decoded(method):
         assert torch.equal(x, old)
     model.prefill(tokens, lengths, fresh)
     assert torch.equal(model.decode(logits, fresh, 8, method), answers[0])
+
+
+def test_a_turn_forgets_what_was_asked():
+    """SnapKV that chooses by another turn's question."""
+    model, document, question = tiny(**FORMS["gqa memory"]), draw_tokens(2, 40), draw_tokens(2, 9, seed=7)
+    cache, fresh, method = model.new_cache(2, 60), model.new_cache(2, 60), SnapKV(20, 6)
+    for one in cache, fresh:
+        model.prefill(document, None, one)
+    with cache.turn(Quest(24, 4)) as own:
+        model.decode(model.prefill(question, None, own), own, 5, Quest(24, 4))
+    for n in 0, 3:  # fewer tokens than the window
+        for one in cache, fresh:
+            n and model.prefill(question[:, -n:], None, one)
+        chosen, expected = (one.compressed(method).positions for one in (cache, fresh))
+        assert all(torch.equal(a, b) for a, b in zip(chosen, expected, strict=True))
 
 
 def test_what_is_compressed_leaves_the_cache_and_serves_again():
@@ -192,6 +241,36 @@ def test_wrong_uses_are_clear_errors():
             model.prefill(tokens, **settings)
     with pytest.raises(ValueError, match="no tokens"):
         model.prefill(tokens[:, :0], cache=model.new_cache(2, 60))
+    for lengths in [0, 8], [31, 8], [-1, 8], [0, 0]:
+        for cache in None, model.new_cache(2, 60):
+            with pytest.raises(ValueError) as raised:
+                model.prefill(tokens, torch.tensor(lengths), cache)
+            one_line(raised, f"lengths={lengths}")
+    for wrong in dict(temperature=-1), dict(top_k=0), dict(max_new_tokens=0):
+        with pytest.raises(ValueError) as raised:
+            model.generate(tokens, **dict(max_new_tokens=2) | wrong)
+        one_line(raised, *(f"{key}={value}" for key, value in wrong.items()))
+    cache = model.new_cache(2, 60)
+    logits = model.prefill(tokens, None, cache, SnapKV(20, 6), whole=True)
+    with pytest.raises(ValueError) as raised:
+        model.decode(logits, cache.fork(), 3, SnapKV(10, 6))
+    one_line(raised, "budget=10", "budget=20")
+    with pytest.raises(ValueError) as raised:
+        model.prefill(tokens, None, cache, Dilated(4, 3, 1))
+    one_line(raised, "dilated", "snapkv", "every position")
+    model.decode(logits, cache, 3, compose(SnapKV(20, 6), Quest(16, 8)))
+
+
+def test_a_row_may_have_no_tokens_in_a_later_chunk():
+    """Entries of padding, or a memory that decays while a row waits."""
+    model, tokens = tiny(**FORMS["gqa memory"]), draw_tokens(2, 30)
+    cache = model.new_cache(2, 60)
+    first = model.prefill(tokens[:, :20], None, cache)
+    second = model.prefill(tokens[:, 20:], torch.tensor([10, 0]), cache)
+    new = model.decode(torch.stack([second[0], first[1]]), cache, 8)
+    assert torch.equal(new, model.generate(tokens, 8, torch.tensor([30, 20])))
+    with cache.turn(None) as own:
+        model.decode(second, own, 2)
 
 
 def test_watch_sees_each_step_and_each_layer_of_the_prompt():

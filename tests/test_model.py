@@ -132,13 +132,12 @@ def feed(model, rows, turns, method):
     cache = model.new_cache(len(rows), 64)
     for turn in turns:
         if turn is None:
-            tokens, lengths = torch.stack([row[n:n + 1] for row, n in zip(rows, done)]), None
+            out.append(model.step(torch.stack([row[n] for row, n in zip(rows, done)]), cache, method))
         else:
             tokens = torch.randint(61, (len(rows), max(turn)), generator=source)  # padding may be any token
             for b, n in enumerate(turn):
                 tokens[b, :n] = rows[b][done[b]:done[b] + n]
-            lengths = torch.tensor(turn)
-        out.append(model.prefill(tokens, lengths, cache, method))
+            out.append(model.prefill(tokens, torch.tensor(turn), cache, method))
         done = [n + (1 if turn is None else turn[b]) for b, n in enumerate(done)]
     return torch.stack(out), cache
 
