@@ -180,6 +180,10 @@ class Cache:
         used += new
         return start
 
+    def check_rows(self, B):
+        if B != len(self.used[self.part]):
+            raise ValueError(f"{B} rows of tokens for a cache of {len(self.used[self.part])}: ask new_cache for as many")
+
     def check_room(self, filled):
         if filled > self.slots:
             raise ValueError(f"the cache has room for {self.slots} entries a row and would need {filled}: "

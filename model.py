@@ -133,8 +133,8 @@ class Transformer(nn.Module):
         self.check_tokens(tokens)
         sparse = sparse or Dense()
         decoding = cache is not None and tokens.shape[1] == 1 and lengths is None
-        if cache is not None and len(cache.used[cache.part]) != len(tokens):
-            raise ValueError(f"{len(tokens)} rows of tokens for a cache of {len(cache.used[cache.part])}: ask new_cache for as many")
+        if cache is not None:
+            cache.check_rows(len(tokens))
         if cache is not None and cache.positions[0] is not None and not decoding and by_position(sparse):
             raise ValueError(f"{name(sparse)} cannot go on after {name(cache.kept_by)}: its pattern needs every position")
         if decoding:
@@ -204,18 +204,21 @@ class Transformer(nn.Module):
         B, T = tokens.shape
         if T == 0:
             raise ValueError("the prompt has no tokens")
-        if lengths is not None:
-            least, most = map(int, lengths.aminmax())
-            if least < 0 or most > T or most == 0 or (least == 0 and (cache is None or bool((lengths + cache.used == 0).any()))):
-                raise ValueError(f"lengths={lengths.tolist()}: of rows padded to {T} each must have 1 to {T} tokens, or 0 after others")
-            tokens, T = tokens[:, :most], most  # what pads all rows is left out
-        elif T == 1:  # without lengths it would be a decoding step
-            lengths = torch.ones(B, dtype=torch.long, device=tokens.device)
         if cache is None and (whole or watch):
             raise ValueError("prefill(whole=True) and watch need a cache")
         if whole and cache.filled:
             raise ValueError("prefill(whole=True) takes a whole prompt, and this cache holds some of it already")
-        if cache is not None:  # for all rows, before any is fed
+        if cache is not None:
+            cache.check_rows(B)
+        if lengths is not None:
+            least, most = map(int, lengths.aminmax())
+            before = 0 if cache is None else cache.used
+            if not (len(lengths) == B and least >= 0 and 0 < most <= T and bool((before + lengths > 0).all())):
+                raise ValueError(f"lengths={lengths.tolist()}: each of {B} rows must have 1 to {T} tokens, or 0 if it has had some")
+            tokens, T = tokens[:, :most], most  # what pads all rows is left out
+        elif T == 1:  # without lengths it would be a decoding step
+            lengths = torch.ones(B, dtype=torch.long, device=tokens.device)
+        if cache is not None:  # for all parts, before the first is fed
             cache.check_room(cache.filled + T if lengths is None else int((cache.used + lengths).max()))
         parts = [slice(first, first + max(1, TOGETHER // T)) for first in range(0, B, max(1, TOGETHER // T))]
         views = [None] * len(parts) if cache is None else [cache] if len(parts) == 1 else [cache.rows(part) for part in parts]

@@ -214,9 +214,10 @@ def test_wrong_uses_are_clear_errors():
     with pytest.raises(ValueError) as raised:
         model.prefill(tokens, None, cache, whole=True)
     one_line(raised, "whole")
-    with pytest.raises(ValueError) as raised:
-        model.prefill(tokens[:1], None, cache)
-    one_line(raised, 1, 2, "new_cache")
+    for lengths in None, torch.tensor([30, 20, 10]):
+        with pytest.raises(ValueError) as raised:
+            model.prefill(draw_tokens(3, 30), lengths, cache)
+        one_line(raised, 3, 2, "new_cache")
     with pytest.raises(AssertionError) as raised, cache.fork().rewinding() as fork:
         model.decode(logits, fork, 3, SnapKV(20, 6))
     one_line(raised, "compressed")
@@ -241,7 +242,7 @@ def test_wrong_uses_are_clear_errors():
             model.prefill(tokens, **settings)
     with pytest.raises(ValueError, match="no tokens"):
         model.prefill(tokens[:, :0], cache=model.new_cache(2, 60))
-    for lengths in [0, 8], [31, 8], [-1, 8], [0, 0]:
+    for lengths in [0, 8], [31, 8], [-1, 8], [0, 0], [3, 3, 3]:
         for cache in None, model.new_cache(2, 60):
             with pytest.raises(ValueError) as raised:
                 model.prefill(tokens, torch.tensor(lengths), cache)
