@@ -86,7 +86,7 @@ def unanswered(examples, methods, batch, there):
                     yield label, task, rows, {name: indices for name, indices in missing.items() if indices}
 
 
-def content_hash(files):
+def hash_of(files):
     """Of names and bytes. Not of dates, which a copy changes; 14 GB take some 10 s."""
     digest = hashlib.sha256()
     for file in files:
@@ -108,7 +108,7 @@ def refuse_others(args, labels, tokenizers, examples, call):
     for label, path in labels.items():
         path = weights.resolve(path)
         files = sorted([path / "config.json", *path.glob("model*")]) if path.is_dir() else [path]
-        now[f"--ckpt {label} (a hash of its files)"] = content_hash(files)
+        now[f"--ckpt {label} (a hash of its files)"] = hash_of(files)
         now |= {f"what is asked in {task} (a hash of {label}'s prompts)": niah.prompt_hash(e) for task, e in examples[label].items()}
     file = Path(args.out) / "asked.json"
     before = load(file, "calls") if any(there.stat().st_size for there in file.parent.glob("answers-*.jsonl")) else now | {"calls": []}

@@ -4,14 +4,13 @@ How fast the kernels are: each beside its floor, what the hardware allows at bes
     floor = max(fewest bytes / copy bandwidth, FLOPs / matmul rate)         both rates are measured in the same run
 
 A line is the median of several replays of a CUDA graph that calls the function many times, over inputs that together are
-larger than the L2 cache, so that neither launches from Python nor what is cached flatter it. Before it is timed, a kernel's result is compared with plain
-PyTorch's, for some of the queries where all would be too many; a relative error above 1e-2 ends the run. (The tests hold
-the kernels to more, at small shapes.)
+larger than the L2 cache, so that neither launches from Python nor what is cached flatter it. Before it is timed, a kernel's
+result is compared with plain PyTorch's, for some of the queries where all would be too many; a relative error above 1e-2
+ends the run. (The tests hold the kernels to more, at small shapes.)
 
 Peers are timed in the same way: official RAT+'s scan and Quest as their formulas stand in PyTorch under torch.compile,
 fla's chunk_hgrn where it is installed (pip install fla-core), its inputs made in eager PyTorch, dense attention by cuDNN and
-by flash. Everything is bf16,
-32 heads of 128, the layer of a 7B model. Selection is always included.
+by flash. Everything is bf16, 32 heads of 128, the layer of a 7B model. Selection is always included.
 
     python bench.py                         everything; a table, and out/bench.json
     python bench.py --only memory quest     some of it
@@ -411,9 +410,10 @@ def bench_dilated(table):
     T = 32768
     q, k, v, start = *(randn(1, T, H, D) for _ in "qkv"), torch.zeros(1, dtype=torch.long, device=DEVICE)
     reads = lambda t, key: Dilated(16, 256, 4).pattern(t[:, None], key)
+    entries = T / 2 / 16 + 256 - 256 / 16  # of a query, about: each 16th before it, and of the local 256 the others
     error = some_queries(dilated(q, k, v, start, 16, 256, 4), q, k, v, reads)
     table.line("dilated 16, 256, 4 (RAT+)", f"B1 T{T}", [lambda: dilated(q, k, v, start, 16, 256, 4)],
-               {"cuDNN": [lambda: dense(q, k, v, CUDNN)]}, flops=4 * H * D * T * (T / 32 + 256 - 256 / 16), n_bytes=4 * T * H * D * 2, error=error)
+               {"cuDNN": [lambda: dense(q, k, v, CUDNN)]}, flops=4 * H * D * T * entries, n_bytes=4 * T * H * D * 2, error=error)
 
 
 def bench_block(table):

@@ -26,7 +26,7 @@ import torch
 import niah
 import sparse
 from data import get_tokenizer
-from eval_niah import answer, commit, device_name, phases, save
+from eval_niah import answer, commit, device_name, save
 from model import PRESETS, TOGETHER, Transformer
 
 ON_GPU = torch.cuda.is_available()
@@ -56,7 +56,7 @@ def entry_bytes(model):
 
 def step_bytes(model, method, B, T):
     """What a step must read at context T: the weights but for the embedding's table; the entries, and Quest's bounds of all blocks."""
-    parts = phases(method)
+    parts = sparse.phases(method)
     entries = min(T, getattr(parts.compress_by, "budget", T))
     if isinstance(parts.decode_by, sparse.Quest):
         entries = min(entries, parts.decode_by.budget + entries / parts.decode_by.block_size)  # two bounds are an entry's size
@@ -72,7 +72,7 @@ def bytes_needed(model, method, B, T, new):
             attention's output, and one more while q or k is rotated; with the memory 7, and a tenth for the states between
             its tiles. MoBA's partial results, and three lists of chosen blocks
     """
-    config, parts = model.config, phases(method)
+    config, parts = model.config, sparse.phases(method)
     drops, entry = sparse.drops(method), entry_bytes(model)
     slots = (min(parts.compress_by.budget, T) if drops else T) + new
     cache = B * slots * (entry + (4 * config.n_kv_head if drops else 0))
@@ -213,7 +213,7 @@ def measure(report, model, label, text, B, T, rounds=3):
     prompt, cache = time_prompt(model, method, B, T, NEW, rounds)
     entries = sum(x.numel() * x.element_size() for x in (*cache.k, *cache.v))
     step = time_steps(model, method, cache)
-    dense = type(phases(method).prefill_by) is sparse.Dense
+    dense = type(sparse.phases(method).prefill_by) is sparse.Dense
     report.line(label, text, B, T, prompt, step, prompt_flops(model, B, T) if dense else None, step_bytes(model, method, B, T),
                 bytes_needed(model, method, B, T, NEW), entries)
     return prompt, step

@@ -143,7 +143,7 @@ class Cache:
     @contextmanager
     def turn(self, sparse):
         """The cache that a method (None: dense) may decode from, in its turn: the next one finds this cache as it was."""
-        if sparse is not None and methods.drops(sparse):
+        if methods.drops(sparse):
             yield self.compressed(sparse)
         else:
             with self.rewinding():
@@ -207,7 +207,7 @@ class Cache:
             newest = self.newest(q.new_zeros(len(q), self.window, *q.shape[2:]), q, feed.lengths)
             kept = feed.sparse.compress(newest, k, v, self.lengths[self.part], feed.dice[:, -1:])
             self.keep(i, kept, k, v, self.max_len - k.shape[1])
-            self.kept_by = methods.compress_by(feed.sparse)
+            self.kept_by = methods.phases(feed.sparse).compress_by
         else:
             self.store(i, k, v, feed)
             if self.positions[i] is None:  # else compression is over
@@ -262,7 +262,7 @@ class Cache:
             self.check_not_decoding(sparse)
             self.keep_of(self, sparse)
             self.recent_q = [None for _ in self.recent_q]
-        elif self.kept_by != methods.compress_by(sparse):
+        elif self.kept_by != methods.phases(sparse).compress_by:
             raise ValueError(f"{methods.name(sparse)} would keep other entries than {methods.name(self.kept_by)}, which has dropped "
                              "them: fork the cache before, or clear it")
 
@@ -273,7 +273,7 @@ class Cache:
 
     def keep_of(self, source, sparse):
         """Hold what the method keeps of the cache `source`, this one or another."""
-        filled, room, self.kept_by = source.filled, source.slots - source.filled, methods.compress_by(sparse)
+        filled, room, self.kept_by = source.filled, source.slots - source.filled, methods.phases(sparse).compress_by
         for i in range(len(self.k)):
             k, v = source.k[i][:, :filled], source.v[i][:, :filled]
             # the last prompt token's hash stands in for the draw of all of them

@@ -91,7 +91,7 @@ class Reads:
         """The mean of each row's own first `steps` (B,): later ones wait for other rows. None where it took none."""
         if not self.mean:
             return [None] * len(steps)
-        parts, most = phases(method), int(torch.stack(self.most).max())
+        parts, most = sparse.phases(method), int(torch.stack(self.most).max())
         if hasattr(parts.decode_by, "budget"):
             assert most <= parts.decode_by.budget, f"{sparse.name(method)} read {most} entries in a step"
         if hasattr(parts.compress_by, "budget"):  # the tokens fed since come on top
@@ -127,11 +127,6 @@ class PromptReads:
         return torch.stack([torch.cat(parts) for parts in self.mean.values()]).mean(0).tolist()
 
 
-def phases(method):
-    """The method as sparse.Compose: which part of it decides prefill, compress and decode."""
-    return method if isinstance(method, sparse.Compose) else sparse.compose(method)
-
-
 def padded(rows, device):
     """Lists of ids -> tokens (B, T), padded on the right, and lengths (B,)."""
     tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
@@ -163,7 +158,7 @@ def answer(model, tokenizer, examples, methods, cache=None):
     """
     told, groups = {}, {}  # groups: by what decides the prefill
     for method in dict.fromkeys(methods):
-        groups.setdefault(phases(method).prefill_by, []).append(method)
+        groups.setdefault(sparse.phases(method).prefill_by, []).append(method)
     n_new, eos_id, window = examples[0].max_new_tokens, tokenizer.eos_id, sparse.window_of(*methods)
     for prefill_by, group in groups.items():
         started, reads = time.time(), PromptReads(prefill_by)
@@ -274,7 +269,7 @@ def hits(model, tokenizer, examples, method, cache=None):
     """
     gold = [sources(e, tokenizer) for e in examples]
     target, _ = padded([ids for ids, _ in gold], model.embed_tokens.weight.device)  # (B, M)
-    cache, _, _ = prefill(model, examples, phases(method).prefill_by, target.shape[1], sparse.window_of(method), cache)
+    cache, _, _ = prefill(model, examples, sparse.phases(method).prefill_by, target.shape[1], sparse.window_of(method), cache)
     hit = {}  # (row, answer): (layers, KV)
     with cache.turn(method) as own:
         for j in range(1, target.shape[1]):
@@ -601,7 +596,7 @@ def run(args):
         raise ValueError(f"--random: none of the methods has a budget of 1/4, {args.context_len / 4:g} tokens")
     texts = methods | {sparse.randomized(m, seed): methods[m] for m in asked for seed in range(args.random)}
     dense = sparse.Dense()
-    selecting = [m for m in methods if args.hits and (phases(m).compress_by, phases(m).decode_by) != (dense, dense)]
+    selecting = [m for m in methods if args.hits and (sparse.phases(m).compress_by, sparse.phases(m).decode_by) != (dense, dense)]
     by_name = {f"H1 {sparse.name(m)}": m for m in selecting} | {sparse.name(m): m for m in texts}
     different = {tokenizer.name: tokenizer for tokenizer in tokenizers.values()}
     if args.jsonl:
@@ -613,7 +608,8 @@ def run(args):
 
     device = (f"{ranks.n} x " if ranks.n > 1 else "") + device_name(args.device)
     call = {"command": command_line(args.argv, "eval_niah.py"), "commit": commit(), "device": device, "torch": torch.__version__}
-    refuse_others(args, labels, tokenizers, examples, call)
+    if ranks.rank == 0:  # if it refuses, torchrun ends the others, which wait below
+        refuse_others(args, labels, tokenizers, examples, call)
     left = list(unanswered(examples, by_name, args.batch, read_lines(args.out)))
     ranks.meet("all have read what is there")  # before any writes
     mine, count = left[ranks.rank::ranks.n], lambda batches: sum(len(rows) for *_, missing in batches for rows in missing.values())

@@ -94,7 +94,7 @@ def products_kernel(
     offs_n, offs_r = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
     if bias_ptr is not None:
         if n >= start - sizes[len(w_ptrs) - 1]:
-            if eps is not None:
+            if eps is not None:  # tiles of 512 at least: small ones would each wait for L2
                 y *= tl.rsqrt(mean_squares(x_ptr, K, R, max(BLOCK_K, 512), BLOCK_R) + eps)
             y += tl.load(bias_ptr + offs_n - first, mask=offs_n < start, other=0).to(tl.float32)[:, None]
     where = offs_r.to(tl.int64)[None, :] * start + offs_n[:, None]                            # [BLOCK_N, BLOCK_R]

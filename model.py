@@ -27,7 +27,7 @@ import backend
 import weights
 from cache import LAYER_DICE, Cache
 from memory import memory_scan, memory_step
-from sparse import Dense, by_position, drops, name, window_of
+from sparse import Dense, Dilated, drops, name, phases, window_of
 
 TOGETHER = 32768  # tokens of a prompt that go through a layer at a time: more take memory and save no time
 
@@ -98,7 +98,7 @@ class Feed:
     # with a cache, whose places for tokens are called slots (see cache.py):
     decoding: bool = False       # one new token per row
     whole: bool = False          # the prompt ends here, and the method drops entries: at once
-    watch: Callable | None = None
+    watch: Callable | None = None  # see Transformer.prefill
     start: object = 0            # int, or (B,)  the slot of the first token
 
 
@@ -135,7 +135,7 @@ class Transformer(nn.Module):
         decoding = cache is not None and tokens.shape[1] == 1 and lengths is None
         if cache is not None:
             cache.check_rows(len(tokens))
-        if cache is not None and cache.positions[0] is not None and not decoding and by_position(sparse):
+        if cache is not None and cache.positions[0] is not None and not decoding and isinstance(phases(sparse).prefill_by, Dilated):
             raise ValueError(f"{name(sparse)} cannot go on after {name(cache.kept_by)}: its pattern needs every position")
         if decoding:
             cache.compress(sparse)  # once, and only if the method drops entries

@@ -402,10 +402,10 @@ def read_jsonl(path, tokenizer, protocol="base", task=None, max_new_tokens=128):
     """
     path, examples = Path(path), []
     task = task or next((name for name in (path.stem, path.parent.name) if name in TASKS), path.stem)
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):  # bytes: a text's lines would end at U+2028 too
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} line {number}: not JSON ({error}); write one object per line") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path} line {number}: not an object {{...}}; write one per line")

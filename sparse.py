@@ -420,24 +420,19 @@ def compose(*methods):
     return Compose(**{f"{hook}_by": method for hook, method in hooks.items()})
 
 
-def compress_by(method):
-    """The part of a method that decides what stays of a prompt."""
-    return method.compress_by if isinstance(method, Compose) else method
+def phases(method):
+    """The method (None: dense) as Compose: which part of it decides prefill, compress and decode."""
+    return method if isinstance(method, Compose) else compose(method or Dense())
 
 
 def drops(method):
     """Whether it drops prompt entries: whether its compress is another than Dense's."""
-    return type(compress_by(method)).compress is not Dense.compress
+    return type(phases(method).compress_by).compress is not Dense.compress
 
 
 def window_of(*methods):
-    """How many of a prompt's last queries a cache must keep for these methods (None: dense)."""
-    return max([64] + [getattr(compress_by(method), "window", 0) for method in methods])
-
-
-def by_position(method):
-    """Whether its prefill reads by position, as no cache can after entries were dropped."""
-    return isinstance(method.prefill_by if isinstance(method, Compose) else method, Dilated)
+    """How many of a prompt's last queries a cache must keep for these methods."""
+    return max([64] + [getattr(phases(method).compress_by, "window", 0) for method in methods])
 
 
 # ---------------------------------------------------------------- small helpers

@@ -306,6 +306,7 @@ def test_predictions_are_in_the_form_that_rulers_evaluation_reads(tmp_path):
 
 @pytest.mark.parametrize("line, complaint", [
     ("{", r"line 2: not JSON"),
+    (b'{"index": "\xff"}', r"line 2: not JSON"),
     ('{"index": 0, "input": "x"}', r"line 2: no field 'outputs'"),
     ("1", r"line 2: not an object"),
     ('{"index": 0, "input": "x", "outputs": []}', r"line 2: outputs must be one or more texts"),
@@ -314,9 +315,10 @@ def test_predictions_are_in_the_form_that_rulers_evaluation_reads(tmp_path):
     ('{"index": 0, "input": "x", "outputs": ["7"]}', r"line 2: answer '7' is not in the input"),
 ])
 def test_bad_line_is_named(tmp_path, line, complaint):
-    """Half a file, from a job that was killed, should say where it ends."""
+    """Half a file, from a job that was killed, should say where it ends. A text's own line ends are none of the file's."""
     path = tmp_path / "data.jsonl"
-    path.write_text('{"index": 0, "input": "for a is: 7.", "outputs": ["7"]}\n' + line + "\n")
+    line = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes('{"index": 0, "input": "\u2028for a is: 7.", "outputs": ["7"]}\n'.encode() + line + b"\n")
     with pytest.raises(ValueError, match=rf"data\.jsonl {complaint}"):
         niah.read_jsonl(path, Bytes())
 
