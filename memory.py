@@ -18,6 +18,8 @@ back a trained memory reaches. Read model.py first; sparse.py, which selects amo
 
 Letters: B batch, T tokens, KV key/value heads, D head width.
 """
+from contextlib import contextmanager
+
 import torch
 from torch.nn import functional as F
 
@@ -149,3 +151,22 @@ def effective_length(gate):
     # the mean age at the end of the text, where w is complete; the whole second half, so that one token matters little
     half = gate.shape[1] // 2
     return 1 + (a[:, half:] / w[:, half:].clamp_min(1e-30)).mean(dim=(0, 1))
+
+
+@contextmanager
+def lengths_of(model):
+    """
+    While the block runs, what each layer's memory averages over as the model reads full rows: yields a list that fills with
+    effective_length, (KV, D) of a layer. Not under torch.compile.
+    """
+    found = []
+
+    def measure(attention, inputs):
+        gate = attention.gate(inputs[0]).unflatten(-1, (-1, attention.config.head_width))  # (B, T, KV, D)
+        found.append(effective_length(gate))
+    hooks = [layer.self_attn.register_forward_pre_hook(measure) for layer in model.layers]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()

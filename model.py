@@ -15,6 +15,7 @@ Checked against transformers' Olmo2 and the official RAT+ in tests/test_model.py
 
 Letters: B batch, T tokens, C model width, H query heads, KV key/value heads, D = C / H head width, V vocabulary.
 """
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 import backend
 import weights
 from cache import LAYER_DICE, Cache
+from loss import weighted_loss, weighted_score
 from memory import memory_scan, memory_step
 from sparse import Dense, Dilated, drops, name, phases, window_of
 
@@ -151,8 +153,27 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def head(self, x):
-        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return few_products(x, [weight])[0] if self.by_kernels() and few(x) else F.linear(x, weight)
+        return few_products(x, [self.head_weight])[0] if self.by_kernels() and few(x) else F.linear(x, self.head_weight)
+
+    @property
+    def head_weight(self):
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight  # (V, C)
+
+    def loss(
+        self,
+        tokens,          # (B, T + 1)  ids
+        weight,          # (B, T + 1)  fp32, of each token as a target; the first is none
+        sparse=None,     # as in forward
+        compiled=False,  # the loss by torch.compile
+    ):                   # -> sum of weight * cross entropy of tokens[:, 1:], in nats
+        """For training, with gradients: logits exist a few tokens at a time (loss.py)."""
+        x = self.hidden(tokens[:, :-1], sparse=sparse)
+        return weighted_loss(x.flatten(0, 1), self.head_weight, tokens[:, 1:].flatten(), weight[:, 1:].flatten(), compiled)
+
+    def score(self, tokens, weight, sparse=None):
+        """The same without gradients, and the sum of weights whose target is the likeliest token."""
+        x = self.hidden(tokens[:, :-1], sparse=sparse)
+        return weighted_score(x.flatten(0, 1), self.head_weight, tokens[:, 1:].flatten(), weight[:, 1:].flatten())
 
     def by_kernels(self):
         """Whether this is inference in Triton."""
@@ -306,8 +327,7 @@ class Transformer(nn.Module):
         for layer in self.layers:
             weight = layer.self_attn.k_proj.weight
             layer.self_attn.memory_proj = memory_proj(self.config).to(weight.device, weight.dtype)
-            nn.init.zeros_(layer.self_attn.memory_proj.weight)
-            nn.init.constant_(layer.self_attn.memory_proj.bias, math.log(gate / (1 - gate)))
+        self.load_state_dict({name: make() for name, make in memory_tensors(self.config, gate).items()}, strict=False)
         return self
 
     @classmethod
@@ -337,6 +357,31 @@ class Transformer(nn.Module):
         """FLOPs per token, forward and backward, where it reads so many entries: T / 2 in dense attention."""
         used = sum(p.numel() for p in self.parameters()) - (0 if self.config.tied else self.embed_tokens.weight.numel())
         return 6 * used + 12 * self.config.n_layer * self.config.width * reads
+
+
+def fresh(config, seed, device="cpu"):
+    """
+    A new model's tensors, {parameter name: () -> fp32 tensor}: those of init, each a function of (seed, its name). So a
+    process may make some of them, or a part of each.
+    """
+    def make(name, shape):
+        if len(shape) == 1:
+            return torch.ones(shape, device=device) if name.endswith("weight") else torch.zeros(shape, device=device)
+        source = torch.Generator(device)
+        source.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=6).digest(), "little"))
+        return torch.empty(shape, device=device).normal_(std=0.02, generator=source)
+
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+    return {name: lambda name=name, shape=shape: make(name, shape) for name, shape in shapes.items()}
+
+
+def memory_tensors(config, gate):
+    """The tensors of a fresh memory, as fresh gives them: every gate is `gate`, above 0 and below 1, whatever it reads."""
+    kv_width, name = config.n_kv_head * config.head_width, "layers.{}.self_attn.memory_proj.{}".format
+    bias = math.log(gate / (1 - gate))
+    return {name(i, "weight"): lambda: torch.zeros(kv_width, config.width) for i in range(config.n_layer)} \
+        | {name(i, "bias"): lambda: torch.full((kv_width,), bias) for i in range(config.n_layer)}
 
 
 def init(module):

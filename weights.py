@@ -8,7 +8,9 @@ Weights on disk: which files hold a model, and under which names.
 Read are:
     a directory in Hugging Face layout: config.json of model_type olmo2, and one or many .safetensors files
     a directory written here: the same, of model_type nanorat if it is more than OLMo 2 (a memory, RAT+'s form)
-    a run of train.py (out/NAME): its newest checkpoint, which is such a directory
+    a run of train.py (out/NAME): its newest checkpoint, which is such a directory. If several GPUs trained, each wrote a
+        file with its rows of every tensor (checkpoint.py); they are joined here, and
+        python checkpoint.py out/NAME DIR writes them as others read them
     an official RAT+ checkpoint, one .pth file (arXiv 2602.18196, weights barpitf/ratplus)
 
 Parameters are named as in Hugging Face's OLMo 2, here without its prefix "model."; a memory's gate is
@@ -18,6 +20,7 @@ Checked in tests/test_weights.py.
 import hashlib
 import json
 import os
+import re
 from collections import OrderedDict
 from dataclasses import asdict
 from pathlib import Path
@@ -25,8 +28,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 SHARD_BYTES = 5 * 10**9  # a larger model is split into files of at most this size
+PLACES = "DCP_SHARDING_INFO"  # where torch.distributed.checkpoint notes which rows a file holds: it can read our checkpoints
 
 
 def resolve(path):
@@ -35,11 +40,11 @@ def resolve(path):
     return checkpoints[-1].parent if checkpoints else Path(path)
 
 
-def read(path):
-    """Settings (a dict of model.Config's fields) and tensors ({name: () -> tensor}) of the model at `path`."""
+def read(path, without_tensors=False):
+    """Settings (a dict of model.Config's fields) and tensors ({name: () -> tensor}, or None) of the model at `path`."""
     path = resolve(path)
     if path.is_dir():
-        return read_directory(path)
+        return settings_of_directory(path), None if without_tensors else tensors_of_directory(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a model's directory, or a RAT+ .pth file")
     if path.suffix == ".pth":
@@ -65,14 +70,22 @@ def fill(model, tensors, path, dtype, device):
         if tensor.shape != parameter.shape:
             raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, its config asks for {tuple(parameter.shape)}: "
                              "config and weights are not of one model")
+        spread = isinstance(parameter, DTensor)  # by fully_shard: this process has some of the rows
+        if spread:
+            mesh = parameter.device_mesh
+            parts, mine = tensor.chunk(mesh.size()), mesh.get_local_rank()
+            tensor = parts[mine] if mine < len(parts) else tensor[:0]
         # a copy of its own: what the file holds stays on disk, mapped, and can go
-        state[name] = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+        tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+        if spread:
+            tensor = DTensor.from_local(tensor, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
+        state[name] = tensor
     model.load_state_dict(state, assign=True)
 
 
 # ---------------------------------------------------------------- directories
 
-def read_directory(path):
+def settings_of_directory(path):
     config_file = path / "config.json"
     try:
         found = json.loads(config_file.read_text())
@@ -87,7 +100,7 @@ def read_directory(path):
         settings = settings_of_olmo2(found, config_file)
     else:
         raise ValueError(f"{config_file}: model_type is {kind!r}, and only 'olmo2' and 'nanorat' can be loaded here")
-    return settings, tensors_of_directory(path)
+    return settings
 
 
 def settings_of_olmo2(found, config_file):
@@ -127,20 +140,41 @@ def tensors_of_directory(path):
         files = sorted(file.name for file in path.glob("model*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{path} holds no .safetensors file: fetch the weights, or convert a .bin to it")
-    tensors = {}
+        missing = all_of(files[0]) - set(files)
+        if missing:
+            raise FileNotFoundError(f"{path / min(missing)} is missing, though {files[0]} is there: restore it from a copy")
+    tensors, rows = {}, {}
     for file in files:
         if not (path / file).exists():
             raise FileNotFoundError(f"{path / file} is missing, though {index_file.name} names it: fetch that shard")
-        try:
-            mapped = safe_open(path / file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path / file} is damaged or incomplete ({error}): fetch it again") from None
-        names = {name: name.removeprefix("model.") for name in mapped.keys()}
-        expected = (mapped.metadata() or {}).get("sha256")  # in files written here
-        if expected and expected != content_hash({name: mapped.get_tensor(name) for name in names}):
-            raise ValueError(f"{path / file} is damaged: its content does not match its hash; restore it from a copy")
-        tensors |= {ours: lambda mapped=mapped, theirs=theirs: mapped.get_tensor(theirs) for theirs, ours in names.items()}
-    return tensors
+        mapped = checked(path / file)
+        some = rows_of(mapped)
+        for theirs in mapped.keys():
+            load = lambda mapped=mapped, theirs=theirs: mapped.get_tensor(theirs)
+            ours = theirs.removeprefix("model.")
+            if some:
+                rows.setdefault(ours, {})[some[theirs]] = load
+            else:
+                tensors[ours] = load
+    return tensors | {name: lambda parts=parts: torch.cat([parts[first]() for first in sorted(parts)]) for name, parts in rows.items()}
+
+
+def checked(file):
+    """A safetensors file, mapped. ValueError if it is damaged, as far as that can be told: ours carry a hash of their content."""
+    try:
+        mapped = safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged or incomplete ({error}): fetch it again") from None
+    expected = (mapped.metadata() or {}).get("sha256")  # in files written here
+    if expected and expected != content_hash({name: mapped.get_tensor(name) for name in mapped.keys()}):
+        raise ValueError(f"{file} is damaged: its content does not match its hash; restore it from a copy")
+    return mapped
+
+
+def rows_of(mapped):
+    """Where the rows of each tensor in one of several GPUs' files begin, {name: row}; None for a file of whole tensors."""
+    places = (mapped.metadata() or {}).get(PLACES)
+    return places and {name: (place["saved_offsets"] or [0])[0] for name, place in json.loads(places).items()}
 
 
 def write(path, config, state):
@@ -152,7 +186,7 @@ def write(path, config, state):
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    state = {name if name.startswith("lm_head") else "model." + name: tensor for name, tensor in state.items()}
+    state = {hf_name(name): tensor for name, tensor in state.items()}
     shards, size = [{}], 0
     for name, tensor in state.items():
         size += tensor.nbytes
@@ -175,9 +209,22 @@ def write(path, config, state):
         old.unlink()  # of a model saved here before, in other files
 
 
-def save_shard(shard, file):
+def hf_name(name):
+    """A parameter's name in files."""
+    return name if name.startswith("lm_head") else f"model.{name}"
+
+
+def all_of(file):
+    """The names of all files that one called NAME-00001-of-00003.safetensors belongs with; of another's, just its own."""
+    found = re.fullmatch(r"(.+-)\d{5}(-of-(\d{5})\.safetensors)", file)
+    return {f"{found[1]}{n:05d}{found[2]}" for n in range(1, int(found[3]) + 1)} if found else {file}
+
+
+def save_shard(shard, file, places=None):
+    """Tensors into a file with a hash of their content. places: {name: where it begins in a whole tensor}; None: all are whole."""
     shard = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
-    save_file(shard, file, metadata={"format": "pt", "sha256": content_hash(shard)})
+    more = {} if places is None else {PLACES: json.dumps({name: {"saved_offsets": list(place)} for name, place in places.items()})}
+    save_file(shard, file, metadata={"format": "pt", "sha256": content_hash(shard), **more})
 
 
 def describe(config, dtype):

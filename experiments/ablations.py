@@ -40,7 +40,7 @@ import runs  # noqa: E402
 import train  # noqa: E402
 import weights  # noqa: E402
 from data import tokenizer_of  # noqa: E402
-from memory import effective_length  # noqa: E402
+from memory import lengths_of  # noqa: E402
 from model import Attention, Transformer  # noqa: E402
 
 EVAL_SEED = 0  # of the examples: the same for all
@@ -227,14 +227,8 @@ def table(found):
 @torch.no_grad()
 def lengths(model, tokens):
     """memory.effective_length of every channel while the model reads tokens (B, T), all full rows: (layers, KV, D)."""
-    found = []
-
-    def measure(attention, inputs):  # x, what the block gives its attention and its gate
-        found.append(effective_length(attention.gate(inputs[0]).unflatten(-1, (-1, model.config.head_width))))
-    hooks = [layer.self_attn.register_forward_pre_hook(measure) for layer in model.layers]
-    model.hidden(tokens)
-    for hook in hooks:
-        hook.remove()
+    with lengths_of(model) as found:
+        model.hidden(tokens)
     return torch.stack(found)
 
 

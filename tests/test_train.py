@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import data
 import eval_niah
+import samples
 import train
 import weights
 from conftest import ORACLE
@@ -41,8 +42,9 @@ def run(*flags):
 
 
 def log_of(name):
+    """Without what is another number each time."""
     rows = [json.loads(line) for line in Path("out", name, "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [{key: value for key, value in row.items() if not key.endswith("second") and not key.endswith("seconds")} for row in rows]
 
 
 def assert_same_files(a, b):
@@ -91,14 +93,14 @@ def test_killed_run_goes_on_as_if_nothing_had_happened():
 
 def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(capsys, monkeypatch):
     """An interrupted run must keep its last step, end with status 130 and a line, and restore the handlers."""
-    original, calls = train.weighted_loss, []
+    original, calls = train.Loss.forward, []
 
     def interrupt(*args):
         calls.append(1)
         if len(calls) == 5:  # in step 3 of 4: two passes each
             os.kill(os.getpid(), signal.SIGINT)
         return original(*args)
-    monkeypatch.setattr(train, "weighted_loss", interrupt)
+    monkeypatch.setattr(train.Loss, "forward", interrupt)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as stop:
         run("--name=stopped")
@@ -136,13 +138,13 @@ def two_processes(*flags, change=""):
 
 
 INTERRUPT = """
-original, calls = train.weighted_loss, []
+original, calls = train.Loss.forward, []
 def interrupt(*args):
     calls.append(1)
     if os.environ["RANK"] == "1" and len(calls) == 5:  # in step 3: two passes each
         os.kill(os.getpid(), signal.SIGINT)
     return original(*args)
-train.weighted_loss = interrupt
+train.Loss.forward = interrupt
 """
 
 
@@ -179,7 +181,7 @@ def test_two_processes_train_like_one():
 def test_two_groups_learn_at_their_own_rates(monkeypatch):
     """A gate in the wrong group would stall or spike in continued pretraining."""
     args = train.parse([*BASE, "--lr=1e-4", "--memory_lr=1e-2"])
-    model = train.make_model(args)
+    model = train.make_model(*train.describe(args), args)
     optimizer = train.make_optimizer(model, args)
     peak = {id(p): group["peak"] for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
@@ -200,15 +202,6 @@ def test_training_learns():
     """A sign error, or targets not shifted by one, would leave the loss at ln 257 = 5.5."""
     _, last = run("--name=learn", "--steps=40", "--lr=1e-2", "--arl=0", "--eval_every=40", "--save_every=40")
     assert last["loss"] < 3.5
-
-
-def test_loss_weighs_answers_and_ignores_padding():
-    """The loss is the mean over weighted targets; tokens[0] is never a target."""
-    model = Transformer(TINY)
-    tokens, weight = torch.randint(257, (2, 9)), torch.rand(2, 9)
-    logp = model(tokens[:, :-1]).log_softmax(-1)
-    expected = -(logp.gather(-1, tokens[:, 1:, None]).squeeze(-1) * weight[:, 1:]).sum()
-    torch.testing.assert_close(train.weighted_loss(model, tokens, weight, None, train.nullcontext()), expected)
 
 
 def test_a_recipe_that_continues_a_model_has_samples_of_its_own():
@@ -236,7 +229,7 @@ def test_shards_train_and_are_checked_against_the_vocabulary():
     assert last["val_loss"] < 5.5
     foreign = type("Tokenizer", (), {"name": "bpe"})
     with pytest.raises(ValueError, match="tokenizer bytes"):
-        train.Text(train.parse([*BASE, "--data=shards", "--context_len=64"]), foreign, "train")
+        samples.Text(train.parse([*BASE, "--data=shards", "--context_len=64"]), foreign, "train")
 
 
 def test_memory_is_added_to_a_trained_model_and_the_run_is_its_own():
@@ -302,10 +295,10 @@ def test_torn_log_does_not_stop_a_resume():
 
 def test_failed_save_leaves_the_last_checkpoint(monkeypatch):
     """A full disk at step 4 must not take step 2 with it, nor leave half a checkpoint."""
-    original = train.save_file
-    monkeypatch.setattr(train, "save_file", lambda flat, file: original(flat, file) if "0000002" in str(file) else
+    original = weights.save_file
+    monkeypatch.setattr(weights, "save_file", lambda flat, file, **more: original(flat, file, **more) if "0000002" in str(file) else
                         (_ for _ in ()).throw(OSError("No space left on device")))
-    with pytest.raises(OSError, match="step 4.*No space left"):
+    with pytest.raises(OSError, match="step_0000004.*No space left"):
         run("--name=full")
     assert [path.name for path in sorted(Path("out/full").iterdir())] == ["log.jsonl", "step_0000002"]
     monkeypatch.undo()
@@ -318,21 +311,50 @@ def test_loss_that_is_not_finite_stops_the_run():
     assert all(tensor.isfinite().all() for file in Path("out/nan").glob("step_*/model.safetensors") for tensor in load_file(file).values())
 
 
+def poison(monkeypatch, *passes):
+    """The gradient's norm is NaN in these passes, counted from 0; two make a step."""
+    original, count = train.parallel.gradient_norm, iter(range(999))
+    monkeypatch.setattr(train.parallel, "gradient_norm", lambda model: original(model) * (float("nan") if next(count) in passes else 1))
+
+
 @pytest.mark.parametrize("every", [1, 1000])
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(every, monkeypatch):
-    """A finite loss whose gradient makes every weight NaN, saved as the last checkpoint; a step later is early enough."""
-    monkeypatch.setattr(train.torch.nn.utils, "clip_grad_norm_", lambda parameters, most, count=iter(range(99)):
-                        torch.tensor(float("nan") if next(count) == 3 else 1.0))  # in step 2's dense pass
-    with pytest.raises(FloatingPointError, match="grad_norm is nan at step 2"):
-        run("--name=nan", f"--log_every={every}", "--eval_every=1000", f"--save_every={every}")
-    assert [row["step"] for row in log_of("nan")] == [1] and len(list(Path("out/nan").glob("step_*"))) == (every == 1)
+def test_a_pass_that_is_not_finite_is_skipped_counted_and_told(every, monkeypatch, capsys):
+    """NaN in a batch that reaches the weights or the moments; or whose whole run is lost for it; a resume that forgets the count."""
+    poison(monkeypatch, 3)  # step 2's dense pass
+    checkpoint, _ = run("--name=nan", f"--log_every={every}", "--eval_every=1000", "--save_every=2")
+    assert [row["skipped"] for row in log_of("nan")] == [0, 1, 1, 1] and log_of("nan")[1]["grad_norm"] is None
+    assert "1 of 2 passes skipped, 1 so far" in capsys.readouterr().out
+    moments = load_file(checkpoint / "optimizer.safetensors")
+    assert {int(value) for key, value in moments.items() if key.endswith("/step")} == {7}
+    assert all(tensor.isfinite().all() for tensor in moments.values())
+    assert json.loads((checkpoint / "train.json").read_text())["skipped"] == 1
+    shutil.rmtree(checkpoint)
+    run("--name=nan", "--resume", f"--log_every={every}", "--eval_every=1000", "--save_every=2")
+    assert [row["skipped"] for row in log_of("nan")] == [0, 1, 1, 1]
+
+
+def test_a_skipped_pass_changes_nothing(monkeypatch):
+    """Weight decay or moments that go on without a gradient."""
+    poison(monkeypatch, 2, 3)
+    args = ["--steps=2", "--save_every=1", "--eval_every=0"]
+    run("--name=nan", *args)
+    assert_same_files(Path("out/nan/step_0000001"), Path("out/nan/step_0000002"))
+
+
+def test_a_few_steps_in_a_row_that_are_not_finite_end_the_run(monkeypatch):
+    """Days of a run that learns nothing any more."""
+    poison(monkeypatch, *range(4, 99))
+    with pytest.raises(FloatingPointError, match="3 steps in a row, up to step 5"):
+        run("--name=nan", "--steps=20", "--save_every=2", "--log_every=1000", "--eval_every=0")
+    assert [row["step"] for row in log_of("nan")] == [1, 2, 3, 4, 5]
+    assert all(tensor.isfinite().all() for tensor in load_file("out/nan/step_0000004/model.safetensors").values())
 
 
 def test_steps_whose_numbers_are_told_late_are_logged_all_the_same():
     """A line lost, doubled or out of order, where the loop runs a step ahead of what it knows."""
     run("--name=at_once", "--steps=8")
     run("--name=late", "--steps=8", "--log_every=1000", "--eval_every=1000", "--save_every=1000")
-    plain = lambda rows: [{key: value for key, value in row.items() if not key.startswith("val_")} for row in rows]
+    plain = lambda rows: [{key: value for key, value in row.items() if not key.startswith(("val_", "memory_lengths"))} for row in rows]
     assert plain(log_of("late")) == plain(log_of("at_once")) and len(log_of("late")) == 8
 
 
@@ -348,7 +370,7 @@ def test_a_run_whose_samples_have_changed_is_not_resumed(monkeypatch):
 def test_joint_pass_sees_the_window_alone(monkeypatch):
     """A baseline whose extra pass is dense too, or whose FLOPs are counted as if it were."""
     args = train.parse([*BASE, "--memory=off", "--arl=0", "--joint=64", "--context_len=512"])
-    (window, reads), (dense, all_reads) = train.passes_of(args)
+    (window, reads), (dense, all_reads) = train.passes_of(args).values()
     assert window == Dilated(dilation=None, local=64, initial=0) and dense is None and (reads, all_reads) == (64, 256)
     _, last = run("--name=joint", "--memory=off", "--arl=0", "--joint=64")
     assert {"loss", "joint_loss"} <= last.keys()
@@ -357,8 +379,8 @@ def test_joint_pass_sees_the_window_alone(monkeypatch):
 def test_a_checkpoint_tells_how_it_was_made():
     checkpoint, _ = run("--name=told")
     record = json.loads((checkpoint / "train.json").read_text())
-    assert {"step", "settings", "command", "commit", "device", "torch", "seconds", "step_seconds", "tokens_per_second", "mfu",
-            "first_sample", "from"} == record.keys()
+    assert {"step", "settings", "command", "commit", "device", "processes", "torch", "seconds", "step_seconds", "tokens_per_second", "mfu",
+            "skipped", "first_sample", "from"} == record.keys()
     assert record["tokens_per_second"] == pytest.approx(4 * 512 / record["step_seconds"], rel=0.01) and record["mfu"] is None
     assert record["from"] is None
     flags = [f"--init={checkpoint}", "--name=retold", *BASE[1:], "--steps=3", "--save_every=2"]

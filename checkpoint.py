@@ -1,0 +1,213 @@
+"""
+Checkpoints of a training run: written while it goes on, whole or not at all, read by any number of GPUs.
+
+    out/NAME/step_0000500/config.json                  what the model is
+                          model-00001-of-00002.safetensors       a GPU's rows of every weight, fp32
+                          optimizer-00001-of-00002.safetensors   and of both of AdamW's moments, NAME/exp_avg ...
+                          train.json                   the step, the flags, how it was made
+                          tokenizer.json ...           what came beside --init
+
+torch.distributed.checkpoint decides who writes and who reads which rows; Writer below gives it safetensors with a hash of
+their content, and no pickle. One process writes whole tensors (model.safetensors): an OLMo 2 without memory opens in
+transformers as it is. model.Transformer.from_pretrained and eval_niah.py read all of them, and
+
+    python checkpoint.py out/NAME DIR --dtype=bfloat16
+
+writes what several GPUs have made as one model in Hugging Face's layout. The step is all that a checkpoint needs to know of
+data and chance: both are functions of (seed, step). Checked in tests/test_checkpoint.py and tests/test_train.py.
+"""
+import argparse
+import json
+import os
+import shutil
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+import weights
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process on a CPU is no group, and needs none
+KEPT = 2  # checkpoints: if the newest turns out to be of no use, there is one more
+
+
+# ---------------------------------------------------------------- writing
+
+def state_of(model, optimizer):
+    """{name: tensor}, the very ones that model and optimizer use: of each the rows that this process keeps."""
+    state = {weights.hf_name(name): tensor for name, tensor in model.state_dict().items()}  # first: it drops what forward has gathered
+    for name, parameter in model.named_parameters():
+        assert optimizer.state[parameter], f"the optimizer knows no moments of {name}"
+        state |= {f"{name}/{key}": value for key, value in optimizer.state[parameter].items()}
+    return state
+
+
+class Writer(dcp.StorageWriter):
+    """Where torch.distributed.checkpoint puts things: a folder that gets its final name once all processes are done."""
+
+    def __init__(self, folder, config, record, beside):
+        self.folder, self.config, self.record, self.beside = folder, config, record, beside
+        self.temporary = folder.with_name(f".{folder.name}.tmp")
+
+    def reset(self, checkpoint_id=None):
+        pass
+
+    def set_up_storage_writer(self, is_coordinator, *args, **kwargs):
+        if is_coordinator:  # before the others are told what to write
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            self.temporary.mkdir(parents=True)
+
+    def prepare_local_plan(self, plan):
+        return plan
+
+    def prepare_global_plan(self, plans):
+        return [replace(plan, storage_data=(number, len(plans))) for number, plan in enumerate(plans, start=1)]
+
+    def write_data(self, plan, planner):
+        number, world = plan.storage_data
+        files = {}
+        for item in plan.items:
+            file = "optimizer" if "/" in item.index.fqn else "model"
+            tensor = planner.resolve_data(item)
+            files.setdefault(file, []).append((item.index.fqn, tuple(item.index.offset or ()), tensor))
+        for file, entries in files.items():
+            name = f"{file}.safetensors" if world == 1 else f"{file}-{number:05d}-of-{world:05d}.safetensors"
+            places = None if world == 1 else {fqn: place for fqn, place, _ in entries}
+            weights.save_shard({fqn: tensor for fqn, _, tensor in entries}, self.temporary / name, places)
+            flush(self.temporary / name)
+        done = Future()
+        done.set_result([WriteResult(index=item.index, size_in_bytes=0, storage_data=None) for item in plan.items])
+        return done
+
+    def finish(self, metadata, results):
+        """The first process, once all have written."""
+        for name, content in ("config.json", weights.describe(self.config, "float32")), ("train.json", self.record):
+            (self.temporary / name).write_text(json.dumps(content, indent=1))
+        for file in self.beside:
+            shutil.copy(file, self.temporary)
+        os.rename(self.temporary, self.folder)
+        flush(self.folder.parent)
+        for old in sorted(self.folder.parent.glob("step_*"))[:-KEPT]:
+            shutil.rmtree(old)
+
+    def storage_meta(self):
+        return StorageMeta()
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id):
+        return True
+
+
+def flush(path):
+    """To the disk itself: what a name stands for survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Saver:
+    """Checkpoints of one run. save copies the state to the CPU's memory and returns; the rest happens while training goes on."""
+
+    def __init__(self, run, processes, beside):
+        self.run, self.processes, self.beside = run, processes, beside
+        self.writer = self.writing = None
+
+    def save(self, model, optimizer, record):
+        """run/step_N, with the record as train.json and the files `beside` it. OSError if the one before failed."""
+        self.wait()
+        self.writer = Writer(self.run / f"step_{record['step']:07d}", model.config, record, self.beside)
+        self.writing = dcp.async_save(state_of(model, optimizer), storage_writer=self.writer, no_dist=self.processes.world == 1,
+                                      process_group=self.processes.background)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        """What is being written is written, however the run ends."""
+        try:
+            self.wait()
+        except OSError:
+            if kind is None:
+                raise
+
+    def failed(self):
+        """Whether the last one is known to have failed; wait tells why."""
+        return self.writing is not None and self.writing.done() and self.writing.exception() is not None
+
+    def wait(self):
+        """Until the last checkpoint is on disk. OSError if it is not."""
+        if self.writing is None:
+            return
+        writing, self.writing = self.writing, None
+        try:
+            writing.result()
+        except dcp.CheckpointException as error:
+            first = min(error.failures)
+            reason = error.failures[first][0]
+            if self.processes.rank == 0:
+                shutil.rmtree(self.writer.temporary, ignore_errors=True)
+            raise OSError(f"checkpoint {self.writer.folder} failed ({' '.join(str(reason).split())}); those before it, if any, are whole: "
+                          "make room, then --resume") from None
+
+
+# ---------------------------------------------------------------- reading
+
+def load(folder, model, optimizer, processes):
+    """
+    Weights and moments of a checkpoint into model and optimizer, which have storage. Each process reads its rows, whoever wrote
+    them. ValueError or FileNotFoundError in one line if a file is damaged or missing.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    missing = set().union(*(weights.all_of(file.name) for file in files)) - {file.name for file in files}
+    kinds = {file.name.partition("-")[0].partition(".")[0] for file in files}
+    missing |= {f"{kind}.safetensors" for kind in ("model", "optimizer") if kind not in kinds}
+    if missing:
+        raise FileNotFoundError(f"{folder / min(missing)} is missing: restore it, or delete {folder} to go on from the one before")
+    for file in files[processes.rank::processes.world]:  # each is read whole once, by someone
+        weights.checked(file)
+    if processes.world > 1:
+        dist.barrier(processes.background)
+    try:
+        dcp.load(state_of(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(folder)),
+                 no_dist=processes.world == 1, process_group=processes.background)
+    except (dcp.CheckpointException, SafetensorError, OSError) as error:
+        raise ValueError(f"{folder} is damaged or of another model ({str(error).splitlines()[0][:200]}): delete it to go on from the "
+                         "one before") from None
+
+
+# ---------------------------------------------------------------- python checkpoint.py
+
+def main():
+    from model import Transformer
+    parser = argparse.ArgumentParser(description="Write a run's newest checkpoint as one model in Hugging Face's layout.", allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", help="a run of train.py (out/NAME), one of its checkpoints, or any model that we load")
+    parser.add_argument("to", metavar="DIR", help="a new folder")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights (default: float32)")
+    args = parser.parse_args()
+    try:
+        source, to = weights.resolve(args.run), Path(args.to)
+        if to.exists():
+            raise ValueError(f"{to} exists: choose another folder")
+        model = Transformer.from_pretrained(source, getattr(torch, args.dtype))
+        model.save_pretrained(to)
+        from data import folder_of, tokenizer_files
+        for file in tokenizer_files(folder_of(source)):
+            shutil.copy(file, to)
+        print(f"{source} is now {to}, {args.dtype}")
+    except (ValueError, OSError) as error:
+        print(f"checkpoint.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""
+What a training run will cost, told before it starts: parameters, FLOPs, memory per GPU, time. What cannot fit is refused.
+
+    FLOPs a token   6 * parameters + 12 * layers * C * entries read, for each pass (causal attention reads T / 2)
+    memory a GPU    16 bytes a parameter / GPUs          weights, two moments and a gradient, fp32
+                  + 2 tokens * layers * (a C + b M)      what backward needs of a layer, bf16; a recomputed layer keeps C
+                  + what the loss takes, and what is gathered in bf16: embedding, head, two layers; on one GPU all
+
+plan() chooses how a GPU's share of a batch is cut: as many sequences at a time as fit, with no activation computed twice if
+one sequence allows that, and gradients summed over GPUs once a batch if there is room to keep them whole. a and b are what
+torch.compile keeps; README.md holds predictions beside measured peaks. Checked in tests/test_cost.py.
+
+Letters: C model width, M width of the MLP, T context, V vocabulary.
+"""
+import os
+import re
+from dataclasses import dataclass
+
+import torch
+
+from loss import MOST_LOGITS
+from model import Transformer
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12}  # a second, dense bf16, by data sheet
+EXPECTED_MFU = 0.45   # what a time is estimated by
+USABLE = 0.90         # of a GPU's memory: the rest is CUDA's, NCCL's, and what allocation leaves in pieces
+MOST_TOKENS = 65536   # at a time on a GPU: more are no faster
+
+
+def peak_flops(device_name):
+    """Of a GPU, a second; None if unknown here."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}", device_name)), None)
+
+
+def parameters(config):
+    """-> how many a model has; in the largest layer, its first; in embedding and head"""
+    with torch.device("meta"):
+        model = Transformer(config)
+    total = sum(p.numel() for p in model.parameters())
+    layer = sum(p.numel() for p in model.layers[0].parameters())
+    return total, layer, total - config.n_layer * layer
+
+
+def flops_per_token(config, reads):
+    """FLOPs per token, forward and backward, of a pass in which it reads so many entries: T / 2 in dense attention."""
+    with torch.device("meta"):
+        return Transformer(config).flops_per_token(reads)
+
+
+@dataclass
+class Plan:
+    """How a GPU's share of a batch is computed, and the bytes that takes."""
+    device_batch: int      # sequences at a time
+    recompute: int         # layers whose activations backward computes anew
+    whole_gradients: bool  # kept of all rows until a batch's last part, then summed over GPUs, once
+    bytes: dict            # {what: bytes}
+
+    @property
+    def total(self):
+        return sum(self.bytes.values())
+
+
+def memory(config, world, tokens, recompute=0, parts=1, whole_gradients=False, width=2):
+    """
+    {what: bytes} at the peak of a step, on each of `world` GPUs. tokens: at a time; parts: of a batch. width: bytes of a number
+    in activations, 2 on a GPU.
+    """
+    total, layer, ends = parameters(config)
+    C, M = config.width, config.mlp_width
+    kept = width * (C * per_width(config) + M * (3 if config.swiglu else 2))     # a token in a layer
+    anew = width * C                                                             # the layer's input alone
+    activations = tokens * (max(config.n_layer - recompute, 1) * kept + recompute * anew)
+    logits = min(MOST_LOGITS, tokens * config.vocab_size)
+    head = config.vocab_size * C
+    loss = 2 * width * logits + (4 + 2 * width) * head + 3 * width * tokens * C
+    gathered = 0 if world == 1 and width == 4 else width * (total if world == 1 else 2 * layer + 2 * ends)
+    # when a batch's only part begins backward, no gradient is there yet; at its end, no activation is
+    gradients = 4 * total / world if parts > 1 else max(0, 4 * total / world - activations - loss)
+    return {"weights and moments": 12 * total / world, "gradients": gradients + (4 * total if whole_gradients else 0),
+            "activations": activations, "loss": loss, "gathered": gathered}
+
+
+def per_width(config):
+    """a: vectors of C that backward needs of a token and a layer. The MLP's b: gate and up projection and their product, 3."""
+    kv = config.n_kv_head / config.n_head
+    vectors = 6 + 4 * kv                          # inputs of block and MLP, both outputs before their norm; q, k, v, twice as q, k; y
+    vectors += 4 * kv if config.memory else 0     # the gate and its input, k~, v~
+    return vectors + (2 if config.output_gate else 0)
+
+
+def plan(config, share, context_len, world, room, device_batch=None, recompute=None, width=2):
+    """
+    The cheapest Plan for `share` sequences a GPU and a batch that fits in `room` bytes. device_batch, recompute: not to be
+    chosen. ValueError, which says what is missing, if nothing fits.
+    """
+    rows = [device_batch] if device_batch else [n for n in range(share, 0, -1) if share % n == 0 and (n * context_len <= MOST_TOKENS or n == 1)]
+    layers = [recompute] if recompute is not None else [0]
+    candidates = [(n, anew) for n in rows for anew in layers]
+    if recompute is None:  # then as few as can be, with as few sequences as can be
+        candidates += [(rows[-1], anew) for anew in range(1, config.n_layer + 1)]
+    for n, anew in candidates:
+        for whole in (True, False) if world > 1 and n < share else (False,):
+            needs = memory(config, world, n * context_len, anew, share // n, whole, width)
+            found = Plan(n, anew, whole, needs)
+            if found.total <= room:
+                return found
+    fixed = found.total - 16 * parameters(config)[0] / world
+    enough = next((n for n in range(world, 4097) if fixed + 16 * parameters(config)[0] / n <= room), None)
+    raise ValueError(f"this cannot fit: {found.total / 1e9:.1f} GB a process, and {room / 1e9:.1f} GB are there ({told(found.bytes)}): "
+                     + (f"{enough} processes like this one could hold it" if enough else "shorten --context_len") + ", or choose a smaller model")
+
+
+def told(needs):
+    return ", ".join(f"{what} {value / 1e9:.2f}" for what, value in needs.items() if value > 0.01 * sum(needs.values()))
+
+
+def short(number):
+    """12,345,678 -> 12.3M"""
+    for unit, size in ("P", 1e15), ("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def room(device, processes_here):
+    """Bytes that one process may fill: of its GPU, or of this machine's memory, which all here share."""
+    if device.startswith("cuda"):
+        return USABLE * torch.cuda.mem_get_info()[1]
+    return USABLE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes_here
+
+
+def lines(config, plan, args, of_pass, peak, world):
+    """What a run tells before it starts. of_pass: {label: FLOPs of a step}; peak: FLOPs a second of a GPU, None if unknown."""
+    total, per_step, parts = parameters(config)[0], args.batch * args.context_len, args.batch // world // plan.device_batch
+    flops, on_gpu = sum(of_pass.values()), args.device.startswith("cuda")
+    yield (f"{total / 1e6:,.1f}M parameters, memory {'on' if config.memory else 'off'}, ARL {args.arl or 'off'}"
+           + (f", joint window {args.joint}" if args.joint else "") + (f", through {args.adapt}" if args.adapt else ""))
+    yield (f"{args.steps:,} steps of {args.batch} x {args.context_len} = {per_step:,} tokens, {short(args.steps * per_step)} in all; a step is "
+           f"{world} process{'es' if world > 1 else ''} x {parts} part{'s' if parts > 1 else ''} x {plan.device_batch} sequences, "
+           f"{len(of_pass)} pass{'es' if len(of_pass) > 1 else ''}")
+    time = f", about {args.steps * flops / (EXPECTED_MFU * peak * world) / 3600:,.2g} hours at an MFU of {EXPECTED_MFU:.0%}" if on_gpu and peak else ""
+    yield f"{short(flops)}FLOP a step, {args.steps * flops:.2e} in all{time}"
+    yield (f"memory of a process: {plan.total / 1e9:.2f} GB of {room(args.device, 1) / 1e9:.0f} ({told(plan.bytes)})"
+           + (f"; {plan.recompute} of {config.n_layer} layers compute their activations anew" if plan.recompute else "")
+           + ("; gradients are summed over GPUs once a batch" if plan.whole_gradients else ""))

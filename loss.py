@@ -1,0 +1,90 @@
+"""
+Cross entropy over a large vocabulary, without ever holding all logits: they come and go a few tokens at a time.
+
+    loss = sum_t weight[t] * (logsumexp(z[t]) - z[t, target[t]])          z = x W^T, (N, V)
+    dz[t] = weight[t] * (softmax(z[t]) - onehot(target[t])),  dx = dz W,  dW = dz^T x
+
+4,096 tokens of OLMo 2's vocabulary are 411M logits, with their gradient 1.6 GB in bf16; a batch of 32,768 would take 13.
+The loss needs nothing of another token, so each chunk's gradient is computed at once, in the forward pass, and its logits
+are dropped: three products in all, as many as with all logits, where computing them anew in backward would take four.
+
+Truth: torch's cross_entropy, in tests/test_loss.py. model.Transformer.loss calls this. Letters: N tokens, C width, V vocabulary.
+"""
+import torch
+from torch.nn import functional as F
+
+MOST_LOGITS = 2 ** 29  # of a chunk: a GPU is busy with far fewer, but dW is added up anew for each chunk
+
+
+def chunks(N, V):
+    """Slices of N tokens, each with at most MOST_LOGITS logits and at least one token."""
+    n = max(1, MOST_LOGITS // V)
+    return [slice(first, first + n) for first in range(0, N, n)]
+
+
+def chunk_loss(
+    logits,  # (n, V)
+    target,  # (n,)
+    weight,  # (n,)
+):           # -> sum of weight * cross entropy, fp32; its gradient to the logits, in their dtype
+    """In fp32 inside; compiled, this is two passes over the logits."""
+    z = logits.float()
+    lse = z.logsumexp(-1, keepdim=True)
+    picked = z.gather(-1, target[:, None])
+    hit = torch.arange(z.shape[-1], device=z.device) == target[:, None]
+    dz = ((z - lse).exp() - hit.float()) * weight[:, None]
+    return ((lse - picked).squeeze(-1) * weight).sum(), dz.to(logits.dtype)
+
+
+compiled_chunk_loss = torch.compile(chunk_loss, dynamic=False)
+
+
+class ChunkedLoss(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x, head, target, weight, compiled):
+        of_chunk = compiled_chunk_loss if compiled else chunk_loss
+        loss = torch.zeros((), device=x.device)
+        parts = chunks(len(x), len(head))
+        dx, dhead = torch.empty_like(x), None
+        for part in parts:
+            logits = F.linear(x[part], head)  # (n, V); under autocast in bf16
+            some, dz = of_chunk(logits, target[part], weight[part])
+            del logits
+            loss += some
+            dx[part] = dz @ head.to(dz.dtype)
+            more = dz.T @ x[part].to(dz.dtype)  # (V, C)
+            if len(parts) > 1:  # in fp32: a sum of many bf16 gradients drifts
+                dhead = more.float() if dhead is None else dhead.add_(more)
+            else:
+                dhead = more
+        ctx.save_for_backward(dx, dhead.to(head.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        dx, dhead = ctx.saved_tensors
+        return dx * dloss, dhead * dloss, None, None, None
+
+
+def weighted_loss(
+    x,                # (N, C)  the model's last hidden vectors, normalised
+    head,             # (V, C)
+    target,           # (N,)    the token that follows
+    weight,           # (N,)    fp32
+    compiled=False,   # by torch.compile
+):                    # -> sum of weight * cross entropy in nats, fp32, with gradients for x and head
+    return ChunkedLoss.apply(x, head, target, weight, compiled)
+
+
+@torch.no_grad()
+def weighted_score(x, head, target, weight):
+    """weighted_loss's arguments -> the same sum, and the sum of weights whose target is the likeliest token. No gradients."""
+    loss, right = torch.zeros(2, dtype=torch.float64, device=x.device)
+    counts = weight > 0  # often few: answers alone
+    x, target, weight = x[counts], target[counts], weight[counts]
+    for part in chunks(len(x), len(head)):
+        logits = F.linear(x[part], head).float()
+        loss += (F.cross_entropy(logits, target[part], reduction="none") * weight[part]).sum()
+        right += ((logits.argmax(-1) == target[part]) * weight[part]).sum()
+    return loss, right

@@ -1,0 +1,191 @@
+"""
+One model on one GPU, on many, on many nodes: the same script, started by python or by torchrun.
+
+    a parameter    fp32 on the GPU that keeps its rows, 1/world of them: what the optimizer changes (fully_shard, FSDP2)
+    a layer        gathers its parameters in bf16 just before it computes, and drops them; the next layer's come meanwhile
+    a gradient     bf16 where it is made, summed over GPUs in fp32, kept by the owner of the rows
+    activations    kept for backward, or computed anew from a layer's input (checkpointing), for as many layers as must be
+
+So numbers do not depend on how many GPUs there are, but for the order of sums. On a CPU all is fp32. A model so small that
+launches cost more than arithmetic takes another way, on one GPU alone: train.py records its passes as CUDA graphs.
+cost.py predicts the memory all this takes. Checked with two gloo processes in tests/test_parallel.py.
+"""
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class Processes:
+    """Those that train together; each has one GPU, or a share of the CPU."""
+    rank: int = 0
+    world: int = 1
+    mesh: DeviceMesh | None = None               # None: one process on a CPU, which spreads nothing
+    background: dist.ProcessGroup | None = None  # talks over the CPU, beside what the GPUs say to each other: for checkpoints
+    store: dist.Store | None = None              # outlives each of them, if torchrun keeps it
+    here: dict = field(default_factory=dict)     # {rank: pid} of the others on this machine
+
+    def sum(self, tensor):
+        """Over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gone(self):
+        """Ranks of the others on this machine that are no more."""
+        return [rank for rank, pid in self.here.items() if not alive(pid)]
+
+    def fail(self, line, code):
+        """End this process, as one of several, with a line for all of them: the first to fail knows why, the others follow."""
+        if self.store.add("failed", 1) == 1:
+            print(f"train.py: {line}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(code)  # at once: leaving in good order would mean to wait for the others
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat") as file:  # a dead one that nobody has asked after yet is a zombie, Z
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's, or no /proc
+        return True
+
+
+@contextmanager
+def processes(device):
+    """Join the others that torchrun started, if it did, until the block ends."""
+    world, on_gpu = int(os.environ.get("WORLD_SIZE", 1)), device.startswith("cuda")
+    if world == 1 and not on_gpu:
+        yield Processes()
+        return
+    if world == 1:
+        store, rank = dist.HashStore(), 0
+    else:
+        store, rank, world = next(dist.rendezvous("env://"))
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world)
+    background = dist.new_group(backend="gloo")
+    all_of_us = [None] * world
+    dist.all_gather_object(all_of_us, (socket.gethostname(), os.getpid()), background)
+    here = {other: pid for other, (host, pid) in enumerate(all_of_us) if host == all_of_us[rank][0] and other != rank}
+    us = Processes(rank, world, init_device_mesh("cuda" if on_gpu else "cpu", (world,)), background, store, here)
+    try:
+        yield us
+        dist.barrier(background)  # all leave together
+    except (ValueError, FloatingPointError, OSError) as error:
+        if world == 1:
+            raise
+        us.fail(" ".join(str(error).split()), 2)
+    except RuntimeError:
+        time.sleep(0.5)  # a lost one's end may still be on its way
+        if not us.gone():
+            raise
+        us.fail(lost(us.gone()), 1)
+    finally:
+        dist.destroy_process_group()
+
+
+def lost(ranks):
+    return (f"process {', '.join(map(str, ranks))} is gone, killed by someone or for want of memory: the last checkpoint is whole, "
+            "go on with the same command and --resume")
+
+
+# ---------------------------------------------------------------- the model
+
+def spread(model, processes):
+    """
+    Each process keeps its rows of every parameter of the model, which may be on the meta device still. bf16 where there are
+    GPUs. Model.loss and Model.score gather parameters as forward does.
+    """
+    if processes.mesh is None:
+        return model
+    on_gpu = processes.mesh.device_type == "cuda"
+    # inputs as they are: token weights and RoPE's angles stay fp32
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if on_gpu else MixedPrecisionPolicy()
+    for part in *model.layers, model:  # one GPU alone has all rows: what it has in bf16 after forward may stay for backward
+        fully_shard(part, mesh=processes.mesh, mp_policy=precision, reshard_after_forward=processes.world > 1 and part is not model)
+    for method in "loss", "score":
+        register_fsdp_forward_method(model, method)
+    return model
+
+
+def prepare(model, recompute=0, compiled=False):
+    """
+    recompute: of the first so many layers backward computes the activations anew, from their input. compiled: each layer by
+    torch.compile, which fuses what surrounds products and attention. Hooks of fully_shard stay outside of both.
+    """
+    for number, layer in enumerate(model.layers):
+        if compiled:
+            layer.forward = torch.compile(layer.forward, dynamic=False)  # few shapes, each worth kernels of its own
+        if number < recompute:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    return model
+
+
+def summing(model, last, whole):
+    """
+    Before a batch's next part: shall its gradients be summed over GPUs? whole: each GPU keeps gradients of all rows, in fp32,
+    and sums them with the batch's last part; else with each part, and keeps those of its own rows.
+    """
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last or not whole)
+
+
+def gradient_norm(model):
+    """Over all parameters and processes, on the device."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+# ---------------------------------------------------------------- a signal to stop, a process that is no more
+
+class Stop:
+    """
+    Ctrl-C and kill become a wish, which the loop asks for after each step, so that it ends with a checkpoint.
+
+    torchrun also sends the kill signal when one of the processes is lost. Then the others wait for it for ever, inside of a
+    call where Python hears no signal. So a thread listens too: if a process is gone, it says so and ends this one.
+    """
+
+    def __init__(self, processes):
+        self.processes, self.wished = processes, False
+
+    def __enter__(self):
+        self.ours, self.theirs = socket.socketpair()
+        self.theirs.setblocking(False)
+        self.before = signal.set_wakeup_fd(self.theirs.fileno(), warn_on_full_buffer=False)
+        self.handlers = {number: signal.signal(number, self.wish) for number in (signal.SIGINT, signal.SIGTERM)}
+        threading.Thread(target=self.listen, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self.before)
+        self.theirs.close()  # the thread reads the end, and leaves
+
+    def wish(self, *_):
+        self.wished = True
+
+    def listen(self):
+        while self.ours.recv(1):
+            time.sleep(0.5)
+            if gone := self.processes.gone():
+                self.processes.fail(lost(gone), 1)
+        self.ours.close()
