@@ -92,18 +92,8 @@ def processes(device):
         if world == 1:
             raise
         us.fail(" ".join(str(error).split()), 2)
-    except RuntimeError:
-        time.sleep(0.5)  # a lost one's end may still be on its way
-        if not us.gone():
-            raise
-        us.fail(lost(us.gone()), 1)
     finally:
         dist.destroy_process_group()
-
-
-def lost(ranks):
-    return (f"process {', '.join(map(str, ranks))} is gone, killed by someone or for want of memory: the last checkpoint is whole, "
-            "go on with the same command and --resume")
 
 
 # ---------------------------------------------------------------- the model
@@ -174,7 +164,9 @@ class Stop:
         threading.Thread(target=self.listen, daemon=True).start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
+        if kind and issubclass(kind, RuntimeError):  # what gloo raises when nobody answers
+            self.end_if_alone()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self.before)
@@ -185,7 +177,11 @@ class Stop:
 
     def listen(self):
         while self.ours.recv(1):
-            time.sleep(0.5)
-            if gone := self.processes.gone():
-                self.processes.fail(lost(gone), 1)
+            self.end_if_alone()
         self.ours.close()
+
+    def end_if_alone(self):
+        time.sleep(0.5)  # its end may still be on the way
+        if gone := self.processes.gone():
+            self.processes.fail(f"process {', '.join(map(str, gone))} is gone, killed by someone or for want of memory: the last checkpoint is "
+                                "whole, go on with the same command and --resume", 1)
