@@ -7,7 +7,7 @@ What a training run will cost, told before it starts: parameters, FLOPs, memory 
                   + what the loss takes, and what is gathered in bf16: embedding, head, two layers; on one GPU all
 
 plan() chooses how a GPU's share of a batch is cut: as many sequences at a time as fit, with no activation computed twice if
-one sequence allows that, and gradients summed over GPUs once a batch if there is room to keep them whole. a and b are what
+one sequence allows that, and weights and gradients sent once a batch if there is room to keep them whole. a and b are what
 torch.compile keeps; README.md holds predictions beside measured peaks. Checked in tests/test_cost.py.
 
 Letters: C model width, M width of the MLP, T context, V vocabulary.
@@ -52,7 +52,7 @@ class Plan:
     """How a GPU's share of a batch is computed, and the bytes that takes."""
     device_batch: int      # sequences at a time
     recompute: int         # layers whose activations backward computes anew
-    whole_gradients: bool  # kept of all rows until a batch's last part, then summed over GPUs, once
+    whole: bool            # weights in bf16 and gradients of all rows stay on each GPU until a batch's last part
     bytes: dict            # {what: bytes}
 
     @property
@@ -60,7 +60,7 @@ class Plan:
         return sum(self.bytes.values())
 
 
-def memory(config, world, tokens, recompute=0, parts=1, whole_gradients=False, width=2):
+def memory(config, world, tokens, recompute=0, parts=1, whole=False, width=2):
     """
     {what: bytes} at the peak of a step, on each of `world` GPUs. tokens: at a time; parts: of a batch. width: bytes of a number
     in activations, 2 on a GPU.
@@ -73,10 +73,10 @@ def memory(config, world, tokens, recompute=0, parts=1, whole_gradients=False, w
     logits = min(MOST_LOGITS, tokens * config.vocab_size)
     head = config.vocab_size * C
     loss = 2 * width * logits + (4 + 2 * width) * head + 3 * width * tokens * C
-    gathered = 0 if world == 1 and width == 4 else width * (total if world == 1 else 2 * layer + 2 * ends)
+    gathered = 0 if world == 1 and width == 4 else width * (total if whole else 2 * layer + 2 * ends)
     # when a batch's only part begins backward, no gradient is there yet; at its end, no activation is
     gradients = 4 * total / world if parts > 1 else max(0, 4 * total / world - activations - loss)
-    return {"weights and moments": 12 * total / world, "gradients": gradients + (4 * total if whole_gradients else 0),
+    return {"weights and moments": 12 * total / world, "gradients": gradients + (4 * total if whole and world > 1 else 0),
             "activations": activations, "loss": loss, "gathered": gathered}
 
 
@@ -99,7 +99,7 @@ def plan(config, share, context_len, world, room, device_batch=None, recompute=N
     if recompute is None:  # then as few as can be, with as few sequences as can be
         candidates += [(rows[-1], anew) for anew in range(1, config.n_layer + 1)]
     for n, anew in candidates:
-        for whole in (True, False) if world > 1 and n < share else (False,):
+        for whole in (True, False) if world == 1 or n < share else (False,):
             needs = memory(config, world, n * context_len, anew, share // n, whole, width)
             found = Plan(n, anew, whole, needs)
             if found.total <= room:
@@ -142,4 +142,4 @@ def lines(config, plan, args, of_pass, peak, world):
     yield f"{short(flops)}FLOP a step, {args.steps * flops:.2e} in all{time}"
     yield (f"memory of a process: {plan.total / 1e9:.2f} GB of {room(args.device, 1) / 1e9:.0f} ({told(plan.bytes)})"
            + (f"; {plan.recompute} of {config.n_layer} layers compute their activations anew" if plan.recompute else "")
-           + ("; gradients are summed over GPUs once a batch" if plan.whole_gradients else ""))
+           + ("; weights and gradients travel once a batch" if plan.whole and world > 1 else ""))

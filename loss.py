@@ -10,6 +10,8 @@ are dropped: three products in all, as many as with all logits, where computing 
 
 Truth: torch's cross_entropy, in tests/test_loss.py. model.Transformer.loss calls this. Letters: N tokens, C width, V vocabulary.
 """
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -17,9 +19,9 @@ MOST_LOGITS = 2 ** 29  # of a chunk: a GPU is busy with far fewer, but dW is add
 
 
 def chunks(N, V):
-    """Slices of N tokens, each with at most MOST_LOGITS logits and at least one token."""
-    n = max(1, MOST_LOGITS // V)
-    return [slice(first, first + n) for first in range(0, N, n)]
+    """Slices of N tokens, as few and as even as they can be with at most MOST_LOGITS logits, or one token."""
+    n = math.ceil(N / max(1, math.ceil(N / max(1, MOST_LOGITS // V))))
+    return [slice(first, first + n) for first in range(0, N, n)] if N else []
 
 
 def chunk_loss(

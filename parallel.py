@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -52,7 +53,7 @@ class Processes:
         if self.store.add("failed", 1) == 1:
             print(f"train.py: {line}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(code)  # at once: leaving in good order would mean to wait for the others
+        os._exit(code)
 
 
 def alive(pid):
@@ -87,29 +88,31 @@ def processes(device):
     us = Processes(rank, world, init_device_mesh("cuda" if on_gpu else "cpu", (world,)), background, store, here)
     try:
         yield us
-        dist.barrier(background)  # all leave together
-    except (ValueError, FloatingPointError, OSError) as error:
-        if world == 1:
-            raise
-        us.fail(" ".join(str(error).split()), 2)
-    finally:
+    except BaseException as error:
+        if world > 1:  # leave at once: NCCL's good order would be to wait for the others, who wait for us
+            if not isinstance(error, (ValueError, FloatingPointError, OSError)):
+                traceback.print_exc()
+            us.fail(" ".join(str(error).split()) or type(error).__name__, 2)
         dist.destroy_process_group()
+        raise
+    dist.barrier(background)  # all leave together
+    dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------- the model
 
-def spread(model, processes):
+def spread(model, processes, whole=False):
     """
     Each process keeps its rows of every parameter of the model, which may be on the meta device still. bf16 where there are
-    GPUs. Model.loss and Model.score gather parameters as forward does.
+    GPUs. Model.loss and Model.score gather parameters as forward does. whole: what is gathered stays until backward, see part.
     """
     if processes.mesh is None:
         return model
     on_gpu = processes.mesh.device_type == "cuda"
     # inputs as they are: token weights and RoPE's angles stay fp32
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if on_gpu else MixedPrecisionPolicy()
-    for part in *model.layers, model:  # one GPU alone has all rows: what it has in bf16 after forward may stay for backward
-        fully_shard(part, mesh=processes.mesh, mp_policy=precision, reshard_after_forward=processes.world > 1 and part is not model)
+    for module in *model.layers, model:
+        fully_shard(module, mesh=processes.mesh, mp_policy=precision, reshard_after_forward=not whole and module is not model)
     for method in "loss", "score":
         register_fsdp_forward_method(model, method)
     return model
@@ -128,13 +131,15 @@ def prepare(model, recompute=0, compiled=False):
     return model
 
 
-def summing(model, last, whole):
+def part(model, last, whole):
     """
-    Before a batch's next part: shall its gradients be summed over GPUs? whole: each GPU keeps gradients of all rows, in fp32,
-    and sums them with the batch's last part; else with each part, and keeps those of its own rows.
+    Before a part of a batch. whole: until its last part each GPU keeps all weights in bf16 and the gradients of all rows in
+    fp32, so they travel once a batch; else weights are gathered and gradients summed for each part.
     """
-    if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(last or not whole)
+    if hasattr(model, "set_requires_gradient_sync"):  # spread over GPUs, or alone on one, whose gradients have nowhere to go
+        alone = next(model.parameters()).device_mesh.size() == 1
+        model.set_requires_gradient_sync(alone or last or not whole)
+        model.set_reshard_after_backward(last or not whole)
 
 
 def gradient_norm(model):

@@ -10,6 +10,7 @@ data.py for how samples are made, train.py next.
 """
 import argparse
 import hashlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -90,15 +91,20 @@ class Share:
 def batches(dataset, args, first_step, rank, world):
     """This process's part of each batch from first_step on: tokens, weights (batch / world, context_len + 1)."""
     share = Share(args, first_step, rank, world)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=share.share, sampler=share, num_workers=args.workers,
-                                         pin_memory=args.device.startswith("cuda"))
+    return torch.utils.data.DataLoader(dataset, batch_size=share.share, sampler=share, num_workers=args.workers,
+                                       pin_memory=args.device.startswith("cuda"))
+
+
+@contextmanager
+def lost_workers_told():
+    """One line, an OSError, where a process that makes batches is killed: torch interrupts whatever runs, by a RuntimeError."""
     try:
-        yield from loader
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise OSError(f"a process that makes batches is gone ({str(error).splitlines()[0]}): a shard that was cut short, or no memory for "
-                      "--workers of them") from None
+        raise OSError(f"a process that makes batches is gone ({str(error).splitlines()[0]}): was a shard cut short meanwhile, or is there "
+                      "no memory for --workers of them? The last checkpoint is whole") from None
 
 
 def fingerprint(dataset):

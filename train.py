@@ -42,7 +42,7 @@ from data import folder_of, tokenizer_files, tokenizer_of
 from eval_niah import positive, usable_device
 from memory import arl_passes, lengths_of
 from model import PRESETS, Config, Transformer, fresh, memory_tensors
-from samples import Needles, batches, fingerprint, make_data
+from samples import Needles, batches, fingerprint, lost_workers_told, make_data
 from sparse import Dilated
 
 PATIENCE = 3      # steps in a row whose loss or gradient is not finite: then the run ends
@@ -221,11 +221,11 @@ def describe(args, folder=None):
     return config, tensors
 
 
-def make_model(config, tensors, args, processes=parallel.Processes()):
-    """The model to train, in fp32; each process has its rows. tensors: see describe; None leaves them unset."""
+def make_model(config, tensors, args, processes=parallel.Processes(), whole=False):
+    """The model to train, in fp32; each process has its rows. tensors: see describe; None leaves them unset. whole: parallel.spread's."""
     with torch.device("meta"):  # shapes without storage
         model = Transformer(config)
-    parallel.spread(model, processes)
+    parallel.spread(model, processes, whole)
     if tensors is None:
         model.to_empty(device=args.device)
     else:
@@ -439,7 +439,7 @@ def seconds_between(start, end):
 def train(args):
     """One run. Returns its newest checkpoint's path and the last line of its log."""
     backend.use(args.kernels)
-    with parallel.processes(args.device) as processes:
+    with parallel.processes(args.device) as processes, lost_workers_told():
         stopped, made = run_in(processes, args)
     run, say = Path(args.out) / args.name, print if processes.rank == 0 else lambda *_: None
     if stopped:
@@ -485,7 +485,7 @@ def run_in(processes, args):
 
     # the model. A small one on one GPU would wait for launches: its passes are recorded, and it is not spread
     small = on_gpu and world == 1 and args.compile == "on" and args.device_batch == args.batch and max(of_pass.values()) < SMALL
-    model = make_model(config, None if folder else tensors, args, parallel.Processes() if small else processes)
+    model = make_model(config, None if folder else tensors, args, parallel.Processes() if small else processes, plan.whole)
     optimizer = make_optimizer(model, args)
     if folder:
         checkpoint.load(folder, model, optimizer, processes)
@@ -511,7 +511,7 @@ def run_in(processes, args):
             for loss_of in losses_of:
                 loss = 0.0
                 for part, (some, its_weight) in enumerate(zip(tokens.split(args.device_batch), weight.split(args.device_batch)), start=1):
-                    parallel.summing(model, last=part == parts, whole=plan.whole_gradients)
+                    parallel.part(model, last=part == parts, whole=plan.whole)
                     some_loss = loss_of(some, its_weight) / whole_weight
                     # fully_shard averages gradients over the processes; we want their sum
                     (some_loss * world).backward()
