@@ -131,14 +131,13 @@ def prepare(model, recompute=0, compiled=False):
     return model
 
 
-def part(model, last, whole):
+def part(model, processes, last, whole):
     """
     Before a part of a batch. whole: until its last part each GPU keeps all weights in bf16 and the gradients of all rows in
     fp32, so they travel once a batch; else weights are gathered and gradients summed for each part.
     """
-    if hasattr(model, "set_requires_gradient_sync"):  # spread over GPUs, or alone on one, whose gradients have nowhere to go
-        alone = next(model.parameters()).device_mesh.size() == 1
-        model.set_requires_gradient_sync(alone or last or not whole)
+    if hasattr(model, "set_requires_gradient_sync"):  # by fully_shard
+        model.set_requires_gradient_sync(last or not whole or processes.world == 1)  # one GPU's gradients have nowhere to go
         model.set_reshard_after_backward(last or not whole)
 
 

@@ -511,7 +511,7 @@ def run_in(processes, args):
             for loss_of in losses_of:
                 loss = 0.0
                 for part, (some, its_weight) in enumerate(zip(tokens.split(args.device_batch), weight.split(args.device_batch)), start=1):
-                    parallel.part(model, last=part == parts, whole=plan.whole)
+                    parallel.part(model, processes, last=part == parts, whole=plan.whole)
                     some_loss = loss_of(some, its_weight) / whole_weight
                     # fully_shard averages gradients over the processes; we want their sum
                     (some_loss * world).backward()
