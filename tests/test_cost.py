@@ -1,0 +1,104 @@
+"""
+cost.py: the figures that a run tells before it starts, and what it refuses. Peaks that GPUs measured are held fast here.
+"""
+import argparse
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+import cost
+import train
+from conftest import one_line
+from model import PRESETS, Transformer
+
+GB = 1e9
+WITH = {name: replace(PRESETS[name], memory=True) for name in ("olmo2-1b", "olmo2-7b")}
+
+# torch.cuda.max_memory_allocated after a few steps, GB; T = 4096. README.md names devices and commands
+MEASURED = [
+    # config, GPUs, sequences at a time, parts, layers anew, whole, peak
+    (PRESETS["olmo2-1b"], 1, 4, 4, 0, True, 55.10),
+    (WITH["olmo2-1b"], 1, 4, 4, 0, True, 60.71),
+    (WITH["olmo2-1b"], 1, 8, 2, 0, True, 88.56),
+    (WITH["olmo2-1b"], 2, 8, 1, 0, False, 71.30),
+    (WITH["olmo2-1b"], 2, 8, 2, 0, False, 74.40),
+    (WITH["olmo2-1b"], 2, 16, 1, 0, False, 127.61),
+    (WITH["olmo2-7b"], 2, 2, 4, 0, False, 117.61),
+]
+
+
+@pytest.mark.parametrize("config, world, rows, parts, anew, whole, peak", MEASURED)
+def test_prediction_is_within_a_tenth_of_what_was_measured(config, world, rows, parts, anew, whole, peak):
+    """A formula changed for one shape that no longer fits the others."""
+    predicted = sum(cost.memory(config, world, rows * 4096, anew, parts, whole).values()) / GB
+    assert predicted == pytest.approx(peak, rel=0.03)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_are_the_models(name):
+    config = PRESETS[name] if PRESETS[name].n_layer < 20 else replace(PRESETS[name], n_layer=2)
+    total, layer, ends = cost.parameters(config)
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert total == sum(p.numel() for p in model.parameters()) == config.n_layer * layer + ends
+
+
+def test_plan_takes_as_many_sequences_as_fit_and_recomputes_only_if_it_must():
+    """A GPU half empty; activations computed twice though there was room."""
+    config, share = WITH["olmo2-7b"], 96
+    node = cost.plan(config, share, 4096, world=8, room=76 * GB)
+    assert (node.device_batch, node.recompute) == (2, 0) and node.total <= 76 * GB
+    assert cost.memory(config, 8, 3 * 4096, 0, 32, False) and sum(cost.memory(config, 8, 3 * 4096, 0, 32, False).values()) > 76 * GB
+    two = cost.plan(config, 16, 4096, world=2, room=135 * GB)
+    assert (two.device_batch, two.recompute) == (2, 0)
+    tight = cost.plan(config, 1, 4096, world=2, room=76 * GB)
+    assert tight.device_batch == 1 and 0 < tight.recompute < 32
+    less = sum(cost.memory(config, 2, 4096, tight.recompute - 1).values())
+    assert less > 76 * GB >= tight.total
+
+
+def test_plan_keeps_weights_and_gradients_whole_where_there_is_room():
+    """Gradients sent for each part though they could be summed at home."""
+    assert cost.plan(WITH["olmo2-1b"], 8, 4096, world=2, room=76 * GB, device_batch=4).whole
+    assert not cost.plan(WITH["olmo2-1b"], 8, 4096, world=2, room=76 * GB, device_batch=8).whole  # one part: nothing to save
+    assert not cost.plan(WITH["olmo2-7b"], 8, 4096, world=2, room=135 * GB, device_batch=2).whole
+
+
+def test_what_cannot_fit_is_refused_in_one_line():
+    """Hours in a queue for an out-of-memory error."""
+    with pytest.raises(ValueError) as raised:
+        cost.plan(PRESETS["olmo2-32b"], 96, 4096, world=2, room=76 * GB)
+    one_line(raised, "cannot fit", "processes like this one could hold it", "weights and moments")
+    n = int(re.search(r"(\d+) processes", str(raised.value))[1])
+    assert cost.plan(PRESETS["olmo2-32b"], 96, 4096, world=n, room=76 * GB)
+    with pytest.raises(ValueError):
+        cost.plan(PRESETS["olmo2-32b"], 96, 4096, world=n - 1, room=76 * GB)
+
+
+def test_a_model_too_large_for_this_machine_is_refused_before_it_is_made(monkeypatch, tmp_path):
+    """A machine that swaps itself to death."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cost, "room", lambda device, here: 1e6)
+    with pytest.raises(ValueError, match="cannot fit"):
+        train.train(train.parse(["--preset=pico", "--device=cpu", "--context_len=512", "--tasks", "niah_single_1", "--steps=1"]))
+
+
+def test_lines_tell_parameters_tokens_flops_and_memory():
+    args = argparse.Namespace(batch=768, context_len=4096, steps=3179, device="cuda", arl=64, joint=0, adapt=None)
+    config = WITH["olmo2-7b"]
+    monkey, cost.room = cost.room, lambda device, here: 76 * GB
+    try:
+        plan = cost.plan(config, 96, 4096, 8, 76 * GB)
+        of_pass = {"arl_loss": 2e17, "loss": 2e17}
+        text = " ".join(cost.lines(config, plan, args, of_pass, 989e12, 8))
+    finally:
+        cost.room = monkey
+    for words in "7,835.6M parameters", "10B in all", "400P", "1.27e+21", "99 hours", "8 processes x 48 parts x 2 sequences", "memory of a process":
+        assert words in text, text
+
+
+@pytest.mark.parametrize("name, peak", [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("cpu", None)])
+def test_peak_of_a_device(name, peak):
+    assert cost.peak_flops(name) == peak

@@ -1,0 +1,186 @@
+"""
+parallel.py: two gloo processes compute what one does, however a batch is cut; and a process that is lost is told of.
+"""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import parallel
+from conftest import draw_tokens, tiny
+
+HERE = Path(__file__).parent
+SETUP = f"import os, signal, sys, time; sys.path[:0] = {[str(HERE.parent), str(HERE)]}\nimport torch; torch.set_num_threads(1)\n"
+
+
+def start(tmp_path, code, *args):
+    script = tmp_path / "script.py"
+    script.write_text(SETUP + code)
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *args],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+GRADIENTS = """
+import parallel, weights
+from conftest import draw_tokens, tiny
+from model import Transformer
+ways = {}
+with parallel.processes("cpu") as us:
+    whole = tiny(memory=True)
+    tokens, weight = draw_tokens(8, 17), torch.rand(8, 17, generator=torch.Generator().manual_seed(1))
+    for name, parts, keeps, recompute in ("one part", 1, False, 0), ("parts", 2, False, 1), ("whole parts", 4, True, 2):
+        with torch.device("meta"):
+            model = Transformer(whole.config)
+        parallel.spread(model, us, keeps)
+        weights.fill(model, {k: lambda v=v: v for k, v in whole.state_dict().items()}, "here", torch.float32, "cpu")
+        parallel.prepare(model, recompute)
+        mine = slice(us.rank * 4, us.rank * 4 + 4)
+        for n, (t, w) in enumerate(zip(tokens[mine].chunk(parts), weight[mine].chunk(parts)), start=1):
+            parallel.part(model, us, last=n == parts, whole=keeps)
+            (model.loss(t, w) * us.world).backward()
+        ways[name] = {k: p.grad.full_tensor() for k, p in model.named_parameters()}
+        ways[name]["norm"] = parallel.gradient_norm(model)
+    if us.rank == 0:
+        torch.save(ways, "ways.pt")
+"""
+
+
+def test_two_processes_have_the_gradients_of_one_however_a_batch_is_cut(tmp_path):
+    """Gradients averaged instead of summed; those of a part lost, or counted twice, or of rows that another keeps."""
+    process = start(tmp_path, GRADIENTS)
+    _, errors = process.communicate(timeout=120)
+    assert (tmp_path / "ways.pt").exists(), errors[-3000:]
+    model = tiny(memory=True)
+    model.loss(draw_tokens(8, 17), torch.rand(8, 17, generator=torch.Generator().manual_seed(1))).backward()
+    ways = torch.load(tmp_path / "ways.pt", weights_only=True)
+    assert list(ways) == ["one part", "parts", "whole parts"]
+    for way, gradients in ways.items():
+        torch.testing.assert_close(gradients.pop("norm"), parallel.gradient_norm(model), msg=way)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-5, msg=f"{way} {name}")
+
+
+def test_recomputed_layers_have_the_gradients_of_kept_ones():
+    """A layer that is recomputed with other inputs, or not at all."""
+    gradients = []
+    for recompute in 0, 1, 2:
+        model = parallel.prepare(tiny(memory=True), recompute)
+        model.loss(draw_tokens(2, 17), torch.ones(2, 17)).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b, c in zip(*gradients):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_recomputing_saves_the_memory_of_the_layer():
+    """A checkpoint that keeps what it should drop."""
+    sizes = []
+    for recompute in 0, 2:
+        model, kept = parallel.prepare(tiny(memory=True), recompute), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+            model.loss(draw_tokens(2, 65), torch.ones(2, 65))
+        sizes.append(sum(kept))
+    assert sizes[1] < 0.4 * sizes[0]
+
+
+def test_optimizer_divides_by_the_norm_as_clipping_does():
+    """A gradient scaled twice or not at all: train.py leaves clipping to the fused AdamW."""
+    models = [tiny(memory=True), tiny(memory=True)]
+    for n, model in enumerate(models):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        for _ in range(3):
+            model.loss(draw_tokens(2, 17), torch.ones(2, 17)).backward()
+            if n:
+                norm = parallel.gradient_norm(model)
+                assert norm > 0.5
+                optimizer.grad_scale, optimizer.found_inf = (norm / 0.5).clamp_min(1), (~norm.isfinite()).float()
+            else:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+    for a, b in zip(models[0].parameters(), models[1].parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_alive_knows_the_living_the_dead_and_the_undead():
+    """A killed process that its parent has not asked after is still in the table, and would be waited for for ever."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert parallel.alive(process.pid) and parallel.alive(os.getpid())
+    process.kill()
+    time.sleep(0.3)
+    assert not parallel.alive(process.pid)  # a zombie
+    process.wait()
+    assert not parallel.alive(process.pid)
+
+
+FAILS = """
+import parallel
+with parallel.processes("cpu") as us:
+    with parallel.Stop(us):
+        if us.rank == 1:
+            raise OSError("the disk\\nis full")
+        torch.distributed.all_reduce(torch.ones(1))  # waits for the other
+        time.sleep(60)
+"""
+
+
+def test_one_that_fails_says_why_and_the_others_follow_in_silence(tmp_path):
+    """A line of each process, or a traceback of the one that waited; or a wait for ever."""
+    process = start(tmp_path, FAILS)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode and [line for line in errors.splitlines() if line.startswith("train.py:")] == ["train.py: the disk is full"]
+
+
+TRAIN = """
+import model, train, test_train
+model.PRESETS["pico"] = test_train.TINY
+train.main()
+"""
+FLAGS = ["--preset=pico", "--memory=on", "--arl=16", "--tasks", "niah_single_1", "--steps=60", "--batch=4", "--log_every=10", "--eval_every=0",
+         "--save_every=3", "--device=cpu", "--out=out"]
+
+
+def told(tmp_path, name):
+    rows = [json.loads(line) for line in (tmp_path / "out" / name / "log.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["arl_loss"], row["grad_norm"], row["lr"]) for row in rows]
+
+
+def ranks(process):
+    """The pids of both, by rank."""
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    rank = lambda pid: int(re.search(r"\0RANK=(\d)\0", Path(f"/proc/{pid}/environ").read_text())[1])
+    return sorted(map(int, children), key=rank)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists() or not shutil.which("pgrep"), reason="finds the processes by /proc and pgrep")
+def test_kill_of_any_of_two_costs_the_steps_since_the_last_checkpoint_and_one_end_by_one_alone(tmp_path):
+    """kill -9 of either process at some moment: one line, the last checkpoint whole, and the same curve from there, on one as on two."""
+    assert start(tmp_path, TRAIN, *FLAGS, "--name=unbroken").wait(timeout=120) == 0
+    for victim, delay in (0, 0.4), (1, 0.15):
+        process = start(tmp_path, TRAIN, *FLAGS, "--name=broken", "--resume")
+        seen = {path.name for path in tmp_path.glob("out/broken/step_*")}
+        while not {path.name for path in tmp_path.glob("out/broken/step_*")} - seen:
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(delay)
+        os.kill(ranks(process)[victim], signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+        lines = [line for line in errors.splitlines() if line.startswith("train.py:")]
+        assert len(lines) == 1 and f"process {victim} is gone" in lines[0] and "--resume" in lines[0], errors[-2000:]
+    unbroken = told(tmp_path, "unbroken")
+    assert told(tmp_path, "broken") == unbroken[:len(told(tmp_path, "broken"))]
+    shutil.copytree(tmp_path / "out" / "broken", tmp_path / "alone" / "broken")
+    assert start(tmp_path, TRAIN, *FLAGS, "--name=broken", "--resume").wait(timeout=120) == 0
+    assert told(tmp_path, "broken") == unbroken and not list(tmp_path.glob("out/broken/.step*"))
+    script = subprocess.run([sys.executable, str(tmp_path / "script.py"), *FLAGS[:-1], "--out=alone", "--name=broken", "--resume"], cwd=tmp_path,
+                            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert script.returncode == 0, script.stderr
+    alone = [json.loads(line) for line in (tmp_path / "alone" / "broken" / "log.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in alone] == pytest.approx([row[1] for row in unbroken], rel=1e-4)
