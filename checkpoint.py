@@ -121,6 +121,9 @@ class Saver:
     def __init__(self, run, processes, beside):
         self.run, self.processes, self.beside = run, processes, beside
         self.writer = self.writing = None
+        if processes.rank == 0:
+            for left in run.glob(".step_*.tmp"):  # by one that was killed
+                shutil.rmtree(left)
 
     def save(self, model, optimizer, record):
         """run/step_N, with the record as train.json and the files `beside` it. OSError if the one before failed."""

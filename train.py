@@ -67,16 +67,16 @@ RECIPES = {
     # The paper's (arXiv 2605.28640). What it leaves out is from the configs of official RAT+, marked (c)
     # OLMo 2 continued with a memory: 10B tokens of FineWeb-Edu, 768 x 4,096 a step. (c): cosine to 1e-6
     "olmo2-continue": dict(data=None, memory="on", context_len=4096, steps=3179, batch=768, lr=6e-5, memory_lr=6e-4, min_lr=1e-6,
-                           warmup=0.02, weight_decay=0.1, arl=64, save_every=100),
+                           warmup=0.02, weight_decay=0.1, arl=64, save_every=25),
     # about 7M tokens of needles before the evaluation, both backbones. (c): weight decay, warm-up, cosine to 1e-6
     "niah-sft": dict(data="niah", context_len=4096, steps=54, batch=32, lr=1e-5, min_lr=1e-6, warmup=0.05, weight_decay=0.01, arl=0,
                      protocol="sft", many=0.0, other_weight=0.0),
     # RAT+ from scratch (arXiv 2602.18196) on FineWeb-Edu's sample of 100B tokens, 110B in LLaMA's: as many steps as the released
     # checkpoints' names tell. All (c)
     "ratplus-1b": dict(data=None, preset="ratplus-1b", context_len=4096, steps=52451, batch=512, lr=8e-4, min_lr=1e-6, warmup=0.05,
-                       weight_decay=0.1, arl=64, save_every=500),
+                       weight_decay=0.1, arl=64, save_every=250),
     "ratplus-7b": dict(data=None, preset="ratplus-7b", context_len=4096, steps=34967, batch=768, lr=6e-4, min_lr=1e-6, warmup=0.05,
-                       weight_decay=0.1, arl=64, save_every=500),
+                       weight_decay=0.1, arl=64, save_every=250),
     # and its adaptation to dilated inference: 1B tokens, the wanted pattern in place of dense attention, no ARL. All (c)
     "ratplus-1b-adapt": dict(data=None, context_len=4096, steps=476, batch=512, lr=8e-5, min_lr=1e-6, warmup=0.0, weight_decay=0.1, arl=0,
                              adapt="dilated:dilation=16,local=256,initial=4"),

@@ -49,6 +49,7 @@ def assert_same(a, b):
 def test_what_is_saved_is_loaded_and_only_two_are_kept(tmp_path):
     """A moment left out; a disk that fills up over days."""
     run, ours, other = tmp_path / "run", made(), made(seed=1)
+    (run / ".step_0000007.tmp").mkdir(parents=True)  # killed while it wrote
     save(run, *ours, 1, 2, 3)
     assert sorted(path.name for path in run.iterdir()) == ["step_0000002", "step_0000003"]
     assert {path.name for path in (run / "step_0000003").iterdir()} == {"config.json", "train.json", "model.safetensors", "optimizer.safetensors"}
