@@ -61,20 +61,20 @@ class Plan:
         return sum(self.bytes.values())
 
 
-def memory(config, world, tokens, recompute=0, parts=1, whole=False, width=2):
+def memory(config, world, tokens, recompute=0, parts=1, whole=False, width=2, small=False):
     """
     {what: bytes} at the peak of a step, on each of `world` GPUs. tokens: at a time; parts: of a batch. width: bytes of a number
-    in activations, 2 on a GPU.
+    in activations, 2 on a GPU. small: by autocast, as train.py computes small models.
     """
     total, layer, ends = parameters(config)
     C, M = config.width, config.mlp_width
-    kept = width * (C * per_width(config) + M * (3 if config.swiglu else 2))     # a token in a layer
+    kept = width * (C * (per_width(config) + (4 if small else 0)) + M * (3 if config.swiglu else 2))     # a token in a layer
     anew = width * C                                                             # the layer's input alone
     activations = tokens * (max(config.n_layer - recompute, 1) * kept + recompute * anew)
     logits = min(MOST_LOGITS, tokens * config.vocab_size)
     head = config.vocab_size * C
     loss = 2 * width * logits + (4 + 2 * width) * head + 3 * width * tokens * C
-    gathered = 0 if world == 1 and width == 4 else width * (total if whole else 2 * layer + 2 * ends)
+    gathered = 0 if small or (world == 1 and width == 4) else width * (total if whole else 2 * layer + 2 * ends)
     # when a batch's only part begins backward, no gradient is there yet; at its end, no activation is
     gradients = 4 * total / world if parts > 1 else max(0, 4 * total / world - activations - loss)
     return {"weights and moments": 12 * total / world, "gradients": gradients + (4 * total if whole and world > 1 else 0),
@@ -89,10 +89,10 @@ def per_width(config):
     return vectors + (2 if config.output_gate else 0)
 
 
-def plan(config, share, context_len, world, room, device_batch=None, recompute=None, width=2):
+def plan(config, share, context_len, world, room, device_batch=None, recompute=None, width=2, small=False):
     """
     The cheapest Plan for `share` sequences a GPU and a batch that fits in `room` bytes. device_batch, recompute: not to be
-    chosen. ValueError, which says what is missing, if nothing fits.
+    chosen; width, small: memory's. ValueError, which says what is missing, if nothing fits.
     """
     rows = [device_batch] if device_batch else [n for n in range(share, 0, -1) if share % n == 0 and (n * context_len <= MOST_TOKENS or n == 1)]
     layers = [recompute] if recompute is not None else [0]
@@ -101,7 +101,7 @@ def plan(config, share, context_len, world, room, device_batch=None, recompute=N
         candidates += [(rows[-1], anew) for anew in range(1, config.n_layer + 1)]
     for n, anew in candidates:
         for whole in (True, False) if world == 1 or n < share else (False,):
-            needs = memory(config, world, n * context_len, anew, share // n, whole, width)
+            needs = memory(config, world, n * context_len, anew, share // n, whole, width, small)
             found = Plan(n, anew, whole, needs)
             if found.total <= room:
                 return found

@@ -308,7 +308,7 @@ def validate(model, dataset, args, method, autocast, processes, samples=64):
             lengths = lengths or [layer.median() for layer in found]
             totals += torch.stack([loss, right, weight[:, 1:].sum().double()])
     loss, right, count = processes.sum(totals).tolist()
-    scores = {"val_loss": loss / count, "val_accuracy": right / count}
+    scores = {"val_loss": finite(loss / count), "val_accuracy": right / count}
     if lengths:
         scores["memory_lengths"] = [round(length, 2) for length in (processes.sum(torch.stack(lengths)) / processes.world).tolist()]
     return scores
@@ -366,14 +366,17 @@ def record_of(step, durations, flops, peak, skipped, commit, first_sample, befor
 
 class Log:
     """
-    log.jsonl, a line per step. What the device computes in a step is not waited for until it has the next one to do.
+    log.jsonl, a line per step; watch.py explains its fields. What the device computes in a step is not waited for until it
+    has the next one to do.
 
-    of_pass: {label: FLOPs of the pass}; peak: FLOPs a second of all GPUs, None if unknown. first_step: lines up to it stay.
+    of_pass: {label: FLOPs of the pass}; peak: FLOPs a second of all GPUs, None if unknown; tokens: of a step. The lines up to
+    first_step stay; before: begun's.
     """
 
-    def __init__(self, run, rank, first_step, of_pass, peak, tokens, skipped):
-        self.of_pass, self.peak, self.tokens, self.skipped, self.in_a_row = of_pass, peak, tokens, skipped, 0
-        self.untold, self.file, self.started = [], None, time.time()
+    def __init__(self, run, rank, first_step, of_pass, peak, tokens, before):
+        self.of_pass, self.peak, self.tokens = of_pass, peak, tokens
+        self.skipped, self.in_a_row, self.hopeless = before["skipped"], 0, None
+        self.untold, self.file, self.started = [], None, time.time() - before["seconds"]
         if rank == 0:  # a power cut may have torn the last line, after the checkpoint's
             path = run / "log.jsonl"
             lines = path.read_text().splitlines(keepends=True)[:first_step] if first_step and path.exists() else []
@@ -382,38 +385,40 @@ class Log:
 
     def add(self, entry, numbers, moments):
         """numbers: losses and norms of each pass, then how many processes want to stop, on the device. moments: see moment."""
+        entry |= {"tokens": entry["step"] * self.tokens, "seconds": round(time.time() - self.started, 2)}
         self.untold.append((entry, numbers, moments))
 
     def tell(self, keep=0):
-        """Wait for all steps but the newest `keep`. -> their entries, and whether a process wants to stop"""
-        told, stops = [], 0
+        """Wait for all steps but the newest `keep`. -> their entries, each with its number of skipped passes; does a process want to stop?"""
+        told, stops, labels = [], 0, list(self.of_pass)
         while len(self.untold) > keep:
             entry, numbers, moments = self.untold.pop(0)
             *values, wish = numbers.tolist()  # waits for the device
-            stops, labels = stops + wish, list(self.of_pass)
+            stops += wish
             losses, norms = values[:len(labels)], values[len(labels):]
-            for label, loss, start, end in zip(labels, losses, moments, moments[1:]):
-                entry[label] = loss if math.isfinite(loss) else None
+            for label, loss, norm, start, end in zip(labels, losses, norms, moments, moments[1:]):
+                entry[label], entry[label.replace("loss", "grad_norm")] = finite(loss), finite(norm)
                 entry[f"{name_of(label)}_seconds"] = round(seconds_between(start, end), 5)
-            entry["grad_norm"] = norms[-1] if math.isfinite(norms[-1]) else None
             seconds = seconds_between(moments[0], moments[-1])
             entry["tokens_per_second"] = round(self.tokens / seconds)
             if self.peak:
                 entry["mfu"] = round(sum(self.of_pass.values()) / seconds / self.peak, 4)
             bad = sum(not math.isfinite(norm) for norm in norms)
             self.skipped, self.in_a_row = self.skipped + bad, self.in_a_row + 1 if bad else 0
-            entry["skipped"] = self.skipped
             if self.in_a_row == PATIENCE:
-                self.write(entry)
-                raise FloatingPointError(f"loss or gradient was not finite in {PATIENCE} steps in a row, up to step {entry['step']}: lower --lr, "
-                                         "or look at the data; nothing was learned from them, and the last checkpoint is unharmed")
-            told.append((entry, bad))
+                self.hopeless = entry["step"]
+            told.append((entry | {"skipped": self.skipped}, bad))
         return told, stops > 0
 
     def write(self, entry):
         if self.file:
-            self.file.write(json.dumps(entry | {"seconds": round(time.time() - self.started, 2)}) + "\n")
+            self.file.write(json.dumps(entry) + "\n")
             self.file.flush()
+
+
+def finite(number):
+    """What JSON has no word for is null."""
+    return number if math.isfinite(number) else None
 
 
 def name_of(label):
@@ -473,9 +478,11 @@ def run_in(processes, args):
     of_pass = {label: args.batch * args.context_len * cost.flops_per_token(config, reads) for label, (_, reads) in passes.items()}
     peak = cost.peak_flops(eval_niah.device_name(args.device))
     here = 1 + len(processes.here)
+    # a small model on one GPU would wait for launches: if it takes its batch whole, its passes are recorded, and it is not spread
+    small = on_gpu and world == 1 and args.compile == "on" and args.device_batch in (None, args.batch) and max(of_pass.values()) < SMALL
     plan = cost.plan(config, args.batch // world, args.context_len, world, cost.room(args.device, here), args.device_batch, args.recompute,
-                     width=2 if on_gpu else 4)
-    args.device_batch = plan.device_batch
+                     width=2 if on_gpu else 4, small=small)
+    args.device_batch, small = plan.device_batch, small and plan.device_batch == args.batch
     for line in cost.lines(config, plan, args, of_pass, peak, world):
         say(f"{run}: {line}")
     if isinstance(training, Needles):
@@ -483,8 +490,7 @@ def run_in(processes, args):
     if folder:
         say(f"{run}: goes on from {folder}")
 
-    # the model. A small one on one GPU would wait for launches: its passes are recorded, and it is not spread
-    small = on_gpu and world == 1 and args.compile == "on" and args.device_batch == args.batch and max(of_pass.values()) < SMALL
+    # the model
     model = make_model(config, None if folder else tensors, args, parallel.Processes() if small else processes, plan.whole)
     optimizer = make_optimizer(model, args)
     if folder:
@@ -496,11 +502,12 @@ def run_in(processes, args):
         losses_of = graphed(losses_of, args)
 
     run.mkdir(parents=True, exist_ok=True)
-    log = Log(run, rank, first_step, of_pass, peak and peak * world, args.batch * args.context_len, before["skipped"])
+    log = Log(run, rank, first_step, of_pass, peak and peak * world, args.batch * args.context_len, before)
     stopped, durations, parts, record = False, [], args.batch // world // args.device_batch, before
     with parallel.Stop(processes) as stop, checkpoint.Saver(run, processes, beside) as saver:
         since = time.time()
         for step, (tokens, weight) in enumerate(batches(training, args, first_step, rank, world), start=first_step + 1):
+            waited = round(time.time() - since, 5)  # for the batch
             torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)  # chance, where a fork adds any, is a function of the step too
             tokens, weight = tokens.to(args.device, non_blocking=True), weight.to(args.device, non_blocking=True)
             whole_weight = processes.sum(weight[:, 1:].sum())
@@ -523,7 +530,7 @@ def run_in(processes, args):
                 optimizer.zero_grad()
                 losses.append(loss), norms.append(norm), moments.append(moment(args.device))
             *losses, wishes = processes.sum(torch.stack([*losses, torch.full_like(loss, stop.wished or saver.failed())]))
-            entry = {"step": step, "lr": args.lr * scale} | ({"memory_lr": args.memory_lr * scale} if config.memory else {})
+            entry = {"step": step, "lr": args.lr * scale, "wait_seconds": waited} | ({"memory_lr": args.memory_lr * scale} if config.memory else {})
             log.add(entry, torch.stack([*losses, *norms, wishes]), moments)
             # of several processes all leave together, one or two steps later
             stopped = world == 1 and (stop.wished or saver.failed())
@@ -536,14 +543,15 @@ def run_in(processes, args):
                 saves, evaluates = args.save_every > 0, False
                 told += log.tell()[0]
             durations.append(time.time() - since)
-            if on_gpu and told:
-                told[-1][0]["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
             if evaluates:
                 told[-1][0].update(validate(model, validation, args, passes["loss"][0], autocast, processes))
             for entry, bad in told:
-                log.write(entry)
+                log.write(entry | ({"memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)} if on_gpu else {}))
                 if bad:
                     say(f"step {entry['step']:>5}  loss or gradient is not finite: {bad} of {len(passes)} passes skipped, {entry['skipped']} so far", flush=True)
+            if log.hopeless:
+                raise FloatingPointError(f"loss or gradient was not finite in {PATIENCE} steps in a row, up to step {log.hopeless}: lower --lr, or "
+                                         "look at the data; nothing was learned from them, and the last checkpoint is unharmed")
             if prints or step == 1:
                 say(line_of(told[-1][0], passes, durations, training, args), flush=True)
             if saves or last:
@@ -566,7 +574,7 @@ def line_of(entry, passes, durations, training, args):
     left = (args.steps - entry["step"]) * args.batch * args.context_len / speed / 60
     return (f"step {entry['step']:>5}  loss {show(entry['loss'], '.3f')}"
             + (f"  {name_of(first)} {show(entry[first], '.3f')}" if len(passes) > 1 else "")
-            + (f"  validation {entry['val_loss']:.3f}, {entry['val_accuracy']:.1%} of {what} right" if "val_loss" in entry else "")
+            + (f"  validation {show(entry['val_loss'], '.3f')}, {entry['val_accuracy']:.1%} of {what} right" if "val_loss" in entry else "")
             + f"  lr {entry['lr']:.1e}  norm {show(entry['grad_norm'], '.2f')}  {speed:,.0f} tokens/s"
             + (f"  MFU {entry['mfu']:.1%}" if "mfu" in entry else "")
             + (f"  {left / 60:.1f} h left" if left > 120 else f"  {left:.1f} min left"))
