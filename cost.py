@@ -82,11 +82,12 @@ def memory(config, world, tokens, recompute=0, parts=1, whole=False, width=2, sm
 
 
 def per_width(config):
-    """a: vectors of C that backward needs of a token and a layer. The MLP's b: gate and up projection and their product, 3."""
-    kv = config.n_kv_head / config.n_head
-    vectors = 6 + 4 * kv                          # inputs of block and MLP, both outputs before their norm; q, k, v, twice as q, k; y
-    vectors += 4 * kv if config.memory else 0     # the gate and its input, k~, v~
-    return vectors + (2 if config.output_gate else 0)
+    """a: vectors of C that backward needs of a token and a layer. b, of the MLP's width: its up projection(s), and what leaves them."""
+    memory, normed = config.memory, config.qk_norm
+    of_block = 4 + (1 if memory and not config.pre_norm else 0)      # inputs of attention and MLP, before and after norms, or their outputs; gate's
+    of_q = 1 + (1 if normed else 0) + 1                              # after RoPE, before its norm; what attention gives
+    of_kv = 2 + (1 if normed or memory else 0) + (2 if memory else 0) + (1 if normed and memory else 0)  # k, v; raw k; v~, gate; k~
+    return of_block + of_q + of_kv * config.n_kv_head / config.n_head + (2 if config.output_gate else 0)
 
 
 def plan(config, share, context_len, world, room, device_batch=None, recompute=None, width=2, small=False):
