@@ -14,7 +14,7 @@ transformers as it is. model.Transformer.from_pretrained and eval_niah.py read a
     python checkpoint.py out/NAME DIR --dtype=bfloat16
 
 writes what several GPUs have made as one model in Hugging Face's layout. The step is all that a checkpoint needs to know of
-data and chance: both are functions of (seed, step). Checked in tests/test_checkpoint.py and tests/test_train.py.
+data and chance: both are functions of (seed, step). Checked in tests/test_checkpoint.py and tests/test_train.py. Read train.py next.
 """
 import argparse
 import json
@@ -34,6 +34,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 import weights
+from data import folder_of, tokenizer_files
+from model import Transformer
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process on a CPU is no group, and needs none
 KEPT = 2  # checkpoints: if the newest turns out to be of no use, there is one more
@@ -89,7 +91,7 @@ class Writer(dcp.StorageWriter):
 
     def finish(self, metadata, results):
         """The first process, once all have written."""
-        for name, content in ("config.json", weights.describe(self.config, "float32")), ("train.json", self.record):
+        for name, content in ("config.json", weights.config_json(self.config, "float32")), ("train.json", self.record):
             (self.temporary / name).write_text(json.dumps(content, indent=1))
         for file in self.beside:
             shutil.copy(file, self.temporary)
@@ -191,7 +193,6 @@ def load(folder, model, optimizer, processes):
 # ---------------------------------------------------------------- python checkpoint.py
 
 def main():
-    from model import Transformer
     parser = argparse.ArgumentParser(description="Write a run's newest checkpoint as one model in Hugging Face's layout.", allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="a run of train.py (out/NAME), one of its checkpoints, or any model that we load")
     parser.add_argument("to", metavar="DIR", help="a new folder")
@@ -203,7 +204,6 @@ def main():
             raise ValueError(f"{to} exists: choose another folder")
         model = Transformer.from_pretrained(source, getattr(torch, args.dtype))
         model.save_pretrained(to)
-        from data import folder_of, tokenizer_files
         for file in tokenizer_files(folder_of(source)):
             shutil.copy(file, to)
         print(f"{source} is now {to}, {args.dtype}")

@@ -8,17 +8,18 @@ What a training run will cost, told before it starts: parameters, FLOPs, memory 
 
 plan() chooses how a GPU's share of a batch is cut: as many sequences at a time as fit, with no activation computed twice if
 one sequence allows that, and weights and gradients sent once a batch if there is room to keep them whole. a and b are what
-torch.compile keeps; README.md holds predictions beside measured peaks. Checked in tests/test_cost.py.
+torch.compile keeps; README.md holds predictions beside measured peaks. Checked in tests/test_cost.py. Read parallel.py next.
 
 Letters: C model width, M width of the MLP, T context, V vocabulary.
 """
+import math
 import os
 import re
 from dataclasses import dataclass
 
 import torch
 
-from loss import MOST_LOGITS
+from loss import CHUNK_LOGITS
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12}  # a second, dense bf16, by data sheet
 EXPECTED_MFU = 0.45   # what a time is estimated by
@@ -55,13 +56,14 @@ class Plan:
     recompute: int         # layers whose activations backward computes anew
     whole: bool            # weights in bf16 and gradients of all rows stay on each GPU until a batch's last part
     bytes: dict            # {what: bytes}
+    room: float            # bytes that there are
 
     @property
     def total(self):
         return sum(self.bytes.values())
 
 
-def memory(config, world, tokens, recompute=0, parts=1, whole=False, width=2, small=False):
+def needs(config, world, tokens, recompute=0, parts=1, whole=False, width=2, small=False):
     """
     {what: bytes} at the peak of a step, on each of `world` GPUs. tokens: at a time; parts: of a batch. width: bytes of a number
     in activations, 2 on a GPU. small: by autocast, as train.py computes small models.
@@ -71,7 +73,7 @@ def memory(config, world, tokens, recompute=0, parts=1, whole=False, width=2, sm
     kept = width * (C * (per_width(config) + (4 if small else 0)) + M * (3 if config.swiglu else 2))     # a token in a layer
     anew = width * C                                                             # the layer's input alone
     activations = tokens * (max(config.n_layer - recompute, 1) * kept + recompute * anew)
-    logits = min(MOST_LOGITS, tokens * config.vocab_size)
+    logits = min(CHUNK_LOGITS, tokens * config.vocab_size)
     head = config.vocab_size * C
     loss = 2 * width * logits + (4 + 2 * width) * head + 3 * width * tokens * C
     gathered = 0 if small or (world == 1 and width == 4) else width * (total if whole else 2 * layer + 2 * ends)
@@ -93,7 +95,7 @@ def per_width(config):
 def plan(config, share, context_len, world, room, device_batch=None, recompute=None, width=2, small=False):
     """
     The cheapest Plan for `share` sequences a GPU and a batch that fits in `room` bytes. device_batch, recompute: not to be
-    chosen; width, small: memory's. ValueError, which says what is missing, if nothing fits.
+    chosen; width, small: needs's. ValueError, which says what is missing, if nothing fits.
     """
     rows = [device_batch] if device_batch else [n for n in range(share, 0, -1) if share % n == 0 and (n * context_len <= MOST_TOKENS or n == 1)]
     layers = [recompute] if recompute is not None else [0]
@@ -102,26 +104,28 @@ def plan(config, share, context_len, world, room, device_batch=None, recompute=N
         candidates += [(rows[-1], anew) for anew in range(1, config.n_layer + 1)]
     for n, anew in candidates:
         for whole in (True, False) if world == 1 or n < share else (False,):
-            needs = memory(config, world, n * context_len, anew, share // n, whole, width, small)
-            found = Plan(n, anew, whole, needs)
+            found = Plan(n, anew, whole, needs(config, world, n * context_len, anew, share // n, whole, width, small), room)
             if found.total <= room:
                 return found
     fixed = found.total - 16 * parameters(config)[0] / world
     enough = next((n for n in range(world, 4097) if fixed + 16 * parameters(config)[0] / n <= room), None)
-    raise ValueError(f"this cannot fit: {found.total / 1e9:.1f} GB a process, and {room / 1e9:.1f} GB are there ({told(found.bytes)}): "
+    raise ValueError(f"this cannot fit: {size(found.total)} a process, and {size(room)} are there ({told(found.bytes)}): "
                      + (f"{enough} processes like this one could hold it" if enough else "shorten --context_len") + ", or choose a smaller model")
 
 
-def told(needs):
-    return ", ".join(f"{what} {value / 1e9:.2f}" for what, value in needs.items() if value > 0.01 * sum(needs.values()))
+def told(sizes):
+    """{what: bytes}, as a user reads it; hundredths of it all are left out."""
+    return ", ".join(f"{what} {size(value)}" for what, value in sizes.items() if value > 0.01 * sum(sizes.values()))
 
 
-def short(number):
-    """12,345,678 -> 12.3M"""
-    for unit, size in ("P", 1e15), ("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
+def size(n):
+    return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
+
+
+def short(number, units):
+    """12,345,678 -> 12.3M, with the units' letters for thousands: KMBT of tokens, kMGTPE of FLOPs."""
+    power = min(len(units), int(math.log10(max(1, number)) / 3 + 1e-9))
+    return f"{number / 1000 ** power:.3g}{units[power - 1] if power else ''}"
 
 
 def room(device, processes_here):
@@ -132,16 +136,17 @@ def room(device, processes_here):
 
 
 def lines(config, plan, args, of_pass, peak, world):
-    """What a run tells before it starts. of_pass: {label: FLOPs of a step}; peak: FLOPs a second of a GPU, None if unknown."""
-    total, per_step, parts = parameters(config)[0], args.batch * args.context_len, args.batch // world // plan.device_batch
-    flops, on_gpu = sum(of_pass.values()), args.device.startswith("cuda")
-    yield (f"{total / 1e6:,.1f}M parameters, memory {'on' if config.memory else 'off'}, ARL {args.arl or 'off'}"
-           + (f", joint window {args.joint}" if args.joint else "") + (f", through {args.adapt}" if args.adapt else ""))
-    yield (f"{args.steps:,} steps of {args.batch} x {args.context_len} = {per_step:,} tokens, {short(args.steps * per_step)} in all; a step is "
-           f"{world} process{'es' if world > 1 else ''} x {parts} part{'s' if parts > 1 else ''} x {plan.device_batch} sequences, "
-           f"{len(of_pass)} pass{'es' if len(of_pass) > 1 else ''}")
+    """What a run tells before it starts. of_pass: {name: FLOPs of a step}; peak: FLOPs a second of a GPU, None if unknown."""
+    per_step, parts, flops = args.batch * args.context_len, args.batch // world // plan.device_batch, sum(of_pass.values())
+    yield (f"{parameters(config)[0] / 1e6:,.1f}M parameters, the memory of Eq. 1 {'on' if config.memory else 'off'}, "
+           + (f"ARL over {args.arl} tokens" if args.arl else "ARL off")
+           + (f", joint window of {args.joint}" if args.joint else "") + (f", through {args.adapt}" if args.adapt else ""))
+    yield (f"{args.steps:,} steps of {args.batch} x {args.context_len} = {per_step:,} tokens, {short(args.steps * per_step, 'KMBT')} in all. A step: "
+           f"{' and '.join(of_pass)} pass, each of {world} process{'es' if world > 1 else ''} x "
+           + (f"{parts} parts, whose gradients add up, x " if parts > 1 else "") + f"{plan.device_batch} sequences")
+    on_gpu = args.device.startswith("cuda")
     time = f", about {args.steps * flops / (EXPECTED_MFU * peak * world) / 3600:,.2g} hours at an MFU of {EXPECTED_MFU:.0%}" if on_gpu and peak else ""
-    yield f"{short(flops)}FLOP a step, {args.steps * flops:.2e} in all{time}"
-    yield (f"memory of a process: {plan.total / 1e9:.2f} GB of {room(args.device, 1) / 1e9:.0f} ({told(plan.bytes)})"
+    yield f"{short(flops / per_step, 'kMGTPE')}FLOP a token, {short(flops, 'kMGTPE')}FLOP a step, {args.steps * flops:.2e} in all{time}"
+    yield (f"{'GPU memory' if on_gpu else 'RAM'} per process: {size(plan.total)} of {size(plan.room)} ({told(plan.bytes)})"
            + (f"; {plan.recompute} of {config.n_layer} layers compute their activations anew" if plan.recompute else "")
            + ("; weights and gradients travel once a batch" if plan.whole and world > 1 else ""))

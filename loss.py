@@ -1,27 +1,31 @@
 """
-Cross entropy over a large vocabulary, without ever holding all logits: they come and go a few tokens at a time.
+Cross entropy over a large vocabulary, without ever holding all logits: they come and go some thousand tokens at a time.
 
     loss = sum_t weight[t] * (logsumexp(z[t]) - z[t, target[t]])          z = x W^T, (N, V)
     dz[t] = weight[t] * (softmax(z[t]) - onehot(target[t])),  dx = dz W,  dW = dz^T x
 
-4,096 tokens of OLMo 2's vocabulary are 411M logits, with their gradient 1.6 GB in bf16; a batch of 32,768 would take 13.
+5,000 tokens of OLMo 2's vocabulary have 500M logits, with their gradient 2 GB in bf16; a batch of 32,768 would take 13.
 The loss needs nothing of another token, so each chunk's gradient is computed at once, in the forward pass, and its logits
 are dropped: three products in all, as many as with all logits, where computing them anew in backward would take four.
+
+A term of a token's own logits, such as a z-loss, belongs into chunk_loss, its value and its dz. A loss that needs more than
+that takes model(tokens) and autograd. train.py divides the sum by the batch's weights.
 
 Truth: torch's cross_entropy, in tests/test_loss.py. model.Transformer.loss calls this. Letters: N tokens, C width, V vocabulary.
 """
 import math
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-MOST_LOGITS = 2 ** 29  # of a chunk: a GPU is busy with far fewer, but dW is added up anew for each chunk
+CHUNK_LOGITS = 2 ** 29  # at most, 1.1 GB in bf16: smaller chunks would keep a GPU as busy, but each adds up all of dW once more
 
 
 def chunks(N, V):
-    """Slices of N tokens, as few and as even as they can be with at most MOST_LOGITS logits, or one token."""
-    n = math.ceil(N / max(1, math.ceil(N / max(1, MOST_LOGITS // V))))
-    return [slice(first, first + n) for first in range(0, N, n)] if N else []
+    """Slices of N tokens, as few and as even as they can be with at most CHUNK_LOGITS logits, or one token."""
+    n = math.ceil(max(1, N) / max(1, math.ceil(N / max(1, CHUNK_LOGITS // V))))
+    return [slice(first, first + n) for first in range(0, N, n)]
 
 
 def chunk_loss(
@@ -42,6 +46,7 @@ compiled_chunk_loss = torch.compile(chunk_loss, dynamic=False)
 
 
 class ChunkedLoss(torch.autograd.Function):
+    """weighted_loss, whose gradients are there when its value is. Once differentiable."""
 
     @staticmethod
     def forward(ctx, x, head, target, weight, compiled):
@@ -64,6 +69,7 @@ class ChunkedLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss):
         dx, dhead = ctx.saved_tensors
         return dx * dloss, dhead * dloss, None, None, None

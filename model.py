@@ -115,7 +115,8 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.n_layer))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
-        self.apply(init)
+        for path, parameter in self.named_parameters():
+            init(path, parameter)
 
     def forward(
         self,
@@ -356,15 +357,13 @@ class Transformer(nn.Module):
 
 def fresh(config, seed, device="cpu"):
     """
-    A new model's tensors, {parameter name: () -> fp32 tensor}: those of init, each a function of (seed, its name). So a
-    process may make some of them, or a part of each.
+    A new model's tensors, {parameter name: () -> fp32 tensor}: each by init, from a source of (seed, its name). So a process
+    may make some of them, or keep a part of each.
     """
     def make(name, shape):
-        if len(shape) == 1:
-            return torch.ones(shape, device=device) if name.endswith("weight") else torch.zeros(shape, device=device)
         source = torch.Generator(device)
         source.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=6).digest(), "little"))
-        return torch.empty(shape, device=device).normal_(std=0.02, generator=source)
+        return init(name, torch.empty(shape, device=device), source)
 
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
@@ -379,15 +378,15 @@ def memory_tensors(config, gate):
         | {name(i, "bias"): lambda: torch.full((kv_width,), bias) for i in range(config.n_layer)}
 
 
-def init(module):
+@torch.no_grad()
+def init(name, tensor, source=None):
     """
-    Normal weights of std 0.02 (OLMo 2 and RAT+ alike), biases 0: a memory that is trained from scratch starts at g = 1/2.
+    A parameter's first values, in place: weights normal of std 0.02 (OLMo 2 and RAT+ alike), norms 1, biases 0. So a memory
+    that is trained from scratch starts at g = 1/2.
     """
-    if not isinstance(module, (nn.Linear, nn.Embedding)) or module.weight.is_meta:
-        return
-    nn.init.normal_(module.weight, std=0.02)
-    if getattr(module, "bias", None) is not None:
-        nn.init.zeros_(module.bias)
+    if tensor.dim() > 1:
+        return tensor.normal_(std=0.02, generator=source)
+    return tensor.fill_(1 if name.endswith("weight") else 0)
 
 
 def sample(logits, temperature, top_k, source):

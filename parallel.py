@@ -8,7 +8,8 @@ One model on one GPU, on many, on many nodes: the same script, started by python
 
 So numbers do not depend on how many GPUs there are, but for the order of sums. On a CPU all is fp32. A model so small that
 launches cost more than arithmetic takes another way, on one GPU alone: train.py records its passes as CUDA graphs.
-cost.py predicts the memory all this takes. Checked with two gloo processes in tests/test_parallel.py.
+cost.py predicts the memory all this takes. Checked with two gloo processes in tests/test_parallel.py. Another parallelism,
+of tensors say, belongs into spread, with a mesh of its own dimension. Read checkpoint.py next.
 """
 import os
 import signal
@@ -36,7 +37,7 @@ class Processes:
     """Those that train together; each has one GPU, or a share of the CPU."""
     rank: int = 0
     world: int = 1
-    mesh: DeviceMesh | None = None               # None: one process on a CPU, which spreads nothing
+    mesh: DeviceMesh | None = None               # None: nothing is spread, by one process on a CPU or with a small model
     background: dist.ProcessGroup | None = None  # talks over the CPU, beside what the GPUs say to each other: for checkpoints
     store: dist.Store | None = None              # outlives each of them, if torchrun keeps it
     here: dict = field(default_factory=dict)     # {rank: pid} of the others on this machine
@@ -71,7 +72,7 @@ def alive(pid):
 
 
 @contextmanager
-def processes(device):
+def join(device):
     """Join the others that torchrun started, if it did, until the block ends."""
     world, on_gpu = int(os.environ.get("WORLD_SIZE", 1)), device.startswith("cuda")
     if world == 1 and not on_gpu:
@@ -107,7 +108,7 @@ def processes(device):
 def spread(model, processes, whole=False):
     """
     Each process keeps its rows of every parameter of the model, which may be on the meta device still. bf16 where there are
-    GPUs. Model.loss and Model.score gather parameters as forward does. whole: what is gathered stays until backward, see part.
+    GPUs. Model.loss and Model.score gather parameters as forward does. whole: what is gathered stays until backward, see before_part.
     """
     if processes.mesh is None:
         return model
@@ -121,7 +122,7 @@ def spread(model, processes, whole=False):
     return model
 
 
-def prepare(model, recompute=0, compiled=False):
+def recompute_and_compile(model, recompute=0, compiled=False):
     """
     recompute: of the first so many layers backward computes the activations anew, from their input. compiled: each layer by
     torch.compile, which fuses what surrounds products and attention. Hooks of fully_shard stay outside of both.
@@ -134,9 +135,9 @@ def prepare(model, recompute=0, compiled=False):
     return model
 
 
-def part(model, processes, last, whole):
+def before_part(model, processes, last, whole):
     """
-    Before a part of a batch. whole: until its last part each GPU keeps all weights in bf16 and the gradients of all rows in
+    To be called before each part of a batch. whole: until its last part each GPU keeps all weights in bf16 and the gradients of all rows in
     fp32, so they travel once a batch; else weights are gathered and gradients summed for each part.
     """
     if hasattr(model, "set_requires_gradient_sync"):  # by fully_shard

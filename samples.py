@@ -2,11 +2,11 @@
 What a training step sees: batches of needles made on the fly, or of text from token shards.
 
     sample(index) -> tokens, weights (context_len + 1,)      a function of (seed, index)
-    batch(step)   =  samples step * batch, ..., step * batch + batch - 1, of which each process takes its share
+    batch(step)   =  samples step * batch, ..., step * batch + batch - 1, of which each process takes its share; steps from 0 here
 
 So a run goes on from its step alone, on any number of GPUs, and everyone sees the same samples in the same order. A weight
 says how much a token counts as a target: 1, or less where it is no answer. Checked in tests/test_train.py. Read niah.py and
-data.py for how samples are made, train.py next.
+data.py for how samples are made, cost.py next.
 """
 import argparse
 import hashlib
@@ -39,9 +39,9 @@ class Needles(torch.utils.data.Dataset):
         self.args, self.tokenizer, self.seed = args, tokenizer, seed
 
     def __getitem__(self, index):
-        a, drills = self.args, 1.0 if index < self.only_drills else self.later_drills
-        return niah.training_sample(a.context_len, self.tokenizer, self.seed, index, self.tasks, a.many, self.haystack,
-                                    a.other_weight, a.protocol, self.new_tokens, drills)
+        args, drills = self.args, 1.0 if index < self.only_drills else self.later_drills
+        return niah.training_sample(args.context_len, self.tokenizer, self.seed, index, self.tasks, args.many, self.haystack,
+                                    args.other_weight, args.protocol, self.new_tokens, drills)
 
 
 class Text(torch.utils.data.Dataset):
@@ -73,25 +73,26 @@ def make_data(args, tokenizer):
     return Needles(args, tokenizer, seed, only_drills), Needles(held_out, tokenizer, f"val-{seed}")
 
 
-class Share:
-    """The indices of this process's samples, from first_step on."""
+class Indices:
+    """Of this process's samples, once so many steps are done."""
 
-    def __init__(self, args, first_step, rank, world):
-        self.share, self.steps, self.batch, self.rank = args.batch // world, range(first_step, args.steps), args.batch, rank
+    def __init__(self, args, done, processes):
+        self.steps, self.batch, self.rank = range(done, args.steps), args.batch, processes.rank
+        self.per_process = args.batch // processes.world
 
     def __len__(self):
-        return len(self.steps) * self.share
+        return len(self.steps) * self.per_process
 
     def __iter__(self):
         for step in self.steps:
-            first = step * self.batch + self.rank * self.share
-            yield from range(first, first + self.share)
+            first = step * self.batch + self.rank * self.per_process
+            yield from range(first, first + self.per_process)
 
 
-def batches(dataset, args, first_step, rank, world):
-    """This process's part of each batch from first_step on: tokens, weights (batch / world, context_len + 1)."""
-    share = Share(args, first_step, rank, world)
-    return torch.utils.data.DataLoader(dataset, batch_size=share.share, sampler=share, num_workers=args.workers,
+def batches(dataset, args, done, processes):
+    """This process's part of each batch after so many: tokens, weights (batch / processes, context_len + 1)."""
+    indices = Indices(args, done, processes)
+    return torch.utils.data.DataLoader(dataset, batch_size=indices.per_process, sampler=indices, num_workers=args.workers,
                                        pin_memory=args.device.startswith("cuda"))
 
 
@@ -113,8 +114,8 @@ def workers_told():
 
 def fingerprint(dataset):
     """
-    Of its first sample and the lengths of its shards: another one, and the flags mean other data by now (our code, Python's
-    help pages, a shard that is missing).
+    A hash of the first sample and of the shards' lengths. If it has changed, the same flags mean other data by now: our code,
+    Python's help pages, a shard that is missing.
     """
     parts = [np.asarray(part).tobytes() for part in dataset[0]]
     if isinstance(dataset, Text):

@@ -38,8 +38,9 @@ import niah
 import parallel
 import sparse
 import weights
+from answers import load
 from data import folder_of, tokenizer_files, tokenizer_of
-from eval_niah import positive, usable_device
+from eval_niah import natural, positive, usable_device
 from memory import arl_passes, lengths_of
 from model import PRESETS, Config, Transformer, fresh, memory_tensors
 from samples import Needles, batches, fingerprint, make_data, workers_told
@@ -65,6 +66,7 @@ RECIPES = {
     "pico": dict(preset="pico", context_len=512, tasks=["niah_single_1", "niah_single_2"], drills=0.5, many=0.3, steps=1600,
                  batch=4, device_batch=4, lr=3e-3, arl=32, log_every=100, eval_every=200, save_every=700),
     # The paper's (arXiv 2605.28640). What it leaves out is from the configs of official RAT+, marked (c)
+    # data=None: --data must be given
     # OLMo 2 continued with a memory: 10B tokens of FineWeb-Edu, 768 x 4,096 a step. (c): cosine to 1e-6
     "olmo2-continue": dict(data=None, memory="on", context_len=4096, steps=3179, batch=768, lr=6e-5, memory_lr=6e-4, min_lr=1e-6,
                            warmup=0.02, weight_decay=0.1, arl=64, save_every=25),
@@ -96,12 +98,32 @@ def gate(text):
     return float(text)
 
 
+def share(text):
+    """A number from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share from 0 to 1")
+    return float(text)
+
+
+def above_0(text):
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return float(text)
+
+
+def at_least_0(text):
+    if not float(text) >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return float(text)
+
+
 def flags():
     parser = argparse.ArgumentParser(description="Train a model; with no flags, a lesson of a few minutes.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")
     add = parser.add_argument
-    add("--recipe", choices=RECIPES, metavar="NAME", help="sets many flags at once: " + ", ".join(RECIPES))
+    add("--recipe", choices=RECIPES, metavar="NAME", help="sets many flags at once: " + ", ".join(RECIPES) + "; --init is wanted by those that continue, fine-tune or adapt a model, --data by those "
+        "of text")
     # what to train
     add("--preset", choices=PRESETS, metavar="NAME", help="a new model: " + ", ".join(PRESETS))
     add("--init", metavar="PATH", help="or a model to start from: anything that Transformer.from_pretrained loads")
@@ -109,9 +131,9 @@ def flags():
     add("--gate_start", type=gate, default=0.5, metavar="G", help="where the gates of a memory start that --init is "
         "given, above 0 and below 1")
     add("--arl", type=int, metavar="TOKENS", help="length that ARL teaches the memory, 0 for none; None: 64 with a memory")
-    add("--joint", type=int, default=0, metavar="TOKENS", help="before each dense pass one that sees so many tokens back, as official "
-        "RAT+ gives its attention baseline to match ARL's cost (64); 0: none")
-    add("--adapt", metavar="METHOD", help="train through this sparse method instead of dense attention, as in eval_niah.py --methods: "
+    add("--joint", type=natural, default=0, metavar="TOKENS", help="an extra pass before each dense one, with a window of so many tokens: what "
+        "official RAT+ gives its attention baseline to match ARL's cost (64); 0: none")
+    add("--adapt", metavar="METHOD", help="train through this dilated pattern instead of dense attention, for inference with it: "
         "RAT+'s adaptation to dilated:dilation=16,local=256,initial=4")
     # on what
     add("--data", default="niah", metavar="niah|DIR", help="needles made on the fly, or token shards that data.py wrote")
@@ -119,22 +141,23 @@ def flags():
     add("--context_len", type=positive, metavar="TOKENS", help="length of a sequence; None: the model's")
     add("--protocol", default="base", choices=niah.PROTOCOLS, help="needles: base (RULER's answer prefix) or sft (the question alone)")
     add("--tasks", nargs="+", choices=niah.TASKS, metavar="TASK", help="needles: which of RULER's; None: those that fit")
-    add("--drills", type=float, default=0.0, metavar="SHARE", help="needles: of the steps that begin with drills alone; of the rest 30 %% are; 0: none at all")
-    add("--many", type=float, default=0.5, metavar="SHARE", help="needles: share of samples with many questions")
-    add("--other_weight", type=float, default=0.1, metavar="W", help="needles: loss weight of tokens that are no answer")
+    add("--drills", type=share, default=0.0, metavar="SHARE", help="needles: of the steps, at the start, whose samples are all drills; of later samples 30 %% are. "
+        "0: no drills")
+    add("--many", type=share, default=0.5, metavar="SHARE", help="needles: share of samples with many questions")
+    add("--other_weight", type=at_least_0, default=0.1, metavar="W", help="needles: loss weight of tokens that are no answer")
     add("--haystack", metavar="FILE", help="needles: text of the essays; None: Python's help pages")
     # how long, how fast
     add("--steps", type=positive, default=1000, help="batches")
     add("--batch", type=positive, default=64, help="sequences per step, over all GPUs")
     add("--device_batch", type=positive, help="sequences per GPU at a time; the rest is accumulated. None: as many as fit a GPU, 16 on a CPU")
-    add("--recompute", type=int, metavar="LAYERS", help="how many layers' activations are computed anew in backward, to save memory; "
+    add("--recompute", type=natural, metavar="LAYERS", help="how many layers' activations are computed anew in backward, to save memory; "
         "None: as few as must be")
-    add("--lr", type=float, default=1e-3, help="peak learning rate")
-    add("--memory_lr", type=float, help="that of the memory's gates; None: the same")
-    add("--min_lr", type=float, default=0.0, help="where the cosine of --lr ends; that of --memory_lr in proportion")
-    add("--warmup", type=float, default=0.05, metavar="SHARE", help="of the steps, linear")
-    add("--weight_decay", type=float, default=0.1, help="on all parameters, as RAT+")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--lr", type=above_0, default=1e-3, help="peak learning rate")
+    add("--memory_lr", type=above_0, help="that of the memory's gates; None: the same")
+    add("--min_lr", type=at_least_0, default=0.0, help="where the cosine of --lr ends; that of --memory_lr in proportion")
+    add("--warmup", type=share, default=0.05, metavar="SHARE", help="of the steps, in which the learning rate rises linearly")
+    add("--weight_decay", type=at_least_0, default=0.1, help="on all parameters, as RAT+")
+    add("--clip", type=above_0, default=1.0, help="largest norm of the gradient")
     add("--seed", type=int, default=0, help="of weights and data")
     # where, and what is kept
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
@@ -145,8 +168,8 @@ def flags():
     add("--out", default="out", metavar="DIR", help="folder of all runs")
     add("--name", help="this run's folder in it; None: the recipe's or preset's name")
     add("--log_every", type=positive, default=20, help="steps between printed lines; log.jsonl has every step")
-    add("--eval_every", type=int, default=200, help="steps between validations; 0: none")
-    add("--save_every", type=int, default=200, help="steps between checkpoints; the last two are kept, and written while training goes on. "
+    add("--eval_every", type=natural, default=200, help="steps between validations; 0: none")
+    add("--save_every", type=natural, default=200, help="steps between checkpoints; the last two are kept, and written while training goes on. "
         "0: none at all, for trials")
     add("--resume", action="store_true", help="go on from the run's newest checkpoint, if there is one")
     return parser
@@ -168,16 +191,17 @@ def parse(argv):
     if args.data is None:
         parser.error(f"--recipe={args.recipe} trains on text: give --data, a folder of shards that data.py wrote")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.clip <= 0 or args.warmup == 1 or not all(0 <= share <= 1 for share in (args.warmup, args.drills, args.many)):
-        parser.error("--clip must be above 0, --warmup, --drills and --many shares from 0 to 1")
-    if args.lr <= 0 or min(args.joint, args.save_every, args.eval_every, args.recompute or 0) < 0:
-        parser.error(f"--lr {args.lr} must be above 0, --joint {args.joint}, --save_every {args.save_every} and --recompute {args.recompute} "
-                     "at least 0")
-    share, on_gpu = args.batch // world, args.device.startswith("cuda")
-    args.device_batch = args.device_batch or (None if on_gpu else 16)
-    if args.batch % world or (args.device_batch and share % min(args.device_batch, share)):
+    if args.warmup == 1:
+        parser.error("--warmup=1 leaves no step at the full learning rate")
+    if args.min_lr > args.lr:
+        parser.error(f"--min_lr {args.min_lr} is above --lr {args.lr}")
+    per_process, on_gpu = args.batch // world, args.device.startswith("cuda")
+    if args.device_batch is None and not on_gpu:
+        args.device_batch = 16
+    if args.batch % world or (args.device_batch and per_process % min(args.device_batch, per_process)):
         parser.error(f"--batch {args.batch} does not divide into {world} processes times --device_batch {args.device_batch}")
-    args.device_batch = args.device_batch and min(args.device_batch, share)
+    if args.device_batch:
+        args.device_batch = min(args.device_batch, per_process)
     if args.memory_lr is None:
         args.memory_lr = args.lr
     args.name = args.name or args.recipe or args.preset or "run"
@@ -194,8 +218,8 @@ def new_config(args):
     return preset if args.memory is None else replace(preset, memory=args.memory == "on")
 
 
-def describe(args, folder=None):
-    """What to train: its Config, and its tensors as weights.fill takes them; of the checkpoint in `folder` the Config alone."""
+def what_to_train(args, folder=None):
+    """Its Config, and its tensors as weights.fill takes them, None if they are in the checkpoint in `folder`."""
     source = folder or args.init
     if source:
         settings, tensors = weights.read(source, without_tensors=folder is not None)
@@ -210,19 +234,23 @@ def describe(args, folder=None):
         raise ValueError(f"--gate_start={args.gate_start} is for a memory that --memory=on adds to an --init without: nothing was added here")
     if args.memory == "off" and config.memory:
         raise ValueError(f"{source} has a memory, which --memory=off cannot take out")
+    if args.context_len and (args.preset or args.context_len > config.context_len):
+        config = replace(config, context_len=args.context_len)
+    return config, tensors
+
+
+def settle(args, config):
+    """The flags whose defaults the model decides."""
     args.context_len = args.context_len or config.context_len
     args.arl = (64 if config.memory else 0) if args.arl is None else args.arl
     if args.arl and args.joint:
         raise ValueError("--joint is attention's stand-in for ARL: give one of --joint and --arl, and --arl=0 with a memory")
     if args.arl and not config.memory:
         raise ValueError("--arl teaches a memory, and this model has none: add --memory=on or --arl=0")
-    if args.preset or args.context_len > config.context_len:
-        config = replace(config, context_len=args.context_len)
-    return config, tensors
 
 
 def make_model(config, tensors, args, processes=parallel.Processes(), whole=False):
-    """The model to train, in fp32; each process has its rows. tensors: see describe; None leaves them unset. whole: parallel.spread's."""
+    """The model to train, in fp32; each process has its rows. tensors: what_to_train's; None leaves them unset. whole: parallel.spread's."""
     with torch.device("meta"):  # shapes without storage
         model = Transformer(config)
     parallel.spread(model, processes, whole)
@@ -234,17 +262,29 @@ def make_model(config, tensors, args, processes=parallel.Processes(), whole=Fals
 
 
 def passes_of(args):
-    """-> {label: (sparse method, entries a token reads on average)} of each optimizer step on a batch."""
-    T = args.context_len
-    passes = {"arl_loss": (method, T / 2 / args.arl) for method in arl_passes(args.arl)[:-1]}
+    """-> {name: (sparse method, entries a token reads on average)} of each optimizer step on a batch; the last is "dense"."""
+    T, passes = args.context_len, {}
+    if args.arl:
+        passes["arl"] = arl_passes(args.arl)[0], T / 2 / args.arl
     if args.joint:
-        passes["joint_loss"] = Dilated(dilation=None, local=args.joint, initial=0), min(args.joint, T / 2)
-    method = args.adapt and sparse.parse(args.adapt, T)
-    if not method:
-        return passes | {"loss": (None, T / 2)}
-    if not isinstance(method, Dilated):
-        raise ValueError(f"--adapt={args.adapt}: only dilated has a fixed pattern to be trained through")
-    return passes | {"loss": (method, min(T / 2, T / 2 / (method.dilation or T) + method.local + method.initial))}
+        passes["joint"] = Dilated(dilation=None, local=args.joint, initial=0), min(args.joint, T / 2)
+    passes["dense"] = None, T / 2
+    if args.adapt:
+        method = sparse.parse(args.adapt, T)
+        if not isinstance(method, Dilated):
+            raise ValueError(f"--adapt={args.adapt}: only dilated has a fixed pattern to be trained through")
+        passes["dense"] = method, min(T / 2, T / 2 / (method.dilation or T) + method.local + method.initial)
+    return passes
+
+
+def field(name, what):
+    """What a pass's loss, grad_norm or seconds is called in the log: the dense pass's loss is just that."""
+    return what if name == "dense" and what != "seconds" else f"{name}_{what}"
+
+
+def finite(number):
+    """What JSON has no word for is null."""
+    return number if math.isfinite(number) else None
 
 
 def learning_rate(step, args):
@@ -257,7 +297,10 @@ def learning_rate(step, args):
 
 
 def make_optimizer(model, args):
-    """AdamW, whose moments exist from the start: a checkpoint is read into them."""
+    """
+    AdamW in two groups, whose "peak" learning rate the schedule scales. Another optimizer must have its state from the start, in
+    tensors for every parameter, as checkpoints are read into it; and do what update asks.
+    """
     gates = [p for name, p in model.named_parameters() if "memory_proj" in name]
     rest = [p for name, p in model.named_parameters() if "memory_proj" not in name]
     groups = [{"params": rest, "peak": args.lr}] + ([{"params": gates, "peak": args.memory_lr}] if gates else [])
@@ -265,6 +308,17 @@ def make_optimizer(model, args):
     for p in rest + gates:
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
+
+
+def update(optimizer, norm, clip):
+    """
+    A step on gradients divided by max(1, norm / clip), so that their norm is at most clip; and nothing at all if norm is not
+    finite. The optimizer knows how, from mixed precision's scaling, on the device: nobody waits for the norm.
+    """
+    assert getattr(optimizer, "_step_supports_amp_scaling", False), f"{type(optimizer).__name__} would neither clip nor skip: do both here"
+    optimizer.grad_scale, optimizer.found_inf = (norm / clip).clamp_min(1), (~norm.isfinite()).float()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 class Loss(torch.nn.Module):
@@ -277,6 +331,22 @@ class Loss(torch.nn.Module):
     def forward(self, tokens, weight):
         with self.autocast:
             return self.model.loss(tokens, weight, self.method, self.compiled)
+
+
+def one_pass(loss_of, model, optimizer, parts, weight_sum, processes, whole, clip):
+    """
+    A batch's forward and backward, and one update. parts: (tokens, weight) of this process, one after the other; weight_sum: of
+    the batch; whole: Plan.whole. -> this process's share of the loss; the gradient's norm; both on the device
+    """
+    loss = 0.0
+    for number, (tokens, weight) in enumerate(parts, start=1):
+        parallel.before_part(model, processes, last=number == len(parts), whole=whole)
+        of_part = loss_of(tokens, weight) / weight_sum
+        (of_part * processes.world).backward()  # fully_shard averages gradients over the processes; we want their sum
+        loss += of_part.detach()
+    norm = parallel.gradient_norm(model)
+    update(optimizer, norm, clip)
+    return loss, norm
 
 
 def graphed(losses, args):
@@ -296,10 +366,10 @@ def validate(model, dataset, args, method, autocast, processes, samples=64):
     -> {"val_loss": mean loss per token of weight 1 (an answer's, or any of a text's), "val_accuracy": the share of these
     predicted first, "memory_lengths": how many tokens the median channel of each layer averages over}
     """
-    share, totals, lengths = math.ceil(samples / processes.world), torch.zeros(3, dtype=torch.float64, device=args.device), []
-    mine = range(processes.rank * share, (processes.rank + 1) * share)
+    n, totals, lengths = math.ceil(samples / processes.world), torch.zeros(3, dtype=torch.float64, device=args.device), []
+    mine = range(processes.rank * n, (processes.rank + 1) * n)
     with autocast, torch.compiler.set_stance("force_eager"):  # other shapes, few calls: not worth compiling
-        for start in range(0, share, args.device_batch):
+        for start in range(0, n, args.device_batch):
             rows = [dataset[i] for i in mine[start:start + args.device_batch]]
             tokens, weight = (torch.stack([torch.as_tensor(row[part]) for row in rows]).to(args.device) for part in (0, 1))
             weight = (weight == 1).float()
@@ -331,7 +401,7 @@ def newest(run, resume):
 
 def step_of(folder, run, args):
     """How many steps the checkpoint has seen. ValueError if going on with these flags would mix two runs."""
-    saved = eval_niah.load(folder / "train.json", "settings", "step")
+    saved = load(folder / "train.json", "settings", "step")
     if "first_sample" not in saved:
         raise ValueError(f"--resume: an older version made {run}, with other samples: delete it, or choose another --name")
     for key, value in saved["settings"].items():
@@ -347,21 +417,21 @@ def begun(args, folder):
     has one.
     """
     if folder:
-        return {"skipped": 0} | eval_niah.load(folder / "train.json")
+        return {"skipped": 0} | load(folder / "train.json")
     return {"seconds": 0.0, "skipped": 0, "from": eval_niah.training_record(args.init) if args.init else None}
 
 
-def record_of(step, durations, flops, peak, skipped, commit, first_sample, before, args):
+def record_of(args, step, log, step_seconds, processes, commit, first_sample, before):
     """
-    What a checkpoint tells of its making; None where nobody knows. durations: seconds from step to step of this process.
-    flops: of a step; peak: of all GPUs, a second. first_sample: fingerprint's. before: begun's.
+    What a checkpoint tells of its making; None where nobody knows. step_seconds: of the steps so far; first_sample:
+    fingerprint's; before: begun's.
     """
-    seconds = statistics.median(durations)
+    seconds = statistics.median(step_seconds)
     return {"step": step, "settings": vars(args), "command": eval_niah.command_line(None, "train.py"), "commit": commit,
-            "device": eval_niah.device_name(args.device), "processes": int(os.environ.get("WORLD_SIZE", 1)), "torch": torch.__version__,
-            "seconds": round(before["seconds"] + sum(durations), 2), "step_seconds": round(seconds, 5),
-            "tokens_per_second": round(args.batch * args.context_len / seconds), "mfu": peak and round(flops / seconds / peak, 4),
-            "skipped": skipped, "first_sample": first_sample, "from": before["from"]}
+            "device": eval_niah.device_name(args.device), "processes": processes.world, "torch": torch.__version__,
+            "seconds": log.seconds(), "step_seconds": round(seconds, 5), "tokens_per_second": round(log.tokens / seconds),
+            "mfu": log.peak and round(sum(log.of_pass.values()) / seconds / log.peak, 4),
+            "skipped": log.skipped, "first_sample": first_sample, "from": before["from"]}
 
 
 class Log:
@@ -369,41 +439,43 @@ class Log:
     log.jsonl, a line per step; watch.py explains its fields. What the device computes in a step is not waited for until it
     has the next one to do.
 
-    of_pass: {label: FLOPs of the pass}; peak: FLOPs a second of all GPUs, None if unknown; tokens: of a step. The lines up to
-    first_step stay; before: begun's.
+    of_pass: {name: FLOPs of the pass}; peak: FLOPs a second of all GPUs, None if unknown; tokens: of a step. The lines of the
+    `done` steps stay; before: begun's.
     """
 
-    def __init__(self, run, rank, first_step, of_pass, peak, tokens, before):
+    def __init__(self, run, rank, done, of_pass, peak, tokens, before):
         self.of_pass, self.peak, self.tokens = of_pass, peak, tokens
         self.skipped, self.in_a_row, self.hopeless = before["skipped"], 0, None
         self.untold, self.file, self.started = [], None, time.time() - before["seconds"]
         if rank == 0:  # a power cut may have torn the last line, after the checkpoint's
             path = run / "log.jsonl"
-            lines = path.read_text().splitlines(keepends=True)[:first_step] if first_step and path.exists() else []
+            lines = path.read_text().splitlines(keepends=True)[:done] if done and path.exists() else []
             weights.whole_or_nothing(path, lambda file: file.write_text("".join(lines)))
             self.file = open(path, "a")
 
-    def add(self, entry, numbers, moments):
-        """numbers: losses and norms of each pass, then how many processes want to stop, on the device. moments: see moment."""
-        entry |= {"tokens": entry["step"] * self.tokens, "seconds": round(time.time() - self.started, 2)}
-        self.untold.append((entry, numbers, moments))
+    def seconds(self):
+        """Of training so far, what earlier processes did for the checkpoint that this one goes on from included."""
+        return round(time.time() - self.started, 2)
+
+    def add(self, entry, numbers, marks):
+        """numbers: losses of each pass, their norms, how many processes want to stop, on the device. marks: see mark."""
+        self.untold.append((entry | {"tokens": entry["step"] * self.tokens, "seconds": self.seconds()}, numbers, marks))
 
     def tell(self, keep=0):
         """Wait for all steps but the newest `keep`. -> their entries, each with its number of skipped passes; does a process want to stop?"""
-        told, stops, labels = [], 0, list(self.of_pass)
+        told, stops, n = [], 0, len(self.of_pass)
         while len(self.untold) > keep:
-            entry, numbers, moments = self.untold.pop(0)
+            entry, numbers, marks = self.untold.pop(0)
             *values, wish = numbers.tolist()  # waits for the device
             stops += wish
-            losses, norms = values[:len(labels)], values[len(labels):]
-            for label, loss, norm, start, end in zip(labels, losses, norms, moments, moments[1:]):
-                entry[label], entry[label.replace("loss", "grad_norm")] = finite(loss), finite(norm)
-                entry[f"{name_of(label)}_seconds"] = round(seconds_between(start, end), 5)
-            seconds = seconds_between(moments[0], moments[-1])
+            for name, loss, norm, start, end in zip(self.of_pass, values[:n], values[n:], marks, marks[1:]):
+                entry[field(name, "loss")], entry[field(name, "grad_norm")] = finite(loss), finite(norm)
+                entry[field(name, "seconds")] = round(seconds_between(start, end), 5)
+            seconds = seconds_between(marks[0], marks[-1])
             entry["tokens_per_second"] = round(self.tokens / seconds)
             if self.peak:
                 entry["mfu"] = round(sum(self.of_pass.values()) / seconds / self.peak, 4)
-            bad = sum(not math.isfinite(norm) for norm in norms)
+            bad = sum(not math.isfinite(norm) for norm in values[n:])
             self.skipped, self.in_a_row = self.skipped + bad, self.in_a_row + 1 if bad else 0
             if self.in_a_row == PATIENCE:
                 self.hopeless = entry["step"]
@@ -416,18 +488,8 @@ class Log:
             self.file.flush()
 
 
-def finite(number):
-    """What JSON has no word for is null."""
-    return number if math.isfinite(number) else None
-
-
-def name_of(label):
-    """Of a pass, by its loss in the log: arl_loss -> arl, loss -> dense."""
-    return label.removesuffix("loss").removesuffix("_") or "dense"
-
-
-def moment(device):
-    """Now, as the device counts time."""
+def mark(device):
+    """This moment, as the device counts time."""
     if not device.startswith("cuda"):
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -444,7 +506,7 @@ def seconds_between(start, end):
 def train(args):
     """One run. Returns its newest checkpoint's path and the last line of its log."""
     backend.use(args.kernels)
-    with parallel.processes(args.device) as processes, workers_told():
+    with parallel.join(args.device) as processes, workers_told():
         stopped, made = run_in(processes, args)
     run, say = Path(args.out) / args.name, print if processes.rank == 0 else lambda *_: None
     if stopped:
@@ -457,94 +519,86 @@ def train(args):
 
 def run_in(processes, args):
     """The run as one of these processes. -> whether it was stopped before its last step, and its record."""
-    rank, world, on_gpu = processes.rank, processes.world, args.device.startswith("cuda")
+    rank, world, on_gpu, compiled = processes.rank, processes.world, args.device.startswith("cuda"), args.compile == "on"
     say = print if rank == 0 else lambda *_, **__: None
     if on_gpu:
         torch.set_float32_matmul_precision("high")
 
-    # what to train on what, and what it will cost
+    # what to train on what
     commit, run = eval_niah.commit(), Path(args.out) / args.name
     folder = newest(run, args.resume)
-    config, tensors = describe(args, folder)
+    config, tensors = what_to_train(args, folder)
+    settle(args, config)
+    passes = passes_of(args)
     source = folder or (args.init and weights.resolve(args.init))
     tokenizer = tokenizer_of(source, config.vocab_size, args.tokenizer)
     beside = [] if tokenizer.name == "bytes" else tokenizer_files(folder_of(args.tokenizer or source))
     training, validation = make_data(args, tokenizer)
-    passes = passes_of(args)
-    first_step, first_sample = step_of(folder, run, args) if folder else 0, fingerprint(training)
+    done, first_sample = step_of(folder, run, args) if folder else 0, fingerprint(training)
     before = begun(args, folder)
     if folder and before["first_sample"] != first_sample:
         raise ValueError(f"--resume: the samples of {run} are others by now: delete it, or choose another --name")
-    of_pass = {label: args.batch * args.context_len * cost.flops_per_token(config, reads) for label, (_, reads) in passes.items()}
+
+    # what it will cost. A small model on one GPU would wait for launches: if a batch fits whole, its passes are recorded
+    of_pass = {name: args.batch * args.context_len * cost.flops_per_token(config, reads) for name, (_, reads) in passes.items()}
     peak = cost.peak_flops(eval_niah.device_name(args.device))
-    here = 1 + len(processes.here)
-    # a small model on one GPU would wait for launches: if it takes its batch whole, its passes are recorded, and it is not spread
-    small = on_gpu and world == 1 and args.compile == "on" and args.device_batch in (None, args.batch) and max(of_pass.values()) < SMALL
-    plan = cost.plan(config, args.batch // world, args.context_len, world, cost.room(args.device, here), args.device_batch, args.recompute,
-                     width=2 if on_gpu else 4, small=small)
-    args.device_batch, small = plan.device_batch, small and plan.device_batch == args.batch
+    space = cost.room(args.device, processes_here=1 + len(processes.here))
+    planned = lambda rows, small: cost.plan(config, args.batch // world, args.context_len, world, space, rows, args.recompute,
+                                            width=2 if on_gpu else 4, small=small)
+    small = on_gpu and world == 1 and compiled and args.device_batch in (None, args.batch) and max(of_pass.values()) < SMALL
+    plan = planned(args.batch if small else args.device_batch, small)
+    args.device_batch = plan.device_batch
+    how = "recorded as CUDA graphs, bf16 by autocast" if small else "spread by fully_shard, bf16" if on_gpu else "fp32"
+    say(f"{run}: {f'goes on from {folder}' if folder else f'starts from {source}' if source else f'a new {args.preset}'}, tokenizer {tokenizer.name}; "
+        f"on {eval_niah.device_name(args.device)}: {how}, {'compiled' if compiled else 'not compiled'}, kernels {args.kernels}")
     for line in cost.lines(config, plan, args, of_pass, peak, world):
         say(f"{run}: {line}")
     if isinstance(training, Needles):
-        say(f"{run}: needles of {', '.join(niah.TASKS[task].short for task in training.tasks)}")
-    if folder:
-        say(f"{run}: goes on from {folder}")
+        say(f"{run}: needles of {', '.join(training.tasks)}")
 
     # the model
-    model = make_model(config, None if folder else tensors, args, parallel.Processes() if small else processes, plan.whole)
+    model = make_model(config, tensors, args, parallel.Processes() if small else processes, plan.whole)
     optimizer = make_optimizer(model, args)
     if folder:
         checkpoint.load(folder, model, optimizer, processes)
-    parallel.prepare(model, plan.recompute, args.compile == "on")
+    parallel.recompute_and_compile(model, plan.recompute, compiled)
     autocast = torch.autocast("cuda", torch.bfloat16) if small else nullcontext()
-    losses_of = [Loss(model, method, autocast, args.compile == "on") for method, _ in passes.values()]
+    losses_of = [Loss(model, method, autocast, compiled) for method, _ in passes.values()]
     if small:
         losses_of = graphed(losses_of, args)
 
     run.mkdir(parents=True, exist_ok=True)
-    log = Log(run, rank, first_step, of_pass, peak and peak * world, args.batch * args.context_len, before)
-    stopped, durations, parts, record = False, [], args.batch // world // args.device_batch, before
+    log = Log(run, rank, done, of_pass, peak and peak * world, args.batch * args.context_len, before)
+    stopped, step_seconds, record = False, [], before
     with parallel.Stop(processes) as stop, checkpoint.Saver(run, processes, beside) as saver:
         since = time.time()
-        for step, (tokens, weight) in enumerate(batches(training, args, first_step, rank, world), start=first_step + 1):
+        for step, (tokens, weight) in enumerate(batches(training, args, done, processes), start=done + 1):
             waited = round(time.time() - since, 5)  # for the batch
             torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)  # chance, where a fork adds any, is a function of the step too
             tokens, weight = tokens.to(args.device, non_blocking=True), weight.to(args.device, non_blocking=True)
-            whole_weight = processes.sum(weight[:, 1:].sum())
+            parts = list(zip(tokens.split(args.device_batch), weight.split(args.device_batch)))
+            weight_sum = processes.sum(weight[:, 1:].sum())
             scale = learning_rate(step - 1, args)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * scale
-            losses, norms, moments = [], [], [moment(args.device)]
+            losses, norms, marks = [], [], [mark(args.device)]
             for loss_of in losses_of:
-                loss = 0.0
-                for part, (some, its_weight) in enumerate(zip(tokens.split(args.device_batch), weight.split(args.device_batch)), start=1):
-                    parallel.part(model, processes, last=part == parts, whole=plan.whole)
-                    some_loss = loss_of(some, its_weight) / whole_weight
-                    # fully_shard averages gradients over the processes; we want their sum
-                    (some_loss * world).backward()
-                    loss += some_loss.detach()
-                norm = parallel.gradient_norm(model)
-                # the optimizer's own way to divide gradients, and to leave everything as it is, without our waiting for the norm
-                optimizer.grad_scale, optimizer.found_inf = (norm / args.clip).clamp_min(1), (~norm.isfinite()).float()
-                optimizer.step()
-                optimizer.zero_grad()
-                losses.append(loss), norms.append(norm), moments.append(moment(args.device))
+                loss, norm = one_pass(loss_of, model, optimizer, parts, weight_sum, processes, plan.whole, args.clip)
+                losses.append(loss), norms.append(norm), marks.append(mark(args.device))
             *losses, wishes = processes.sum(torch.stack([*losses, torch.full_like(loss, stop.wished or saver.failed())]))
             entry = {"step": step, "lr": args.lr * scale, "wait_seconds": waited} | ({"memory_lr": args.memory_lr * scale} if config.memory else {})
-            log.add(entry, torch.stack([*losses, *norms, wishes]), moments)
-            # of several processes all leave together, one or two steps later
-            stopped = world == 1 and (stop.wished or saver.failed())
-            last = step == args.steps or stopped
-            evaluates, prints, saves = (step % every == 0 or last if every else False for every in (args.eval_every, args.log_every, args.save_every))
-            evaluates = evaluates and not stopped  # who wants to stop it may not wait long
-            told, wish = log.tell(keep=0 if evaluates or prints or saves or step == 1 else 1)
-            if wish and not last:
-                stopped = last = prints = True
-                saves, evaluates = args.save_every > 0, False
+            log.add(entry, torch.stack([*losses, *norms, wishes]), marks)
+            last = step == args.steps
+            due = lambda every: every > 0 and (step % every == 0 or last)
+            evaluates, prints, saves = due(args.eval_every), due(args.log_every) or step == 1, due(args.save_every)
+            told, stopped = log.tell(keep=0 if evaluates or prints or saves else 1)
+            stopped = stopped and not last
+            if stopped:  # all processes know it by now, one or two steps later. Whoever wants to stop it may not wait for a validation
                 told += log.tell()[0]
-            durations.append(time.time() - since)
+                last, evaluates, prints, saves = True, False, True, args.save_every > 0
+            step_seconds.append(time.time() - since)
             if evaluates:
-                told[-1][0].update(validate(model, validation, args, passes["loss"][0], autocast, processes))
+                told[-1][0].update(validate(model, validation, args, passes["dense"][0], autocast, processes))
             for entry, bad in told:
                 log.write(entry | ({"memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)} if on_gpu else {}))
                 if bad:
@@ -552,11 +606,11 @@ def run_in(processes, args):
             if log.hopeless:
                 raise FloatingPointError(f"loss or gradient was not finite in {PATIENCE} steps in a row, up to step {log.hopeless}: lower --lr, or "
                                          "look at the data; nothing was learned from them, and the last checkpoint is unharmed")
-            if prints or step == 1:
-                say(line_of(told[-1][0], passes, durations, training, args), flush=True)
+            if prints:
+                say(line_of(told[-1][0], passes, step_seconds, training, args), flush=True)
             if saves or last:
-                record = record_of(step, durations, sum(of_pass.values()), peak and peak * world, log.skipped, commit, first_sample, before, args)
-            if saves:
+                record = record_of(args, step, log, step_seconds, processes, commit, first_sample, before)
+            if saves:  # waits for the one before, and raises why that failed if it did
                 saver.save(model, optimizer, record)
             if last:
                 break
@@ -566,14 +620,14 @@ def run_in(processes, args):
     return stopped, record
 
 
-def line_of(entry, passes, durations, training, args):
+def line_of(entry, passes, step_seconds, training, args):
     """What is printed of a step."""
     show = lambda value, form: "none" if value is None else format(value, form)
     first, what = next(iter(passes)), "answer tokens" if isinstance(training, Needles) else "tokens"
-    speed = args.batch * args.context_len / statistics.median(durations[-100:])
+    speed = args.batch * args.context_len / statistics.median(step_seconds[-100:])
     left = (args.steps - entry["step"]) * args.batch * args.context_len / speed / 60
     return (f"step {entry['step']:>5}  loss {show(entry['loss'], '.3f')}"
-            + (f"  {name_of(first)} {show(entry[first], '.3f')}" if len(passes) > 1 else "")
+            + (f"  {first} {show(entry[field(first, 'loss')], '.3f')}" if len(passes) > 1 else "")
             + (f"  validation {show(entry['val_loss'], '.3f')}, {entry['val_accuracy']:.1%} of {what} right" if "val_loss" in entry else "")
             + f"  lr {entry['lr']:.1e}  norm {show(entry['grad_norm'], '.2f')}  {speed:,.0f} tokens/s"
             + (f"  MFU {entry['mfu']:.1%}" if "mfu" in entry else "")

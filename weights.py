@@ -54,7 +54,10 @@ def read(path, without_tensors=False):
 
 @torch.no_grad()
 def fill(model, tensors, path, dtype, device):
-    """Load `tensors` into `model`, whose parameters are on the meta device. ValueError unless they fit exactly."""
+    """
+    Load `tensors` into `model`, whose parameters are on the meta device: of those that fully_shard has spread this process's
+    rows alone. dtype None: as they are. ValueError, which names `path`, unless they fit exactly.
+    """
     wanted = model.state_dict()
     missing, foreign = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     # files of a tied model may hold the head as well: once more the embedding
@@ -203,7 +206,7 @@ def write(path, config, state):
         index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
         files[path / "model.safetensors.index.json"] = lambda file: file.write_text(json.dumps(index, indent=1))
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    files[path / "config.json"] = lambda file: file.write_text(json.dumps(describe(config, dtype), indent=1))
+    files[path / "config.json"] = lambda file: file.write_text(json.dumps(config_json(config, dtype), indent=1))
     all_or_nothing(files)
     for old in set(path.glob("model*.safetensors*")) - files.keys():
         old.unlink()  # of a model saved here before, in other files
@@ -227,7 +230,7 @@ def save_shard(shard, file, places=None):
     save_file(shard, file, metadata={"format": "pt", "sha256": content_hash(shard), **more})
 
 
-def describe(config, dtype):
+def config_json(config, dtype):
     """config.json's content."""
     is_olmo2 = not (config.pre_norm or config.output_gate or config.memory) and config.qk_norm and config.swiglu
     if not is_olmo2:

@@ -83,7 +83,7 @@ from model import Transformer
 from pathlib import Path
 from test_checkpoint import ARGS, made
 source, to = map(Path, sys.argv[1:])
-with parallel.processes("cpu") as us:
+with parallel.join("cpu") as us:
     from model import Config
     settings, tensors = weights.read(source)
     with torch.device("meta"):

@@ -4,6 +4,7 @@ cost.py: the figures that a run tells before it starts, and what it refuses. Pea
 import argparse
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,14 +33,15 @@ MEASURED = [
 
 
 @pytest.mark.parametrize("config, world, rows, parts, anew, whole, peak", MEASURED)
-def test_prediction_is_within_a_tenth_of_what_was_measured(config, world, rows, parts, anew, whole, peak):
+def test_prediction_is_within_3_percent_of_what_was_measured(config, world, rows, parts, anew, whole, peak):
     """A formula changed for one shape that no longer fits the others."""
-    predicted = sum(cost.memory(config, world, rows * 4096, anew, parts, whole).values()) / GB
+    predicted = sum(cost.needs(config, world, rows * 4096, anew, parts, whole).values()) / GB
     assert predicted == pytest.approx(peak, rel=0.03)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_parameters_are_the_models(name):
+    """A projection or a norm forgotten."""
     config = PRESETS[name] if PRESETS[name].n_layer < 20 else replace(PRESETS[name], n_layer=2)
     total, layer, ends = cost.parameters(config)
     with torch.device("meta"):
@@ -52,12 +54,12 @@ def test_plan_takes_as_many_sequences_as_fit_and_recomputes_only_if_it_must():
     config, share = WITH["olmo2-7b"], 96
     node = cost.plan(config, share, 4096, world=8, room=76 * GB)
     assert (node.device_batch, node.recompute) == (2, 0) and node.total <= 76 * GB
-    assert cost.memory(config, 8, 3 * 4096, 0, 32, False) and sum(cost.memory(config, 8, 3 * 4096, 0, 32, False).values()) > 76 * GB
+    assert sum(cost.needs(config, 8, 3 * 4096, 0, 32, False).values()) > 76 * GB  # the next divisor of 96
     two = cost.plan(config, 16, 4096, world=2, room=135 * GB)
     assert (two.device_batch, two.recompute) == (2, 0)
     tight = cost.plan(config, 1, 4096, world=2, room=76 * GB)
     assert tight.device_batch == 1 and 0 < tight.recompute < 32
-    less = sum(cost.memory(config, 2, 4096, tight.recompute - 1).values())
+    less = sum(cost.needs(config, 2, 4096, tight.recompute - 1).values())
     assert less > 76 * GB >= tight.total
 
 
@@ -82,23 +84,20 @@ def test_what_cannot_fit_is_refused_in_one_line():
 def test_a_model_too_large_for_this_machine_is_refused_before_it_is_made(monkeypatch, tmp_path):
     """A machine that swaps itself to death."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cost, "room", lambda device, here: 1e6)
+    monkeypatch.setattr(cost, "room", lambda device, processes_here: 1e6)
     with pytest.raises(ValueError, match="cannot fit"):
         train.train(train.parse(["--preset=pico", "--device=cpu", "--context_len=512", "--tasks", "niah_single_1", "--steps=1"]))
 
 
-def test_lines_tell_parameters_tokens_flops_and_memory():
+def test_lines_are_those_of_the_readme():
+    """README's prediction for the paper's recipe, which nobody has run."""
     args = argparse.Namespace(batch=768, context_len=4096, steps=3179, device="cuda", arl=64, joint=0, adapt=None)
-    config = WITH["olmo2-7b"]
-    monkey, cost.room = cost.room, lambda device, here: 76 * GB
-    try:
-        plan = cost.plan(config, 96, 4096, 8, 76 * GB)
-        of_pass = {"arl_loss": 2e17, "loss": 2e17}
-        text = " ".join(cost.lines(config, plan, args, of_pass, 989e12, 8))
-    finally:
-        cost.room = monkey
-    for words in "7,835.6M parameters", "10B in all", "400P", "1.27e+21", "99 hours", "8 processes x 48 parts x 2 sequences", "memory of a process":
-        assert words in text, text
+    config, readme = WITH["olmo2-7b"], (Path(__file__).parent.parent / "README.md").read_text()
+    of_pass = {name: 768 * 4096 * cost.flops_per_token(config, reads) for name, reads in (("arl", 4096 / 2 / 64), ("dense", 4096 / 2))}
+    lines = list(cost.lines(config, cost.plan(config, 96, 4096, 8, 76.5 * GB), args, of_pass, 989e12, 8))
+    assert len(lines) == 4
+    for line in lines:
+        assert f"out/olmo2-continue: {line}\n" in readme, line
 
 
 @pytest.mark.parametrize("name, peak", [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("cpu", None)])

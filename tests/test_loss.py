@@ -21,16 +21,13 @@ def whole(x, head, target, weight):
 
 
 @pytest.mark.parametrize("most", [1, 61, 200, 61 * 36, 61 * 37, 10**9])  # a token at a time, uneven chunks, one
-@pytest.mark.parametrize("compiled", [False, True])
-def test_chunks_give_the_loss_and_the_gradients_of_all_logits_at_once(most, compiled, monkeypatch):
+def test_chunks_give_the_loss_and_the_gradients_of_all_logits_at_once(most, monkeypatch):
     """A chunk left out or counted twice; a gradient without its weight or without the upstream one."""
-    if compiled:  # what is compiled is checked on a GPU; here that compiled=True computes with the compiled function
-        monkeypatch.setattr(loss, "compiled_chunk_loss", lambda *chunk: [2 * part for part in loss.chunk_loss(*chunk)])
-    monkeypatch.setattr(loss, "MOST_LOGITS", most)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", most)
     args = drawn(dtype=torch.float32)
-    ours = loss.weighted_loss(*args, compiled)
+    ours = loss.weighted_loss(*args)
     dx, dhead = torch.autograd.grad(3 * ours, args[:2])
-    ref = whole(*args) * (2 if compiled else 1)
+    ref = whole(*args)
     ref_dx, ref_dhead = torch.autograd.grad(3 * ref, args[:2])
     torch.testing.assert_close(ours, ref)
     assert_close(dx, ref_dx, what="dx")
@@ -39,12 +36,19 @@ def test_chunks_give_the_loss_and_the_gradients_of_all_logits_at_once(most, comp
 
 def test_bf16_is_as_good_as_torch_in_bf16(monkeypatch):
     """A sum of chunks' gradients in bf16 would drift."""
-    monkeypatch.setattr(loss, "MOST_LOGITS", 61 * 5)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 61 * 5)
     exact = drawn(N=400)
     rounded = [part.detach().bfloat16().requires_grad_() if part.is_floating_point() and part.dim() == 2 else part for part in exact]
     gradients = lambda function, args: torch.autograd.grad(function(*args), args[:2])
     for ours, plain, ref, what in zip(gradients(loss.weighted_loss, rounded), gradients(whole, rounded), gradients(whole, exact), ("dx", "dhead")):
         assert_as_good(ours, plain, ref, what)
+
+
+def test_compiled_is_what_computes_where_it_is_asked_for(monkeypatch):
+    """A flag that is lost on the way, and a loss that takes three times as long."""
+    monkeypatch.setattr(loss, "compiled_chunk_loss", lambda *chunk: [2 * part for part in loss.chunk_loss(*chunk)])
+    args = drawn(dtype=torch.float32)
+    torch.testing.assert_close(loss.weighted_loss(*args, compiled=True), 2 * loss.weighted_loss(*args))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="torch.compile of the chunk wants a GPU here")
@@ -65,7 +69,7 @@ def test_large_scores_do_not_overflow():
 
 def test_score_counts_by_weight_and_ignores_the_rest(monkeypatch):
     """Padding counted as right or wrong."""
-    monkeypatch.setattr(loss, "MOST_LOGITS", 100)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 100)
     x, head, target, weight = drawn(dtype=torch.float32)
     value, right = loss.weighted_score(x, head, target, weight)
     torch.testing.assert_close(value.float(), whole(x, head, target, weight))

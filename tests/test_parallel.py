@@ -33,7 +33,7 @@ import parallel, weights
 from conftest import draw_tokens, tiny
 from model import Transformer
 ways = {}
-with parallel.processes("cpu") as us:
+with parallel.join("cpu") as us:
     whole = tiny(memory=True)
     tokens, weight = draw_tokens(8, 17), torch.rand(8, 17, generator=torch.Generator().manual_seed(1))
     for name, parts, keeps, recompute in ("one part", 1, False, 0), ("parts", 2, False, 1), ("whole parts", 4, True, 2):
@@ -41,10 +41,10 @@ with parallel.processes("cpu") as us:
             model = Transformer(whole.config)
         parallel.spread(model, us, keeps)
         weights.fill(model, {k: lambda v=v: v for k, v in whole.state_dict().items()}, "here", torch.float32, "cpu")
-        parallel.prepare(model, recompute)
+        parallel.recompute_and_compile(model, recompute)
         mine = slice(us.rank * 4, us.rank * 4 + 4)
         for n, (t, w) in enumerate(zip(tokens[mine].chunk(parts), weight[mine].chunk(parts)), start=1):
-            parallel.part(model, us, last=n == parts, whole=keeps)
+            parallel.before_part(model, us, last=n == parts, whole=keeps)
             (model.loss(t, w) * us.world).backward()
         ways[name] = {k: p.grad.full_tensor() for k, p in model.named_parameters()}
         ways[name]["norm"] = parallel.gradient_norm(model)
@@ -72,7 +72,7 @@ def test_recomputed_layers_have_the_gradients_of_kept_ones():
     """A layer that is recomputed with other inputs, or not at all."""
     gradients = []
     for recompute in 0, 1, 2:
-        model = parallel.prepare(tiny(memory=True), recompute)
+        model = parallel.recompute_and_compile(tiny(memory=True), recompute)
         model.loss(draw_tokens(2, 17), torch.ones(2, 17)).backward()
         gradients.append([p.grad for p in model.parameters()])
     for a, b, c in zip(*gradients):
@@ -83,30 +83,11 @@ def test_recomputing_saves_the_memory_of_the_layer():
     """A checkpoint that keeps what it should drop."""
     sizes = []
     for recompute in 0, 2:
-        model, kept = parallel.prepare(tiny(memory=True), recompute), []
+        model, kept = parallel.recompute_and_compile(tiny(memory=True), recompute), []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
             model.loss(draw_tokens(2, 65), torch.ones(2, 65))
         sizes.append(sum(kept))
     assert sizes[1] < 0.4 * sizes[0]
-
-
-def test_optimizer_divides_by_the_norm_as_clipping_does():
-    """A gradient scaled twice or not at all: train.py leaves clipping to the fused AdamW."""
-    models = [tiny(memory=True), tiny(memory=True)]
-    for n, model in enumerate(models):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-        for _ in range(3):
-            model.loss(draw_tokens(2, 17), torch.ones(2, 17)).backward()
-            if n:
-                norm = parallel.gradient_norm(model)
-                assert norm > 0.5
-                optimizer.grad_scale, optimizer.found_inf = (norm / 0.5).clamp_min(1), (~norm.isfinite()).float()
-            else:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-            optimizer.step()
-            optimizer.zero_grad()
-    for a, b in zip(models[0].parameters(), models[1].parameters()):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_alive_knows_the_living_the_dead_and_the_undead():
@@ -122,7 +103,7 @@ def test_alive_knows_the_living_the_dead_and_the_undead():
 
 FAILS = """
 import parallel
-with parallel.processes("cpu") as us:
+with parallel.join("cpu") as us:
     with parallel.Stop(us):
         if us.rank == 1:
             raise OSError("the disk\\nis full")
