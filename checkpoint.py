@@ -84,7 +84,6 @@ class Writer(dcp.StorageWriter):
             name = f"{file}.safetensors" if world == 1 else f"{file}-{number:05d}-of-{world:05d}.safetensors"
             places = None if world == 1 else {fqn: place for fqn, place, _ in entries}
             weights.save_shard({fqn: tensor for fqn, _, tensor in entries}, self.temporary / name, places)
-            flush(self.temporary / name)
         done = Future()
         done.set_result([WriteResult(index=item.index, size_in_bytes=0, storage_data=None) for item in plan.items])
         return done
@@ -95,9 +94,12 @@ class Writer(dcp.StorageWriter):
             (self.temporary / name).write_text(json.dumps(content, indent=1))
         for file in self.beside:
             shutil.copy(file, self.temporary)
+        for path in *self.temporary.iterdir(), self.temporary:
+            flush(path)
+        shutil.rmtree(self.folder, ignore_errors=True)  # without its config.json it was passed over
         os.rename(self.temporary, self.folder)
         flush(self.folder.parent)
-        for old in sorted(self.folder.parent.glob("step_*"))[:-KEPT]:
+        for old in weights.checkpoints(self.folder.parent)[:-KEPT]:
             shutil.rmtree(old)
 
     def storage_meta(self):
@@ -178,8 +180,11 @@ def load(folder, model, optimizer, processes):
     missing |= {f"{kind}.safetensors" for kind in ("model", "optimizer") if kind not in kinds}
     if missing:
         raise FileNotFoundError(f"{folder / min(missing)} is missing: restore it, or delete {folder} to go on from the one before")
-    for file in files[processes.rank::processes.world]:  # each is read whole once, by someone
-        weights.checked(file)
+    try:
+        for file in files[processes.rank::processes.world]:  # each is read whole once, by someone
+            weights.checked(file)
+    except ValueError as error:
+        raise ValueError(f"{str(error).partition(': ')[0]}: restore it from a copy, or delete {folder} to go on from the one before") from None
     if processes.world > 1:
         dist.barrier(processes.background)
     try:

@@ -341,18 +341,22 @@ class Transformer(nn.Module):
         FileNotFoundError, whose one line names the file, what is wrong in it, and what to do.
         """
         settings, tensors = weights.read(path)
-        try:
-            config = Config(**settings)
-        except (TypeError, ValueError) as error:  # a field of another name, type or size
-            raise ValueError(f"{path}: its config describes no model here ({error}): fetch it again") from None
         with torch.device("meta"):  # shapes without storage, until the weights are there
-            model = cls(config)
+            model = cls(config_of(settings, path))
         weights.fill(model, tensors, path, dtype, device)
         return model.add_memory() if memory else model
 
     def save_pretrained(self, path):
         """Write config.json and safetensors into the directory `path`; transformers opens it if it is pure OLMo 2."""
         weights.write(path, self.config, self.state_dict())
+
+
+def config_of(settings, path):
+    """The Config of what weights.read found at `path`. ValueError if it is none."""
+    try:
+        return Config(**settings)
+    except (TypeError, ValueError) as error:  # a field of another name, type or size
+        raise ValueError(f"{path}: its config describes no model here ({error}): fetch it again") from None
 
 
 def fresh(config, seed, device="cpu"):

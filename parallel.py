@@ -7,7 +7,8 @@ One model on one GPU, on many, on many nodes: the same script, started by python
     activations    kept for backward, or computed anew from a layer's input (checkpointing), for as many layers as must be
 
 So numbers do not depend on how many GPUs there are, but for the order of sums. On a CPU all is fp32. A model so small that
-launches cost more than arithmetic takes another way, on one GPU alone: train.py records its passes as CUDA graphs.
+launches cost more than arithmetic takes another way on one GPU: train.py records its passes as CUDA graphs, in bf16 by
+autocast, with norms and residuals in fp32; on several it is spread like any other, and its numbers are a little coarser.
 cost.py predicts the memory all this takes. Checked with two gloo processes in tests/test_parallel.py. Another parallelism,
 of tensors say, belongs into spread, with a mesh of its own dimension. Read checkpoint.py next.
 """
@@ -48,16 +49,25 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
+    def least(self, number):
+        """Of all processes: what they decide by must be the same."""
+        least = torch.tensor(float(number), dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(least, dist.ReduceOp.MIN, self.background)
+        return least.item()
+
     def gone(self):
         """Ranks of the others on this machine that are no more."""
         return [rank for rank, pid in self.here.items() if not alive(pid)]
 
     def fail(self, line, code):
         """End this process, as one of several, with a line for all of them: the first to fail knows why, the others follow."""
-        if self.store.add("failed", 1) == 1:
-            print(f"train.py: {line}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(code)
+        try:
+            if self.store.add("failed", 1) == 1:
+                print(f"train.py: {line}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+        finally:
+            os._exit(code)
 
 
 def alive(pid):
@@ -155,41 +165,49 @@ def gradient_norm(model):
 
 class Stop:
     """
-    Ctrl-C and kill become a wish, which the loop asks for after each step, so that it ends with a checkpoint.
+    Ctrl-C, the signal to terminate, and a file out/NAME/stop become a wish, which the loop asks for after each step, so that it
+    ends with a checkpoint.
 
-    torchrun also sends the kill signal when one of the processes is lost. Then the others wait for it for ever, inside of a
-    call where Python hears no signal. So a thread listens too: if a process is gone, it says so and ends this one.
+    torchrun also sends that signal when one of the processes is lost. Then the others wait for it for ever, inside of a call
+    where Python hears nothing. So it is a thread that listens; if a process is gone, it says so and ends this one. (torchrun
+    kills what has not ended 30 seconds after its own signal. A step may take longer: then the file is the way.)
     """
 
-    def __init__(self, processes):
-        self.processes, self.wished = processes, False
+    def __init__(self, processes, run):
+        self.processes, self.file, self.wished, self.over = processes, run / "stop", False, False
 
     def __enter__(self):
+        if self.processes.rank == 0:
+            self.file.unlink(missing_ok=True)
         self.ours, self.theirs = socket.socketpair()
         self.theirs.setblocking(False)
         self.before = signal.set_wakeup_fd(self.theirs.fileno(), warn_on_full_buffer=False)
-        self.handlers = {number: signal.signal(number, self.wish) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
         threading.Thread(target=self.listen, daemon=True).start()
         return self
 
     def __exit__(self, kind, *_):
         if kind and issubclass(kind, RuntimeError):  # what gloo raises when nobody answers
             self.end_if_alone()
+        self.over = True
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self.before)
         self.theirs.close()  # the thread reads the end, and leaves
 
-    def wish(self, *_):
-        self.wished = True
+    def asked(self):
+        """Whether this process was told to stop; the first one for all."""
+        return self.wished or (self.processes.rank == 0 and self.file.exists())
 
     def listen(self):
-        while self.ours.recv(1):
-            self.end_if_alone()
+        while number := self.ours.recv(1):  # of any signal that Python handles, as a byte
+            if ord(number) in self.handlers:
+                self.wished = True
+                self.end_if_alone()
         self.ours.close()
 
     def end_if_alone(self):
         time.sleep(0.5)  # its end may still be on the way
-        if gone := self.processes.gone():
+        if (gone := self.processes.gone()) and not self.over:  # once all is done, they may go
             self.processes.fail(f"process {', '.join(map(str, gone))} is gone, killed by someone or for want of memory: the last checkpoint is "
                                 "whole, go on with the same command and --resume", 1)

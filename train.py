@@ -42,7 +42,7 @@ from answers import load
 from data import folder_of, tokenizer_files, tokenizer_of
 from eval_niah import natural, positive, usable_device
 from memory import arl_passes, lengths_of
-from model import PRESETS, Config, Transformer, fresh, memory_tensors
+from model import PRESETS, Transformer, config_of, fresh, memory_tensors
 from samples import Needles, batches, fingerprint, make_data, workers_told
 from sparse import Dilated
 
@@ -223,7 +223,7 @@ def what_to_train(args, folder=None):
     source = folder or args.init
     if source:
         settings, tensors = weights.read(source, without_tensors=folder is not None)
-        config = Config(**settings)
+        config = config_of(settings, source)
     else:
         config = new_config(args)
         tensors = fresh(config, args.seed, args.device)
@@ -364,7 +364,7 @@ def graphed(losses, args):
 def validate(model, dataset, args, method, autocast, processes, samples=64):
     """
     -> {"val_loss": mean loss per token of weight 1 (an answer's, or any of a text's), "val_accuracy": the share of these
-    predicted first, "memory_lengths": how many tokens the median channel of each layer averages over}
+    predicted first, "memory_lengths": how many tokens the median channel of each layer averages over, in the first samples}
     """
     n, totals, lengths = math.ceil(samples / processes.world), torch.zeros(3, dtype=torch.float64, device=args.device), []
     mine = range(processes.rank * n, (processes.rank + 1) * n)
@@ -373,6 +373,7 @@ def validate(model, dataset, args, method, autocast, processes, samples=64):
             rows = [dataset[i] for i in mine[start:start + args.device_batch]]
             tokens, weight = (torch.stack([torch.as_tensor(row[part]) for row in rows]).to(args.device) for part in (0, 1))
             weight = (weight == 1).float()
+            weight[[i >= samples for i in mine[start:start + args.device_batch]]] = 0  # more of them than asked for, so that all processes have as many
             with lengths_of(model) if start == 0 and model.config.memory else nullcontext([]) as found:
                 loss, right = model.score(tokens, weight, method)
             lengths = lengths or [layer.median() for layer in found]
@@ -446,11 +447,12 @@ class Log:
     def __init__(self, run, rank, done, of_pass, peak, tokens, before):
         self.of_pass, self.peak, self.tokens = of_pass, peak, tokens
         self.skipped, self.in_a_row, self.hopeless = before["skipped"], 0, None
-        self.untold, self.file, self.started = [], None, time.time() - before["seconds"]
+        self.untold, self.file, self.last, self.started = [], None, {}, time.time() - before["seconds"]
         if rank == 0:  # a power cut may have torn the last line, after the checkpoint's
             path = run / "log.jsonl"
             lines = path.read_text().splitlines(keepends=True)[:done] if done and path.exists() else []
             weights.whole_or_nothing(path, lambda file: file.write_text("".join(lines)))
+            self.last = json.loads(lines[-1]) if lines else {}
             self.file = open(path, "a")
 
     def seconds(self):
@@ -483,9 +485,19 @@ class Log:
         return told, stops > 0
 
     def write(self, entry):
+        self.last = entry
+        try:
+            if self.file:
+                self.file.write(json.dumps(entry) + "\n")
+                self.file.flush()
+        except OSError as error:
+            raise OSError(f"{self.file.name}: not written ({error.strerror}); the last checkpoint is whole: make room, then --resume") from None
+
+    def close(self):
+        """-> the last line, {} if there is none"""
         if self.file:
-            self.file.write(json.dumps(entry) + "\n")
-            self.file.flush()
+            self.file.close()
+        return self.last
 
 
 def mark(device):
@@ -506,26 +518,28 @@ def seconds_between(start, end):
 def train(args):
     """One run. Returns its newest checkpoint's path and the last line of its log."""
     backend.use(args.kernels)
-    with parallel.join(args.device) as processes, workers_told():
-        stopped, made = run_in(processes, args)
-    run, say = Path(args.out) / args.name, print if processes.rank == 0 else lambda *_: None
+    run = Path(args.out) / args.name
+    with parallel.join(args.device) as processes, parallel.Stop(processes, run) as stop, workers_told():
+        stopped, made, last_line = run_in(processes, stop, run, args)
+    say = print if processes.rank == 0 else lambda *_: None
     if stopped:
-        say(f"{run}: stopped after step {made['step']}; go on with the same command{'' if args.resume else ' and --resume'}")
+        go_on = f"go on with the same command{'' if args.resume else ' and --resume'}" if args.save_every else "nothing was saved, as --save_every=0 says"
+        say(f"{run}: stopped after step {made['step']}; {go_on}")
         sys.exit(130)
-    folder = weights.resolve(run) if args.save_every else None
+    folder = weights.checkpoints(run)[-1] if weights.checkpoints(run) else None
     say(f"{run}: done, {folder or 'no checkpoint was asked for'}" + (f"; {made['tokens_per_second']:,} tokens/s, MFU {made['mfu']:.1%}" if made["mfu"] else ""))
-    return folder, json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    return folder, last_line
 
 
-def run_in(processes, args):
-    """The run as one of these processes. -> whether it was stopped before its last step, and its record."""
+def run_in(processes, stop, run, args):
+    """The run as one of these processes. -> whether it was stopped before its last step; its record; the last line of its log"""
     rank, world, on_gpu, compiled = processes.rank, processes.world, args.device.startswith("cuda"), args.compile == "on"
     say = print if rank == 0 else lambda *_, **__: None
     if on_gpu:
         torch.set_float32_matmul_precision("high")
 
     # what to train on what
-    commit, run = eval_niah.commit(), Path(args.out) / args.name
+    commit = eval_niah.commit()
     folder = newest(run, args.resume)
     config, tensors = what_to_train(args, folder)
     settle(args, config)
@@ -542,7 +556,7 @@ def run_in(processes, args):
     # what it will cost. A small model on one GPU would wait for launches: if a batch fits whole, its passes are recorded
     of_pass = {name: args.batch * args.context_len * cost.flops_per_token(config, reads) for name, (_, reads) in passes.items()}
     peak = cost.peak_flops(eval_niah.device_name(args.device))
-    space = cost.room(args.device, processes_here=1 + len(processes.here))
+    space = processes.least(cost.room(args.device, processes_here=1 + len(processes.here)))
     planned = lambda rows, small: cost.plan(config, args.batch // world, args.context_len, world, space, rows, args.recompute,
                                             width=2 if on_gpu else 4, small=small)
     small = on_gpu and world == 1 and compiled and args.device_batch in (None, args.batch) and max(of_pass.values()) < SMALL
@@ -570,7 +584,9 @@ def run_in(processes, args):
     run.mkdir(parents=True, exist_ok=True)
     log = Log(run, rank, done, of_pass, peak and peak * world, args.batch * args.context_len, before)
     stopped, step_seconds, record = False, [], before
-    with parallel.Stop(processes) as stop, checkpoint.Saver(run, processes, beside) as saver:
+    if stop.wished and world == 1:
+        raise KeyboardInterrupt
+    with checkpoint.Saver(run, processes, beside) as saver:
         since = time.time()
         for step, (tokens, weight) in enumerate(batches(training, args, done, processes), start=done + 1):
             waited = round(time.time() - since, 5)  # for the batch
@@ -585,7 +601,7 @@ def run_in(processes, args):
             for loss_of in losses_of:
                 loss, norm = one_pass(loss_of, model, optimizer, parts, weight_sum, processes, plan.whole, args.clip)
                 losses.append(loss), norms.append(norm), marks.append(mark(args.device))
-            *losses, wishes = processes.sum(torch.stack([*losses, torch.full_like(loss, stop.wished or saver.failed())]))
+            *losses, wishes = processes.sum(torch.stack([*losses, torch.full_like(loss, stop.asked() or saver.failed())]))
             entry = {"step": step, "lr": args.lr * scale, "wait_seconds": waited} | ({"memory_lr": args.memory_lr * scale} if config.memory else {})
             log.add(entry, torch.stack([*losses, *norms, wishes]), marks)
             last = step == args.steps
@@ -615,9 +631,7 @@ def run_in(processes, args):
             if last:
                 break
             since = time.time()
-    if log.file:
-        log.file.close()
-    return stopped, record
+    return stopped, record, log.close()
 
 
 def line_of(entry, passes, step_seconds, training, args):

@@ -34,10 +34,14 @@ SHARD_BYTES = 5 * 10**9  # a larger model is split into files of at most this si
 PLACES = "DCP_SHARDING_INFO"  # where torch.distributed.checkpoint notes which rows a file holds: it can read our checkpoints
 
 
+def checkpoints(run):
+    """The checkpoints in the folder of a run of train.py, oldest first; copies under other names are none."""
+    return sorted(file.parent for file in Path(run).glob("step_*/config.json") if re.fullmatch(r"step_\d{7,}", file.parent.name))
+
+
 def resolve(path):
     """`path`, or the newest checkpoint in it if it is the folder of a run of train.py."""
-    checkpoints = sorted(Path(path).glob("step_*/config.json"))
-    return checkpoints[-1].parent if checkpoints else Path(path)
+    return checkpoints(path)[-1] if checkpoints(path) else Path(path)
 
 
 def read(path, without_tensors=False):

@@ -2,6 +2,7 @@
 checkpoint.py: what is written is read, by any number of processes, or is refused; a failure leaves what was there.
 """
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,19 @@ def test_what_is_saved_is_loaded_and_only_two_are_kept(tmp_path):
     checkpoint.load(run / "step_0000003", *other, parallel.Processes())
     assert_same(ours, other)
     assert torch.equal(Transformer.from_pretrained(run).lm_head.weight, ours[0].lm_head.weight)
+
+
+def test_copies_and_halves_of_checkpoints_are_none(tmp_path):
+    """A user's copy that is taken for the newest, or deleted as the oldest; a half one in whose way the next cannot be saved."""
+    ours = made()
+    save(tmp_path, *ours, 1, 2)
+    for name in "step_0000009.bak", "step_old":
+        shutil.copytree(tmp_path / "step_0000001", tmp_path / name)
+    (tmp_path / "step_0000003").mkdir()
+    (tmp_path / "step_0000003" / "model.safetensors").touch()
+    assert weights.resolve(tmp_path).name == "step_0000002"
+    save(tmp_path, *ours, 3, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_0000003", "step_0000004", "step_0000009.bak", "step_old"]
 
 
 def test_what_is_saved_is_the_state_at_the_call(tmp_path):

@@ -104,7 +104,7 @@ def test_alive_knows_the_living_the_dead_and_the_undead():
 FAILS = """
 import parallel
 with parallel.join("cpu") as us:
-    with parallel.Stop(us):
+    with parallel.Stop(us, __import__("pathlib").Path("run")):
         if us.rank == 1:
             raise OSError("the disk\\nis full")
         torch.distributed.all_reduce(torch.ones(1))  # waits for the other

@@ -114,6 +114,26 @@ def test_chance_is_a_function_of_seed_and_step(monkeypatch):
     assert_same_files(whole, resumed)
 
 
+def test_a_finished_run_may_be_resumed_and_nothing_happens():
+    """A traceback where there is nothing to do; a log that is lost."""
+    checkpoint, last = run("--name=over")
+    assert run("--name=over", "--resume") == (checkpoint, last)
+    Path("out/over/log.jsonl").unlink()
+    assert run("--name=over", "--resume", "--save_every=0")[0] == checkpoint
+
+
+def test_a_full_disk_under_the_log_is_one_line_that_names_it(monkeypatch):
+    write = train.Log.write
+
+    def full(log, entry):
+        log.file = open("/dev/full", "w")
+        write(log, entry)
+    monkeypatch.setattr(train.Log, "write", full)
+    if Path("/dev/full").exists():
+        with pytest.raises(OSError, match="/dev/full: not written .No space left on device.*--resume"):
+            run("--name=full")
+
+
 def test_a_trial_without_checkpoints_leaves_its_log_alone(capsys):
     path, last = run("--name=trial", "--save_every=0", "--eval_every=0")
     assert path is None and last["step"] == 4 and [p.name for p in Path("out/trial").iterdir()] == ["log.jsonl"]
@@ -215,6 +235,17 @@ def two_processes(*flags, change=""):
                       f"import train, model, test_train; model.PRESETS['pico'] = test_train.TINY\n{change}\ntrain.main()\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", str(script)]
     return subprocess.run([*command, *BASE, *flags], capture_output=True, text=True)
+
+
+def test_a_file_stops_a_run_and_the_next_one_is_not_stopped_by_it(monkeypatch):
+    """The way to stop several processes whose step takes longer than torchrun waits."""
+    original, calls = train.Loss.forward, []
+    monkeypatch.setattr(train.Loss, "forward", lambda *args: (calls.append(1), len(calls) == 5 and Path("out/file/stop").touch(), original(*args))[2])
+    with pytest.raises(SystemExit) as stop:
+        run("--name=file")
+    assert stop.value.code == 130 and weights.resolve("out/file").name == "step_0000003"
+    checkpoint, _ = run("--name=file", "--resume")
+    assert checkpoint.name == "step_0000004" and not Path("out/file/stop").exists()
 
 
 INTERRUPT = """
