@@ -98,9 +98,8 @@ def plan(config, share, context_len, world, room, device_batch=None, recompute=N
     chosen; width, small: needs's. ValueError, which says what is missing, if nothing fits.
     """
     rows = [device_batch] if device_batch else [n for n in range(share, 0, -1) if share % n == 0 and (n * context_len <= MOST_TOKENS or n == 1)]
-    layers = [recompute] if recompute is not None else [0]
-    candidates = [(n, anew) for n in rows for anew in layers]
-    if recompute is None:  # then as few as can be, with as few sequences as can be
+    candidates = [(n, min(recompute or 0, config.n_layer)) for n in rows]
+    if recompute is None:  # then as few layers as can be, with as few sequences as can be
         candidates += [(rows[-1], anew) for anew in range(1, config.n_layer + 1)]
     for n, anew in candidates:
         for whole in (True, False) if world == 1 or n < share else (False,):
@@ -132,6 +131,8 @@ def room(device, processes_here):
     """Bytes that one process may fill: of its GPU, or of this machine's memory, which all here share."""
     if device.startswith("cuda"):
         return USABLE * torch.cuda.mem_get_info()[1]
+    if not hasattr(os, "sysconf"):  # Windows
+        return math.inf
     return USABLE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes_here
 
 

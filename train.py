@@ -560,7 +560,12 @@ def run_in(processes, stop, run, args):
     planned = lambda rows, small: cost.plan(config, args.batch // world, args.context_len, world, space, rows, args.recompute,
                                             width=2 if on_gpu else 4, small=small)
     small = on_gpu and world == 1 and compiled and args.device_batch in (None, args.batch) and max(of_pass.values()) < SMALL
-    plan = planned(args.batch if small else args.device_batch, small)
+    try:
+        plan = planned(args.batch if small else args.device_batch, small)
+    except ValueError:
+        if not small:
+            raise
+        small, plan = False, planned(args.device_batch, False)
     args.device_batch = plan.device_batch
     how = "recorded as CUDA graphs, bf16 by autocast" if small else "spread by fully_shard, bf16" if on_gpu else "fp32"
     say(f"{run}: {f'goes on from {folder}' if folder else f'starts from {source}' if source else f'a new {args.preset}'}, tokenizer {tokenizer.name}; "
