@@ -589,7 +589,7 @@ def write_shards(docs, total, out, spec, shard_tokens, workers, job):
         raise ValueError(f"no documents in the input; nothing was written to {out}")
     seconds = time.perf_counter() - start
     print(f"{n_tokens:,} tokens in {n_shards} shards  {seconds:.1f} s  {rates(seconds)}")
-    print(f"Next: python train.py --preset=pico --data={out}")
+    print(f"Next: python train.py {'--preset=pico' if tok.name == 'bytes' else '--init=MODEL --memory=on'} --data={out}")
 
 
 def count(text):
