@@ -167,7 +167,7 @@ class Transformer(nn.Module):
         sparse=None,     # as in forward
         compiled=False,  # the loss by torch.compile
     ):                   # -> sum of weight * cross entropy of tokens[:, 1:], in nats
-        """For training, with gradients: logits exist a few tokens at a time (loss.py)."""
+        """For training, with gradients: logits exist some thousand tokens at a time (loss.py)."""
         x = self.hidden(tokens[:, :-1], sparse=sparse)
         return weighted_loss(x.flatten(0, 1), self.head_weight, tokens[:, 1:].flatten(), weight[:, 1:].flatten(), compiled)
 

@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 
 SHARD_BYTES = 5 * 10**9  # a larger model is split into files of at most this size
 PLACES = "DCP_SHARDING_INFO"  # where torch.distributed.checkpoint notes which rows a file holds: it can read our checkpoints
@@ -77,7 +76,7 @@ def fill(model, tensors, path, dtype, device):
         if tensor.shape != parameter.shape:
             raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, its config asks for {tuple(parameter.shape)}: "
                              "config and weights are not of one model")
-        spread = isinstance(parameter, DTensor)  # by fully_shard: this process has some of the rows
+        spread = hasattr(parameter, "device_mesh")  # by fully_shard, as a DTensor: this process has some of the rows
         if spread:
             mesh = parameter.device_mesh
             parts, mine = tensor.chunk(mesh.size()), mesh.get_local_rank()
@@ -85,7 +84,7 @@ def fill(model, tensors, path, dtype, device):
         # a copy of its own: what the file holds stays on disk, mapped, and can go
         tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
         if spread:
-            tensor = DTensor.from_local(tensor, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
+            tensor = type(parameter.data).from_local(tensor, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
         state[name] = tensor
     model.load_state_dict(state, assign=True)
 

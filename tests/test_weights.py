@@ -172,8 +172,8 @@ def test_tied_files_may_hold_the_head_as_well(tmp_path):
 def test_the_newest_checkpoint_of_a_run_is_read(tmp_path):
     """The first checkpoint of a run taken for the last, or one that was still being written."""
     for step in 100, 200, 1000:
-        tiny(seed=step).save_pretrained(tmp_path / f"step_{step:06d}")
-    (tmp_path / "step_002000").mkdir()  # no config yet: it is written last
+        tiny(seed=step).save_pretrained(tmp_path / f"step_{step:07d}")
+    (tmp_path / "step_0002000").mkdir()  # no config yet: it is written last
     assert_same(Transformer.from_pretrained(tmp_path), tiny(seed=1000))
 
 
