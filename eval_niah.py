@@ -412,7 +412,7 @@ def sized(text, context_len, tokenizer):
 
 
 def training_record(path):
-    """What train.py wrote beside the model of its making (train.record_of), None if there is no such file."""
+    """What train.py wrote beside the model of its making (record.record_of), None if there is no such file."""
     file = weights.resolve(path) / "train.json"
     return load(file, "settings") if file.exists() else None
 

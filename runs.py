@@ -24,6 +24,7 @@ import torch
 
 import eval_niah
 import niah
+import record
 import train
 from data import tokenizer_of
 from model import PRESETS
@@ -56,13 +57,13 @@ def stages(run, pretraining, seed, more):
 
 def finished(run, flags):
     """Whether the run has seen all its steps. ValueError if other flags made it, or another model than --init now is."""
-    settings, checkpoint = train.parse(flags), train.newest(run, resume=True)
+    settings, checkpoint = train.parse(flags), record.newest(run, resume=True)
     if checkpoint is None:
         return False
-    steps = train.step_of(checkpoint, run, settings)
+    steps = record.step_of(checkpoint, run, settings)
     if settings.init:
-        now = train.begun(settings, None)["from"]
-        if now is None or now != train.begun(settings, checkpoint)["from"]:
+        now = record.begun(settings, None)["from"]
+        if now is None or now != record.begun(settings, checkpoint)["from"]:
             raise ValueError(f"{run} did not start from {settings.init} as it is now: delete {run}")
     return steps == settings.steps
 

@@ -11,10 +11,10 @@ Train a model: from scratch, continued with a memory, or fine-tuned. One loop, o
 memory, trained on, and compared with itself. Everything else is flags; `--recipe` sets many at once, and the paper's are
 there: `torchrun --nproc_per_node=8 train.py --recipe=olmo2-continue --init=OLMo-2-1124-7B --data=shards`.
 
-A run says what it will cost (cost.py), then lives in out/NAME: log.jsonl, a line per step, which watch.py draws, and
-step_*/, complete checkpoints (checkpoint.py) that model.Transformer, eval_niah and sample load. A run that was stopped, by
-ctrl-C, kill or a lost GPU, goes on with --resume as if it never had: on a CPU to the bit. parallel.py has what several GPUs
-need. Checked in tests/test_train.py. Read samples.py before, eval_niah.py for what follows.
+A run says what it will cost (cost.py), then lives in out/NAME: log.jsonl, a line per step, which watch.py draws (record.py),
+and step_*/, complete checkpoints (checkpoint.py) that model.Transformer, eval_niah and sample load. A run that was stopped,
+by ctrl-C, kill or a lost GPU, goes on with --resume as if it never had: on a CPU to the bit. parallel.py has what several
+GPUs need. Checked in tests/test_train.py. Read samples.py before, eval_niah.py for what follows.
 """
 import argparse
 import gc
@@ -38,15 +38,14 @@ import niah
 import parallel
 import sparse
 import weights
-from answers import load
 from data import folder_of, tokenizer_files, tokenizer_of
 from eval_niah import natural, positive, usable_device
 from memory import arl_passes, lengths_of
 from model import PRESETS, Transformer, config_of, fresh, memory_tensors
+from record import PATIENCE, Log, begun, field, finite, mark, newest, record_of, step_of
 from samples import Needles, batches, fingerprint, make_data, workers_told
 from sparse import Dilated
 
-PATIENCE = 3      # steps in a row whose loss or gradient is not finite: then the run ends
 SMALL = 2e13      # FLOPs of a pass below which a GPU waits for launches: one GPU records such passes as CUDA graphs
 
 # What --recipe sets; a flag given beside it wins. The paper's: arXiv 2605.28640 and the configs of official RAT+.
@@ -122,8 +121,8 @@ def flags():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")
     add = parser.add_argument
-    add("--recipe", choices=RECIPES, metavar="NAME", help="sets many flags at once: " + ", ".join(RECIPES) + "; --init is wanted by those that continue, fine-tune or adapt a model, --data by those "
-        "of text")
+    add("--recipe", choices=RECIPES, metavar="NAME", help="sets many flags at once: " + ", ".join(RECIPES) + "; --init is wanted by those "
+        "that continue, fine-tune or adapt a model, --data by those of text")
     # what to train
     add("--preset", choices=PRESETS, metavar="NAME", help="a new model: " + ", ".join(PRESETS))
     add("--init", metavar="PATH", help="or a model to start from: anything that Transformer.from_pretrained loads")
@@ -141,8 +140,8 @@ def flags():
     add("--context_len", type=positive, metavar="TOKENS", help="length of a sequence; None: the model's")
     add("--protocol", default="base", choices=niah.PROTOCOLS, help="needles: base (RULER's answer prefix) or sft (the question alone)")
     add("--tasks", nargs="+", choices=niah.TASKS, metavar="TASK", help="needles: which of RULER's; None: those that fit")
-    add("--drills", type=share, default=0.0, metavar="SHARE", help="needles: of the steps, at the start, whose samples are all drills; of later samples 30 %% are. "
-        "0: no drills")
+    add("--drills", type=share, default=0.0, metavar="SHARE", help="needles: of the steps, at the start, whose samples are all drills; "
+        "of later samples 30 %% are. 0: no drills")
     add("--many", type=share, default=0.5, metavar="SHARE", help="needles: share of samples with many questions")
     add("--other_weight", type=at_least_0, default=0.1, metavar="W", help="needles: loss weight of tokens that are no answer")
     add("--haystack", metavar="FILE", help="needles: text of the essays; None: Python's help pages")
@@ -277,16 +276,6 @@ def passes_of(args):
     return passes
 
 
-def field(name, what):
-    """What a pass's loss, grad_norm or seconds is called in the log: the dense pass's loss is just that."""
-    return what if name == "dense" and what != "seconds" else f"{name}_{what}"
-
-
-def finite(number):
-    """What JSON has no word for is null."""
-    return number if math.isfinite(number) else None
-
-
 def learning_rate(step, args):
     """Of the peak: linear from the first step to 1 at the end of warm-up, then a cosine to min_lr / lr."""
     warm = int(args.warmup * args.steps)
@@ -373,7 +362,8 @@ def validate(model, dataset, args, method, autocast, processes, samples=64):
             rows = [dataset[i] for i in mine[start:start + args.device_batch]]
             tokens, weight = (torch.stack([torch.as_tensor(row[part]) for row in rows]).to(args.device) for part in (0, 1))
             weight = (weight == 1).float()
-            weight[[i >= samples for i in mine[start:start + args.device_batch]]] = 0  # more of them than asked for, so that all processes have as many
+            # all processes have as many samples, those after the last one without weight
+            weight[[i >= samples for i in mine[start:start + args.device_batch]]] = 0
             with lengths_of(model) if start == 0 and model.config.memory else nullcontext([]) as found:
                 loss, right = model.score(tokens, weight, method)
             lengths = lengths or [layer.median() for layer in found]
@@ -383,134 +373,6 @@ def validate(model, dataset, args, method, autocast, processes, samples=64):
     if lengths:
         scores["memory_lengths"] = [round(length, 2) for length in (processes.sum(torch.stack(lengths)) / processes.world).tolist()]
     return scores
-
-
-# ---------------------------------------------------------------- a run and its record
-
-MAY_CHANGE = {"resume", "device", "kernels", "workers", "compile", "device_batch", "recompute", "log_every", "eval_every", "save_every", "out"}
-
-
-def newest(run, resume):
-    """The run's newest checkpoint, None if it has none. ValueError if there is one and it was not asked for."""
-    folder = weights.resolve(run)
-    if folder == run:
-        return None
-    if not resume:
-        raise ValueError(f"{run} holds a run already: go on with --resume, choose another --name, or delete it")
-    return folder
-
-
-def step_of(folder, run, args):
-    """How many steps the checkpoint has seen. ValueError if going on with these flags would mix two runs."""
-    saved = load(folder / "train.json", "settings", "step")
-    if "first_sample" not in saved:
-        raise ValueError(f"--resume: an older version made {run}, with other samples: delete it, or choose another --name")
-    for key, value in saved["settings"].items():
-        if key not in MAY_CHANGE and vars(args).get(key) != value:
-            raise ValueError(f"--resume: {run} was started with --{key}={value}, not {vars(args).get(key)}: "
-                             "give the same flags, or another --name")
-    return saved["step"]
-
-
-def begun(args, folder):
-    """
-    What a record goes on from: the seconds and the skipped passes of the steps so far, and "from", the record of --init if that
-    has one.
-    """
-    if folder:
-        return {"skipped": 0} | load(folder / "train.json")
-    return {"seconds": 0.0, "skipped": 0, "from": eval_niah.training_record(args.init) if args.init else None}
-
-
-def record_of(args, step, log, step_seconds, processes, commit, first_sample, before):
-    """
-    What a checkpoint tells of its making; None where nobody knows. step_seconds: of the steps so far; first_sample:
-    fingerprint's; before: begun's.
-    """
-    seconds = statistics.median(step_seconds)
-    return {"step": step, "settings": vars(args), "command": eval_niah.command_line(None, "train.py"), "commit": commit,
-            "device": eval_niah.device_name(args.device), "processes": processes.world, "torch": torch.__version__,
-            "seconds": log.seconds(), "step_seconds": round(seconds, 5), "tokens_per_second": round(log.tokens / seconds),
-            "mfu": log.peak and round(sum(log.of_pass.values()) / seconds / log.peak, 4),
-            "skipped": log.skipped, "first_sample": first_sample, "from": before["from"]}
-
-
-class Log:
-    """
-    log.jsonl, a line per step; watch.py explains its fields. What the device computes in a step is not waited for until it
-    has the next one to do.
-
-    of_pass: {name: FLOPs of the pass}; peak: FLOPs a second of all GPUs, None if unknown; tokens: of a step. The lines of the
-    `done` steps stay; before: begun's.
-    """
-
-    def __init__(self, run, rank, done, of_pass, peak, tokens, before):
-        self.of_pass, self.peak, self.tokens = of_pass, peak, tokens
-        self.skipped, self.in_a_row, self.hopeless = before["skipped"], 0, None
-        self.untold, self.file, self.last, self.started = [], None, {}, time.time() - before["seconds"]
-        if rank == 0:  # a power cut may have torn the last line, after the checkpoint's
-            path = run / "log.jsonl"
-            lines = path.read_text().splitlines(keepends=True)[:done] if done and path.exists() else []
-            weights.whole_or_nothing(path, lambda file: file.write_text("".join(lines)))
-            self.last = json.loads(lines[-1]) if lines else {}
-            self.file = open(path, "a")
-
-    def seconds(self):
-        """Of training so far, what earlier processes did for the checkpoint that this one goes on from included."""
-        return round(time.time() - self.started, 2)
-
-    def add(self, entry, numbers, marks):
-        """numbers: losses of each pass, their norms, how many processes want to stop, on the device. marks: see mark."""
-        self.untold.append((entry | {"tokens": entry["step"] * self.tokens, "seconds": self.seconds()}, numbers, marks))
-
-    def tell(self, keep=0):
-        """Wait for all steps but the newest `keep`. -> their entries, each with its number of skipped passes; does a process want to stop?"""
-        told, stops, n = [], 0, len(self.of_pass)
-        while len(self.untold) > keep:
-            entry, numbers, marks = self.untold.pop(0)
-            *values, wish = numbers.tolist()  # waits for the device
-            stops += wish
-            for name, loss, norm, start, end in zip(self.of_pass, values[:n], values[n:], marks, marks[1:]):
-                entry[field(name, "loss")], entry[field(name, "grad_norm")] = finite(loss), finite(norm)
-                entry[field(name, "seconds")] = round(seconds_between(start, end), 5)
-            seconds = seconds_between(marks[0], marks[-1])
-            entry["tokens_per_second"] = round(self.tokens / seconds)
-            if self.peak:
-                entry["mfu"] = round(sum(self.of_pass.values()) / seconds / self.peak, 4)
-            bad = sum(not math.isfinite(norm) for norm in values[n:])
-            self.skipped, self.in_a_row = self.skipped + bad, self.in_a_row + 1 if bad else 0
-            if self.in_a_row == PATIENCE:
-                self.hopeless = entry["step"]
-            told.append((entry | {"skipped": self.skipped}, bad))
-        return told, stops > 0
-
-    def write(self, entry):
-        self.last = entry
-        try:
-            if self.file:
-                self.file.write(json.dumps(entry) + "\n")
-                self.file.flush()
-        except OSError as error:
-            raise OSError(f"{self.file.name}: not written ({error.strerror}); the last checkpoint is whole: make room, then --resume") from None
-
-    def close(self):
-        """-> the last line, {} if there is none"""
-        if self.file:
-            self.file.close()
-        return self.last
-
-
-def mark(device):
-    """This moment, as the device counts time."""
-    if not device.startswith("cuda"):
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def seconds_between(start, end):
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
 
 
 # ---------------------------------------------------------------- the loop
@@ -523,11 +385,12 @@ def train(args):
         stopped, made, last_line = run_in(processes, stop, run, args)
     say = print if processes.rank == 0 else lambda *_: None
     if stopped:
-        go_on = f"go on with the same command{'' if args.resume else ' and --resume'}" if args.save_every else "nothing was saved, as --save_every=0 says"
-        say(f"{run}: stopped after step {made['step']}; {go_on}")
+        go_on = f"go on with the same command{'' if args.resume else ' and --resume'}"
+        say(f"{run}: stopped after step {made['step']}; {go_on if args.save_every else 'nothing was saved, as --save_every=0 says'}")
         sys.exit(130)
     folder = weights.checkpoints(run)[-1] if weights.checkpoints(run) else None
-    say(f"{run}: done, {folder or 'no checkpoint was asked for'}" + (f"; {made['tokens_per_second']:,} tokens/s, MFU {made['mfu']:.1%}" if made["mfu"] else ""))
+    speed = f"; {made['tokens_per_second']:,} tokens/s, MFU {made['mfu']:.1%}" if made["mfu"] else ""
+    say(f"{run}: done, {folder or 'no checkpoint was asked for'}{speed}")
     return folder, last_line
 
 
@@ -568,8 +431,8 @@ def run_in(processes, stop, run, args):
         small, plan = False, planned(args.device_batch, False)
     args.device_batch = plan.device_batch
     how = "recorded as CUDA graphs, bf16 by autocast" if small else "spread by fully_shard, bf16" if on_gpu else "fp32"
-    say(f"{run}: {f'goes on from {folder}' if folder else f'starts from {source}' if source else f'a new {args.preset}'}, tokenizer {tokenizer.name}; "
-        f"on {eval_niah.device_name(args.device)}: {how}, {'compiled' if compiled else 'not compiled'}, kernels {args.kernels}")
+    start = f"goes on from {folder}" if folder else f"starts from {source}" if source else f"a new {args.preset}"
+    say(f"{run}: {start}, tokenizer {tokenizer.name}; on {eval_niah.device_name(args.device)}: {how}, {'compiled' if compiled else 'not compiled'}, kernels {args.kernels}")
     for line in cost.lines(config, plan, args, of_pass, peak, world):
         say(f"{run}: {line}")
     if isinstance(training, Needles):
@@ -614,7 +477,7 @@ def run_in(processes, stop, run, args):
             evaluates, prints, saves = due(args.eval_every), due(args.log_every) or step == 1, due(args.save_every)
             told, stopped = log.tell(keep=0 if evaluates or prints or saves else 1)
             stopped = stopped and not last
-            if stopped:  # all processes know it by now, one or two steps later. Whoever wants to stop it may not wait for a validation
+            if stopped:  # all processes know it by now, some steps later. Whoever wants to stop it may not wait for a validation
                 told += log.tell()[0]
                 last, evaluates, prints, saves = True, False, True, args.save_every > 0
             step_seconds.append(time.time() - since)

@@ -1,0 +1,159 @@
+"""
+What a run leaves of itself beside its checkpoints' weights: log.jsonl, a line per step, and train.json, how it was made.
+
+    newest, step_of, begun      may a run go on, and from where?
+    record_of                   train.json of a checkpoint, which names command, commit, device, settings and speed
+    Log                         log.jsonl; watch.py explains its fields and draws them
+
+train.py calls these, runs.py asks them about runs that are there. Checked in tests/test_train.py.
+"""
+import json
+import math
+import statistics
+import time
+
+import torch
+
+import eval_niah
+import weights
+from answers import load
+
+PATIENCE = 3  # steps in a row whose loss or gradient is not finite: then the run ends
+
+# flags that --resume may give otherwise
+MAY_CHANGE = {"resume", "device", "kernels", "workers", "compile", "device_batch", "recompute", "log_every", "eval_every", "save_every", "out"}
+
+
+def newest(run, resume):
+    """The run's newest checkpoint, None if it has none. ValueError if there is one and it was not asked for."""
+    folder = weights.resolve(run)
+    if folder == run:
+        return None
+    if not resume:
+        raise ValueError(f"{run} holds a run already: go on with --resume, choose another --name, or delete it")
+    return folder
+
+
+def step_of(folder, run, args):
+    """How many steps the checkpoint has seen. ValueError if going on with these flags would mix two runs."""
+    saved = load(folder / "train.json", "settings", "step")
+    if "first_sample" not in saved:
+        raise ValueError(f"--resume: an older version made {run}, with other samples: delete it, or choose another --name")
+    for key, value in saved["settings"].items():
+        if key not in MAY_CHANGE and vars(args).get(key) != value:
+            raise ValueError(f"--resume: {run} was started with --{key}={value}, not {vars(args).get(key)}: "
+                             "give the same flags, or another --name")
+    return saved["step"]
+
+
+def begun(args, folder):
+    """
+    What a record goes on from: the seconds and the skipped passes of the steps so far, and "from", the record of --init if that
+    has one.
+    """
+    if folder:
+        return {"skipped": 0} | load(folder / "train.json")
+    return {"seconds": 0.0, "skipped": 0, "from": eval_niah.training_record(args.init) if args.init else None}
+
+
+def record_of(args, step, log, step_seconds, processes, commit, first_sample, before):
+    """
+    What a checkpoint tells of its making; None where nobody knows. step_seconds: of the steps so far; first_sample:
+    fingerprint's; before: begun's.
+    """
+    seconds = statistics.median(step_seconds)
+    return {"step": step, "settings": vars(args), "command": eval_niah.command_line(None, "train.py"), "commit": commit,
+            "device": eval_niah.device_name(args.device), "processes": processes.world, "torch": torch.__version__,
+            "seconds": log.seconds(), "step_seconds": round(seconds, 5), "tokens_per_second": round(log.tokens / seconds),
+            "mfu": log.peak and round(sum(log.of_pass.values()) / seconds / log.peak, 4),
+            "skipped": log.skipped, "first_sample": first_sample, "from": before["from"]}
+
+
+# ---------------------------------------------------------------- log.jsonl
+
+def field(name, what):
+    """What a pass's loss, grad_norm or seconds is called in the log: the dense pass's loss is just that."""
+    return what if name == "dense" and what != "seconds" else f"{name}_{what}"
+
+
+def finite(number):
+    """What JSON has no word for is null."""
+    return number if math.isfinite(number) else None
+
+
+class Log:
+    """
+    log.jsonl, a line per step; watch.py explains its fields. What the device computes in a step is not waited for until it
+    has the next one to do.
+
+    of_pass: {name: FLOPs of the pass}; peak: FLOPs a second of all GPUs, None if unknown; tokens: of a step. The lines of the
+    `done` steps stay; before: begun's.
+    """
+
+    def __init__(self, run, rank, done, of_pass, peak, tokens, before):
+        self.of_pass, self.peak, self.tokens = of_pass, peak, tokens
+        self.skipped, self.in_a_row, self.hopeless = before["skipped"], 0, None
+        self.untold, self.file, self.last, self.started = [], None, {}, time.time() - before["seconds"]
+        if rank == 0:  # a power cut may have torn the last line, after the checkpoint's
+            path = run / "log.jsonl"
+            lines = path.read_text().splitlines(keepends=True)[:done] if done and path.exists() else []
+            weights.whole_or_nothing(path, lambda file: file.write_text("".join(lines)))
+            self.last = json.loads(lines[-1]) if lines else {}
+            self.file = open(path, "a")
+
+    def seconds(self):
+        """Of training so far, what earlier processes did for the checkpoint that this one goes on from included."""
+        return round(time.time() - self.started, 2)
+
+    def add(self, entry, numbers, marks):
+        """numbers: losses of each pass, their norms, how many processes want to stop, on the device. marks: see mark."""
+        self.untold.append((entry | {"tokens": entry["step"] * self.tokens, "seconds": self.seconds()}, numbers, marks))
+
+    def tell(self, keep=0):
+        """Wait for all steps but the newest `keep`. -> their entries, each with its number of skipped passes; does a process want to stop?"""
+        told, stops, n = [], 0, len(self.of_pass)
+        while len(self.untold) > keep:
+            entry, numbers, marks = self.untold.pop(0)
+            *values, wish = numbers.tolist()  # waits for the device
+            stops += wish
+            for name, loss, norm, start, end in zip(self.of_pass, values[:n], values[n:], marks, marks[1:]):
+                entry[field(name, "loss")], entry[field(name, "grad_norm")] = finite(loss), finite(norm)
+                entry[field(name, "seconds")] = round(seconds_between(start, end), 5)
+            seconds = seconds_between(marks[0], marks[-1])
+            entry["tokens_per_second"] = round(self.tokens / seconds)
+            if self.peak:
+                entry["mfu"] = round(sum(self.of_pass.values()) / seconds / self.peak, 4)
+            bad = sum(not math.isfinite(norm) for norm in values[n:])
+            self.skipped, self.in_a_row = self.skipped + bad, self.in_a_row + 1 if bad else 0
+            if self.in_a_row == PATIENCE:
+                self.hopeless = entry["step"]
+            told.append((entry | {"skipped": self.skipped}, bad))
+        return told, stops > 0
+
+    def write(self, entry):
+        self.last = entry
+        try:
+            if self.file:
+                self.file.write(json.dumps(entry) + "\n")
+                self.file.flush()
+        except OSError as error:
+            raise OSError(f"{self.file.name}: not written ({error.strerror}); the last checkpoint is whole: make room, then --resume") from None
+
+    def close(self):
+        """-> the last line, {} if there is none"""
+        if self.file:
+            self.file.close()
+        return self.last
+
+
+def mark(device):
+    """This moment, as the device counts time."""
+    if not device.startswith("cuda"):
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start, end):
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
