@@ -14,7 +14,8 @@ transformers as it is. model.Transformer.from_pretrained and eval_niah.py read a
     python checkpoint.py out/NAME DIR --dtype=bfloat16
 
 writes what several GPUs have made as one model in Hugging Face's layout. The step is all that a checkpoint needs to know of
-data and chance: both are functions of (seed, step). Checked in tests/test_checkpoint.py and tests/test_train.py. Read train.py next.
+data and chance: both are functions of (seed, step). Checked in tests/test_checkpoint.py and tests/test_train.py. Read record.py
+and train.py next.
 """
 import argparse
 import json
@@ -176,17 +177,14 @@ def load(folder, model, optimizer, processes):
     Weights and moments of a checkpoint into model and optimizer, which have storage. Each process reads its rows, whoever wrote
     them. ValueError or FileNotFoundError in one line if a file is damaged or missing.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    missing = set().union(*(weights.all_of(file.name) for file in files)) - {file.name for file in files}
-    kinds = {file.name.partition("-")[0].partition(".")[0] for file in files}
-    missing |= {f"{kind}.safetensors" for kind in ("model", "optimizer") if kind not in kinds}
+    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    missing = weights.missing(files)
+    missing += [f"{kind}.safetensors" for kind in ("model", "optimizer") if not any(file.startswith(kind) for file in files)]
+    remedy = f"restore it from a copy, or delete {folder} to go on from the one before"
     if missing:
-        raise FileNotFoundError(f"{folder / min(missing)} is missing: restore it, or delete {folder} to go on from the one before")
-    try:
-        for file in files[processes.rank::processes.world]:  # each is read whole once, by someone
-            weights.checked(file)
-    except ValueError as error:
-        raise ValueError(f"{str(error).partition(': ')[0]}: restore it from a copy, or delete {folder} to go on from the one before") from None
+        raise FileNotFoundError(f"{folder / missing[0]} is missing: {remedy}")
+    for file in files[processes.rank::processes.world]:  # each is read whole once, by someone
+        weights.checked(folder / file, remedy)
     if processes.world > 1:
         dist.barrier(processes.background)
     try:

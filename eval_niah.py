@@ -426,9 +426,9 @@ def trained_with(path):
 def known_models(folder="out"):
     """The two checkpoints that come with the code, and the newest run of train.py if it does the same task."""
     def task(path):
-        settings, flags = weights.read(path)[0], trained_with(path)
+        settings, flags = weights.read(path, without_tensors=True)[0], trained_with(path)
         return settings["context_len"], settings["vocab_size"], flags.get("protocol"), flags.get("tokenizer")
-    made = {run: weights.resolve(run) / "train.json" for run in Path(folder).glob("*") if any(run.glob("step_*/config.json"))}
+    made = {run: weights.resolve(run) / "train.json" for run in Path(folder).glob("*") if weights.checkpoints(run)}
     newest = sorted(made, key=lambda run: made[run].stat().st_mtime)[-1:]
     return [Path(os.path.relpath(path)) for path in SHIPPED] + [run for run in newest if task(run) == task(SHIPPED[0])]
 

@@ -118,7 +118,8 @@ def join(device):
 def spread(model, processes, whole=False):
     """
     Each process keeps its rows of every parameter of the model, which may be on the meta device still. bf16 where there are
-    GPUs. Model.loss and Model.score gather parameters as forward does. whole: what is gathered stays until backward, see before_part.
+    GPUs. Transformer.loss and score gather parameters as forward does. whole: what is gathered stays until backward, see
+    before_part.
     """
     if processes.mesh is None:
         return model
@@ -147,8 +148,8 @@ def recompute_and_compile(model, recompute=0, compiled=False):
 
 def before_part(model, processes, last, whole):
     """
-    To be called before each part of a batch. whole: until its last part each GPU keeps all weights in bf16 and the gradients of all rows in
-    fp32, so they travel once a batch; else weights are gathered and gradients summed for each part.
+    To be called before each part of a batch. whole: until its last part each GPU keeps all weights in bf16 and the gradients
+    of all rows in fp32, so they travel once a batch; else weights are gathered and gradients summed for each part.
     """
     if hasattr(model, "set_requires_gradient_sync"):  # by fully_shard
         model.set_requires_gradient_sync(last or not whole or processes.world == 1)  # one GPU's gradients have nowhere to go

@@ -90,30 +90,18 @@ LESSON = ["--context_len=4096", "--drills=0", "--gate_start=0.1", "--steps=40", 
           "--memory_lr=3e-3", "--log_every=5", "--eval_every=40"]
 
 
-def gate(text):
-    """A number above 0 and below 1, where a gate can start."""
-    if not 0 < float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and below 1")
-    return float(text)
+def number(holds, what):
+    """A flag's type: a number of which holds(number) is true."""
+    def number(text):
+        if not holds(float(text)):
+            raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        return float(text)
+    return number
 
 
-def share(text):
-    """A number from 0 to 1."""
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share from 0 to 1")
-    return float(text)
-
-
-def above_0(text):
-    if not float(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return float(text)
-
-
-def at_least_0(text):
-    if not float(text) >= 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return float(text)
+gate = number(lambda g: 0 < g < 1, "above 0 and below 1")  # where it can start
+share = number(lambda x: 0 <= x <= 1, "a share from 0 to 1")
+above_0, at_least_0 = number(lambda x: x > 0, "above 0"), number(lambda x: x >= 0, "0 or above")
 
 
 def flags():
@@ -129,7 +117,7 @@ def flags():
     add("--memory", choices=["on", "off"], help="the decaying memory: on adds one to an --init without; None: as it is")
     add("--gate_start", type=gate, default=0.5, metavar="G", help="where the gates of a memory start that --init is "
         "given, above 0 and below 1")
-    add("--arl", type=int, metavar="TOKENS", help="length that ARL teaches the memory, 0 for none; None: 64 with a memory")
+    add("--arl", type=natural, metavar="TOKENS", help="length that ARL teaches the memory, 0 for none; None: 64 with a memory")
     add("--joint", type=natural, default=0, metavar="TOKENS", help="an extra pass before each dense one, with a window of so many tokens: what "
         "official RAT+ gives its attention baseline to match ARL's cost (64); 0: none")
     add("--adapt", metavar="METHOD", help="train through this dilated pattern instead of dense attention, for inference with it: "
@@ -163,7 +151,7 @@ def flags():
     add("--compile", choices=["on", "off"], help="torch.compile, and CUDA graphs where one GPU takes a whole --batch of a small model "
         "at a time; None: on with a GPU")
     backend.add_flag(parser)
-    add("--workers", type=int, help="processes that make batches; None: 8 with a GPU, else 0")
+    add("--workers", type=natural, help="processes that make batches; None: 8 with a GPU, else 0")
     add("--out", default="out", metavar="DIR", help="folder of all runs")
     add("--name", help="this run's folder in it; None: the recipe's or preset's name")
     add("--log_every", type=positive, default=20, help="steps between printed lines; log.jsonl has every step")
@@ -388,7 +376,7 @@ def train(args):
         go_on = f"go on with the same command{'' if args.resume else ' and --resume'}"
         say(f"{run}: stopped after step {made['step']}; {go_on if args.save_every else 'nothing was saved, as --save_every=0 says'}")
         sys.exit(130)
-    folder = weights.checkpoints(run)[-1] if weights.checkpoints(run) else None
+    folder = newest(run, resume=True)
     speed = f"; {made['tokens_per_second']:,} tokens/s, MFU {made['mfu']:.1%}" if made["mfu"] else ""
     say(f"{run}: done, {folder or 'no checkpoint was asked for'}{speed}")
     return folder, last_line
@@ -432,7 +420,8 @@ def run_in(processes, stop, run, args):
     args.device_batch = plan.device_batch
     how = "recorded as CUDA graphs, bf16 by autocast" if small else "spread by fully_shard, bf16" if on_gpu else "fp32"
     start = f"goes on from {folder}" if folder else f"starts from {source}" if source else f"a new {args.preset}"
-    say(f"{run}: {start}, tokenizer {tokenizer.name}; on {eval_niah.device_name(args.device)}: {how}, {'compiled' if compiled else 'not compiled'}, kernels {args.kernels}")
+    say(f"{run}: {start}, tokenizer {tokenizer.name}; on {eval_niah.device_name(args.device)}: {how}, "
+        f"{'compiled' if compiled else 'not compiled'}, kernels {args.kernels}")
     for line in cost.lines(config, plan, args, of_pass, peak, world):
         say(f"{run}: {line}")
     if isinstance(training, Needles):
@@ -486,7 +475,8 @@ def run_in(processes, stop, run, args):
             for entry, bad in told:
                 log.write(entry | ({"memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)} if on_gpu else {}))
                 if bad:
-                    say(f"step {entry['step']:>5}  loss or gradient is not finite: {bad} of {len(passes)} passes skipped, {entry['skipped']} so far", flush=True)
+                    say(f"step {entry['step']:>5}  loss or gradient is not finite: {bad} of {len(passes)} passes skipped, "
+                        f"{entry['skipped']} so far", flush=True)
             if log.hopeless:
                 raise FloatingPointError(f"loss or gradient was not finite in {PATIENCE} steps in a row, up to step {log.hopeless}: lower --lr, or "
                                          "look at the data; nothing was learned from them, and the last checkpoint is unharmed")

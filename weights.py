@@ -40,7 +40,7 @@ def checkpoints(run):
 
 def resolve(path):
     """`path`, or the newest checkpoint in it if it is the folder of a run of train.py."""
-    return checkpoints(path)[-1] if checkpoints(path) else Path(path)
+    return [Path(path), *checkpoints(path)][-1]
 
 
 def read(path, without_tensors=False):
@@ -146,9 +146,8 @@ def tensors_of_directory(path):
         files = sorted(file.name for file in path.glob("model*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{path} holds no .safetensors file: fetch the weights, or convert a .bin to it")
-        missing = all_of(files[0]) - set(files)
-        if missing:
-            raise FileNotFoundError(f"{path / min(missing)} is missing, though {files[0]} is there: restore it from a copy")
+        if missing(files):
+            raise FileNotFoundError(f"{path / missing(files)[0]} is missing, though {files[0]} is there: restore it from a copy")
     tensors, rows = {}, {}
     for file in files:
         if not (path / file).exists():
@@ -165,15 +164,18 @@ def tensors_of_directory(path):
     return tensors | {name: lambda parts=parts: torch.cat([parts[first]() for first in sorted(parts)]) for name, parts in rows.items()}
 
 
-def checked(file):
-    """A safetensors file, mapped. ValueError if it is damaged, as far as that can be told: ours carry a hash of their content."""
+def checked(file, remedy=None):
+    """
+    A safetensors file, mapped. ValueError, with the remedy, if it is damaged, as far as that can be told: ours carry a hash of
+    their content.
+    """
     try:
         mapped = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged or incomplete ({error}): fetch it again") from None
+        raise ValueError(f"{file} is damaged or incomplete ({error}): {remedy or 'fetch it again'}") from None
     expected = (mapped.metadata() or {}).get("sha256")  # in files written here
     if expected and expected != content_hash({name: mapped.get_tensor(name) for name in mapped.keys()}):
-        raise ValueError(f"{file} is damaged: its content does not match its hash; restore it from a copy")
+        raise ValueError(f"{file} is damaged: its content does not match its hash; {remedy or 'restore it from a copy'}")
     return mapped
 
 
@@ -220,10 +222,13 @@ def hf_name(name):
     return name if name.startswith("lm_head") else f"model.{name}"
 
 
-def all_of(file):
-    """The names of all files that one called NAME-00001-of-00003.safetensors belongs with; of another's, just its own."""
-    found = re.fullmatch(r"(.+-)\d{5}(-of-(\d{5})\.safetensors)", file)
-    return {f"{found[1]}{n:05d}{found[2]}" for n in range(1, int(found[3]) + 1)} if found else {file}
+def missing(files):
+    """The names that files called NAME-00001-of-00003.safetensors belong with and that are not among them, in order."""
+    wanted = set()
+    for file in files:
+        if found := re.fullmatch(r"(.+-)\d{5}(-of-(\d{5})\.safetensors)", file):
+            wanted |= {f"{found[1]}{n:05d}{found[2]}" for n in range(1, int(found[3]) + 1)}
+    return sorted(wanted - set(files))
 
 
 def save_shard(shard, file, places=None):
