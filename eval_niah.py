@@ -540,7 +540,7 @@ def prepare(args):
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     args.ckpt = [str(path) for path in args.ckpt or known_models()]
     args.protocol = args.protocol or trained_with(args.ckpt[0]).get("protocol", "base")
-    settings = {path: weights.read(path)[0] for path in args.ckpt}  # all, so that a wrong path is known now
+    settings = {path: weights.read(path, hashed=False)[0] for path in args.ckpt}  # all, so that a wrong path is known now
     names = [Path(os.path.abspath(path)).name for path in settings]
     labels = {path if names.count(name) > 1 else name: path for path, name in zip(settings, names)}
     tokenizers = {label: tokenizer_of(weights.resolve(path), settings[path]["vocab_size"], args.tokenizer) for label, path in labels.items()}
@@ -620,12 +620,13 @@ def run(args):
               f"of up to {args.max_new_tokens}, {total - count(left):,} of them in {args.out} already; protocol {args.protocol}; {device}, {args.dtype}")
         print(" ".join(methods.values()), flush=True)
 
-    progress = Progress(total, total - count(left))
+    progress, started, loading = Progress(total, total - count(left)), time.time(), 0.0
     with open(Path(args.out) / f"answers-{ranks.rank}.jsonl", "ab") as file:
         file.truncate(Path(file.name).read_bytes().rfind(b"\n") + 1)  # off with what a kill has left of a line
         for label, batches in groupby(mine, lambda batch: batch[0]):
-            model = Transformer.from_pretrained(labels[label], getattr(torch, args.dtype), args.device)
-            cache = None
+            loading -= time.time()
+            model, cache = Transformer.from_pretrained(labels[label], getattr(torch, args.dtype), args.device), None
+            loading += time.time()
             for batch in batches:
                 lines, cache = ask(model, tokenizers[label], examples, batch, by_name, args, cache)
                 file.write("".join(json.dumps(line._asdict()) + "\n" for line in lines).encode())
@@ -635,7 +636,8 @@ def run(args):
             del model, cache  # room for the next
     ranks.meet("all have written")
     if ranks.rank == 0:
-        report(args, call, labels, tokenizers, examples, texts)
+        speed = {"answers": count(left), "seconds": round(time.time() - started - loading, 2), "seconds_of_loading": round(loading, 2)}
+        report(args, call | {"speed": speed}, labels, tokenizers, examples, texts)
 
 
 def ask(model, tokenizer, examples, batch, by_name, args, cache):
@@ -686,7 +688,9 @@ def report(args, call, labels, tokenizers, examples, texts):
     print("\n" + table(results))
     if args.random:
         print("\n" + table_random(results))
-    print(f"\nresults in {args.json}, predictions in {args.out}")
+    made, seconds, loading = call["speed"].values()
+    print(f"\n{made:,} answers in {seconds:.1f} s" + (f", {made / seconds:.3g} a second" if made else "") + f"; loading took {loading:.1f} s")
+    print(f"results in {args.json}, predictions in {args.out}")
     plot(results, Path(args.json).with_suffix(".png"))
 
 

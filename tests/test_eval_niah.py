@@ -379,6 +379,7 @@ N_BATCHES = 2 * 2 * 3
 def told(out="eval"):
     """The report in a folder, but for the time it took; and what its predictions are."""
     report = eval_niah.load(Path(out) / "results.json")
+    assert 0 <= report.pop("speed")["seconds"] < 600
     for row in report["results"]:
         del row["seconds"]
         row["predictions"] = Path(row["predictions"]).read_text()
@@ -501,6 +502,32 @@ def test_a_model_that_was_trained_again_is_refused_and_a_copy_is_not(undisturbed
     assert told("whole")["results"] == undisturbed["results"]
     small(seed=1, memory=True, context_len=CONTEXT).save_pretrained("checkpoints/memory")
     assert "--ckpt memory (" in refused(capsys)
+
+
+def test_hash_of_files_tells_any_change_of_weights(tmp_path):
+    """Ours that are told by a hash in their head, which another model has not; others' that have none there."""
+    from safetensors.torch import load_file, save_file
+    file, found = tmp_path / "model.safetensors", []
+    for seed in 0, 1:
+        small(seed=seed, context_len=CONTEXT).save_pretrained(tmp_path)
+        found += [answers.hash_of([file]), answers.hash_of([file])]
+        save_file(load_file(file), file)
+        found += [answers.hash_of([file])]
+        changed = bytearray(file.read_bytes())
+        changed[-1] ^= 1
+        file.write_bytes(changed)
+        found += [answers.hash_of([file])]
+    assert found[0] == found[1] and found[4] == found[5] and len(set(found)) == 6
+
+
+def test_the_speed_told_is_of_the_answers_of_this_run(undisturbed):
+    """A rate that counts answers which were there before, or the loading."""
+    again = lambda: (eval_niah.main([*ASKED, "--out=whole"]), eval_niah.load("whole/results.json")["speed"])[1]
+    assert again()["answers"] == 0
+    lines = Path("whole/answers-0.jsonl").read_bytes().splitlines(keepends=True)
+    Path("whole/answers-0.jsonl").write_bytes(b"".join(lines[:-2]))
+    speed = again()
+    assert speed["answers"] == 2 and speed["seconds"] > 0 and speed["seconds_of_loading"] > 0
 
 
 def test_more_methods_are_more_work_and_fewer_are_none(undisturbed, monkeypatch):

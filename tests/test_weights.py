@@ -242,6 +242,19 @@ def test_a_flipped_bit_is_found(tmp_path):
     Transformer.from_pretrained(tmp_path)
 
 
+def test_what_is_not_hashed_is_opened_and_hashed_when_it_is_loaded(tmp_path):
+    """A shortcut for those who read no tensor yet, by which a damaged one is loaded in the end."""
+    save(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    weights.read(tmp_path, hashed=False)
+    refused(tmp_path, file, "hash", "restore")
+    file.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="damaged or incomplete"):
+        weights.read(tmp_path, hashed=False)
+
+
 def test_content_hash_tells_names_shapes_and_types_apart():
     """A hash of bytes alone: swapped or reshaped tensors have the same."""
     x = torch.arange(6, dtype=torch.float32)

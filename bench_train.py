@@ -1,0 +1,155 @@
+"""
+Where the time of a training step goes, on one GPU or many: train.py, watched.
+
+    torchrun --nproc_per_node=8 bench_train.py --json FILE FLAGS-OF-TRAIN.PY
+
+Trains as train.py would with these flags, its own loop; then prints, and adds to FILE, what its log says, and what a trace of the
+last step's passes shows on the first GPU:
+
+    seconds       of each pass, the median of the steps from the third to the last but one, which nothing traces; and its MFU
+    speed         tokens a second by the clock, over the same steps, in all and per GPU; MFU; hours for the paper's 10B tokens
+    memory        at most, beside what cost.py predicted before
+    computes      share of a pass in which kernels run, other than NCCL's
+    talks         share in which NCCL's run, waiting for another GPU included
+    only talks    share in which no others run beside them: what communication costs, but for what it slows down
+    waits         share in which nothing runs
+
+Tracing stretches a pass by a few per cent; shares are of the stretched one. Checked in tests/test_bench_train.py. Read train.py
+and parallel.py first.
+"""
+import argparse
+import json
+import os
+import shlex
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+import cost
+import train
+from answers import load, save
+from eval_niah import commit, device_name
+from record import field
+
+PAPER_TOKENS = 10e9  # of continued pretraining
+
+
+class Watch:
+    """Stands in for cost.plan and train.one_pass: notes what the first decides, traces the last passes of the second."""
+
+    def __init__(self, args):
+        self.args, self.calls, self.traces = args, 0, []
+        self.plans, self.passes = cost.plan, train.one_pass
+        cost.plan, train.one_pass = self.plan, self.one_pass
+
+    def plan(self, config, *more, **settings):
+        self.config, self.planned = config, self.plans(config, *more, **settings)
+        return self.planned
+
+    def one_pass(self, loss_of, model, optimizer, parts, weight_sum, processes, *more):
+        call = lambda: self.passes(loss_of, model, optimizer, parts, weight_sum, processes, *more)
+        step = self.calls // len(train.passes_of(self.args)) + 1
+        self.calls += 1
+        if step < self.args.steps or not self.args.device.startswith("cuda"):
+            return call()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            if processes.world > 1:
+                dist.barrier(processes.background)  # tracing begins later here than there
+            result = call()
+            torch.cuda.synchronize()
+        self.traces.append(trace)
+        return result
+
+
+def covered(spans):
+    """Length of the union of (start, end)."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def shares(kernels):
+    """Of (name, start, end), in any unit of time -> the docstring's shares, and the ten names that take most of the time."""
+    talk = [(start, end) for name, start, end in kernels if "nccl" in name.lower()]
+    compute = [(start, end) for name, start, end in kernels if "nccl" not in name.lower()]
+    whole = max(end for *_, end in kernels) - min(start for _, start, _ in kernels)
+    busy, by_name = covered(talk + compute), {}
+    for name, start, end in kernels:
+        by_name[name] = by_name.get(name, 0) + (end - start) / whole
+    return {"computes": covered(compute) / whole, "talks": covered(talk) / whole, "only talks": (busy - covered(compute)) / whole,
+            "waits": 1 - busy / whole, "kernels": dict(sorted(by_name.items(), key=lambda item: -item[1])[:10])}
+
+
+def kernels_of(trace):
+    """What ran on the GPU: (name, start, end) in microseconds."""
+    return [(event.name, event.time_range.start, event.time_range.end) for event in trace.events()
+            if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def report(watch, log, world):
+    """What FILE gets of this run. log: the entries of its log.jsonl."""
+    args, plan, config = watch.args, watch.planned, watch.config
+    passes, tokens = train.passes_of(args), args.batch * args.context_len
+    seconds = {name: statistics.median(entry[field(name, "seconds")] for entry in log[2:-1]) for name in passes}
+    flops = {name: tokens * cost.flops_per_token(config, reads) for name, (_, reads) in passes.items()}
+    peak = cost.peak_flops(device_name(args.device))
+    mfu = lambda flops, seconds: flops / seconds / peak / world if peak else None
+    by_the_clock = (log[-2]["seconds"] - log[1]["seconds"]) / (len(log) - 3)
+    speed = tokens / by_the_clock
+    starter = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
+    return {"command": shlex.join([*starter.split(), "bench_train.py", *sys.argv[1:]]), "commit": commit(),
+            "device": device_name(args.device), "gpus": world, "torch": torch.__version__, "parameters": cost.parameters(config)[0],
+            "sequences_at_a_time": plan.device_batch, "parts": args.batch // world // plan.device_batch, "recomputed_layers": plan.recompute,
+            "travels_once_a_batch": plan.whole and world > 1, "seconds": seconds, "mfu": {name: mfu(flops[name], seconds[name]) for name in passes},
+            "step_seconds": by_the_clock, "mfu_of_step": mfu(sum(flops.values()), by_the_clock), "tokens_per_second": speed,
+            "tokens_per_second_per_gpu": speed / world, "hours_for_10B_tokens": PAPER_TOKENS / speed / 3600,
+            "peak_gb": log[-1].get("memory_gb"), "predicted_gb": plan.total / 1e9,
+            "shares": {name: shares(kernels_of(trace)) for name, trace in zip(passes, watch.traces)}, "log": log}
+
+
+def told(run):
+    """A run of FILE in lines."""
+    percent, size = lambda x: "unknown" if x is None else f"{x:.1%}", lambda gb: "unknown" if gb is None else cost.size(1e9 * gb)
+    yield (f"{run['gpus']} x {run['device']}, {run['parameters'] / 1e6:,.1f}M parameters, {run['sequences_at_a_time']} sequences x {run['parts']} parts: "
+           f"{run['tokens_per_second']:,.0f} tokens/s, {run['tokens_per_second_per_gpu']:,.0f} a GPU, MFU {percent(run['mfu_of_step'])}, "
+           f"{run['hours_for_10B_tokens']:.1f} h for 10B tokens; peak {size(run['peak_gb'])}, predicted {size(run['predicted_gb'])}")
+    for name, seconds in run["seconds"].items():
+        yield (f"  {name:5} pass {seconds:.3f} s, MFU {percent(run['mfu'][name])}" + "".join(
+            f", {what} {share:.1%}" for what, share in run["shares"].get(name, {}).items() if what != "kernels"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Trains with train.py's flags, and reports where the time of a step goes.", allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"bench_train.py: {message}\n")
+    parser.add_argument("--json", required=True, metavar="FILE", help="where the report goes, beside those of earlier runs")
+    own, flags = parser.parse_known_args()
+    args, first = train.parse(flags), os.environ.get("RANK", "0") == "0"
+    if args.steps < 4:
+        parser.error("--steps: at least 4, as the first two and the last are not timed")
+    watch = Watch(args)
+    try:
+        there = load(own.json, "runs")["runs"] if Path(own.json).exists() else []
+        if first:
+            save({"runs": there}, own.json)  # if it can't be written, that is better known now
+        train.train(args)
+        if first:
+            log = [json.loads(line) for line in (Path(args.out) / args.name / "log.jsonl").read_text().splitlines()]
+            run = report(watch, log, int(os.environ.get("WORLD_SIZE", 1)))
+            save({"runs": [*there, run]}, own.json)
+            print(*told(run), sep="\n")
+    except (ValueError, FloatingPointError, OSError) as error:
+        print(f"bench_train.py: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

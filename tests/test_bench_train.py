@@ -1,0 +1,83 @@
+"""bench_train.py: what it makes of a trace is what running time says, and it changes nothing of a training."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import bench_train
+import cost
+from model import PRESETS
+
+HERE = Path(__file__).parent.parent
+FLAGS = ["--preset=pico", "--context_len=512", "--data=niah", "--tasks", "niah_single_1", "--protocol=sft", "--drills=1", "--steps=4", "--batch=4",
+         "--device=cpu", "--eval_every=0", "--arl=0"]
+SPANS = st.lists(st.tuples(st.booleans(), st.integers(0, 60), st.integers(1, 20)), min_size=1, max_size=8)
+
+
+@given(SPANS)
+def test_shares_are_those_of_a_clock(spans):
+    """Kernels side by side counted twice; a wait within a pass not counted; communication under a product taken for its cost."""
+    kernels = [("ncclDevKernel_AllGather" if talks else "gemm", start, start + length) for talks, start, length in spans]
+    first, last = min(start for _, start, _ in kernels), max(end for *_, end in kernels)
+    ticks = [{name for name, start, end in kernels if start <= t < end} for t in range(first, last)]
+    share = lambda holds: sum(bool(holds(running)) for running in ticks) / len(ticks)
+    found = bench_train.shares(kernels)
+    assert found["computes"] == pytest.approx(share(lambda running: "gemm" in running))
+    assert found["talks"] == pytest.approx(share(lambda running: len(running) > ("gemm" in running)))
+    assert found["only talks"] == pytest.approx(share(lambda running: running and "gemm" not in running))
+    assert found["waits"] == pytest.approx(share(lambda running: not running), abs=1e-9)
+    assert sum(found["kernels"].values()) == pytest.approx(sum(length for *_, length in spans) / len(ticks))
+
+
+def test_times_and_speeds_are_of_the_steps_between(monkeypatch):
+    """Compilation, or the traced step, in a median; an MFU of one GPU given to two; a wait for data that no speed shows."""
+    args = bench_train.train.parse(["--preset=pico", "--context_len=64", "--steps=6", "--batch=4", "--arl=0", "--device=cpu"])
+    log = [{"step": n, "dense_seconds": dense, "seconds": clock, "memory_gb": 3.0}
+           for n, dense, clock in ((1, 90, 100), (2, 9, 110), (3, 4, 115), (4, 6, 122), (5, 5, 128), (6, 50, 190))]
+    monkeypatch.setattr(bench_train, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    watch = bench_train.Watch.__new__(bench_train.Watch)
+    watch.args, watch.config, watch.traces = args, PRESETS["pico"], []
+    watch.planned = cost.Plan(device_batch=1, recompute=0, whole=False, bytes={"all": 2.5e9}, room=1e10)
+    run = bench_train.report(watch, log, world=2)
+    flops = 4 * 64 * cost.flops_per_token(PRESETS["pico"], 32)
+    assert run["seconds"] == {"dense": 5} and run["step_seconds"] == 6 and run["parts"] == 2
+    assert run["mfu"]["dense"] == pytest.approx(flops / 5 / 2 / 989e12) and run["mfu_of_step"] == pytest.approx(flops / 6 / 2 / 989e12)
+    assert run["tokens_per_second"] == pytest.approx(4 * 64 / 6) == 2 * run["tokens_per_second_per_gpu"]
+    assert run["hours_for_10B_tokens"] == pytest.approx(1e10 / (4 * 64 / 6) / 3600)
+    assert (run["peak_gb"], run["predicted_gb"]) == (3.0, 2.5) and "peak 3.0 GB, predicted 2.5 GB" in "\n".join(bench_train.told(run))
+
+
+def bench(tmp_path, *flags, processes=1):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
+    return subprocess.run([*start, str(HERE / "bench_train.py"), *flags], capture_output=True, text=True, cwd=tmp_path, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_a_run_is_train_py_s_and_is_added_to_the_file(tmp_path):
+    """A loop of its own; the report of an earlier run lost."""
+    alone = subprocess.run([sys.executable, str(HERE / "train.py"), *FLAGS, "--name=alone"], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert alone.returncode == 0, alone.stderr
+    for processes in 1, 2:
+        done = bench(tmp_path, "--json=b.json", *FLAGS, f"--name=by{processes}", processes=processes)
+        assert done.returncode == 0 and f"{processes} x CPU" in done.stdout.splitlines()[-2], done.stderr
+    losses = lambda name: [json.loads(line)["loss"] for line in (tmp_path / "out" / name / "log.jsonl").read_text().splitlines()]
+    assert losses("by1") == losses("alone")
+    first, second = json.loads((tmp_path / "b.json").read_text())["runs"]
+    assert (first["gpus"], second["gpus"]) == (1, 2) and [entry["loss"] for entry in first["log"]] == losses("by1")
+    assert first["command"].startswith("python bench_train.py") and second["command"].startswith("torchrun --nproc_per_node=2 bench_train.py")
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--json=bad.json", *FLAGS], "bench_train.py: bad.json is damaged"), (["--json=b.json", *FLAGS, "--steps=3"], "bench_train.py: --steps"),
+    (FLAGS, "bench_train.py: the following arguments are required: --json"), (["--json=b.json", "--nonsense"], "train.py: "),
+    (["--json=none/b.json", *FLAGS, "--batch=0"], "train.py: ")])
+def test_what_cannot_be_run_is_one_line_before_it_starts(flags, told, tmp_path):
+    """Ten minutes of training whose report cannot be written."""
+    (tmp_path / "bad.json").write_text("{")
+    refused = bench(tmp_path, *flags)
+    assert refused.returncode == 2 and refused.stderr.startswith(told) and refused.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
