@@ -3,7 +3,7 @@ One model on one GPU, on many, on many nodes: the same script, started by python
 
     a parameter    fp32 on the GPU that keeps its rows, 1/world of them: what the optimizer changes (fully_shard, FSDP2)
     a layer        gathers its parameters in bf16 just before it computes, and drops them; the next layer's come meanwhile
-    a gradient     bf16 where it is made, summed over GPUs in fp32, kept by the owner of the rows
+    a gradient     bf16 where it is made and on its way, summed in fp32 and kept by the owner of the rows
     activations    kept for backward, or computed anew from a layer's input (checkpointing), for as many layers as must be
 
 So numbers do not depend on how many GPUs there are, but for the order of sums. On a CPU all is fp32. A model so small that
@@ -128,9 +128,38 @@ def spread(model, processes, whole=False):
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if on_gpu else MixedPrecisionPolicy()
     for module in *model.layers, model:
         fully_shard(module, mesh=processes.mesh, mp_policy=precision, reshard_after_forward=not whole and module is not model)
+        if on_gpu and (processes.world == 1 or not whole):  # else they have been added up in fp32 before they travel
+            module.set_custom_reduce_scatter(SumAtOwner())
     for method in "loss", "score":
         register_fsdp_forward_method(model, method)
     return model
+
+
+class SumAtOwner:
+    """
+    fully_shard's sum of gradients with half its bytes. NCCL's reduce-scatter adds up on the way, so what it sums in fp32 must
+    travel in fp32. Here each process sends its bf16 rows to their owners, who add them up in fp32: the same numbers, but for
+    the order of a sum.
+    """
+
+    sends = False
+
+    def allocate(self, size, *, dtype, device):
+        """Called for what is sent, then for its sum, in dtype."""
+        self.sends = not self.sends
+        return torch.empty(size, dtype=torch.bfloat16 if self.sends else dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor,   # (n,)          this process's rows of all parameters of a layer, fp32
+        input_tensor,    # (world * n,)  those of every process, as made here, bf16
+        group, op,       # op: fully_shard wants the mean
+        async_op=False,
+    ):
+        assert op == dist.ReduceOp.AVG, f"{op}: the mean is what is computed here"
+        of_all = torch.empty_like(input_tensor)
+        dist.all_to_all_single(of_all, input_tensor, group=group)
+        torch.mean(of_all.view(group.size(), -1), 0, dtype=output_tensor.dtype, out=output_tensor)
 
 
 def recompute_and_compile(model, recompute=0, compiled=False):

@@ -68,6 +68,37 @@ def test_two_processes_have_the_gradients_of_one_however_a_batch_is_cut(tmp_path
             torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-5, msg=f"{way} {name}")
 
 
+SUMS = """
+import torch, parallel
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+with parallel.join("cpu") as us:
+    ways = []
+    for ours in False, True:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(33, 17), torch.nn.Linear(17, 5, bias=False))  # rows that do not divide
+        fully_shard(model, mesh=us.mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+        if ours:
+            model.set_custom_reduce_scatter(parallel.SumAtOwner())
+        for part in range(3):
+            x = torch.randn(8, 33, generator=torch.Generator().manual_seed(10 * part + us.rank))
+            model(x).float().square().sum().backward()
+        ways.append([p.grad.full_tensor() for p in model.parameters()])
+    if us.rank == 0:
+        torch.save(ways, "ways.pt")
+"""
+
+
+def test_gradients_summed_by_the_owner_are_those_of_reduce_scatter_in_fp32(tmp_path):
+    """A sum where it should be the mean, of one process's rows twice, or in bf16: rounded once more."""
+    process = start(tmp_path, SUMS)
+    _, errors = process.communicate(timeout=120)
+    assert (tmp_path / "ways.pt").exists(), errors[-3000:]
+    theirs, ours = torch.load(tmp_path / "ways.pt", weights_only=True)
+    for a, b in zip(theirs, ours, strict=True):
+        assert b.dtype == torch.float32 and a.abs().max() > 0
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6)
+
+
 def test_recomputed_layers_have_the_gradients_of_kept_ones():
     """A layer that is recomputed with other inputs, or not at all."""
     gradients = []
