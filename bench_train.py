@@ -57,7 +57,7 @@ class Watch:
         if step < self.args.steps or not self.args.device.startswith("cuda"):
             return call()
         torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as trace:
             if processes.world > 1:
                 dist.barrier(processes.background)  # tracing begins later here than there
             result = call()
