@@ -73,14 +73,17 @@ def needs(config, world, tokens, recompute=0, parts=1, whole=False, width=2, sma
     kept = width * (C * (per_width(config) + (4 if small else 0)) + M * (3 if config.swiglu else 2))     # a token in a layer
     anew = width * C                                                             # the layer's input alone
     activations = tokens * (max(config.n_layer - recompute, 1) * kept + recompute * anew)
-    logits = min(CHUNK_LOGITS, tokens * config.vocab_size)
-    head = config.vocab_size * C
-    loss = 2 * width * logits + (4 + 2 * width) * head + 3 * width * tokens * C
-    gathered = 0 if small or (world == 1 and width == 4) else width * (total if whole else 2 * layer + 2 * ends)
-    # when a batch's only part begins backward, no gradient is there yet; at its end, no activation is
-    gradients = 4 * total / world if parts > 1 else max(0, 4 * total / world - activations - loss)
-    return {"weights and moments": 12 * total / world, "gradients": gradients + (4 * total if whole and world > 1 else 0),
-            "activations": activations, "loss": loss, "gathered": gathered}
+    logits, head = min(CHUNK_LOGITS, tokens * config.vocab_size), config.vocab_size * C
+    in_one_chunk = tokens * config.vocab_size <= CHUNK_LOGITS                    # else the head's gradient is added up, in fp32
+    loss = 2 * width * logits + (width if in_one_chunk else 4 + 2 * width) * head + 3 * width * tokens * C
+    gathered = 0 if small or (world == 1 and width == 4) else width * (total if whole else 2 * layer + ends)
+    if whole and world > 1:
+        gradients = 4 * total                                                    # a layer's rows are kept as the whole is dropped
+    elif parts > 1:
+        gradients = 4 * total / world
+    else:  # when a batch's only part begins backward, no gradient is there yet; at its end, no activation is
+        gradients = max(0, 4 * total / world - activations - loss)
+    return {"weights and moments": 12 * total / world, "gradients": gradients, "activations": activations, "loss": loss, "gathered": gathered}
 
 
 def per_width(config):
