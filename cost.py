@@ -6,8 +6,8 @@ What a training run will cost, told before it starts: parameters, FLOPs, memory 
                   + 2 tokens * layers * (a C + b M)      what backward needs of a layer, bf16; a recomputed layer keeps C
                   + what the loss takes, and what is gathered in bf16: embedding, head, two layers; on one GPU all
 
-plan() chooses how a GPU's share of a batch is cut: as many sequences at a time as fit, with no activation computed twice if
-one sequence allows that, and weights and gradients sent once a batch if there is room to keep them whole. a and b are what
+plan() chooses how a GPU's share of a batch is cut: so that weights and gradients are sent once a batch, if there is room to
+keep them whole, then as many sequences at a time as fit, with no activation computed twice if one sequence allows that. a and b are what
 torch.compile keeps; README.md holds predictions beside measured peaks. Checked in tests/test_cost.py. Read parallel.py next.
 
 Letters: C model width, M width of the MLP, T context, V vocabulary.
@@ -25,6 +25,7 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12}  
 EXPECTED_MFU = 0.45   # what a time is estimated by
 USABLE = 0.90         # of a GPU's memory: the rest is CUDA's, NCCL's, and what allocation leaves in pieces
 MOST_TOKENS = 65536   # at a time on a GPU: more are no faster
+ENOUGH_TOKENS = 8192  # at a time: so many and weights that stay are faster than more and weights that travel with each part
 
 
 def peak_flops(device_name):
@@ -101,14 +102,16 @@ def plan(config, share, context_len, world, room, device_batch=None, recompute=N
     chosen; width, small: needs's. ValueError, which says what is missing, if nothing fits.
     """
     rows = [device_batch] if device_batch else [n for n in range(share, 0, -1) if share % n == 0 and (n * context_len <= MOST_TOKENS or n == 1)]
-    candidates = [(n, min(recompute or 0, config.n_layer)) for n in rows]
+    ways = [(n, whole) for n in rows for whole in ((True, False) if world == 1 or n < share else (False,))]
+    travels_often = lambda n, whole: n < share and not (whole and n * context_len >= ENOUGH_TOKENS)
+    ways.sort(key=lambda way: (travels_often(*way), -way[0], not way[1]))  # weights and gradients once a batch; then large parts
+    candidates = [(n, min(recompute or 0, config.n_layer), whole) for n, whole in ways]
     if recompute is None:  # then as few layers as can be, with as few sequences as can be
-        candidates += [(rows[-1], anew) for anew in range(1, config.n_layer + 1)]
-    for n, anew in candidates:
-        for whole in (True, False) if world == 1 or n < share else (False,):
-            found = Plan(n, anew, whole, needs(config, world, n * context_len, anew, share // n, whole, width, small), room)
-            if found.total <= room:
-                return found
+        candidates += [(n, anew, whole) for anew in range(1, config.n_layer + 1) for n, whole in ways if n == rows[-1]]
+    for n, anew, whole in candidates:
+        found = Plan(n, anew, whole, needs(config, world, n * context_len, anew, share // n, whole, width, small), room)
+        if found.total <= room:
+            return found
     fixed = found.total - 16 * parameters(config)[0] / world
     enough = next((n for n in range(world, 4097) if fixed + 16 * parameters(config)[0] / n <= room), None)
     raise ValueError(f"this cannot fit: {size(found.total)} a process, and {size(room)} are there ({told(found.bytes)}): "
