@@ -107,7 +107,7 @@ def report(watch, log, world):
     return {"command": shlex.join([*starter.split(), "bench_train.py", *sys.argv[1:]]), "commit": commit(),
             "device": device_name(args.device), "gpus": world, "torch": torch.__version__, "parameters": cost.parameters(config)[0],
             "sequences_at_a_time": plan.device_batch, "parts": args.batch // world // plan.device_batch, "recomputed_layers": plan.recompute,
-            "travels_once_a_batch": plan.whole and world > 1, "seconds": seconds, "mfu": {name: mfu(flops[name], seconds[name]) for name in passes},
+            "stays": plan.stays, "seconds": seconds, "mfu": {name: mfu(flops[name], seconds[name]) for name in passes},
             "step_seconds": by_the_clock, "mfu_of_step": mfu(sum(flops.values()), by_the_clock), "tokens_per_second": speed,
             "tokens_per_second_per_gpu": speed / world, "hours_for_10B_tokens": PAPER_TOKENS / speed / 3600,
             "peak_gb": log[-1].get("memory_gb"), "predicted_gb": plan.total / 1e9,

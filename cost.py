@@ -50,12 +50,15 @@ def flops_per_token(config, reads):
     return 6 * used + 12 * config.n_layer * config.width * reads
 
 
+STAYS = "all", "weights", "nothing"  # weights in bf16 and gradients in fp32, which then travel once a batch; weights alone; neither
+
+
 @dataclass
 class Plan:
     """How a GPU's share of a batch is computed, and the bytes that takes."""
     device_batch: int      # sequences at a time
     recompute: int         # layers whose activations backward computes anew
-    whole: bool            # weights in bf16 and gradients of all rows stay on each GPU until a batch's last part
+    stays: str             # on each GPU between the parts of a batch, of all rows: STAYS
     bytes: dict            # {what: bytes}
     room: float            # bytes that there are
 
@@ -64,10 +67,10 @@ class Plan:
         return sum(self.bytes.values())
 
 
-def needs(config, world, tokens, recompute=0, parts=1, whole=False, width=2, small=False):
+def needs(config, world, tokens, recompute=0, parts=1, stays="nothing", width=2, small=False):
     """
-    {what: bytes} at the peak of a step, on each of `world` GPUs. tokens: at a time; parts: of a batch. width: bytes of a number
-    in activations, 2 on a GPU. small: by autocast, as train.py computes small models.
+    {what: bytes} at the peak of a step, on each of `world` GPUs. tokens: at a time; parts: of a batch; stays: Plan's. width:
+    bytes of a number in activations, 2 on a GPU. small: by autocast, as train.py computes small models.
     """
     total, layer, ends = parameters(config)
     C, M = config.width, config.mlp_width
@@ -77,8 +80,8 @@ def needs(config, world, tokens, recompute=0, parts=1, whole=False, width=2, sma
     logits, head = min(CHUNK_LOGITS, tokens * config.vocab_size), config.vocab_size * C
     in_one_chunk = tokens * config.vocab_size <= CHUNK_LOGITS                    # else the head's gradient is added up, in fp32
     loss = 2 * width * logits + (width if in_one_chunk else 4 + 2 * width) * head + 3 * width * tokens * C
-    gathered = 0 if small or (world == 1 and width == 4) else width * (total if whole else 2 * layer + ends)
-    if whole and world > 1:
+    gathered = 0 if small or (world == 1 and width == 4) else width * (2 * layer + ends if stays == "nothing" else total)
+    if stays == "all":
         gradients = 4 * total                                                    # a layer's rows are kept as the whole is dropped
     elif parts > 1:
         gradients = 4 * total / world
@@ -102,14 +105,15 @@ def plan(config, share, context_len, world, room, device_batch=None, recompute=N
     chosen; width, small: needs's. ValueError, which says what is missing, if nothing fits.
     """
     rows = [device_batch] if device_batch else [n for n in range(share, 0, -1) if share % n == 0 and (n * context_len <= MOST_TOKENS or n == 1)]
-    ways = [(n, whole) for n in rows for whole in ((True, False) if world == 1 or n < share else (False,))]
-    travels_often = lambda n, whole: n < share and not (whole and n * context_len >= ENOUGH_TOKENS)
-    ways.sort(key=lambda way: (travels_often(*way), -way[0], not way[1]))  # weights and gradients once a batch; then large parts
-    candidates = [(n, min(recompute or 0, config.n_layer), whole) for n, whole in ways]
+    at_home = "weights" if world == 1 else "all"  # one GPU's gradients have nowhere to go
+    ways = [(n, stays) for n in rows for stays in STAYS if stays != "all" or (world > 1 and n < share)]
+    travels_often = lambda n, stays: n < share and not (stays == at_home and n * context_len >= ENOUGH_TOKENS)
+    ways.sort(key=lambda way: (travels_often(*way), -way[0]))  # first what travels once a batch, then what has the largest parts
+    candidates = [(n, min(recompute or 0, config.n_layer), stays) for n, stays in ways]
     if recompute is None:  # then as few layers as can be, with as few sequences as can be
-        candidates += [(n, anew, whole) for anew in range(1, config.n_layer + 1) for n, whole in ways if n == rows[-1]]
-    for n, anew, whole in candidates:
-        found = Plan(n, anew, whole, needs(config, world, n * context_len, anew, share // n, whole, width, small), room)
+        candidates += [(n, anew, stays) for anew in range(1, config.n_layer + 1) for n, stays in ways if n == rows[-1]]
+    for n, anew, stays in candidates:
+        found = Plan(n, anew, stays, needs(config, world, n * context_len, anew, share // n, stays, width, small), room)
         if found.total <= room:
             return found
     fixed = found.total - 16 * parameters(config)[0] / world
@@ -156,4 +160,4 @@ def lines(config, plan, args, of_pass, peak, world):
     yield f"{short(flops / per_step, 'kMGTPE')}FLOP a token, {short(flops, 'kMGTPE')}FLOP a step, {args.steps * flops:.2e} in all{time}"
     yield (f"{'GPU memory' if on_gpu else 'RAM'} per process: {size(plan.total)} of {size(plan.room)} ({told(plan.bytes)})"
            + (f"; {plan.recompute} of {config.n_layer} layers compute their activations anew" if plan.recompute else "")
-           + ("; weights and gradients travel once a batch" if plan.whole and world > 1 else ""))
+           + {"all": "; weights and gradients travel once a batch", "weights": "; weights travel once a batch", "nothing": ""}[plan.stays] * (world > 1))

@@ -115,11 +115,10 @@ def join(device):
 
 # ---------------------------------------------------------------- the model
 
-def spread(model, processes, whole=False):
+def spread(model, processes, stays="nothing"):
     """
     Each process keeps its rows of every parameter of the model, which may be on the meta device still. bf16 where there are
-    GPUs. Transformer.loss and score gather parameters as forward does. whole: what is gathered stays until backward, see
-    before_part.
+    GPUs. Transformer.loss and score gather parameters as forward does. stays: cost.Plan's; see before_part.
     """
     if processes.mesh is None:
         return model
@@ -127,8 +126,8 @@ def spread(model, processes, whole=False):
     # inputs as they are: token weights and RoPE's angles stay fp32
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if on_gpu else MixedPrecisionPolicy()
     for module in *model.layers, model:
-        fully_shard(module, mesh=processes.mesh, mp_policy=precision, reshard_after_forward=not whole and module is not model)
-        if on_gpu and (processes.world == 1 or not whole):  # else they have been added up in fp32 before they travel
+        fully_shard(module, mesh=processes.mesh, mp_policy=precision, reshard_after_forward=stays == "nothing" and module is not model)
+        if on_gpu and stays != "all":  # else they have been added up in fp32 before they travel
             module.set_custom_reduce_scatter(SumAtOwner())
     for method in "loss", "score":
         register_fsdp_forward_method(model, method)
@@ -175,14 +174,15 @@ def recompute_and_compile(model, recompute=0, compiled=False):
     return model
 
 
-def before_part(model, processes, last, whole):
+def before_part(model, last, stays):
     """
-    To be called before each part of a batch. whole: until its last part each GPU keeps all weights in bf16 and the gradients
-    of all rows in fp32, so they travel once a batch; else weights are gathered and gradients summed for each part.
+    To be called before each part of a batch. stays, until the last part, on each GPU: "all", the weights in bf16 and the gradients
+    of all rows in fp32, so that they travel once a batch; "weights" alone, and gradients are summed for each part; or "nothing",
+    and weights are gathered for each part's forward and again for its backward.
     """
     if hasattr(model, "set_requires_gradient_sync"):  # by fully_shard
-        model.set_requires_gradient_sync(last or not whole or processes.world == 1)  # one GPU's gradients have nowhere to go
-        model.set_reshard_after_backward(last or not whole)
+        model.set_requires_gradient_sync(last or stays != "all")
+        model.set_reshard_after_backward(last or stays == "nothing")
 
 
 def gradient_norm(model):

@@ -236,11 +236,11 @@ def settle(args, config):
         raise ValueError("--arl teaches a memory, and this model has none: add --memory=on or --arl=0")
 
 
-def make_model(config, tensors, args, processes=parallel.Processes(), whole=False):
-    """The model to train, in fp32; each process has its rows. tensors: what_to_train's; None leaves them unset. whole: parallel.spread's."""
+def make_model(config, tensors, args, processes=parallel.Processes(), stays="nothing"):
+    """The model to train, in fp32; each process has its rows. tensors: what_to_train's; None leaves them unset. stays: cost.Plan's."""
     with torch.device("meta"):  # shapes without storage
         model = Transformer(config)
-    parallel.spread(model, processes, whole)
+    parallel.spread(model, processes, stays)
     if tensors is None:
         model.to_empty(device=args.device)
     else:
@@ -310,14 +310,14 @@ class Loss(torch.nn.Module):
             return self.model.loss(tokens, weight, self.method, self.compiled)
 
 
-def one_pass(loss_of, model, optimizer, parts, weight_sum, processes, whole, clip):
+def one_pass(loss_of, model, optimizer, parts, weight_sum, processes, stays, clip):
     """
     A batch's forward and backward, and one update. parts: (tokens, weight) of this process, one after the other; weight_sum: of
-    the batch; whole: Plan.whole. -> this process's share of the loss; the gradient's norm; both on the device
+    the batch; stays: cost.Plan's. -> this process's share of the loss; the gradient's norm; both on the device
     """
     loss = 0.0
     for number, (tokens, weight) in enumerate(parts, start=1):
-        parallel.before_part(model, processes, last=number == len(parts), whole=whole)
+        parallel.before_part(model, last=number == len(parts), stays=stays)
         of_part = loss_of(tokens, weight) / weight_sum
         (of_part * processes.world).backward()  # fully_shard averages gradients over the processes; we want their sum
         loss += of_part.detach()
@@ -428,7 +428,7 @@ def run_in(processes, stop, run, args):
         say(f"{run}: needles of {', '.join(training.tasks)}")
 
     # the model
-    model = make_model(config, tensors, args, parallel.Processes() if small else processes, plan.whole)
+    model = make_model(config, tensors, args, parallel.Processes() if small else processes, plan.stays)
     optimizer = make_optimizer(model, args)
     if folder:
         checkpoint.load(folder, model, optimizer, processes)
@@ -456,7 +456,7 @@ def run_in(processes, stop, run, args):
                 group["lr"] = group["peak"] * scale
             losses, norms, marks = [], [], [mark(args.device)]
             for loss_of in losses_of:
-                loss, norm = one_pass(loss_of, model, optimizer, parts, weight_sum, processes, plan.whole, args.clip)
+                loss, norm = one_pass(loss_of, model, optimizer, parts, weight_sum, processes, plan.stays, args.clip)
                 losses.append(loss), norms.append(norm), marks.append(mark(args.device))
             *losses, wishes = processes.sum(torch.stack([*losses, torch.full_like(loss, stop.asked() or saver.failed())]))
             entry = {"step": step, "lr": args.lr * scale, "wait_seconds": waited} | ({"memory_lr": args.memory_lr * scale} if config.memory else {})

@@ -42,7 +42,7 @@ def test_times_and_speeds_are_of_the_steps_between(monkeypatch):
     monkeypatch.setattr(bench_train, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
     watch = bench_train.Watch.__new__(bench_train.Watch)
     watch.args, watch.config, watch.traces = args, PRESETS["pico"], []
-    watch.planned = cost.Plan(device_batch=1, recompute=0, whole=False, bytes={"all": 2.5e9}, room=1e10)
+    watch.planned = cost.Plan(device_batch=1, recompute=0, stays="nothing", bytes={"all": 2.5e9}, room=1e10)
     run = bench_train.report(watch, log, world=2)
     flops = 4 * 64 * cost.flops_per_token(PRESETS["pico"], 32)
     assert run["seconds"] == {"dense": 5} and run["step_seconds"] == 6 and run["parts"] == 2

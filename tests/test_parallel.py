@@ -36,15 +36,15 @@ ways = {}
 with parallel.join("cpu") as us:
     whole = tiny(memory=True)
     tokens, weight = draw_tokens(8, 17), torch.rand(8, 17, generator=torch.Generator().manual_seed(1))
-    for name, parts, keeps, recompute in ("one part", 1, False, 0), ("parts", 2, False, 1), ("whole parts", 4, True, 2):
+    for name, parts, stays, recompute in ("one part", 1, "nothing", 0), ("parts", 2, "nothing", 1), ("kept parts", 4, "all", 2), ("kept weights", 2, "weights", 0):
         with torch.device("meta"):
             model = Transformer(whole.config)
-        parallel.spread(model, us, keeps)
+        parallel.spread(model, us, stays)
         weights.fill(model, {k: lambda v=v: v for k, v in whole.state_dict().items()}, "here", torch.float32, "cpu")
         parallel.recompute_and_compile(model, recompute)
         mine = slice(us.rank * 4, us.rank * 4 + 4)
         for n, (t, w) in enumerate(zip(tokens[mine].chunk(parts), weight[mine].chunk(parts)), start=1):
-            parallel.before_part(model, us, last=n == parts, whole=keeps)
+            parallel.before_part(model, last=n == parts, stays=stays)
             (model.loss(t, w) * us.world).backward()
         ways[name] = {k: p.grad.full_tensor() for k, p in model.named_parameters()}
         ways[name]["norm"] = parallel.gradient_norm(model)
@@ -61,7 +61,7 @@ def test_two_processes_have_the_gradients_of_one_however_a_batch_is_cut(tmp_path
     model = tiny(memory=True)
     model.loss(draw_tokens(8, 17), torch.rand(8, 17, generator=torch.Generator().manual_seed(1))).backward()
     ways = torch.load(tmp_path / "ways.pt", weights_only=True)
-    assert list(ways) == ["one part", "parts", "whole parts"]
+    assert list(ways) == ["one part", "parts", "kept parts", "kept weights"]
     for way, gradients in ways.items():
         torch.testing.assert_close(gradients.pop("norm"), parallel.gradient_norm(model), msg=way)
         for name, p in model.named_parameters():
