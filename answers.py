@@ -126,8 +126,7 @@ class Ranks:
     """The processes that torchrun started, one for each GPU, which meet in its key-value store; without it, one."""
 
     def __init__(self):
-        # to a caller that has shared out its own work (train.py) this is one process
-        alone = dist.is_initialized() or os.environ.get("WORLD_SIZE", "1") == "1"
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
         self.store, self.rank, self.n = (dist.HashStore(), 0, 1) if alone else next(dist.rendezvous("env://"))
 
     def meet(self, place, word=""):

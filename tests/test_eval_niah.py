@@ -595,14 +595,6 @@ def test_one_process_goes_on_where_two_were_killed(undisturbed):
     assert told(out)["results"] == undisturbed["results"] and (out / "answers-1.jsonl").read_bytes() == torn
 
 
-def test_ranks_of_a_caller_are_not_ours(monkeypatch):
-    """`torchrun train.py`, whose first rank alone calls us: it would wait for the others, or answer its half."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(answers.dist, "is_initialized", lambda: True)
-    ranks = eval_niah.Ranks()
-    assert (ranks.rank, ranks.n) == (0, 1) and ranks.meet("here", "word") == "word"
-
-
 def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
     """Eight models on the first."""
     taken = []

@@ -43,29 +43,39 @@ with parallel.join("cpu") as us:
         weights.fill(model, {k: lambda v=v: v for k, v in whole.state_dict().items()}, "here", torch.float32, "cpu")
         parallel.recompute_and_compile(model, recompute)
         mine = slice(us.rank * 4, us.rank * 4 + 4)
-        for n, (t, w) in enumerate(zip(tokens[mine].chunk(parts), weight[mine].chunk(parts)), start=1):
-            parallel.before_part(model, last=n == parts, stays=stays)
-            (model.loss(t, w) * us.world).backward()
-        ways[name] = {k: p.grad.full_tensor() for k, p in model.named_parameters()}
-        ways[name]["norm"] = parallel.gradient_norm(model)
+        for step in range(2):
+            for n, (t, w) in enumerate(zip(tokens[mine].chunk(parts), weight[mine].chunk(parts)), start=1):
+                parallel.before_part(model, last=n == parts, stays=stays)
+                (model.loss(t, w) * us.world).backward()
+            ways[f"{name}, step {step}"] = {k: p.grad.full_tensor() for k, p in model.named_parameters()} | {"norm": parallel.gradient_norm(model)}
+            with torch.no_grad():
+                for p in model.parameters():
+                    p -= 1e-4 * p.grad
+            model.zero_grad()
+            model.score(tokens, weight)  # as validation does, which leaves weights gathered
     if us.rank == 0:
         torch.save(ways, "ways.pt")
 """
 
 
 def test_two_processes_have_the_gradients_of_one_however_a_batch_is_cut(tmp_path):
-    """Gradients averaged instead of summed; those of a part lost, or counted twice, or of rows that another keeps."""
+    """Gradients averaged instead of summed; those of a part lost, or counted twice, or of rows that another keeps; stale weights."""
     process = start(tmp_path, GRADIENTS)
     _, errors = process.communicate(timeout=120)
     assert (tmp_path / "ways.pt").exists(), errors[-3000:]
-    model = tiny(memory=True)
-    model.loss(draw_tokens(8, 17), torch.rand(8, 17, generator=torch.Generator().manual_seed(1))).backward()
+    model, tokens, weight, truth = tiny(memory=True), draw_tokens(8, 17), torch.rand(8, 17, generator=torch.Generator().manual_seed(1)), []
+    for step in range(2):
+        model.loss(tokens, weight).backward()
+        truth.append({k: p.grad for k, p in model.named_parameters()} | {"norm": parallel.gradient_norm(model)})
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 1e-4 * p.grad
+        model.zero_grad()
     ways = torch.load(tmp_path / "ways.pt", weights_only=True)
-    assert list(ways) == ["one part", "parts", "kept parts", "kept weights"]
+    assert len(ways) == 2 * len(("one part", "parts", "kept parts", "kept weights"))
     for way, gradients in ways.items():
-        torch.testing.assert_close(gradients.pop("norm"), parallel.gradient_norm(model), msg=way)
-        for name, p in model.named_parameters():
-            torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-5, msg=f"{way} {name}")
+        for name, gradient in truth[int(way[-1])].items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=f"{way} {name}")
 
 
 SUMS = """
