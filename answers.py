@@ -91,11 +91,12 @@ def hash_of(files):
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {file.stat().st_size} ".encode())
-        if known := file.suffix == ".safetensors" and weights.told_hash(weights.opened(file)):  # loading will compare it
-            digest.update(known.encode())
+        told = weights.told_hash(weights.opened(file)) if file.suffix == ".safetensors" else None
+        if told:  # whoever loads the file asks whether it is true
+            digest.update(told.encode())
             continue
-        with open(file, "rb") as opened:
-            while chunk := opened.read(2**24):
+        with open(file, "rb") as whole:
+            while chunk := whole.read(2**24):
                 digest.update(chunk)
     return digest.hexdigest()[:12]
 
@@ -130,8 +131,8 @@ class Ranks:
         self.store, self.rank, self.n = (dist.HashStore(), 0, 1) if alone else next(dist.rendezvous("env://"))
 
     def meet(self, place, word=""):
-        """Wait until all are there. -> the first rank's word. If one fails, torchrun ends the others."""
+        """Wait until all are there. -> the words of all, by rank. If one fails, torchrun ends the others."""
         self.store.set(f"{place} {self.rank}", word)
         while not self.store.check([f"{place} {rank}" for rank in range(self.n)]):
             time.sleep(0.1)  # not in the store, where ctrl-C is not heard
-        return self.store.get(f"{place} 0").decode()
+        return [self.store.get(f"{place} {rank}").decode() for rank in range(self.n)]

@@ -10,12 +10,12 @@ last step's passes shows on the first GPU:
     speed         tokens a second by the clock, over the same steps, in all and per GPU; MFU; hours for the paper's 10B tokens
     memory        at most, beside what cost.py predicted before
     computes      share of a pass in which kernels run, other than NCCL's
-    talks         share in which NCCL's run, waiting for another GPU included
-    only talks    share in which no others run beside them: what communication costs, but for what it slows down
+    talks         share in which NCCL's run, alone or beside others, waiting for another GPU included
+    only talks    share in which they run alone: what communication costs, but for what it slows down
     waits         share in which nothing runs
 
-Tracing stretches a pass by a few per cent; shares are of the stretched one. Checked in tests/test_bench_train.py. Read train.py
-and parallel.py first.
+The profiler makes the step that it traces longer, mostly before and after the kernels: that step's own times count nowhere.
+Checked in tests/test_bench_train.py. Read train.py and parallel.py first.
 """
 import argparse
 import json
@@ -43,15 +43,15 @@ class Watch:
 
     def __init__(self, args):
         self.args, self.calls, self.traces = args, 0, []
-        self.plans, self.passes = cost.plan, train.one_pass
+        self.original_plan, self.original_pass = cost.plan, train.one_pass
         cost.plan, train.one_pass = self.plan, self.one_pass
 
     def plan(self, config, *more, **settings):
-        self.config, self.planned = config, self.plans(config, *more, **settings)
+        self.config, self.planned = config, self.original_plan(config, *more, **settings)
         return self.planned
 
     def one_pass(self, loss_of, model, optimizer, parts, weight_sum, processes, *more):
-        call = lambda: self.passes(loss_of, model, optimizer, parts, weight_sum, processes, *more)
+        call = lambda: self.original_pass(loss_of, model, optimizer, parts, weight_sum, processes, *more)
         step = self.calls // len(train.passes_of(self.args)) + 1
         self.calls += 1
         if step < self.args.steps or not self.args.device.startswith("cuda"):
@@ -76,7 +76,9 @@ def covered(spans):
 
 
 def shares(kernels):
-    """Of (name, start, end), in any unit of time -> the docstring's shares, and the ten names that take most of the time."""
+    """Of (name, start, end), in any unit of time -> the docstring's shares, and the ten names that take most of the time; {} of none."""
+    if not kernels:
+        return {}
     talk = [(start, end) for name, start, end in kernels if "nccl" in name.lower()]
     compute = [(start, end) for name, start, end in kernels if "nccl" not in name.lower()]
     whole = max(end for *_, end in kernels) - min(start for _, start, _ in kernels)
@@ -103,8 +105,9 @@ def report(watch, log, world):
     mfu = lambda flops, seconds: flops / seconds / peak / world if peak else None
     by_the_clock = (log[-2]["seconds"] - log[1]["seconds"]) / (len(log) - 3)
     speed = tokens / by_the_clock
-    starter = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
-    return {"command": shlex.join([*starter.split(), "bench_train.py", *sys.argv[1:]]), "commit": commit(),
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    starter = ["torchrun", f"--nproc_per_node={here}", *([f"--nnodes={world // here}"] if world > here else [])] if world > 1 else ["python"]
+    return {"command": shlex.join([*starter, "bench_train.py", *sys.argv[1:]]), "commit": commit(),
             "device": device_name(args.device), "gpus": world, "torch": torch.__version__, "parameters": cost.parameters(config)[0],
             "sequences_at_a_time": plan.device_batch, "parts": args.batch // world // plan.device_batch, "recomputed_layers": plan.recompute,
             "stays": plan.stays, "seconds": seconds, "mfu": {name: mfu(flops[name], seconds[name]) for name in passes},
@@ -133,16 +136,18 @@ def main():
     args, first = train.parse(flags), os.environ.get("RANK", "0") == "0"
     if args.steps < 4:
         parser.error("--steps: at least 4, as the first two and the last are not timed")
+    if args.resume:
+        parser.error("--resume: only whole runs can be timed; choose another --name")
     watch = Watch(args)
     try:
-        there = load(own.json, "runs")["runs"] if Path(own.json).exists() else []
+        there = load(own.json, "runs") if Path(own.json).exists() else {"runs": []}
         if first:
-            save({"runs": there}, own.json)  # if it can't be written, that is better known now
+            save(there, own.json)  # if it can't be written, that is better known now
         train.train(args)
         if first:
             log = [json.loads(line) for line in (Path(args.out) / args.name / "log.jsonl").read_text().splitlines()]
             run = report(watch, log, int(os.environ.get("WORLD_SIZE", 1)))
-            save({"runs": [*there, run]}, own.json)
+            save(there | {"runs": [*there["runs"], run]}, own.json)
             print(*told(run), sep="\n")
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"bench_train.py: {' '.join(str(error).split())}", file=sys.stderr)

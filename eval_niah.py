@@ -590,7 +590,7 @@ def run(args):
     backend.use(args.kernels)
     ranks = Ranks()
     labels, tokenizers, methods = prepare(args)
-    args.out = ranks.meet("prepared", args.out)
+    args.out = ranks.meet("prepared", args.out)[0]
     asked = [m for m in methods if getattr(m, "budget", 0) * 4 == args.context_len] if args.random else []
     if args.random and not asked:
         raise ValueError(f"--random: none of the methods has a budget of 1/4, {args.context_len / 4:g} tokens")
@@ -620,13 +620,13 @@ def run(args):
               f"of up to {args.max_new_tokens}, {total - count(left):,} of them in {args.out} already; protocol {args.protocol}; {device}, {args.dtype}")
         print(" ".join(methods.values()), flush=True)
 
-    progress, started, loading = Progress(total, total - count(left)), time.time(), 0.0
+    progress, loading, answering = Progress(total, total - count(left)), 0.0, 0.0  # seconds
     with open(Path(args.out) / f"answers-{ranks.rank}.jsonl", "ab") as file:
         file.truncate(Path(file.name).read_bytes().rfind(b"\n") + 1)  # off with what a kill has left of a line
         for label, batches in groupby(mine, lambda batch: batch[0]):
-            loading -= time.time()
+            started = time.time()
             model, cache = Transformer.from_pretrained(labels[label], getattr(torch, args.dtype), args.device), None
-            loading += time.time()
+            loaded = time.time()
             for batch in batches:
                 lines, cache = ask(model, tokenizers[label], examples, batch, by_name, args, cache)
                 file.write("".join(json.dumps(line._asdict()) + "\n" for line in lines).encode())
@@ -634,9 +634,11 @@ def run(args):
                 if ranks.rank == 0:
                     progress(count([batch]) * count(left) / count(mine))  # the others are taken to be as far
             del model, cache  # room for the next
-    ranks.meet("all have written")
+            loading, answering = loading + loaded - started, answering + time.time() - loaded
+    spent = zip(*map(json.loads, ranks.meet("all have written", json.dumps([answering, loading]))))
     if ranks.rank == 0:
-        speed = {"answers": count(left), "seconds": round(time.time() - started - loading, 2), "seconds_of_loading": round(loading, 2)}
+        answering, loading = map(max, spent)  # the last to finish counts
+        speed = {"answers": count(left), "seconds": round(answering, 2), "seconds_of_loading": round(loading, 2)}
         report(args, call | {"speed": speed}, labels, tokenizers, examples, texts)
 
 
@@ -688,8 +690,9 @@ def report(args, call, labels, tokenizers, examples, texts):
     print("\n" + table(results))
     if args.random:
         print("\n" + table_random(results))
-    made, seconds, loading = call["speed"].values()
-    print(f"\n{made:,} answers in {seconds:.1f} s" + (f", {made / seconds:.3g} a second" if made else "") + f"; loading took {loading:.1f} s")
+    speed = call["speed"]
+    rate = f", {speed['answers'] / speed['seconds']:.3g} a second" if speed["seconds"] else ""
+    print(f"\n{speed['answers']:,} answers in {speed['seconds']:.1f} s{rate}; loading took {speed['seconds_of_loading']:.1f} s")
     print(f"results in {args.json}, predictions in {args.out}")
     plot(results, Path(args.json).with_suffix(".png"))
 

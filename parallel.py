@@ -3,7 +3,7 @@ One model on one GPU, on many, on many nodes: the same script, started by python
 
     a parameter    fp32 on the GPU that keeps its rows, 1/world of them: what the optimizer changes (fully_shard, FSDP2)
     a layer        gathers its parameters in bf16 just before it computes, and drops them; the next layer's come meanwhile
-    a gradient     bf16 where it is made and on its way, summed in fp32 and kept by the owner of the rows
+    a gradient     bf16 where it is made, summed in fp32, over parts of a batch and over GPUs, kept by the owner of the rows
     activations    kept for backward, or computed anew from a layer's input (checkpointing), for as many layers as must be
 
 So numbers do not depend on how many GPUs there are, but for the order of sums. On a CPU all is fp32. A model so small that
@@ -122,12 +122,12 @@ def spread(model, processes, stays="nothing"):
     """
     if processes.mesh is None:
         return model
-    on_gpu = processes.mesh.device_type == "cuda"
+    on_gpu, one_machine = processes.mesh.device_type == "cuda", processes.world == 1 + len(processes.here)
     # inputs as they are: token weights and RoPE's angles stay fp32
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if on_gpu else MixedPrecisionPolicy()
     for module in *model.layers, model:
         fully_shard(module, mesh=processes.mesh, mp_policy=precision, reshard_after_forward=stays == "nothing" and module is not model)
-        if on_gpu and stays != "all":  # else they have been added up in fp32 before they travel
+        if on_gpu and processes.world > 1 and one_machine and stays != "all":  # else they travel in fp32, added up over parts
             module.set_custom_reduce_scatter(SumAtOwner())
     for method in "loss", "score":
         register_fsdp_forward_method(model, method)
@@ -138,7 +138,7 @@ class SumAtOwner:
     """
     fully_shard's sum of gradients with half its bytes. NCCL's reduce-scatter adds up on the way, so what it sums in fp32 must
     travel in fp32. Here each process sends its bf16 rows to their owners, who add them up in fp32: the same numbers, but for
-    the order of a sum.
+    the order of a sum. (Between machines adding up on the way is less: a sum leaves each, not eight summands.)
     """
 
     sends = False

@@ -52,6 +52,30 @@ def test_times_and_speeds_are_of_the_steps_between(monkeypatch):
     assert (run["peak_gb"], run["predicted_gb"]) == (3.0, 2.5) and "peak 3.0 GB, predicted 2.5 GB" in "\n".join(bench_train.told(run))
 
 
+def test_the_last_steps_passes_are_traced_in_their_order(monkeypatch):
+    """Compilation in a trace; the dense pass under ARL's name; a pass whose result is lost."""
+    args, running, traced = bench_train.train.parse(["--preset=pico", "--memory=on", "--context_len=64", "--arl=8", "--steps=5", "--device=cpu"]), [], []
+
+    class Trace:
+        def __init__(self, **_): pass
+        def __enter__(self): running.append(self); return self
+        def __exit__(self, *_): running.remove(self)
+
+    monkeypatch.setattr(bench_train, "profile", Trace)
+    monkeypatch.setattr(bench_train.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(bench_train.train, "one_pass", lambda number, *_: traced.append((number, list(running))) or number)
+    monkeypatch.setattr(cost, "plan", cost.plan)  # so that both are put back
+    watch, args.device = bench_train.Watch(args), "cuda"
+    calls = [bench_train.train.one_pass(number, None, None, None, None, bench_train.train.parallel.Processes(), "nothing", 1.0) for number in range(10)]
+    assert calls == list(range(10)) and [number for number, by in traced if by] == [8, 9]
+    assert watch.traces == [by[0] for number, by in traced if by]
+
+
+def test_an_empty_trace_is_no_reason_to_lose_the_report():
+    """A machine that forbids tracing."""
+    assert bench_train.shares([]) == {}
+
+
 def bench(tmp_path, *flags, processes=1):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
     return subprocess.run([*start, str(HERE / "bench_train.py"), *flags], capture_output=True, text=True, cwd=tmp_path, timeout=120,
@@ -62,19 +86,22 @@ def test_a_run_is_train_py_s_and_is_added_to_the_file(tmp_path):
     """A loop of its own; the report of an earlier run lost."""
     alone = subprocess.run([sys.executable, str(HERE / "train.py"), *FLAGS, "--name=alone"], capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert alone.returncode == 0, alone.stderr
+    (tmp_path / "b.json").write_text(json.dumps({"what": "notes", "runs": []}))
     for processes in 1, 2:
         done = bench(tmp_path, "--json=b.json", *FLAGS, f"--name=by{processes}", processes=processes)
         assert done.returncode == 0 and f"{processes} x CPU" in done.stdout.splitlines()[-2], done.stderr
     losses = lambda name: [json.loads(line)["loss"] for line in (tmp_path / "out" / name / "log.jsonl").read_text().splitlines()]
     assert losses("by1") == losses("alone")
-    first, second = json.loads((tmp_path / "b.json").read_text())["runs"]
+    report = json.loads((tmp_path / "b.json").read_text())
+    first, second = report["runs"]
+    assert report["what"] == "notes"
     assert (first["gpus"], second["gpus"]) == (1, 2) and [entry["loss"] for entry in first["log"]] == losses("by1")
     assert first["command"].startswith("python bench_train.py") and second["command"].startswith("torchrun --nproc_per_node=2 bench_train.py")
 
 
 @pytest.mark.parametrize("flags, told", [
     (["--json=bad.json", *FLAGS], "bench_train.py: bad.json is damaged"), (["--json=b.json", *FLAGS, "--steps=3"], "bench_train.py: --steps"),
-    (FLAGS, "bench_train.py: the following arguments are required: --json"), (["--json=b.json", "--nonsense"], "train.py: "),
+    (["--json=b.json", *FLAGS, "--resume"], "bench_train.py: --resume"), (FLAGS, "bench_train.py: the following arguments are required: --json"), (["--json=b.json", "--nonsense"], "train.py: "),
     (["--json=none/b.json", *FLAGS, "--batch=0"], "train.py: ")])
 def test_what_cannot_be_run_is_one_line_before_it_starts(flags, told, tmp_path):
     """Ten minutes of training whose report cannot be written."""

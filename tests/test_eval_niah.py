@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -504,8 +505,8 @@ def test_a_model_that_was_trained_again_is_refused_and_a_copy_is_not(undisturbed
     assert "--ckpt memory (" in refused(capsys)
 
 
-def test_hash_of_files_tells_any_change_of_weights(tmp_path):
-    """Ours that are told by a hash in their head, which another model has not; others' that have none there."""
+def test_hash_of_files_tells_models_apart(tmp_path):
+    """Ours by the hash in their head, whose truth is asked by who loads them; others' by all of their bytes."""
     from safetensors.torch import load_file, save_file
     file, found = tmp_path / "model.safetensors", []
     for seed in 0, 1:
@@ -520,14 +521,16 @@ def test_hash_of_files_tells_any_change_of_weights(tmp_path):
     assert found[0] == found[1] and found[4] == found[5] and len(set(found)) == 6
 
 
-def test_the_speed_told_is_of_the_answers_of_this_run(undisturbed):
+def test_the_speed_told_is_of_the_answers_of_this_run(undisturbed, monkeypatch):
     """A rate that counts answers which were there before, or the loading."""
     again = lambda: (eval_niah.main([*ASKED, "--out=whole"]), eval_niah.load("whole/results.json")["speed"])[1]
+    load = eval_niah.Transformer.from_pretrained
+    monkeypatch.setattr(eval_niah.Transformer, "from_pretrained", lambda *given: time.sleep(5) or load(*given))
     assert again()["answers"] == 0
     lines = Path("whole/answers-0.jsonl").read_bytes().splitlines(keepends=True)
     Path("whole/answers-0.jsonl").write_bytes(b"".join(lines[:-2]))
     speed = again()
-    assert speed["answers"] == 2 and speed["seconds"] > 0 and speed["seconds_of_loading"] > 0
+    assert speed["answers"] == 2 and 0 < speed["seconds"] < 5 <= speed["seconds_of_loading"]
 
 
 def test_more_methods_are_more_work_and_fewer_are_none(undisturbed, monkeypatch):

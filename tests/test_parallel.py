@@ -32,7 +32,8 @@ GRADIENTS = """
 import parallel, weights
 from conftest import draw_tokens, tiny
 from model import Transformer
-ways = {}
+from torch.profiler import ProfilerActivity, profile
+ways, talks = {}, {}
 with parallel.join("cpu") as us:
     whole = tiny(memory=True)
     tokens, weight = draw_tokens(8, 17), torch.rand(8, 17, generator=torch.Generator().manual_seed(1))
@@ -44,9 +45,12 @@ with parallel.join("cpu") as us:
         parallel.recompute_and_compile(model, recompute)
         mine = slice(us.rank * 4, us.rank * 4 + 4)
         for step in range(2):
-            for n, (t, w) in enumerate(zip(tokens[mine].chunk(parts), weight[mine].chunk(parts)), start=1):
-                parallel.before_part(model, last=n == parts, stays=stays)
-                (model.loss(t, w) * us.world).backward()
+            with profile(activities=[ProfilerActivity.CPU], acc_events=True) as trace:
+                for n, (t, w) in enumerate(zip(tokens[mine].chunk(parts), weight[mine].chunk(parts)), start=1):
+                    parallel.before_part(model, last=n == parts, stays=stays)
+                    (model.loss(t, w) * us.world).backward()
+            names = [event.name for event in trace.events()]
+            talks[f"{name}, step {step}"] = names.count("c10d::_allgather_base_"), names.count("c10d::_reduce_scatter_base_")
             ways[f"{name}, step {step}"] = {k: p.grad.full_tensor() for k, p in model.named_parameters()} | {"norm": parallel.gradient_norm(model)}
             with torch.no_grad():
                 for p in model.parameters():
@@ -54,12 +58,12 @@ with parallel.join("cpu") as us:
             model.zero_grad()
             model.score(tokens, weight)  # as validation does, which leaves weights gathered
     if us.rank == 0:
-        torch.save(ways, "ways.pt")
+        torch.save((ways, talks), "ways.pt")
 """
 
 
 def test_two_processes_have_the_gradients_of_one_however_a_batch_is_cut(tmp_path):
-    """Gradients averaged instead of summed; those of a part lost, or counted twice, or of rows that another keeps; stale weights."""
+    """Gradients averaged instead of summed; those of a part lost, or counted twice, or of rows that another keeps; stale weights; or what should stay travels all the same."""
     process = start(tmp_path, GRADIENTS)
     _, errors = process.communicate(timeout=120)
     assert (tmp_path / "ways.pt").exists(), errors[-3000:]
@@ -71,16 +75,24 @@ def test_two_processes_have_the_gradients_of_one_however_a_batch_is_cut(tmp_path
             for p in model.parameters():
                 p -= 1e-4 * p.grad
         model.zero_grad()
-    ways = torch.load(tmp_path / "ways.pt", weights_only=True)
+    ways, talks = torch.load(tmp_path / "ways.pt", weights_only=True)
     assert len(ways) == 2 * len(("one part", "parts", "kept parts", "kept weights"))
     for way, gradients in ways.items():
         for name, gradient in truth[int(way[-1])].items():
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=f"{way} {name}")
+    # gathered and summed: two layers and the root; layers for forward and backward
+    assert talks["one part, step 0"] == (5, 3) and talks["parts, step 0"] == (2 * 5, 2 * 3)
+    assert talks["kept parts, step 0"] == (3, 3) and talks["kept weights, step 0"] == (3, 2 * 3)
 
 
 SUMS = """
 import torch, parallel
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+class Watched(parallel.SumAtOwner):
+    dtypes = set()
+    def __call__(self, output_tensor, input_tensor, **more):
+        self.dtypes.add((input_tensor.dtype, output_tensor.dtype))
+        super().__call__(output_tensor, input_tensor, **more)
 with parallel.join("cpu") as us:
     ways = []
     for ours in False, True:
@@ -88,18 +100,19 @@ with parallel.join("cpu") as us:
         model = torch.nn.Sequential(torch.nn.Linear(33, 17), torch.nn.Linear(17, 5, bias=False))  # rows that do not divide
         fully_shard(model, mesh=us.mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
         if ours:
-            model.set_custom_reduce_scatter(parallel.SumAtOwner())
+            model.set_custom_reduce_scatter(Watched())
         for part in range(3):
             x = torch.randn(8, 33, generator=torch.Generator().manual_seed(10 * part + us.rank))
             model(x).float().square().sum().backward()
         ways.append([p.grad.full_tensor() for p in model.parameters()])
+    assert Watched.dtypes == {(torch.bfloat16, torch.float32)}, Watched.dtypes
     if us.rank == 0:
         torch.save(ways, "ways.pt")
 """
 
 
 def test_gradients_summed_by_the_owner_are_those_of_reduce_scatter_in_fp32(tmp_path):
-    """A sum where it should be the mean, of one process's rows twice, or in bf16: rounded once more."""
+    """A sum where it should be the mean, of one process's rows twice, or in bf16: rounded once more. Or fp32 on the way after all."""
     process = start(tmp_path, SUMS)
     _, errors = process.communicate(timeout=120)
     assert (tmp_path / "ways.pt").exists(), errors[-3000:]
