@@ -98,9 +98,8 @@ def kernels_of(trace):
 def report(watch, log, world):
     """What FILE gets of this run. log: the entries of its log.jsonl."""
     args, plan, config = watch.args, watch.planned, watch.config
-    passes, tokens = train.passes_of(args), args.batch * args.context_len
-    seconds = {name: statistics.median(entry[field(name, "seconds")] for entry in log[2:-1]) for name in passes}
-    flops = {name: tokens * cost.flops_per_token(config, reads) for name, (_, reads) in passes.items()}
+    flops, tokens = train.flops_of(args, config), args.batch * args.context_len
+    seconds = {name: statistics.median(entry[field(name, "seconds")] for entry in log[2:-1]) for name in flops}
     peak = cost.peak_flops(device_name(args.device))
     mfu = lambda flops, seconds: flops / seconds / peak / world if peak else None
     by_the_clock = (log[-2]["seconds"] - log[1]["seconds"]) / (len(log) - 3)
@@ -110,11 +109,11 @@ def report(watch, log, world):
     return {"command": shlex.join([*starter, "bench_train.py", *sys.argv[1:]]), "commit": commit(),
             "device": device_name(args.device), "gpus": world, "torch": torch.__version__, "parameters": cost.parameters(config)[0],
             "sequences_at_a_time": plan.device_batch, "parts": args.batch // world // plan.device_batch, "recomputed_layers": plan.recompute,
-            "stays": plan.stays, "seconds": seconds, "mfu": {name: mfu(flops[name], seconds[name]) for name in passes},
+            "stays": plan.stays, "seconds": seconds, "mfu": {name: mfu(flops[name], seconds[name]) for name in flops},
             "step_seconds": by_the_clock, "mfu_of_step": mfu(sum(flops.values()), by_the_clock), "tokens_per_second": speed,
             "tokens_per_second_per_gpu": speed / world, "hours_for_10B_tokens": PAPER_TOKENS / speed / 3600,
             "peak_gb": log[-1].get("memory_gb"), "predicted_gb": plan.total / 1e9,
-            "shares": {name: shares(kernels_of(trace)) for name, trace in zip(passes, watch.traces)}, "log": log}
+            "shares": {name: shares(kernels_of(trace)) for name, trace in zip(flops, watch.traces)}, "log": log}
 
 
 def told(run):
@@ -128,32 +127,33 @@ def told(run):
             f", {what} {share:.1%}" for what, share in run["shares"].get(name, {}).items() if what != "kernels"))
 
 
+def bench(args, file):
+    """Train, and add what was seen to the file. Under torchrun the first process does the latter."""
+    watch, first = Watch(args), os.environ.get("RANK", "0") == "0"
+    if first:
+        there = load(file, "runs") if Path(file).exists() else {"runs": []}
+        if not isinstance(there["runs"], list):
+            raise ValueError(f"{file}: runs is no list: it is not of ours, choose another file")
+        save(there, file)  # if it can't be written, that is better known now
+    train.train(args)
+    if first:
+        log = [json.loads(line) for line in (Path(args.out) / args.name / "log.jsonl").read_text().splitlines()]
+        there["runs"].append(report(watch, log, int(os.environ.get("WORLD_SIZE", 1))))
+        save(there, file)
+        print(*told(there["runs"][-1]), sep="\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description="Trains with train.py's flags, and reports where the time of a step goes.", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"bench_train.py: {message}\n")
     parser.add_argument("--json", required=True, metavar="FILE", help="where the report goes, beside those of earlier runs")
     own, flags = parser.parse_known_args()
-    args, first = train.parse(flags), os.environ.get("RANK", "0") == "0"
+    args = train.parse(flags)
     if args.steps < 4:
         parser.error("--steps: at least 4, as the first two and the last are not timed")
     if args.resume:
         parser.error("--resume: only whole runs can be timed; choose another --name")
-    watch = Watch(args)
-    try:
-        there = load(own.json, "runs") if Path(own.json).exists() else {"runs": []}
-        if first:
-            save(there, own.json)  # if it can't be written, that is better known now
-        train.train(args)
-        if first:
-            log = [json.loads(line) for line in (Path(args.out) / args.name / "log.jsonl").read_text().splitlines()]
-            run = report(watch, log, int(os.environ.get("WORLD_SIZE", 1)))
-            save(there | {"runs": [*there["runs"], run]}, own.json)
-            print(*told(run), sep="\n")
-    except (ValueError, FloatingPointError, OSError) as error:
-        print(f"bench_train.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    train.command("bench_train.py", lambda: bench(args, own.json))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 One model on one GPU, on many, on many nodes: the same script, started by python or by torchrun.
 
     a parameter    fp32 on the GPU that keeps its rows, 1/world of them: what the optimizer changes (fully_shard, FSDP2)
-    a layer        gathers its parameters in bf16 just before it computes, and drops them; the next layer's come meanwhile
+    a layer        gathers its parameters in bf16 just before it computes, and drops them, or keeps them where there is room
+                   (cost.Plan.stays); the next layer's come meanwhile
     a gradient     bf16 where it is made, summed in fp32, over parts of a batch and over GPUs, kept by the owner of the rows
     activations    kept for backward, or computed anew from a layer's input (checkpointing), for as many layers as must be
 

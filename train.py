@@ -264,6 +264,11 @@ def passes_of(args):
     return passes
 
 
+def flops_of(args, config):
+    """-> {name: FLOPs of a step} of each pass, over all processes"""
+    return {name: args.batch * args.context_len * cost.flops_per_token(config, reads) for name, (_, reads) in passes_of(args).items()}
+
+
 def learning_rate(step, args):
     """Of the peak: linear from the first step to 1 at the end of warm-up, then a cosine to min_lr / lr."""
     warm = int(args.warmup * args.steps)
@@ -405,7 +410,7 @@ def run_in(processes, stop, run, args):
         raise ValueError(f"--resume: the samples of {run} are others by now: delete it, or choose another --name")
 
     # what it will cost. A small model on one GPU would wait for launches: if a batch fits whole, its passes are recorded
-    of_pass = {name: args.batch * args.context_len * cost.flops_per_token(config, reads) for name, (_, reads) in passes.items()}
+    of_pass = flops_of(args, config)
     peak = cost.peak_flops(eval_niah.device_name(args.device))
     space = processes.least(cost.room(args.device, processes_here=1 + len(processes.here)))
     planned = lambda rows, small: cost.plan(config, args.batch // world, args.context_len, world, space, rows, args.recompute,
@@ -530,17 +535,19 @@ def lesson():
           "python sample.py (one prompt, to read)")
 
 
-def main():
+def command(script, run):
+    """run(); what a user can mend is one line of this script, and exit 2."""
     try:
-        if len(sys.argv) > 1:
-            train(parse(sys.argv[1:]))
-        else:
-            lesson()
+        run()
     except (ValueError, FloatingPointError, OSError) as error:
-        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # before the first step
         sys.exit(130)
+
+
+def main():
+    command("train.py", lambda: train(parse(sys.argv[1:])) if len(sys.argv) > 1 else lesson())
 
 
 if __name__ == "__main__":

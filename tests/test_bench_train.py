@@ -100,11 +100,13 @@ def test_a_run_is_train_py_s_and_is_added_to_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("flags, told", [
-    (["--json=bad.json", *FLAGS], "bench_train.py: bad.json is damaged"), (["--json=b.json", *FLAGS, "--steps=3"], "bench_train.py: --steps"),
+    (["--json=bad.json", *FLAGS], "bench_train.py: bad.json is damaged"), (["--json=list.json", *FLAGS], "bench_train.py: list.json: runs is no list"),
+    (["--json=b.json", *FLAGS, "--steps=3"], "bench_train.py: --steps"),
     (["--json=b.json", *FLAGS, "--resume"], "bench_train.py: --resume"), (FLAGS, "bench_train.py: the following arguments are required: --json"), (["--json=b.json", "--nonsense"], "train.py: "),
     (["--json=none/b.json", *FLAGS, "--batch=0"], "train.py: ")])
 def test_what_cannot_be_run_is_one_line_before_it_starts(flags, told, tmp_path):
     """Ten minutes of training whose report cannot be written."""
     (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "list.json").write_text('{"runs": 5}')
     refused = bench(tmp_path, *flags)
     assert refused.returncode == 2 and refused.stderr.startswith(told) and refused.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
