@@ -23,6 +23,23 @@ import backend  # noqa: E402
 from model import Config, Transformer  # noqa: E402
 
 ORACLE = Path(__file__).parent / "oracle"
+SLOW = False  # pytest --slow
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="all of the inputs, kills and draws of which CI takes a sample")
+
+
+def pytest_configure(config):  # before the tests are imported
+    global SLOW
+    SLOW = config.getoption("--slow")
+
+
+def times(sample, all_of_them):
+    """How many to try: in CI `sample`, with --slow all."""
+    return all_of_them if SLOW else sample
+
+
 RATPLUS_FORM = dict(tied=True, pre_norm=True, qk_norm=False, swiglu=False, output_gate=True, memory=True)
 FORMS = {  # of a tiny model
     "olmo2": {},
