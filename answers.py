@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 import niah
 import weights
+from files import SEAL, opened_seal, parse_json, read_json, sealed, whole_or_nothing
 
 # ---------------------------------------------------------------- json files
 
@@ -27,18 +28,16 @@ def save(report, path):
     """Write a report as JSON, in a folder that is made if need be; whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    weights.whole_or_nothing(path, lambda file: file.write_text(json.dumps(report, indent=1)))
+    whole_or_nothing(path, lambda file: file.write_text(json.dumps(report, indent=1)))
 
 
 def load(path, *fields):
     """What save wrote. ValueError, which names the file, if it has not all these fields, or is no JSON."""
-    try:
-        report = json.loads(Path(path).read_text())
-        for field in fields:
-            report[field]
-        return report
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged, or not of ours ({type(error).__name__}: {error}): delete it") from None
+    report = read_json(path, "delete it")
+    lacking = [field for field in fields if not (isinstance(report, dict) and field in report)]
+    if lacking:
+        raise ValueError(f"{path} is damaged, or not of ours (it has no field {lacking[0]!r}): delete it")
+    return opened_seal(report, path)
 
 
 # ---------------------------------------------------------------- what is answered, and what is left
@@ -58,13 +57,21 @@ def read_lines(folder):
     for file in sorted(Path(folder).glob("answers-*.jsonl")):
         for number, text in enumerate(file.read_bytes().split(b"\n")[:-1], 1):  # the last is empty, or cut off by a kill
             try:
-                line = Line(**json.loads(text))
-                there = found.setdefault(line[:3], {})
-                if there.keys().isdisjoint(line.examples):  # else two runs at once wrote here
-                    there.update(dict.fromkeys(line.examples, line))
+                content = parse_json(text)
+                if SEAL not in content:
+                    raise ValueError("it has no hash")
+                line = Line(**opened_seal(content, "it", "its answers are worth asking again"))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{file} line {number} is damaged ({error}): delete that line, and what it told is asked again") from None
+            there = found.setdefault(line[:3], {})
+            if there.keys().isdisjoint(line.examples):  # else two runs at once wrote here
+                there.update(dict.fromkeys(line.examples, line))
     return found
+
+
+def written(line):
+    """A Line as the bytes of one of the file, with a hash of its own."""
+    return (json.dumps(sealed(line._asdict())) + "\n").encode()
 
 
 def by_length(examples, batch):

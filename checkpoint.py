@@ -36,6 +36,7 @@ from torch.futures import Future
 
 import weights
 from data import folder_of, tokenizer_files
+from files import sealed
 from model import Transformer
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process on a CPU is no group, and needs none
@@ -91,17 +92,18 @@ class Writer(dcp.StorageWriter):
 
     def finish(self, metadata, results):
         """The first process, once all have written."""
-        for name, content in ("config.json", weights.config_json(self.config, "float32")), ("train.json", self.record):
-            (self.temporary / name).write_text(json.dumps(content, indent=1))
+        hashes = {file.name: weights.told_hash(weights.opened(file)) for file in sorted(self.temporary.glob("*.safetensors"))}
+        (self.temporary / "config.json").write_text(weights.config_json(self.config, "float32", hashes))
+        (self.temporary / "train.json").write_text(json.dumps(sealed(self.record), indent=1))
         for file in self.beside:
             shutil.copy(file, self.temporary)
         for path in *self.temporary.iterdir(), self.temporary:
             flush(path)
-        shutil.rmtree(self.folder, ignore_errors=True)  # without its config.json it was passed over
+        remove(self.folder)  # without its config.json it was passed over
         os.rename(self.temporary, self.folder)
         flush(self.folder.parent)
         for old in weights.checkpoints(self.folder.parent)[:-KEPT]:
-            shutil.rmtree(old)
+            remove(old)
 
     def storage_meta(self):
         return StorageMeta()
@@ -109,6 +111,14 @@ class Writer(dcp.StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id):
         return True
+
+
+def remove(folder):
+    """A checkpoint that is no more needed: under a temporary name first, so that no half of it keeps its own."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name}.old.tmp")
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
 
 
 def flush(path):
@@ -183,8 +193,8 @@ def load(folder, model, optimizer, processes):
     remedy = f"restore it from a copy, or delete {folder} to go on from the one before"
     if missing:
         raise FileNotFoundError(f"{folder / missing[0]} is missing: {remedy}")
-    for file in files[processes.rank::processes.world]:  # each is read whole once, by someone
-        weights.checked(folder / file, remedy)
+    mine = files[processes.rank::processes.world]  # each is read whole once, by someone
+    weights.as_written(folder, {file: weights.checked(folder / file, remedy) for file in mine})
     if processes.world > 1:
         dist.barrier(processes.background)
     try:

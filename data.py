@@ -20,7 +20,6 @@ import functools
 import gzip
 import hashlib
 import itertools
-import json
 import multiprocessing
 import os
 import re
@@ -42,6 +41,8 @@ from typing import NamedTuple
 
 import numpy as np
 import tiktoken
+
+from files import only_one, parse_json, read_json, regular, short, told_to_end
 
 # -----------------------------------------------------------------------------
 # Tokenizers. All have encode(text) -> ids, decode(ids) -> text, n_vocab, eos_id and name (at most 24 characters, which
@@ -92,52 +93,66 @@ class TiktokenTokenizer:
 
         def require(ok, field, found):
             if not ok:
-                raise ValueError(f"{path}: {field} is {found!r}, which tiktoken cannot reproduce; use a byte-level BPE "
+                raise ValueError(f"{path}: {field} is {short(found)}, which tiktoken cannot reproduce; use a byte-level BPE "
                                  "tokenizer.json (OLMo 2, GPT-2, Llama 3) or the checkpoint's tokenizer.model")
 
-        try:
-            spec = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as e:
-            raise ValueError(f"{path}: not JSON ({e}); download it again") from None
-        model = spec.get("model") or {}
+        def part(of, field, kind, default=None):
+            found = of.get(field, default)
+            found = default if found is None else found
+            require(isinstance(found, kind), field, found)
+            return found
+
+        spec = read_json(path, "download it again")
+        require(isinstance(spec, dict), "the whole file", spec)
+        model = part(spec, "model", dict, {})
         require(model.get("type") == "BPE", "model.type", model.get("type"))
+        vocab, merges, tokens = part(model, "vocab", dict), part(model, "merges", list), part(spec, "added_tokens", list)
+        for i in vocab.values():
+            require(type(i) is int and 0 <= i < 2**31, "an id in model.vocab", i)
+        for token in tokens:
+            require(isinstance(token, dict) and isinstance(token.get("content"), str) and type(token.get("id")) is int and 0 <= token["id"] < 2**31
+                    and token["content"] and all(type(token.get(flag)) is bool for flag in ("special", "lstrip", "rstrip", "single_word")), "one of added_tokens", token)
+        merges = [m.split(" ") if isinstance(m, str) else m for m in merges]  # "a b" or ["a", "b"]
+        for merge in merges:
+            require(isinstance(merge, list) and len(merge) == 2 and all(isinstance(side, str) for side in merge), "one of model.merges", merge)
         for field in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
             require(not model.get(field), f"model.{field}", model.get(field))
-        normalizer = spec.get("normalizer") or {"type": None}
-        require(normalizer["type"] in (None, "NFC"), "normalizer.type", normalizer["type"])
-        self.nfc = normalizer["type"] == "NFC"
+        normalizer = part(spec, "normalizer", dict, {}).get("type")
+        require(normalizer in (None, "NFC"), "normalizer.type", normalizer)
+        self.nfc = normalizer == "NFC"
 
         # The regex that cuts text into pieces: GPT-2's own inside ByteLevel, or a Split before it.
-        steps = spec.get("pre_tokenizer") or {"type": None}
-        steps = steps.get("pretokenizers", [steps])
-        types = [step["type"] for step in steps]
+        steps = part(spec, "pre_tokenizer", dict, {})
+        steps = part(steps, "pretokenizers", list, [steps])
+        types = [step.get("type") if isinstance(step, dict) else step for step in steps]
         require(types in (["ByteLevel"], ["Split", "ByteLevel"]), "pre_tokenizer", types)
         split, byte_level = steps[0], steps[-1]
         require(byte_level.get("use_regex", True) == (len(steps) == 1), "pre_tokenizer ByteLevel.use_regex", len(steps) > 1)
-        require(not byte_level["add_prefix_space"], "pre_tokenizer ByteLevel.add_prefix_space", True)
+        require(byte_level.get("add_prefix_space", True) is False, "pre_tokenizer ByteLevel.add_prefix_space", byte_level.get("add_prefix_space", True))
         pattern = GPT2_PATTERN
         if len(steps) == 2:
-            how = split["behavior"], split["invert"]  # both ways of saying: each match is a piece
+            how = split.get("behavior"), split.get("invert")  # both ways of saying: each match is a piece
             require(how in (("Removed", True), ("Isolated", False)), "pre_tokenizer Split (behavior, invert)", how)
-            require("Regex" in split["pattern"], "pre_tokenizer Split.pattern", split["pattern"])
-            pattern = split["pattern"]["Regex"]
+            pattern = part(split, "pattern", dict, {}).get("Regex")
+            require(isinstance(pattern, str), "pre_tokenizer Split.pattern", split.get("pattern"))
 
         alphabet = byte_alphabet()
-        added = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        spelled = {token: i for token, i in model["vocab"].items() if token not in added}
+        added = {token["content"]: token["id"] for token in tokens}
+        spelled = {token: i for token, i in vocab.items() if token not in added}
+        ids = [*spelled.values(), *added.values()]
+        require(len(set(ids)) == len(ids) and len(added) == len(tokens), "a token, or an id, that comes twice, so the number of ids", len(ids))
         foreign = next((token for token in spelled if not alphabet.keys() >= set(token)), None)
         require(foreign is None, "a token of model.vocab", foreign)
         ranks = {bytes(alphabet[c] for c in token): i for token, i in spelled.items()}
         missing = [b for b in range(256) if bytes([b]) not in ranks]
         require(not missing, "model.vocab's list of missing bytes", missing)
-        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]  # "a b" or ["a", "b"]
         products = [spelled.get(left + right, -1) for left, right in merges]
         for merge, before, after in zip(merges, [0] + products, products):
             require(0 <= before <= after, "model.merges' order (it is not that of the ids) at", merge)
         unmerged = set(spelled.values()) - set(products) - {ranks[bytes([b])] for b in range(256)}
         require(not unmerged, "model.vocab's ids that no merge makes", sorted(unmerged)[:5])
 
-        in_text = [t for t in spec["added_tokens"] if not t["special"]]
+        in_text = [t for t in tokens if not t["special"]]
         loose = [t["content"] for t in in_text if t["lstrip"] or t["rstrip"] or t["single_word"]]
         require(not loose, "added_tokens' list of non-special ones with lstrip, rstrip or single_word", loose)
         in_text = {t["content"]: t["id"] for t in in_text}
@@ -145,10 +160,11 @@ class TiktokenTokenizer:
             require(not pair[0].startswith(pair[1]), "a pair of added_tokens, one beginning with the other,", pair)
 
         config = path.with_name("tokenizer_config.json")
-        eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.exists() else None
-        eos = eos["content"] if isinstance(eos, dict) else eos or "<|endoftext|>"
-        if eos not in added:
-            raise ValueError(f"{path}: added_tokens has no {eos!r}; name the end of text as eos_token in {config}")
+        eos = read_json(config, "download it again") if config.exists() else {}
+        eos = eos.get("eos_token") if isinstance(eos, dict) else eos
+        eos = (eos.get("content") if isinstance(eos, dict) else eos) or "<|endoftext|>"
+        if not isinstance(eos, str) or eos not in added:
+            raise ValueError(f"{path}: added_tokens has no {short(eos)}; name the end of text as eos_token in {config}")
 
         self.eos_id = added[eos]
         self.n_vocab = 1 + max(*ranks.values(), *added.values())
@@ -157,10 +173,16 @@ class TiktokenTokenizer:
         self.in_text = set(in_text)
         self.bytes_of = {i: b for b, i in ranks.items()} | {i: token.encode() for token, i in in_text.items()}
         quick = f"(?>{pattern.removesuffix(SPACES)}){SPACES}" if pattern.endswith(SPACES) else pattern
-        self.bpe = tiktoken.Encoding(self.name, pat_str=quick, mergeable_ranks=ranks, special_tokens=in_text)
         # tiktoken drops what its pattern does not match
-        probe = "".join(map(chr, range(0x300))) + "あ漢🙂 \r\n\n x"
-        require(self.decode(self.encode(probe)) == probe, "pre_tokenizer Split.pattern (it drops text)", pattern)
+        probe = unicodedata.normalize("NFC", "".join(map(chr, range(0x300))) + "あ漢🙂 \r\n\n x" + 3 * " some words again") + 99 * "a" + 99 * " "
+        try:
+            self.bpe = tiktoken.Encoding(self.name, pat_str=quick, mergeable_ranks=ranks, special_tokens=in_text)
+            whole = self.decode(self.encode(probe)) == probe
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # what its Rust raises over a regex that it cannot run is no Exception
+            whole = False
+        require(whole, "pre_tokenizer Split.pattern (it drops text, or is no regex)", pattern)
 
     def encode(self, text):
         text = unicodedata.normalize("NFC", text) if self.nfc else text
@@ -181,11 +203,11 @@ class SentencePieceTokenizer:
             import sentencepiece
         except ImportError:
             raise ImportError(f"{path} needs sentencepiece: pip install sentencepiece") from None
-        model = Path(path).read_bytes()
+        model = regular(path).read_bytes()
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as e:
-            raise ValueError(f"{path}: not a sentencepiece model ({e}); download it again") from None
+            raise ValueError(f"{path}: not a sentencepiece model ({short(str(e))}); download it again") from None
         self.n_vocab, self.eos_id = self.pieces.vocab_size(), self.pieces.eos_id()
         if self.eos_id < 0:
             raise ValueError(f"{path}: eos_id is {self.eos_id}, documents could not be told apart; use a model with one")
@@ -240,34 +262,65 @@ def tokenizer_of(model, vocab_size, spec=None):
 
 
 # -----------------------------------------------------------------------------
-# Shards: 64 bytes of header, then the tokens, little-endian, uint16 where the vocabulary fits and uint32 where not.
+# Shards: 64 bytes of header; the tokens, little-endian, uint16 where the vocabulary fits and uint32 where not; then the hash of
+# the header and of each HASHED tokens, 8 bytes each. What is read is hashed, so a shard's damage is found before it is learned.
 
-MAGIC, VERSION = b"nanoRAT\0", 1
+MAGIC, VERSION, HASHED = b"nanoRAT\0", 2, 8192
 HEADER = struct.Struct("<8sIIIIQQ24s")  # magic, version, bytes per token, n_vocab, job, tokens, documents, tokenizer name
 
 
 class Shard(NamedTuple):
     path: Path
     tokens: np.ndarray  # (tokens,) memory-mapped
+    hashes: bytes       # of each HASHED of them
     n_vocab: int
     tokenizer: str      # its name
     job: int            # checksum of what data.py was asked for, so that it only continues its own work
     n_docs: int
+
+    def read(self, start, end):
+        """Tokens start to end - 1. ValueError unless they are what was written."""
+        for n in range(start // HASHED, (end - 1) // HASHED + 1):
+            part = self.tokens[n * HASHED:(n + 1) * HASHED]
+            if hash_of(part) != self.hashes[8 * n:8 * n + 8]:
+                raise ValueError(f"{self.path}: damaged among tokens {n * HASHED:,} to {n * HASHED + len(part):,}, which do not match their "
+                                 "hash; delete it and run data.py again")
+        return self.tokens[start:end]
 
 
 def token_dtype(n_vocab):
     return np.dtype("<u2" if n_vocab <= 1 << 16 else "<u4")
 
 
+def hash_of(data):
+    return hashlib.blake2b(data, digest_size=8).digest()
+
+
+def hashes_of(docs, n_bytes):
+    """hash_of each n_bytes of the documents one after the other."""
+    digest, room = hashlib.blake2b(digest_size=8), n_bytes
+    for doc in map(memoryview, docs):
+        while len(doc) >= room:
+            digest.update(doc[:room])
+            yield digest.digest()
+            doc, digest, room = doc[room:], hashlib.blake2b(digest_size=8), n_bytes
+        digest.update(doc)
+        room -= len(doc)
+    if room < n_bytes:
+        yield digest.digest()
+
+
 def save_shard(path, docs, n_vocab, tokenizer, job):
     """docs: the bytes of each document's tokens. A kill at any moment leaves no part of a shard under its final name."""
     width = token_dtype(n_vocab).itemsize
     n_tokens = sum(map(len, docs)) // width
-    tmp = Path(f"{path}.tmp")
+    tmp, head = Path(f"{path}.tmp"), HEADER.pack(MAGIC, VERSION, width, n_vocab, job, n_tokens, len(docs), tokenizer.encode())
     try:
         with open(tmp, "wb", buffering=1 << 24) as f:  # few, large writes, between which the other thread works
-            f.write(HEADER.pack(MAGIC, VERSION, width, n_vocab, job, n_tokens, len(docs), tokenizer.encode()))
+            f.write(head)
             f.writelines(docs)
+            f.write(hash_of(head))
+            f.writelines(hashes_of(docs, HASHED * width))
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
@@ -283,17 +336,21 @@ def open_shard(path):
         if not ok:
             raise ValueError(f"{path}: {problem}; delete it and run data.py again")
 
-    with open(path, "rb") as f:
+    with open(regular(path), "rb") as f:
         head, size = f.read(HEADER.size), os.fstat(f.fileno()).st_size
-    require(len(head) == HEADER.size and head.startswith(MAGIC), "not a nanoRAT shard")
-    _, version, width, n_vocab, job, n_tokens, n_docs, name = HEADER.unpack(head)
-    require(version == VERSION, f"shard version {version}, this data.py reads {VERSION}")
-    require(width == token_dtype(n_vocab).itemsize, f"{width} bytes per token do not fit a vocabulary of {n_vocab}")
-    require(n_tokens > 0, "an empty shard")
-    whole = HEADER.size + n_tokens * width
-    require(size == whole, f"{size:,} bytes where its header says {whole:,}")
-    tokens = np.memmap(path, dtype=token_dtype(n_vocab), mode="r", offset=HEADER.size)
-    return Shard(path, tokens, n_vocab, name.rstrip(b"\0").decode(errors="replace"), job, n_docs)
+        require(len(head) == HEADER.size and head.startswith(MAGIC), "not a nanoRAT shard")
+        _, version, width, n_vocab, job, n_tokens, n_docs, name = HEADER.unpack(head)
+        require(version == VERSION, f"shard version {version}, this data.py reads {VERSION}")
+        require(width == token_dtype(n_vocab).itemsize, f"{width} bytes per token do not fit a vocabulary of {n_vocab}")
+        require(n_tokens > 0, "an empty shard")
+        end = HEADER.size + n_tokens * width
+        whole = end + 8 + 8 * -(-n_tokens // HASHED)
+        require(size == whole, f"{size:,} bytes where its header says {whole:,}")
+        f.seek(end)
+        hashes = f.read()
+    require(hash_of(head) == hashes[:8], "a damaged header, which does not match its hash")
+    tokens = np.memmap(path, dtype=token_dtype(n_vocab), mode="r", offset=HEADER.size, shape=(n_tokens,))
+    return Shard(path, tokens, hashes[8:], n_vocab, name.rstrip(b"\0").decode(), job, n_docs)
 
 
 def shuffled(index, n, key):
@@ -356,7 +413,7 @@ class Shards:
         while start < end:  # a window may cross into the next shard, or several
             n = bisect_right(self.starts, start) - 1
             shard = self.shards[n]
-            piece = shard.tokens[start - self.starts[n]:end - self.starts[n]]
+            piece = shard.read(start - self.starts[n], min(end - self.starts[n], len(shard.tokens)))
             if piece.max() >= self.n_vocab:
                 raise ValueError(f"{shard.path}: token {piece.max()} is outside the vocabulary of {self.n_vocab}; "
                                  "the file is damaged, delete it and run data.py again")
@@ -447,7 +504,7 @@ def read_jsonl(path, field):
             if line.isspace():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as e:
                 raise ValueError(f"line {number}: not JSON, {e}") from None
             yield text_of(row, field, f"line {number}"), raw.tell()
@@ -488,7 +545,7 @@ def read_rows(group):
 
 def text_of(row, field, where):
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        raise ValueError(f"{where}: no text under {field!r} in {str(row)[:80]}")
+        raise ValueError(f"{where}: no text under {field!r} in {short(row)}")
     return row[field]
 
 
@@ -498,6 +555,7 @@ def text_of(row, field, where):
 
 def start_worker(tok):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # a worker whose parent was killed would wait for work for ever
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     open_parquet.cache_clear()  # a file opened before the fork would be read by all from one shared place
@@ -630,7 +688,9 @@ def main():
             print(f"no --input: the text that comes with CPython (pydoc_data), {total / 1e6:.2f} M characters", end="; ")
         print(f"tokenizer {args.tokenizer}; {args.workers} workers; shards of {args.shard_tokens:,} tokens", flush=True)
         job = zlib.crc32(repr(([(f.name, f.stat().st_size) for f in files], args.text_field, args.shard_tokens)).encode())
-        write_shards(docs, total, args.output, args.tokenizer, args.shard_tokens, args.workers, job)
+        Path(args.output).mkdir(parents=True, exist_ok=True)
+        with only_one(args.output):
+            write_shards(docs, total, args.output, args.tokenizer, args.shard_tokens, args.workers, job)
     except (ValueError, OSError, ImportError) as e:
         print(f"data.py: error: {e}", file=sys.stderr)
         sys.exit(2)
@@ -644,4 +704,5 @@ def main():
 
 
 if __name__ == "__main__":
+    told_to_end()
     main()

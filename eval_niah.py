@@ -28,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
@@ -41,8 +42,9 @@ import backend
 import niah
 import sparse
 import weights
-from answers import Line, Ranks, by_length, load, read_lines, refuse_others, save, unanswered
+from answers import Line, Ranks, by_length, load, read_lines, refuse_others, save, unanswered, written
 from data import tokenizer_of
+from files import only_one, told_to_end
 from model import Transformer
 
 BUDGETS = "1/4", "1/8", "1/16"
@@ -589,8 +591,15 @@ def read_examples(args, tokenizer):
 def run(args):
     backend.use(args.kernels)
     ranks = Ranks()
-    labels, tokenizers, methods = prepare(args)
+    prepared = prepare(args)
     args.out = ranks.meet("prepared", args.out)[0]
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    with nullcontext() if ranks.rank else only_one(args.out):
+        run_in(args, ranks, *prepared)
+
+
+def run_in(args, ranks, labels, tokenizers, methods):
+    """The evaluation as one of these processes, whose folder is ours alone."""
     asked = [m for m in methods if getattr(m, "budget", 0) * 4 == args.context_len] if args.random else []
     if args.random and not asked:
         raise ValueError(f"--random: none of the methods has a budget of 1/4, {args.context_len / 4:g} tokens")
@@ -629,7 +638,7 @@ def run(args):
             loaded = time.time()
             for batch in batches:
                 lines, cache = ask(model, tokenizers[label], examples, batch, by_name, args, cache)
-                file.write("".join(json.dumps(line._asdict()) + "\n" for line in lines).encode())
+                file.write(b"".join(map(written, lines)))
                 file.flush()
                 if ranks.rank == 0:
                     progress(count([batch]) * count(left) / count(mine))  # the others are taken to be as far
@@ -716,4 +725,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    told_to_end()
     main()

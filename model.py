@@ -18,7 +18,8 @@ Letters: B batch, T tokens, C model width, H query heads, KV key/value heads, D 
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import get_args
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 import backend
 import weights
 from cache import LAYER_DICE, Cache
+from files import short
 from loss import weighted_loss, weighted_score
 from memory import memory_scan, memory_step
 from sparse import Dense, Dilated, drops, name, phases, window_of
@@ -55,10 +57,19 @@ class Config:
     eos_id: int | None = None  # the end-of-text token, where known
 
     def __post_init__(self):
-        sizes = self.vocab_size, self.n_layer, self.width, self.n_head, self.n_kv_head, self.mlp_width
-        if min(sizes) < 1 or self.width % self.n_head or self.n_head % self.n_kv_head or self.head_width % 2:
+        """ValueError unless a model can be made of it: it may come from a file."""
+        for field in fields(self):
+            value, kinds = getattr(self, field.name), get_args(field.type) or (field.type,)
+            if type(value) not in kinds and not (float in kinds and type(value) is int):  # true is an int to isinstance
+                raise ValueError(f"{field.name} is {short(value)}, not of type {' or '.join(kind.__name__ for kind in kinds)}")
+        sizes = self.vocab_size, self.n_layer, self.width, self.n_head, self.n_kv_head, self.mlp_width, self.context_len
+        if min(sizes) < 1 or max(sizes) >= 2**28 or self.width % self.n_head or self.n_head % self.n_kv_head or self.head_width % 2:
             raise ValueError(f"sizes do not fit together: width={self.width} must be n_head={self.n_head} heads of an "
-                             f"even width, n_head a multiple of n_kv_head={self.n_kv_head}, and all at least 1")
+                             f"even width, n_head a multiple of n_kv_head={self.n_kv_head}, and all at least 1 and below 2**28")
+        if not (0 < self.rope_theta < math.inf and 0 <= self.norm_eps < 1):
+            raise ValueError(f"rope_theta={self.rope_theta} must be above 0, norm_eps={self.norm_eps} from 0 to 1")
+        if self.eos_id is not None and not 0 <= self.eos_id < self.vocab_size:
+            raise ValueError(f"eos_id={short(self.eos_id)} is no token of {self.vocab_size}")
 
     @property
     def head_width(self):
@@ -356,7 +367,7 @@ def config_of(settings, path):
     try:
         return Config(**settings)
     except (TypeError, ValueError) as error:  # a field of another name, type or size
-        raise ValueError(f"{path}: its config describes no model here ({error}): fetch it again") from None
+        raise ValueError(f"{path}: its config describes no model here ({short(str(error))}): fetch it again") from None
 
 
 def fresh(config, seed, device="cpu"):

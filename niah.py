@@ -33,6 +33,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from files import parse_json, regular, short
+
 
 class Task(NamedTuple):
     short: str          # column of the paper's tables
@@ -402,10 +404,10 @@ def read_jsonl(path, tokenizer, protocol="base", task=None, max_new_tokens=128):
     """
     path, examples = Path(path), []
     task = task or next((name for name in (path.stem, path.parent.name) if name in TASKS), path.stem)
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):  # bytes: a text's lines would end at U+2028 too
+    for number, line in enumerate(regular(path).read_bytes().splitlines(), 1):  # bytes: a text's lines would end at U+2028 too
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise ValueError(f"{path} line {number}: not JSON ({error}); write one object per line") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path} line {number}: not an object {{...}}; write one per line")
@@ -413,13 +415,16 @@ def read_jsonl(path, tokenizer, protocol="base", task=None, max_new_tokens=128):
             if not isinstance(row.get(field), kind):
                 raise ValueError(f"{path} line {number}: no field {field!r} that is {what}; RULER's scripts/data/prepare.py writes it")
         if not row["outputs"] or not all(isinstance(answer, str) and answer for answer in row["outputs"]):
-            raise ValueError(f"{path} line {number}: outputs must be one or more texts, not {row['outputs']!r}")
-        prefix = str(row.get("answer_prefix", "")) if protocol == "base" else ""
+            raise ValueError(f"{path} line {number}: outputs must be one or more texts, not {short(row['outputs'])}")
+        prefix = row.get("answer_prefix", "")
+        if not isinstance(prefix, str):
+            raise ValueError(f"{path} line {number}: answer_prefix must be a text, not {short(prefix)}")
+        prefix = prefix if protocol == "base" else ""
         prompt, answers, chars = row["input"] + prefix, row["outputs"], []
         for answer in answers:
             found = re.search(rf"(?<= is: ){re.escape(answer)}\.", prompt) or re.search(re.escape(answer), prompt)
             if not found:
-                raise ValueError(f"{path} line {number}: answer {answer!r} is not in the input; is this a needle task?")
+                raise ValueError(f"{path} line {number}: answer {short(answer)} is not in the input; is this a needle task?")
             chars.append((found.start(), found.start() + len(answer)))
         ids = tokenizer.encode(prompt)
         examples.append(Example(

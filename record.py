@@ -17,6 +17,7 @@ import torch
 import eval_niah
 import weights
 from answers import load
+from files import whole_or_nothing
 
 PATIENCE = 3  # steps in a row whose loss or gradient is not finite: then the run ends
 
@@ -39,6 +40,8 @@ def step_of(folder, run, args):
     saved = load(folder / "train.json", "settings", "step")
     if "first_sample" not in saved:
         raise ValueError(f"--resume: an older version made {run}, with other samples: delete it, or choose another --name")
+    if not isinstance(saved["settings"], dict):
+        raise ValueError(f"{folder / 'train.json'} is damaged: its settings are no flags; delete {folder} to go on from the one before")
     for key, value in saved["settings"].items():
         if key not in MAY_CHANGE and vars(args).get(key) != value:
             raise ValueError(f"--resume: {run} was started with --{key}={value}, not {vars(args).get(key)}: "
@@ -97,7 +100,7 @@ class Log:
         if rank == 0:  # a power cut may have torn the last line, after the checkpoint's
             path = run / "log.jsonl"
             lines = path.read_text().splitlines(keepends=True)[:done] if done and path.exists() else []
-            weights.whole_or_nothing(path, lambda file: file.write_text("".join(lines)))
+            whole_or_nothing(path, lambda file: file.write_text("".join(lines)))
             self.last = json.loads(lines[-1]) if lines else {}
             self.file = open(path, "a")
 

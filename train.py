@@ -40,6 +40,7 @@ import sparse
 import weights
 from data import folder_of, tokenizer_files, tokenizer_of
 from eval_niah import natural, positive, usable_device
+from files import only_one, told_to_end
 from memory import arl_passes, lengths_of
 from model import PRESETS, Transformer, config_of, fresh, memory_tensors
 from record import PATIENCE, Log, begun, field, finite, mark, newest, record_of, step_of
@@ -444,11 +445,13 @@ def run_in(processes, stop, run, args):
         losses_of = graphed(losses_of, args)
 
     run.mkdir(parents=True, exist_ok=True)
-    log = Log(run, rank, done, of_pass, peak and peak * world, args.batch * args.context_len, before)
     stopped, step_seconds, record = False, [], before
     if stop.wished and world == 1:
         raise KeyboardInterrupt
-    with checkpoint.Saver(run, processes, beside) as saver:
+    with nullcontext() if rank else only_one(run), checkpoint.Saver(run, processes, beside) as saver:
+        if newest(run, resume=True) != folder:
+            raise ValueError(f"{run}: another run has written there meanwhile: give the same command again")
+        log = Log(run, rank, done, of_pass, peak and peak * world, args.batch * args.context_len, before)
         since = time.time()
         for step, (tokens, weight) in enumerate(batches(training, args, done, processes), start=done + 1):
             waited = round(time.time() - since, 5)  # for the batch
@@ -551,4 +554,5 @@ def main():
 
 
 if __name__ == "__main__":
+    told_to_end()
     main()

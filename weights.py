@@ -19,9 +19,12 @@ Checked in tests/test_weights.py.
 """
 import hashlib
 import json
-import os
+import pickletools
 import re
-from collections import OrderedDict
+import struct
+import zipfile
+import zlib
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +33,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from files import SEAL, all_or_nothing, opened_seal, read_json, regular, sealed, short
+
 SHARD_BYTES = 5 * 10**9  # a larger model is split into files of at most this size
+DTYPES = "F64", "F32", "F16", "BF16"  # of weights, as safetensors calls them
 PLACES = "DCP_SHARDING_INFO"  # where torch.distributed.checkpoint notes which rows a file holds: it can read our checkpoints
 
 
@@ -51,12 +57,19 @@ def read(path, without_tensors=False, hashed=True):
     """
     path = resolve(path)
     if path.is_dir():
-        return settings_of_directory(path), None if without_tensors else tensors_of_directory(path, hashed)
-    if not path.exists():
+        settings, tensors = settings_of_directory(path), None if without_tensors else tensors_of_directory(path, hashed)
+    elif not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a model's directory, or a RAT+ .pth file")
-    if path.suffix == ".pth":
-        return read_ratplus(path)
-    raise ValueError(f"{path} is neither a directory with config.json nor a RAT+ .pth file")
+    elif path.suffix == ".pth":
+        settings, tensors = read_ratplus(path)
+    else:
+        raise ValueError(f"{path} is neither a directory with config.json nor a RAT+ .pth file")
+    if tensors is not None:  # before a model of so many is made
+        layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
+        if settings.get("n_layer") != len(layers):
+            raise ValueError(f"{path}: its config has {short(settings.get('n_layer'))} layers, its weights have {len(layers)}: "
+                             "they are not of one model")
+    return settings, tensors
 
 
 @torch.no_grad()
@@ -70,7 +83,7 @@ def fill(model, tensors, path, dtype, device):
     # files of a tied model may hold the head as well: once more the embedding
     foreign = [name for name in foreign if not (name == "lm_head.weight" and model.config.tied)]
     if missing or foreign:
-        what = f"lacks {missing[0]!r}" if missing else f"has {foreign[0]!r}, which this model has not"
+        what = f"lacks {missing[0]!r}" if missing else f"has {short(foreign[0])}, which this model has not"
         more = len(missing) + len(foreign) - 1
         raise ValueError(f"{path} {what}{f' (and {more} more differ)' if more else ''}: "
                          "its config and its weights are not of one model")
@@ -88,6 +101,8 @@ def fill(model, tensors, path, dtype, device):
         # a copy of its own: what the file holds stays on disk, mapped, and can go. A GPU casts faster than one core
         there = tensor.to(device)
         tensor = there.to(dtype or tensor.dtype, copy=there is tensor)
+        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+            raise ValueError(f"{path}: {name} holds numbers that are not finite in {str(tensor.dtype).removeprefix('torch.')}: fetch it again")
         if spread:
             tensor = type(parameter.data).from_local(tensor, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
         state[name] = tensor
@@ -98,20 +113,24 @@ def fill(model, tensors, path, dtype, device):
 
 def settings_of_directory(path):
     config_file = path / "config.json"
-    try:
-        found = json.loads(config_file.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{config_file} is missing: is {path} a model's directory?") from None
-    except ValueError as error:
-        raise ValueError(f"{config_file} is not JSON ({error}): fetch it again") from None
-    kind = found.get("model_type") if isinstance(found, dict) else None
+    found = config_of_directory(path)
+    kind = found.get("model_type")
     if kind == "nanorat":
-        settings = {name: value for name, value in found.items() if name not in ("model_type", "architectures")}
-    elif kind == "olmo2":
-        settings = settings_of_olmo2(found, config_file)
-    else:
-        raise ValueError(f"{config_file}: model_type is {kind!r}, and only 'olmo2' and 'nanorat' can be loaded here")
-    return settings
+        return {name: value for name, value in found.items() if name not in ("model_type", "architectures", "files")}
+    if kind == "olmo2":
+        return settings_of_olmo2(found, config_file)
+    raise ValueError(f"{config_file}: model_type is {short(kind)}, and only 'olmo2' and 'nanorat' can be loaded here")
+
+
+def config_of_directory(path):
+    """config.json, an object; if we wrote it, as we wrote it."""
+    config_file = path / "config.json"
+    if not config_file.exists():
+        raise FileNotFoundError(f"{config_file} is missing: is {path} a model's directory?")
+    found = read_json(config_file)
+    if not isinstance(found, dict):
+        raise ValueError(f"{config_file} is no configuration, but {short(found)}: fetch it again")
+    return opened_seal(found, config_file)
 
 
 def settings_of_olmo2(found, config_file):
@@ -120,10 +139,12 @@ def settings_of_olmo2(found, config_file):
     plain = {"hidden_act": "silu", "attention_bias": False}
     for name, value in plain.items():
         if found.get(name, value) != value:
-            raise ValueError(f"{config_file}: {name}={found[name]!r}, and OLMo 2 has {value!r}: this is another model")
+            raise ValueError(f"{config_file}: {name}={short(found[name])}, and OLMo 2 has {value!r}: this is another model")
+    if not isinstance(rope, dict):
+        raise ValueError(f"{config_file}: rope_parameters={short(rope)} is no object: fetch it again")
     rope_type = rope.get("rope_type") or rope.get("type") or "default"  # older files say type
     if rope_type != "default":
-        raise ValueError(f"{config_file}: rope_type={rope_type!r} is not supported, only 'default' is")
+        raise ValueError(f"{config_file}: rope_type={short(rope_type)} is not supported, only 'default' is")
     names = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "width": "hidden_size",
              "n_head": "num_attention_heads", "mlp_width": "intermediate_size", "norm_eps": "rms_norm_eps",
              "context_len": "max_position_embeddings"}
@@ -132,51 +153,76 @@ def settings_of_olmo2(found, config_file):
         settings["rope_theta"] = rope["rope_theta"] if "rope_theta" in rope else found["rope_theta"]
     except KeyError as error:
         raise ValueError(f"{config_file} lacks {error}: fetch it again") from None
-    settings["n_kv_head"] = found.get("num_key_value_heads") or settings["n_head"]
+    kv_heads, eos_id = found.get("num_key_value_heads"), found.get("eos_token_id")
+    settings["n_kv_head"] = settings["n_head"] if kv_heads is None else kv_heads
     settings["tied"] = found.get("tie_word_embeddings", False)
-    eos_id = found.get("eos_token_id")
-    settings["eos_id"] = eos_id[0] if isinstance(eos_id, list) else eos_id
+    settings["eos_id"] = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
     return settings
 
 
-def tensors_of_directory(path, hashed=True):
-    """{name: () -> tensor}. Files stay mapped; a tensor is read when its function is called."""
-    index_file = path / "model.safetensors.index.json"
+def files_of_directory(path):
+    """The names of its weights' files, and which of them has which tensor as the index says, {} if there is none."""
+    index_file, placed = path / "model.safetensors.index.json", {}
     if index_file.exists():
-        try:
-            files = sorted(set(json.loads(index_file.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            raise ValueError(f"{index_file} is no index of weights: fetch it again") from None
+        index = read_json(index_file)
+        placed = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
+            raise ValueError(f"{index_file} is no index of weights: fetch it again")
+        files = sorted(set(placed.values()))
+        for file in files:
+            if not re.fullmatch(r"\w[\w.-]*\.safetensors", file, re.ASCII):
+                raise ValueError(f"{index_file}: {short(file)} is no name of a .safetensors file beside it: fetch it again")
+            if not (path / file).exists():
+                raise FileNotFoundError(f"{path / file} is missing, though {index_file.name} names it: fetch that shard")
     else:
         files = sorted(file.name for file in path.glob("model*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{path} holds no .safetensors file: fetch the weights, or convert a .bin to it")
         if missing(files):
             raise FileNotFoundError(f"{path / missing(files)[0]} is missing, though {files[0]} is there: restore it from a copy")
-    for file in files:
-        if not (path / file).exists():
-            raise FileNotFoundError(f"{path / file} is missing, though {index_file.name} names it: fetch that shard")
-    tensors, rows = {}, {}
+    return files, placed
+
+
+def tensors_of_directory(path, hashed=True):
+    """{name: () -> tensor}. Files stay mapped; a tensor is read when its function is called."""
+    files, placed = files_of_directory(path)
     with ThreadPoolExecutor(max_workers=8) as pool:  # hashing is all arithmetic, on a core each
-        all_mapped = list(pool.map(checked if hashed else opened, [path / file for file in files]))
-    for mapped in all_mapped:
-        some = rows_of(mapped)
-        for theirs in mapped.keys():
-            load = lambda mapped=mapped, theirs=theirs: mapped.get_tensor(theirs)
+        mapped = dict(zip(files, pool.map(checked if hashed else opened, [path / file for file in files])))
+    as_written(path, mapped)
+    tensors, rows = {}, {}
+    for file, content in mapped.items():
+        places = rows_of(content, path / file)
+        for theirs in content.keys():
+            load = lambda content=content, theirs=theirs: content.get_tensor(theirs)
             ours = theirs.removeprefix("model.")
-            if some:
-                rows.setdefault(ours, {})[some[theirs]] = load
+            if (dtype := content.get_slice(theirs).get_dtype()) not in DTYPES:
+                raise ValueError(f"{path / file}: {short(theirs)} is of type {dtype}, and weights are of {', '.join(DTYPES)}: fetch a file of those")
+            if ours in tensors or (ours in rows and not places):
+                raise ValueError(f"{path / file}: {short(theirs)} is in another place too: which of them counts? Fetch the files again")
+            if places:
+                rows.setdefault(ours, {})[places[theirs]] = load
             else:
                 tensors[ours] = load
+        for theirs in sorted(name for name, where in placed.items() if where == file):
+            if theirs.removeprefix("model.") not in tensors:
+                raise ValueError(f"{path / file} has no {short(theirs)}, which the index sees there: fetch both again")
     return tensors | {name: lambda parts=parts: torch.cat([parts[first]() for first in sorted(parts)]) for name, parts in rows.items()}
+
+
+def as_written(path, mapped):
+    """ValueError unless the files are those whose hashes our config.json tells; others' tells none. mapped: {name: opened file}"""
+    for file, told in config_of_directory(path).get("files", {}).items():
+        if file in mapped and told_hash(mapped[file]) != told:
+            raise ValueError(f"{path / file} is not the file that config.json was written with: restore both from a copy, or delete "
+                             f"'files' and {SEAL!r} there if you meant to")
 
 
 def opened(file, remedy=None):
     """A safetensors file, mapped. ValueError, with the remedy, if its head does not describe what is there."""
     try:
-        return safe_open(file, framework="pt")
+        return safe_open(regular(file), framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged or incomplete ({error}): {remedy or 'fetch it again'}") from None
+        raise ValueError(f"{file} is damaged or incomplete ({short(str(error))}): {remedy or 'fetch it again'}") from None
 
 
 def told_hash(mapped):
@@ -188,15 +234,18 @@ def checked(file, remedy=None):
     """opened, and ValueError too if its content is not what its hash says."""
     mapped = opened(file, remedy)
     expected = told_hash(mapped)
-    if expected and expected != content_hash({name: mapped.get_tensor(name) for name in mapped.keys()}):
+    if expected and expected != content_hash({name: mapped.get_tensor(name) for name in mapped.keys()}, mapped.metadata().get(PLACES)):
         raise ValueError(f"{file} is damaged: its content does not match its hash; {remedy or 'restore it from a copy'}")
     return mapped
 
 
-def rows_of(mapped):
+def rows_of(mapped, file):
     """Where the rows of each tensor in one of several GPUs' files begin, {name: row}; None for a file of whole tensors."""
     places = (mapped.metadata() or {}).get(PLACES)
-    return places and {name: (place["saved_offsets"] or [0])[0] for name, place in json.loads(places).items()}
+    try:
+        return places and {name: (json.loads(places)[name]["saved_offsets"] or [0])[0] for name in mapped.keys()}
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        raise ValueError(f"{file} tells not whose rows it holds: restore it from a copy") from None
 
 
 def write(path, config, state):
@@ -216,16 +265,16 @@ def write(path, config, state):
             shards.append({})
             size = tensor.nbytes
         shards[-1][name] = tensor
-    weight_map, files = {}, {}
+    weight_map, hashes, files = {}, {}, {}
     for number, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(shard, file)
-        files[path / file] = lambda temporary, shard=shard: save_shard(shard, temporary)
+        files[path / file] = lambda temporary, file=file, shard=shard: hashes.update({file: save_shard(shard, temporary)})
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
         files[path / "model.safetensors.index.json"] = lambda file: file.write_text(json.dumps(index, indent=1))
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    files[path / "config.json"] = lambda file: file.write_text(json.dumps(config_json(config, dtype), indent=1))
+    files[path / "config.json"] = lambda file: file.write_text(config_json(config, dtype, hashes))
     all_or_nothing(files)
     for old in set(path.glob("model*.safetensors*")) - files.keys():
         old.unlink()  # of a model saved here before, in other files
@@ -246,14 +295,27 @@ def missing(files):
 
 
 def save_shard(shard, file, places=None):
-    """Tensors into a file with a hash of their content. places: {name: where it begins in a whole tensor}; None: all are whole."""
+    """
+    Tensors into a file with a hash of their content, which is returned. places: {name: where it begins in a whole tensor}; None:
+    all are whole. OSError if there is no room.
+    """
     shard = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
     more = {} if places is None else {PLACES: json.dumps({name: {"saved_offsets": list(place)} for name, place in places.items()})}
-    save_file(shard, file, metadata={"format": "pt", "sha256": content_hash(shard), **more})
+    told = content_hash(shard, more.get(PLACES))
+    try:
+        save_file(shard, file, metadata={"format": "pt", "sha256": told, **more})
+    except SafetensorError as error:
+        raise OSError(error) from None
+    return told
 
 
-def config_json(config, dtype):
-    """config.json's content."""
+def config_json(config, dtype, hashes):
+    """config.json's text, sealed. hashes: {file of weights beside it: what it tells of its content}"""
+    return json.dumps(sealed(described(config, dtype) | {"files": hashes}), indent=1)
+
+
+def described(config, dtype):
+    """What config.json says of the model: what transformers reads, if it is OLMo 2."""
     is_olmo2 = not (config.pre_norm or config.output_gate or config.memory) and config.qk_norm and config.swiglu
     if not is_olmo2:
         return {"model_type": "nanorat", "architectures": ["Transformer"], **asdict(config)}
@@ -268,37 +330,14 @@ def config_json(config, dtype):
     }
 
 
-def content_hash(tensors):
-    """sha256 over names, dtypes, shapes and bytes of {name: tensor}, in the order of names."""
-    digest = hashlib.sha256()
+def content_hash(tensors, places=None):
+    """sha256 over names, dtypes, shapes and bytes of {name: tensor}, in the order of names; and over the text that says whose rows they are."""
+    digest = hashlib.sha256((places or "").encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def all_or_nothing(files):
-    """
-    files: {file: function that writes it to another path}. Renamed only once all are written: an interrupted or failed
-    save leaves what was there before, and never the shards of two models side by side.
-    """
-    temporary = {file: file.with_name(f".{file.name}.{os.getpid()}.tmp") for file in files}
-    try:
-        for file, save in files.items():
-            save(temporary[file])
-        for file in files:
-            os.replace(temporary[file], file)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"could not write {file} ({error}): what was there is unchanged; is the disk full?") from None
-    finally:
-        for written in temporary.values():
-            written.unlink(missing_ok=True)
-
-
-def whole_or_nothing(file, save):
-    """all_or_nothing for one file."""
-    all_or_nothing({file: save})
 
 
 # ---------------------------------------------------------------- official RAT+ checkpoints
@@ -309,24 +348,32 @@ def read_ratplus(path):
     each; older files keep the last in fgate_proj; a model without memory has no fifth. torch.compile may have left
     "_orig_mod." anywhere in a key. The head is the embedding.
     """
-    # the trainer's config is an EasyDict: read as a plain dictionary, which runs none of its code
-    allowed = [(OrderedDict, "easydict.EasyDict")]
+    sizes = parts_of_pickle(path)
     try:
-        with torch.serialization.safe_globals(allowed):
+        # the trainer's config is an EasyDict: read as a plain dictionary, which runs none of its code
+        with torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):
             file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # unpickling errors have no common class
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is damaged or no RAT+ checkpoint ({line[:160]}): fetch it again") from None
+        raise ValueError(f"{path} is damaged or no RAT+ checkpoint ({short(str(error).partition(chr(10))[0] or type(error).__name__)}): fetch it again") from None
     if not isinstance(file, dict) or not isinstance(file.get("task"), dict):
         raise ValueError(f"{path} has no state dict under 'task': it is no RAT+ checkpoint")
-    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in file["task"].items()}
-    try:
-        vocab_size, C = state["embedding.wte.weight"].shape
-        mlp_width = state["backbone.layers.0.hidden_layer.fc1.weight"].shape[0]
-        rows = state["backbone.layers.0.seq_layer.in_proj.weight"].shape[0]
-    except KeyError as error:
-        raise ValueError(f"{path} lacks {error}: it is no RAT+ checkpoint") from None
-    n_layer = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("backbone.layers."))
+    state = {str(name).replace("_orig_mod.", ""): tensor for name, tensor in file["task"].items()}
+    for name, tensor in state.items():
+        if not (isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()
+                and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)):
+            raise ValueError(f"{path}: {short(name)} is no tensor of plain weights: it is no RAT+ checkpoint")
+    # what is mapped is not compared with its part: one that is too short would go on into the next
+    storages = {tensor.data_ptr() - tensor.storage_offset() * tensor.itemsize: tensor.untyped_storage().nbytes() for tensor in state.values()}
+    if Counter(storages.values()) - sizes:
+        raise ValueError(f"{path} is damaged: its parts are not as long as its tensors: fetch it again")
+    first = "backbone.layers.0."
+    needed = {"embedding.wte.weight": 2, first + "hidden_layer.fc1.weight": 2, first + "seq_layer.in_proj.weight": 2}
+    for name, dims in needed.items():
+        if name not in state or state[name].dim() != dims:
+            raise ValueError(f"{path} lacks {name!r}, a matrix: it is no RAT+ checkpoint")
+    vocab_size, C = state["embedding.wte.weight"].shape
+    mlp_width, rows = state[first + "hidden_layer.fc1.weight"].shape[0], state[first + "seq_layer.in_proj.weight"].shape[0]
+    n_layer = len({name.split(".")[2] for name in state if name.startswith("backbone.layers.")})
     memory = rows == 5 * C or "backbone.layers.0.seq_layer.fgate_proj.weight" in state
     try:  # where the trainer's config is there, it knows; files of weights alone have heads of 128
         n_head = file["config"]["model"]["backbone"]["seq_cell"]["num_head"]
@@ -351,7 +398,7 @@ def read_ratplus(path):
         for theirs, ours in renamed.items():
             name = name.replace(theirs, ours)
         if "seq_layer.in_proj" in name:
-            for part, chunk in zip(packed, tensor.split(C)):
+            for part, chunk in zip(packed, tensor.split(C)):  # a fifth that this model does not want, or lacks, shows in fill
                 tensors[name.replace("seq_layer.in_proj", f"self_attn.{part}")] = lambda chunk=chunk: chunk
         else:
             tensors[name] = lambda tensor=tensor: tensor
@@ -359,3 +406,31 @@ def read_ratplus(path):
         dtype = state["embedding.wte.weight"].dtype
         tensors |= {f"layers.{i}.self_attn.memory_proj.bias": lambda: torch.zeros(C, dtype=dtype) for i in range(n_layer)}
     return settings, tensors
+
+
+def parts_of_pickle(path):
+    """
+    -> how many parts there are of each size, a Counter. ValueError unless this .pth is a zip file whose parts are stored as they are,
+    and whole, and whose pickle names nothing but tensors and dictionaries. So what torch.load makes of it is no larger than the
+    file. It takes 1 s a GB: the checksums.
+    """
+    plain = re.compile(r"collections OrderedDict|easydict EasyDict|torch._utils (_rebuild_tensor_v2|_rebuild_parameter)|torch (\w+Storage|Size|device|b?float\d+)")
+    regular(path)
+    try:
+        with zipfile.ZipFile(path) as file:
+            parts = file.infolist()
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > path.stat().st_size:
+                raise ValueError("its parts are compressed, which torch.save does not do")
+            if len({part.filename for part in parts}) < len(parts):
+                raise ValueError("a part comes twice")
+            if (damaged := file.testzip()) is not None:
+                raise ValueError(f"its part {damaged} does not match its checksum")
+            pickles = [part for part in parts if part.filename.endswith("/data.pkl")]
+            if not pickles:
+                raise ValueError("it holds no pickle")
+            for code, name, _ in pickletools.genops(file.read(pickles[0])):
+                if code.name in ("STACK_GLOBAL", "INST") or code.name.startswith("EXT") or (code.name == "GLOBAL" and not plain.fullmatch(name)):
+                    raise ValueError(f"it asks for {name or 'something hidden'}, which is no part of weights")
+            return Counter(part.file_size for part in parts)
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, EOFError, RuntimeError, IndexError, struct.error, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or no RAT+ checkpoint ({short(str(error))}): fetch it again") from None

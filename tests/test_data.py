@@ -339,7 +339,7 @@ def test_tokens_are_as_wide_as_the_vocabulary_needs(tmp_path, n_vocab, width):
     """Catches ids above 65535 that wrap around."""
     top = np.array([n_vocab - 1] * 20, dtype=data.token_dtype(n_vocab))
     data.save_shard(tmp_path / "00000.bin", [top.tobytes()], n_vocab, "t", job=0)
-    assert (tmp_path / "00000.bin").stat().st_size == 64 + 20 * width
+    assert (tmp_path / "00000.bin").stat().st_size == 64 + 20 * width + 16
     assert data.Shards(tmp_path, 4, seed=0).sample(0).tolist() == [n_vocab - 1] * 5
 
 

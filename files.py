@@ -1,0 +1,167 @@
+"""
+What we take from a disk and leave on it: files may come from strangers, and ours must outlive whatever happens to us.
+
+    read_json, parse_json       JSON that has one meaning: no key twice, no number that is not finite
+    sealed, opened_seal         JSON of ours that carries a hash of itself, so that any change is found
+    all_or_nothing              several files appear under their names together, or none does
+    only_one                    a folder that one run writes into refuses a second
+    told_to_end                 SIGTERM, by which schedulers end us, is ctrl-C
+
+No pickle is read, and nothing in a file is ever called. Errors are one line: ValueError or OSError, with the file, what is wrong and
+what to do. Checked in tests/test_hostile.py and tests/test_faults.py. weights.py reads models, data.py token shards.
+"""
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+SEAL = "sha256"       # the field of sealed JSON
+MOST_JSON = 64 << 20  # bytes. Python's objects take up to 25 times as much; OLMo 2's tokenizer.json, the largest we know, has 7 MB
+
+
+# ---------------------------------------------------------------- reading
+
+def regular(path):
+    """The path, of a file or of what a link to one stands for. ValueError for a folder, a pipe or a device, which might have no end."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing")
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file: put one in its place")
+    return path
+
+
+def read_json(path, remedy="fetch it again"):
+    """What a JSON file holds, by parse_json. ValueError, with the remedy, if it holds anything else."""
+    size = regular(path).stat().st_size
+    if size > MOST_JSON:
+        raise ValueError(f"{path} has {size:,} bytes, and no such file has more than {MOST_JSON:,}: {remedy}")
+    try:
+        return parse_json(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): {remedy}") from None
+
+
+def parse_json(text):
+    """json.loads of UTF-8 bytes. ValueError also for what readers understand differently: a key that comes twice, NaN, 1e999."""
+    try:
+        return json.loads(text.decode(), object_pairs_hook=once, parse_constant=refuse_number, parse_float=finite_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8") from None
+
+
+def once(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{short(next(key for key in keys if keys.count(key) > 1))} comes twice")
+    return found
+
+
+def refuse_number(text):
+    raise ValueError(f"{text} is no number")
+
+
+def finite_number(text):
+    return float(text) if math.isfinite(float(text)) else refuse_number(text[:20])
+
+
+def short(value):
+    """What a message may show of something from a file: printable, and not much."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# ---------------------------------------------------------------- our own JSON
+
+def seal_of(content):
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(content):
+    """A dictionary with one field more: the hash of the others. It must survive JSON (strings as keys, no tuples) to be found unchanged."""
+    content = json.loads(json.dumps(content))
+    return content | {SEAL: seal_of(content)}
+
+
+def opened_seal(found, path, remedy="restore it from a copy"):
+    """The content of what sealed made; what has no hash is taken as it is. ValueError, which names `path`, if it was changed."""
+    if SEAL not in found:
+        return found
+    content = {name: value for name, value in found.items() if name != SEAL}
+    if found[SEAL] != seal_of(content):
+        raise ValueError(f"{path} was changed: its content does not match its hash; {remedy}, or delete the field {SEAL!r} if you meant to")
+    return content
+
+
+# ---------------------------------------------------------------- writing
+
+def all_or_nothing(files):
+    """
+    files: {file: function that writes it to another path}. Renamed only once all are written: an interrupted or failed
+    save leaves what was there before, and never the shards of two models side by side. What kill -9 leaves of one under its
+    temporary name, the next one writes over.
+    """
+    temporary = {file: file.with_name(f".{file.name}.tmp") for file in files}
+    try:
+        for file, save in files.items():
+            save(temporary[file])
+        for file in files:
+            os.replace(temporary[file], file)
+    except OSError as error:
+        raise OSError(f"could not write {file} ({error}): what was there is unchanged; is the disk full?") from None
+    finally:
+        for written in temporary.values():
+            written.unlink(missing_ok=True)
+
+
+def whole_or_nothing(file, save):
+    """all_or_nothing for one file."""
+    all_or_nothing({file: save})
+
+
+HELD = set()  # locks of this process. Not of its children, which may outlive it
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: [os.close(HELD.pop()) for _ in range(len(HELD))])
+
+
+@contextmanager
+def only_one(folder):
+    """
+    Inside, no other process on any machine that sees this disk may enter with the same folder.
+    ValueError if one has. The lock is the kernel's: it leaves no file, and ends with the process however that ends.
+    """
+    if fcntl is None:
+        print(f"note: this system does not keep two runs from writing to {folder}: see to it", file=sys.stderr)
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    HELD.add(handle)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is being written to by another run: wait for it, end it, or choose another folder") from None
+        except OSError as error:
+            print(f"note: the disk of {folder} knows no locks ({error.strerror}): see that no two runs write there", file=sys.stderr)
+        yield
+    finally:
+        if handle in HELD:  # not in a child
+            HELD.remove(handle)
+            os.close(handle)
+
+
+def told_to_end():
+    """From now on SIGTERM is what ctrl-C is: KeyboardInterrupt, so that files are closed and the script says how to go on."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)

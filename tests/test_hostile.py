@@ -1,0 +1,383 @@
+"""
+Files from strangers: whatever is in them, they are read right or refused in one line that names the file. Nothing hangs, no
+code runs, memory stays within twice the files (judge.py watches).
+
+    for each kind of file, seed and index:   change = mutated(kind, Random(f"{kind} {index}"))      a small, seeded generator
+        loaded  -> must be what an independent reader finds in the changed file, or, where files are hashed, in the original
+        refused -> one line, which names the file
+
+CI tries a sample, `pytest --slow` all: see INPUTS.
+"""
+import hashlib
+import io
+import json
+import math
+import random
+import shutil
+import struct
+import zipfile
+from collections import Counter, OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import load_file, save_file
+
+import answers
+import data
+import niah
+import train
+from conftest import official_names, save_pth, times, tiny
+import judge
+from judge import Judge
+from test_data import train_bpe
+
+INPUTS = {"olmo2": 500, "olmo2 shards": 300, "olmo2 config": 300, "ours": 400, "checkpoint": 200, "pth": 400, "tokenizer": 300, "shards": 300,
+          "ruler": 300, "answers": 200}  # with --slow; CI tries a tenth
+
+
+# ---------------------------------------------------------------- the generator: bytes
+
+def change_bytes(data, random):
+    """-> what was done, and the changed bytes"""
+    data, at = bytearray(data), random.randrange(len(data))
+    length = min(len(data) - at, random.choice([1, 4, 8, 64, 1024]))
+    what = random.choice(["flip", "byte", "cut", "grow", "drop", "twice", "zeros", "ones", "swap"])
+    if what == "flip":
+        data[at] ^= 1 << random.randrange(8)
+    elif what == "byte":
+        data[at] = random.randrange(256)
+    elif what == "cut":
+        del data[at:]
+    elif what == "grow":
+        data += bytes(length)
+    elif what == "drop":
+        del data[at:at + length]
+    elif what == "twice":
+        data[at:at] = data[at:at + length]
+    elif what in ("zeros", "ones"):
+        data[at:at + length] = bytes([255 * (what == "ones")]) * length
+    else:
+        other = random.randrange(len(data) - length + 1)
+        data[at:at + length], data[other:other + length] = data[other:other + length], data[at:at + length]
+    return f"{what} at {at}, {length} bytes", bytes(data)
+
+
+# ---------------------------------------------------------------- JSON
+
+class Pairs(list):
+    """A JSON object as pairs, so that a key may come twice."""
+
+
+STRANGE = [None, True, False, 0, -1, 1, 2, 3, 7, 1.5, -0.5, 2**31, 2**53 + 1, 2**63, 2**64, 10**40, -10**12, 1e308, math.inf, -math.inf, math.nan,
+           "", "x", "0", "../x", "/etc/passwd", "..", "a\0b", "\x1b[31m\n", "\ud800", "x" * 5000, [], [0], [-1], [[]], ["x"], [1e400],
+           [2**40, 2**40], Pairs(), Pairs([("", Pairs())]), Pairs([("a", 1), ("a", 2)])]
+
+
+def dump(tree):
+    if isinstance(tree, Pairs):
+        return "{" + ",".join(f"{json.dumps(key)}:{dump(value)}" for key, value in tree) + "}"
+    if isinstance(tree, list):
+        return "[" + ",".join(map(dump, tree)) + "]"
+    return json.dumps(tree)
+
+
+def nodes(tree):
+    """All (container, position) in the tree."""
+    children = range(len(tree)) if isinstance(tree, list) else ()
+    for i in children:
+        yield tree, i
+        yield from nodes(tree[i][1] if isinstance(tree, Pairs) else tree[i])
+
+
+def change_json(text, random):
+    """-> what was done, and the changed text"""
+    tree = json.loads(text, object_pairs_hook=Pairs)
+    container, i = random.choice(list(nodes(tree)))
+    key = container[i][0] if isinstance(container, Pairs) else i
+    put = lambda value: container.__setitem__(i, (key, value) if isinstance(container, Pairs) else value)
+    what, strange = random.choice(["replace", "replace", "replace", "drop", "twice", "rename", "deep", "root", "near"]), random.choice(STRANGE)
+    old = container[i][1] if isinstance(container, Pairs) else container[i]
+    if what == "near" and isinstance(old, (int, float)) and not isinstance(old, bool):
+        strange = old + random.choice([-1, 1, 8, -8])
+        put(strange)
+    elif what == "drop":
+        del container[i]
+    elif what == "twice":
+        container.insert(i, (key, strange) if isinstance(container, Pairs) else strange)
+    elif what == "rename" and isinstance(container, Pairs):
+        container[i] = (random.choice(["", "x", str(key) + "x", "../x", "\n"]), container[i][1])
+    elif what == "deep":
+        deep = random.choice([50, 900, 100_000])
+        return f"{deep} deep at {key!r}", (lambda text: text.replace('"@@"', "[" * deep + "]" * deep, 1))((put("@@"), dump(tree))[1])
+    elif what == "root":
+        return f"all is {strange!r:.60}", dump(strange)
+    else:
+        put(strange)
+    return f"{what} {key!r}: {strange!r:.60}", dump(tree)
+
+
+def change_text(data, random):
+    """JSON files and lines: half of the changes are to the tree, half to the bytes."""
+    if random.random() < 0.3:
+        return change_bytes(data, random)
+    what, text = change_json(data.decode(), random)
+    return what, text.encode(errors="surrogatepass")
+
+
+def change_lines(data, random):
+    lines = data.splitlines(keepends=True)
+    i = random.randrange(len(lines))
+    what, lines[i] = change_text(lines[i].rstrip(b"\n"), random)
+    return f"line {i + 1}: {what}", b"".join(lines[:i] + [lines[i] + b"\n"] + lines[i + 1:])
+
+
+# ---------------------------------------------------------------- safetensors, token shards, .pth
+
+def change_safetensors(data, random):
+    """Half of the changes are to the header's tree, whose length stays right; the others to the length, the head's or the body's bytes."""
+    length, = struct.unpack("<Q", data[:8])
+    header, body = data[8:8 + length], data[8 + length:]
+    what = random.choice(["header", "header", "length", "head", "body", "body", "not finite"])
+    if what == "header":
+        done, header = change_json(header.decode(), random)
+        header = header.encode(errors="surrogatepass")
+        header += b" " * (-len(header) % 8)
+        return f"header: {done}", struct.pack("<Q", len(header)) + header + body
+    if what == "length":
+        other = random.choice([0, 1, 2, length - 1, length + 8, len(data), 10**8, 2**31, 2**32, 2**63, 2**64 - 1, random.randrange(2**64)])
+        return f"length {other}", struct.pack("<Q", other) + header + body
+    if what == "head":
+        done, header = change_bytes(header, random)
+        return f"head: {done}", data[:8] + header + body
+    if what == "body":
+        done, body = change_bytes(body, random)
+        return f"body: {done}", data[:8] + header + body
+    at = random.randrange(len(body) // 4) * 4  # fp32
+    number = struct.pack("<f", random.choice([math.nan, math.inf, -math.inf]))
+    return f"not finite at {at}", data[:8] + header + body[:at] + number + body[at + 4:]
+
+
+def change_shard(data, random):
+    """Half of the changes are to the 64 bytes of header."""
+    if random.random() < 0.5:
+        what, head = change_bytes(data[:64], random)
+        return f"header: {what}", head + data[64:]
+    return change_bytes(data, random)
+
+
+class Reduced:
+    """A pickle that calls something."""
+
+    def __init__(self, function, *args):
+        self.reduced = function, args
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def change_state(state, random):
+    """A RAT+ state dict that torch.save writes: names, shapes, types, or what is no tensor at all."""
+    state = dict(state)
+    name = random.choice(list(state))
+    tensor, what = state.pop(name), random.choice(["drop", "rename", "dtype", "shape", "not finite", "no tensor", "huge", "sparse", "strided", "layers"])
+    if what == "rename":
+        state[random.choice(["x", name + ".x", name.replace("layers.0", "layers.x"), name.replace("layers.0", "layers.99"), "backbone.layers.", ""])] = tensor
+    elif what == "dtype":
+        state[name] = tensor.to(random.choice([torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]))
+    elif what == "shape":
+        state[name] = random.choice([tensor.flatten(), tensor[:-1], tensor[None], tensor[:0], torch.zeros(()), tensor.unsqueeze(-1).expand(*tensor.shape, 2)])
+    elif what == "not finite":
+        state[name] = tensor.clone()
+        state[name].view(-1)[random.randrange(tensor.numel())] = random.choice([math.nan, math.inf, -math.inf])
+    elif what == "no tensor":
+        state[name] = random.choice([None, 1, "x", [1, 2], {}, b"x"])
+    elif what == "huge":
+        state[name] = torch.zeros(1).expand(*random.choice([(10**6, 10**6), (2**40,), (97, 10**9), (10**5, 64)]))
+    elif what == "sparse":
+        state[name] = random.choice([tensor.to_sparse(), tensor.to("meta")])
+    elif what == "strided":
+        state[name] = tensor.t() if tensor.dim() == 2 else tensor.repeat(2)[::2]
+    elif what == "layers":
+        state[f"backbone.layers.{random.choice([5, 10**9, -1])}.x"] = tensor
+    return f"{what} {name}", state
+
+
+EVIL = {  # what a pickle might call
+    "system": Reduced(__import__("os").system, "true"), "eval": Reduced(eval, "1"), "exec": Reduced(exec, "import os; os.system('true')"),
+    "open": Reduced(open, "evil", "w"), "import": Reduced(__import__, "antigravity"), "bytes": Reduced(bytearray, 10**10),
+    "bytes twice": [Reduced(bytearray, 10**9), Reduced(bytearray, 10**9)], "attribute": Reduced(getattr, "x", "__class__"),
+    "module": Reduced(torch.nn.Linear, 3, 3), "load": Reduced(torch.hub.load, "x", "y"), "popen": Reduced(__import__("subprocess").Popen, ["true"]),
+    "storage": Reduced(torch.UntypedStorage, 10**10), "tensor": Reduced(torch.zeros, 10**10), "numpy": np.zeros(3), "deep": None}
+
+
+def change_pth(data, random):
+    what = random.choice(["bytes", "state", "state", "evil", "pickle", "members"])
+    if what == "bytes":
+        return change_bytes(data, random)
+    saved = io.BytesIO()
+    if what in ("state", "evil"):
+        with torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):
+            file = torch.load(io.BytesIO(data), weights_only=True)
+        if what == "state":
+            done, file["task"] = change_state(file["task"], random)
+        else:
+            done = random.choice(list(EVIL))
+            place, evil = random.choice([file, file["task"]]), EVIL[done]
+            for _ in range(200 if done == "deep" else 0):  # as deep as pickle.dump goes
+                evil = [evil]
+            place[random.choice(["evil", next(iter(place))])] = evil
+        torch.save(file, saved, _use_new_zipfile_serialization=random.random() < 0.9)
+        return f"{what}: {done}", saved.getvalue()
+    members = {info.filename: zipfile.ZipFile(io.BytesIO(data)).read(info) for info in zipfile.ZipFile(io.BytesIO(data)).infolist()}
+    packed = zipfile.ZIP_STORED
+    if what == "pickle":
+        name = next(name for name in members if name.endswith("data.pkl"))
+        done, members[name] = change_bytes(members[name], random)
+    else:
+        name = random.choice(list(members))
+        done = random.choice(["drop", "rename", "bomb", "escape", "empty"]) + f" {name}"
+        if done.startswith("drop"):
+            del members[name]
+        elif done.startswith("rename"):
+            members[name + "x"] = members.pop(name)
+        elif done.startswith("bomb"):
+            members[name], packed = members[name] + bytes(3 * 10**8), zipfile.ZIP_DEFLATED
+        elif done.startswith("escape"):
+            members["../../evil"] = b"evil"
+        else:
+            members[name] = b""
+    with zipfile.ZipFile(saved, "w", packed) as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return f"{what}: {done}", saved.getvalue()
+
+
+# ---------------------------------------------------------------- the files before, and what is right after
+
+def foreign(folder, shards):
+    """An OLMo 2 as others write it, without a hash of ours."""
+    tiny(eos_id=5).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = {f"model-{n + 1:05d}-of-{shards:05d}.safetensors" if shards > 1 else "model.safetensors": names[n::shards] for n in range(shards)}
+    for file, some in files.items():
+        save_file({name: tensors[name] for name in some}, folder / file, metadata={"format": "pt"})
+    if shards > 1:
+        index = {"metadata": {"total_size": 1}, "weight_map": {name: file for file, some in files.items() for name in some}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if name not in ("sha256", "files")}))
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory, ratplus):
+    """{kind: (reader, what it reads, the files to change, how)}"""
+    root = tmp_path_factory.mktemp("originals")
+    foreign(root / "olmo2", 1)
+    foreign(root / "olmo2 shards", 3)
+    tiny(memory=True).save_pretrained(root / "ours")
+    (root / "pth").mkdir()
+    save_pth(root / "pth" / "model.pth", official_names(ratplus), pytest.MonkeyPatch(), n_head=4)
+    train_bpe(root / "tokenizer", "gpt2")
+    (root / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "added": {"x": [1, 2]}}))
+    (root / "shards").mkdir()
+    for n, length in enumerate((3000, 2000)):
+        tokens = np.random.default_rng(n).integers(0, 257, length).astype("<u2")
+        data.save_shard(root / "shards" / f"{n:05d}.bin", [tokens.tobytes()], 257, "bytes", 0)
+    examples = [niah.make_example(task, 1024, data.ByteTokenizer(), 0, 0) for task in ("niah_single_1", "niah_single_1", "niah_single_2")]
+    niah.write_jsonl(root / "ruler" / "niah_single_1.jsonl", examples)
+    flags = ["--memory=on", "--steps=1", "--batch=1", "--context_len=512", "--tasks", "niah_single_1", "--eval_every=0"]
+    train.train(train.parse(["--preset=pico", "--device=cpu", f"--out={root}", "--name=checkpoint", *flags]))
+    (root / "checkpoint" / "flags").write_text(" ".join(flags))
+    (root / "answers").mkdir()
+    lines = [answers.Line("a", "niah_single_1", "quest:budget=64", [i], {"text": f"the {i}", "read": 3.5, "prompt_read": None, "seconds": 0.1}) for i in range(9)]
+    (root / "answers" / "answers-0.jsonl").write_bytes(b"".join(map(answers.written, lines)))
+    safetensors = lambda folder: sorted(path.relative_to(root / folder) for path in (root / folder).rglob("*.safetensors"))
+    step = Path("step_0000001")
+    return root, {
+        "olmo2": ("model", "", safetensors("olmo2"), change_safetensors),
+        "olmo2 shards": ("model", "", [*safetensors("olmo2 shards"), *3 * ["model.safetensors.index.json"]], None),
+        "olmo2 config": ("model", "", ["config.json"], None),
+        "ours": ("model", "", [*safetensors("ours"), "config.json"], None),
+        "checkpoint": ("checkpoint", "", [*safetensors("checkpoint"), step / "config.json", step / "train.json"], None),
+        "pth": ("model", "model.pth", ["model.pth"], change_pth),
+        "tokenizer": ("tokenizer", "", 4 * ["tokenizer.json"] + ["tokenizer_config.json"], None),
+        "shards": ("shards", "", ["00000.bin", "00001.bin"], change_shard),
+        "ruler": ("ruler", "niah_single_1.jsonl", ["niah_single_1.jsonl"], change_lines),
+        "answers": ("answers", "", ["answers-0.jsonl"], change_lines)}
+
+
+def plain_safetensors(folder):
+    """Another reader, in numpy: {our name: [dtype, shape, hash]} of all files, as judge.digest tells it."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        data = file.read_bytes()
+        length, = struct.unpack("<Q", data[:8])
+        for name, entry in json.loads(data[8:8 + length]).items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                of_bytes = hashlib.sha256(data[8 + length + begin:8 + length + end]).hexdigest()[:16]
+                found[name.removeprefix("model.")] = [{"F32": "torch.float32"}[entry["dtype"]], entry["shape"], of_bytes]
+    return found
+
+
+def right(kind, loaded, original, path):
+    """Whether what was loaded from the changed files is what is in them."""
+    if kind in ("ours", "checkpoint", "shards"):
+        return loaded == original  # any change is found
+    if kind == "answers":  # a last line without its end was cut off by a kill, and is asked again
+        return loaded == original[:len(loaded)] and len(loaded) >= len(original) - 1
+    if kind in ("olmo2", "olmo2 shards"):
+        return loaded[0] == original[0] and loaded[1] == plain_safetensors(path)
+    if kind == "olmo2 config":
+        found = json.loads((path / "config.json").read_text())
+        theirs = {"norm_eps": "rms_norm_eps", "context_len": "max_position_embeddings", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers"}
+        eos = found.get("eos_token_id")
+        return loaded[1] == original[1] and all(loaded[0][ours] == found[name] for ours, name in theirs.items()) \
+            and loaded[0]["rope_theta"] == found.get("rope_parameters", found)["rope_theta"] and loaded[0]["eos_id"] in (eos, *(eos if isinstance(eos, list) else []))
+    if kind == "ruler":
+        rows = [json.loads(line) for line in (path / "niah_single_1.jsonl").read_bytes().splitlines()]
+        return [[i, prompt, answers] for i, prompt, answers, _ in loaded] == [[row["index"], row["input"] + row.get("answer_prefix", ""), row["outputs"]] for row in rows]
+    if kind == "tokenizer":
+        return loaded == original or loaded[:2] == [of_hugging_face(path), True]
+    return loaded == original  # pth: zip's checksums cover it all
+
+
+def of_hugging_face(path):
+    oracle = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    oracle.encode_special_tokens = True
+    return oracle.encode(judge.TEXT, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_changed_files_are_read_right_or_refused_in_one_line(kind, originals, tmp_path, capsys):
+    """Any change that ends in a traceback, hangs, runs code, takes memory, or is read as something that is not there."""
+    root, kinds = originals
+    reader, what, files, change = kinds[kind]
+    source = root / kind.removesuffix(" config")
+    with Judge() as judged:
+        original, found, defects = judged(reader, source / what), Counter(), []
+        assert "loaded" in original, original
+        for index in range(times(INPUTS[kind] // 10, INPUTS[kind])):
+            chance, path = random.Random(f"{kind} {index}"), tmp_path / str(index)
+            shutil.copytree(source, path)
+            file = path / chance.choice(files)
+            how = change or (change_safetensors if file.suffix == ".safetensors" else change_text)
+            done, changed = how(file.read_bytes(), chance)
+            file.write_bytes(changed)
+            verdict, message = next(iter(judged(reader, path / what).items()))
+            if verdict == "refused" and not (str(path) in message and message.isprintable() and len(message) < 700):
+                verdict, message = "defect", f"no clear line: {message!r:.700}"
+            if verdict == "loaded" and not right(kind, message, original["loaded"], path):
+                verdict, message = "defect", f"loaded wrong: {str(message):.300}"
+            if verdict == "defect":
+                defects.append(f"{kind} {index}, {file.name}, {done}: {message}")
+            found[verdict] += 1
+            shutil.rmtree(path)
+    with capsys.disabled():
+        print(f"\n{kind}: {dict(found)}", end=" ")
+    assert not defects, f"{len(defects)} of {sum(found.values())}:\n" + "\n".join(defects)
