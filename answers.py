@@ -31,13 +31,13 @@ def save(report, path):
     whole_or_nothing(path, lambda file: file.write_text(json.dumps(report, indent=1)))
 
 
-def load(path, *fields):
-    """What save wrote. ValueError, which names the file, if it has not all these fields, or is no JSON."""
-    report = read_json(path, "delete it")
+def load(path, *fields, remedy="delete it"):
+    """What save wrote. ValueError, which names the file, if it has not all these fields, or is no JSON, or was sealed and then changed."""
+    report = read_json(path, remedy, most=1 << 30)
     lacking = [field for field in fields if not (isinstance(report, dict) and field in report)]
     if lacking:
-        raise ValueError(f"{path} is damaged, or not of ours (it has no field {lacking[0]!r}): delete it")
-    return opened_seal(report, path)
+        raise ValueError(f"{path} is damaged, or not of ours (it has no field {lacking[0]!r}): {remedy}")
+    return opened_seal(report, path, remedy)
 
 
 # ---------------------------------------------------------------- what is answered, and what is left

@@ -102,7 +102,7 @@ class TiktokenTokenizer:
             require(isinstance(found, kind), field, found)
             return found
 
-        spec = read_json(path, "download it again")
+        spec = read_json(path, "download it again", most=64 << 20)  # OLMo 2's has 7 MB
         require(isinstance(spec, dict), "the whole file", spec)
         model = part(spec, "model", dict, {})
         require(model.get("type") == "BPE", "model.type", model.get("type"))

@@ -25,7 +25,7 @@ except ImportError:  # Windows
     fcntl = None
 
 SEAL = "sha256"       # the field of sealed JSON
-MOST_JSON = 64 << 20  # bytes. Python's objects take up to 25 times as much; OLMo 2's tokenizer.json, the largest we know, has 7 MB
+MOST_JSON = 1 << 20   # bytes, where no more is expected: Python's objects take up to 25 times as much
 
 
 # ---------------------------------------------------------------- reading
@@ -40,15 +40,15 @@ def regular(path):
     return path
 
 
-def read_json(path, remedy="fetch it again"):
-    """What a JSON file holds, by parse_json. ValueError, with the remedy, if it holds anything else."""
+def read_json(path, remedy="fetch it again", most=MOST_JSON):
+    """What a JSON file of at most so many bytes holds, by parse_json. ValueError, with the remedy, if it holds anything else."""
     size = regular(path).stat().st_size
-    if size > MOST_JSON:
-        raise ValueError(f"{path} has {size:,} bytes, and no such file has more than {MOST_JSON:,}: {remedy}")
+    if size > most:
+        raise ValueError(f"{path} has {size:,} bytes, and no such file has more than {most:,}: {remedy}")
     try:
         return parse_json(Path(path).read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): {remedy}") from None
+        raise ValueError(f"{path} is damaged, or no JSON ({error}): {remedy}") from None
 
 
 def parse_json(text):

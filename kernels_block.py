@@ -183,7 +183,7 @@ def add_norm(
 ):           # -> (B, T, C)
     assert x.shape == y.shape and x.is_contiguous() and y.is_contiguous(), f"{tuple(x.shape)} and {tuple(y.shape)}, contiguous"
     out, C = torch.empty_like(x), x.shape[-1]
-    add_norm_kernel[(x.numel() // C,)](x, y, weight, out, C, eps, BLOCK_C=triton.next_power_of_2(C), num_warps=min(8, max(1, C // 512)))
+    add_norm_kernel[(x.numel() // C,)](x, y, weight, out, C, eps, BLOCK_C=triton.next_power_of_2(C), num_warps=min(8, max(1, triton.next_power_of_2(C) // 512)))
     return out
 
 

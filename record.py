@@ -37,7 +37,7 @@ def newest(run, resume):
 
 def step_of(folder, run, args):
     """How many steps the checkpoint has seen. ValueError if going on with these flags would mix two runs."""
-    saved = load(folder / "train.json", "settings", "step")
+    saved = load(folder / "train.json", "settings", "step", remedy=f"restore it, or delete {folder} to go on from the one before")
     if "first_sample" not in saved:
         raise ValueError(f"--resume: an older version made {run}, with other samples: delete it, or choose another --name")
     if not isinstance(saved["settings"], dict):

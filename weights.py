@@ -33,7 +33,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from files import SEAL, all_or_nothing, opened_seal, read_json, regular, sealed, short
+from files import MOST_JSON, SEAL, all_or_nothing, opened_seal, read_json, regular, sealed, short
 
 SHARD_BYTES = 5 * 10**9  # a larger model is split into files of at most this size
 DTYPES = "F64", "F32", "F16", "BF16"  # of weights, as safetensors calls them
@@ -164,7 +164,7 @@ def files_of_directory(path):
     """The names of its weights' files, and which of them has which tensor as the index says, {} if there is none."""
     index_file, placed = path / "model.safetensors.index.json", {}
     if index_file.exists():
-        index = read_json(index_file)
+        index = read_json(index_file, most=8 << 20)
         placed = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
             raise ValueError(f"{index_file} is no index of weights: fetch it again")
@@ -219,8 +219,12 @@ def as_written(path, mapped):
 
 def opened(file, remedy=None):
     """A safetensors file, mapped. ValueError, with the remedy, if its head does not describe what is there."""
+    with open(regular(file), "rb") as start:
+        header = int.from_bytes(start.read(8), "little")
+    if header > MOST_JSON:
+        raise ValueError(f"{file} is damaged, or no model's: its header would have {header:,} bytes; {remedy or 'fetch it again'}")
     try:
-        return safe_open(regular(file), framework="pt")
+        return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged or incomplete ({short(str(error))}): {remedy or 'fetch it again'}") from None
 

@@ -232,8 +232,12 @@ def test_eos_comes_from_tokenizer_config(gpt2, tmp_path, eos_token):
 
 @pytest.fixture(scope="module")
 def sp_folder(tmp_path_factory):
+    return train_sentencepiece(tmp_path_factory.mktemp("sp"))
+
+
+def train_sentencepiece(folder):
     import sentencepiece
-    folder = tmp_path_factory.mktemp("sp")
+    folder.mkdir(exist_ok=True)
     (folder / "text").write_text(data.builtin_text()[:50_000])
     sentencepiece.SentencePieceTrainer.train(input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), vocab_size=500,
                                              model_type="bpe", byte_fallback=True, minloglevel=2)

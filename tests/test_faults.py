@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -21,9 +20,8 @@ from safetensors.torch import load_file
 import data
 import files
 from conftest import one_line, times
-from judge import Judge
+from judge import ROOT, Judge
 
-ROOT = Path(__file__).parent.parent
 TRAIN = ["--preset=pico", "--memory=on", "--device=cpu", "--context_len=512", "--tasks", "niah_single_1", "--batch=1", "--steps=24", "--save_every=2",
          "--eval_every=12", "--log_every=8", "--name=it", "--resume"]
 EVAL = ["--ckpt=model", "--device=cpu", "--out=out/it", "--tasks", "niah_single_1", "niah_single_2", "--samples=6", "--batch=1",
@@ -179,7 +177,7 @@ def test_a_full_disk_is_one_line_and_with_more_room_it_goes_on(script, flags, ro
 
 @needs_mounts
 @pytest.mark.parametrize("script, flags", times([("data", DATA)], [("train", TRAIN), ("eval_niah", EVAL), ("data", DATA), ("checkpoint", ["model", "out/x"]),
-                                                                    ("niah", ["--task=niah_single_1", "--jsonl=out/x.jsonl"])]))
+                                                                    ("niah", ["--task=niah_single_1", "--output=out/x.jsonl"])]))
 def test_a_folder_that_cannot_be_written_is_one_line(script, flags, place, out):
     """A traceback, or an hour of work before it is known."""
     result = on_a_disk(place, f"mkdir -p out; mount -t tmpfs none out; mount -o remount,ro out; {sys.executable} {ROOT}/{script}.py {' '.join(flags)}")

@@ -8,10 +8,12 @@ code runs, memory stays within twice the files (judge.py watches).
 
 CI tries a sample, `pytest --slow` all: see INPUTS.
 """
+import ast
 import hashlib
 import io
 import json
 import math
+import os
 import random
 import shutil
 import struct
@@ -21,21 +23,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
 import answers
 import data
+import judge
 import niah
 import train
+import weights
 from conftest import official_names, save_pth, times, tiny
-import judge
-from judge import Judge
-from test_data import train_bpe
+from judge import ROOT, Judge
+from model import Config, Transformer
+from test_data import train_bpe, train_sentencepiece
 
 INPUTS = {"olmo2": 500, "olmo2 shards": 300, "olmo2 config": 300, "ours": 400, "checkpoint": 200, "pth": 400, "tokenizer": 300, "shards": 300,
-          "ruler": 300, "answers": 200}  # with --slow; CI tries a tenth
+          "ruler": 300, "answers": 200, "sentencepiece": 200}  # with --slow; CI tries a tenth
 
 
 # ---------------------------------------------------------------- the generator: bytes
@@ -284,6 +289,7 @@ def originals(tmp_path_factory, ratplus):
     save_pth(root / "pth" / "model.pth", official_names(ratplus), pytest.MonkeyPatch(), n_head=4)
     train_bpe(root / "tokenizer", "gpt2")
     (root / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "added": {"x": [1, 2]}}))
+    train_sentencepiece(root / "sentencepiece")
     (root / "shards").mkdir()
     for n, length in enumerate((3000, 2000)):
         tokens = np.random.default_rng(n).integers(0, 257, length).astype("<u2")
@@ -308,7 +314,8 @@ def originals(tmp_path_factory, ratplus):
         "tokenizer": ("tokenizer", "", 4 * ["tokenizer.json"] + ["tokenizer_config.json"], None),
         "shards": ("shards", "", ["00000.bin", "00001.bin"], change_shard),
         "ruler": ("ruler", "niah_single_1.jsonl", ["niah_single_1.jsonl"], change_lines),
-        "answers": ("answers", "", ["answers-0.jsonl"], change_lines)}
+        "answers": ("answers", "", ["answers-0.jsonl"], change_lines),
+        "sentencepiece": ("tokenizer", "", ["tokenizer.model"], change_bytes)}
 
 
 def plain_safetensors(folder):
@@ -342,6 +349,9 @@ def right(kind, loaded, original, path):
     if kind == "ruler":
         rows = [json.loads(line) for line in (path / "niah_single_1.jsonl").read_bytes().splitlines()]
         return [[i, prompt, answers] for i, prompt, answers, _ in loaded] == [[row["index"], row["input"] + row.get("answer_prefix", ""), row["outputs"]] for row in rows]
+    if kind == "sentencepiece":
+        oracle = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
+        return loaded[0] == oracle.encode(judge.TEXT) and loaded[2] == oracle.eos_id()
     if kind == "tokenizer":
         return loaded == original or loaded[:2] == [of_hugging_face(path), True]
     return loaded == original  # pth: zip's checksums cover it all
@@ -381,3 +391,71 @@ def test_changed_files_are_read_right_or_refused_in_one_line(kind, originals, tm
     with capsys.disabled():
         print(f"\n{kind}: {dict(found)}", end=" ")
     assert not defects, f"{len(defects)} of {sum(found.values())}:\n" + "\n".join(defects)
+
+
+# ---------------------------------------------------------------- what no mutation makes
+
+PLACES = [("olmo2", "config.json"), ("olmo2", "model.safetensors"), ("olmo2 shards", "model.safetensors.index.json"), ("pth", "model.pth"),
+          ("tokenizer", "tokenizer.json"), ("tokenizer", "tokenizer_config.json"), ("shards", "00000.bin"), ("ruler", "niah_single_1.jsonl"),
+          ("checkpoint", "step_0000001/train.json")]
+
+
+@pytest.mark.parametrize("kind, name", PLACES)
+def test_what_has_no_end_is_refused_at_once(kind, name, originals, tmp_path):
+    """A pipe that nobody writes into, or a link to a device, in a folder from a stranger: waiting for ever, or memory without end."""
+    root, kinds = originals
+    reader, what, *_ = kinds[kind]
+    with Judge() as judged:
+        for make in os.mkfifo, lambda file: file.symlink_to("/dev/zero"), Path.mkdir:
+            shutil.copytree(root / kind, tmp_path / kind)
+            (tmp_path / kind / name).unlink()
+            make(tmp_path / kind / name)
+            verdict, message = next(iter(judged(reader, tmp_path / kind / what).items()))
+            assert verdict == "refused" and name in message and message.isprintable(), message
+            shutil.rmtree(tmp_path / kind)
+
+
+def bomb(folder, what):
+    """Files whose content would be much larger in memory."""
+    foreign(folder, 1)
+    if what == "config":
+        (folder / "config.json").write_text("[" + "[]," * 10**7 + "[]]")
+    elif what == "index":
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": [' + "[]," * 10**7 + "[]]}")
+    elif what == "header":  # 300,000 tensors without an element
+        header = ",".join(f'"{i:06d}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(300_000))
+        header = "{" + header + "}" + " " * (-(len(header) + 2) % 8)
+        (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    else:  # honest, and large
+        model = Transformer(Config(vocab_size=100_000, n_layer=1, width=256, n_head=4, n_kv_head=4, mlp_width=256, memory=what == "ours"))
+        if what == "ours":
+            return model.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(weights.described(model.config, "float32")))
+        save_file({weights.hf_name(name): tensor for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("what", ["config", "index", "header", "honest", "ours"])
+def test_memory_is_at_most_twice_the_files(what, tmp_path):
+    """JSON that Python blows up; a header of nothing but names; a model that is read, converted and kept at once."""
+    bomb(tmp_path / what, what)
+    with Judge() as judged:
+        verdict, message = next(iter(judged("model", tmp_path / what).items()))
+    assert verdict == ("loaded" if what in ("honest", "ours") else "refused"), message
+
+
+CALLS = {"eval", "exec", "compile", "__import__", "breakpoint", "input"}
+IMPORTS = {"pickle", "marshal", "shelve", "dill", "joblib", "urllib", "http", "requests", "ftplib", "smtplib", "huggingface_hub", "socketserver"}
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("experiments/*.py")), ids=lambda file: file.name)
+def test_no_script_runs_what_it_reads_or_asks_the_network(file):
+    """A pickle, an eval or a download that a change brings in."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in CALLS, f"{file.name} line {node.lineno}: {node.func.id}"
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            assert IMPORTS.isdisjoint(name.split(".")[0] for name in names), f"{file.name} line {node.lineno}: {names}"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load"):
+            flags = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert flags.get("weights_only") == "True" and file.name == "weights.py", f"{file.name} line {node.lineno}: {ast.unparse(node)}"

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import data
 import eval_niah
+import files
 import samples
 import train
 import weights
@@ -533,6 +534,7 @@ def test_joint_pass_sees_the_window_alone(monkeypatch):
 def test_a_checkpoint_tells_how_it_was_made():
     checkpoint, _ = run("--name=told")
     record = json.loads((checkpoint / "train.json").read_text())
+    assert record.pop("sha256") == files.seal_of(record)
     assert {"step", "settings", "command", "commit", "device", "processes", "torch", "seconds", "step_seconds", "tokens_per_second", "mfu",
             "skipped", "first_sample", "from"} == record.keys()
     assert record["tokens_per_second"] == pytest.approx(4 * 512 / record["step_seconds"], rel=0.01) and record["mfu"] is None
