@@ -85,7 +85,7 @@ class Cache:
         if self.positions[0] is not None:
             self.empty()
         self.recent_q = [None for _ in self.recent_q]
-        for x in self.lengths, self.used, self.token_hash, *self.state:
+        for x in self.lengths, self.used, self.token_hash, *self.state, *self.k, *self.v:  # a NaN would outlive its row: 0 * NaN is NaN
             if x is not None:
                 x.zero_()
         self.filled = 0           # the largest of `used`, known without asking the GPU

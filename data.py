@@ -556,6 +556,8 @@ def text_of(row, field, where):
 def start_worker(tok):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
     # a worker whose parent was killed would wait for work for ever
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     open_parquet.cache_clear()  # a file opened before the fork would be read by all from one shared place
@@ -582,10 +584,22 @@ def encode_texts(texts):
     return docs, n_bytes
 
 
+ENDS = {signal.SIGINT, signal.SIGTERM}
+
+
+def start_all(pool):
+    """Starts the workers. What ctrl-C raises while Python forks is lost, so it is heard after that."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDS) if hasattr(signal, "pthread_sigmask") else None
+    pool.submit(len, ())
+    if before is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def encode_all(docs, tok, workers):
     """Yield what encode_unit says of each unit, and the position after it, in the order of docs, few units at a time."""
     pending = deque()
     with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(tok,)) as pool:
+        start_all(pool)
         for is_group, run in itertools.groupby(docs, key=lambda doc: isinstance(doc[0], RowGroup)):
             while batch := list(itertools.islice(run, 1 if is_group else 32)):
                 units, positions = zip(*batch)

@@ -39,6 +39,16 @@ FILLED = 264                         # chains: two programs on each of 132 SMs
 # the bits of a state nobody has written yet: as a float a signalling NaN, which no arithmetic, sign flip or bf16 gives
 EMPTY = tl.constexpr(0x7F800001)
 
+# The attention kernels carry a softmax's running maximum as 20 more than it is (in base 2). So each exponential is at most
+# 2**-20, and a sum of up to 2**20 values overflows no sooner than their mean, whatever they are. Powers of two cost no bits.
+ROOM, SHRUNK = tl.constexpr(20.0), tl.constexpr(2.0 ** -20)
+
+
+@triton.jit
+def log_sum(peak, total):
+    """log2(total * exp2(peak)), for a peak with ROOM: what that added is taken away before it rounds anything off."""
+    return peak - ROOM + tl.log2(total * (1 / SHRUNK))
+
 
 # ---------------------------------------------------------------- the memory scan
 
@@ -46,13 +56,13 @@ EMPTY = tl.constexpr(0x7F800001)
 def gates(logit):
     """
     g = sigmoid(logit) and 1 - g = sigmoid(-logit), the smaller one to full relative precision, also where the other
-    rounds to 1. Spelled for few instructions: a square of rsqrt is the hardware's shortest reciprocal.
+    rounds to 1, and down to 0. Spelled for few instructions: a square of rsqrt is the hardware's shortest reciprocal.
     """
-    odds = tl.exp2(tl.minimum(logit * -1.4426950408889634, 126))  # (1 - g) / g = exp(-logit), kept finite
+    odds = tl.exp2(tl.minimum(logit, -logit) * 1.4426950408889634)  # of the smaller one: at most 1, so nothing overflows
     root = tl.rsqrt(1 + odds)
-    g = root * root
-    rest = odds * g
-    return tl.where(logit > 0, 1 - rest, g), rest
+    small = odds * root * root
+    rest = tl.where(logit > 0, small, 1 - small)
+    return tl.where(logit > 0, 1 - small, small), rest
 
 
 @triton.jit
@@ -239,11 +249,15 @@ def memory_backward_kernel(
         g, rest = gates(logits[ROWS - 1 - i].to(tl.float32))
         k_grad += dk_mems[ROWS - 1 - i].to(tl.float32)            # G[t]
         v_grad += dv_mems[ROWS - 1 - i].to(tl.float32)
-        tl.store(dk_ptr + out + (ROWS - 1 - i) * W, rest * k_grad, mask)
-        tl.store(dv_ptr + out + (ROWS - 1 - i) * W, rest * v_grad, mask)
-        pull = (k_grad * (k_states[ROWS - 1 - i] - ks[ROWS - 1 - i].to(tl.float32))
-                + v_grad * (v_states[ROWS - 1 - i] - vs[ROWS - 1 - i].to(tl.float32)))
-        tl.store(dgate_ptr + out + (ROWS - 1 - i) * W, g * rest * pull, mask)
+        dk, dv = rest * k_grad, rest * v_grad
+        tl.store(dk_ptr + out + (ROWS - 1 - i) * W, dk, mask)
+        tl.store(dv_ptr + out + (ROWS - 1 - i) * W, dv, mask)
+        # weighted before they are subtracted: the difference of two large numbers may overflow, and at a saturated gate
+        # 0 * inf would be NaN
+        dk, dv = g * dk, g * dv
+        pull = (dk * k_states[ROWS - 1 - i] - dk * ks[ROWS - 1 - i].to(tl.float32)
+                + (dv * v_states[ROWS - 1 - i] - dv * vs[ROWS - 1 - i].to(tl.float32)))
+        tl.store(dgate_ptr + out + (ROWS - 1 - i) * W, pull, mask)
         k_grad, v_grad = g * k_grad, g * v_grad
 
 

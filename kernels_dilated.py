@@ -38,6 +38,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import ROOM, SHRUNK, log_sum
+
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E), and exp2 is what the hardware has
 
 # BLOCK_M rows and BLOCK_N keys of a tile. The pass is bound by memory: 64 rows of 128 bf16 are 16 KB per tensor, few
@@ -89,7 +91,7 @@ def online_softmax(
     q,                     # [BLOCK_M, D]
     k_ptr, v_ptr, mask_j,  # [BLOCK_N, D] pointers, [BLOCK_N]
     keep,                  # [BLOCK_M, BLOCK_N]
-    top, total,            # [BLOCK_M]     largest score so far, sum of exp2(score - top)
+    top, total,            # [BLOCK_M]     largest score so far, + ROOM; sum of exp2(score - top)
     y,                     # [BLOCK_M, D]  the same sum over values
     scale,                 # D ** -0.5 * log2(e)
 ):
@@ -97,7 +99,7 @@ def online_softmax(
     k = tl.load(k_ptr, mask=mask_j[:, None], other=0.0)                # [BLOCK_N, D]
     v = tl.load(v_ptr, mask=mask_j[:, None], other=0.0)                # [BLOCK_N, D]
     s = tl.where(keep, dot(q, tl.trans(k)) * scale, float("-inf"))     # [BLOCK_M, BLOCK_N]
-    new_top = tl.maximum(top, tl.max(s, 1))  # finite: it started at the query's own key
+    new_top = tl.maximum(top, tl.max(s, 1) + ROOM)  # finite: it started at the query's own key
     p = tl.exp2(s - new_top[:, None])
     shrink = tl.exp2(top - new_top)
     return new_top, total * shrink + tl.sum(p, 1), y * shrink[:, None] + dot(p.to(v.dtype), v)
@@ -133,7 +135,8 @@ def forward_kernel(
     offs_t, offs_g = t[:, None], g[:, None]
     first = tl.load(start_ptr + b) + t0                                  # slot of the first query
     i = (first + t).to(tl.int32)                                         # [BLOCK_M]  of each query
-    last = tl.minimum(first + tl.minimum(BLOCK_T, Tq - t0), Tk).to(tl.int32) - 1  # padding may be past it
+    # what lies behind it may be anything, and 0 * NaN is NaN; padding may be past it
+    last = tl.minimum(first + tl.minimum(BLOCK_T, Tq - t0), Tk).to(tl.int32) - 1
     q_ptr += b * q_b + t0 * q_t + h_kv * G * q_h
     k_ptr += b * k_b + h_kv * k_h + offs_d
     v_ptr += b * v_b + h_kv * v_h + offs_d
@@ -142,27 +145,27 @@ def forward_kernel(
     own = tl.minimum(offs_t, (Tk - 1 - first).to(tl.int32))
     k_own = tl.load(k_ptr + first * k_t + own * k_t, mask=mask_t[:, None], other=0.0)                # [BLOCK_M, D]
     v_own = tl.load(v_ptr + first * v_t + own * v_t, mask=mask_t[:, None], other=0.0)                # [BLOCK_M, D]
-    top = tl.sum(q.to(tl.float32) * k_own.to(tl.float32), 1) * scale                                 # [BLOCK_M]
-    total = tl.full((BLOCK_M,), 1.0, tl.float32)
-    y = v_own.to(tl.float32)                                                                         # [BLOCK_M, D]
+    top = tl.sum(q.to(tl.float32) * k_own.to(tl.float32), 1) * scale + ROOM                          # [BLOCK_M]
+    total = tl.full((BLOCK_M,), SHRUNK, tl.float32)
+    y = v_own.to(tl.float32) * SHRUNK                                                                # [BLOCK_M, D]
 
     for m in range(0, shared_before(last - LOCAL, initial, first_end, dilation), BLOCK_N):
         j = shared_slot(m + offs_n, initial, first_end, dilation)                                    # [BLOCK_N]
         row = j.to(tl.int64)[:, None]
         keep = j[None, :] < i[:, None] - LOCAL
-        top, total, y = online_softmax(q, k_ptr + row * k_t, v_ptr + row * v_t, j < Tk, keep, top, total, y, scale)
+        top, total, y = online_softmax(q, k_ptr + row * k_t, v_ptr + row * v_t, j <= last, keep, top, total, y, scale)
     if LOCAL > 0:
         for n in range(tl.maximum(first.to(tl.int32) - LOCAL, 0), last, BLOCK_N):
             j = n + offs_n
             row = j.to(tl.int64)[:, None]
-            keep = (j[None, :] < i[:, None]) & (j[None, :] >= i[:, None] - LOCAL) & (j < Tk)[None, :]
-            top, total, y = online_softmax(q, k_ptr + row * k_t, v_ptr + row * v_t, j < Tk, keep, top, total, y, scale)
+            keep = (j[None, :] < i[:, None]) & (j[None, :] >= i[:, None] - LOCAL) & (j <= last)[None, :]
+            top, total, y = online_softmax(q, k_ptr + row * k_t, v_ptr + row * v_t, j <= last, keep, top, total, y, scale)
 
     y = y / total[:, None]
     y_ptr += ((b * Tq + t0) * H + h_kv * G) * D
     tl.store(y_ptr + (offs_t * H + offs_g) * D + offs_d, y.to(y_ptr.dtype.element_ty), mask=mask_t[:, None])
     lse_ptr += (b * H + h_kv * G) * Tq + t0
-    tl.store(lse_ptr + g * Tq + t, top + tl.log2(total), mask=mask_t)
+    tl.store(lse_ptr + g * Tq + t, log_sum(top, total), mask=mask_t)
 
 
 # ---------------------------------------------------------------- backward

@@ -22,7 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import ROOM, log_sum
+
 LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x * LOG2E); logsumexps are in base 2 too
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 # Tiles for an H100. A block of up to 128 keys is one tile: K and V (64 KB at D = 128) stay in shared memory while CHUNK
 # tiles of a list pass; two programs share an SM, one multiplies while the other takes exponentials. A longer block
@@ -90,8 +93,8 @@ def moba_mean_kernel(
         mask_t = (inside < block_size) & (slot < Tk)
         k = tl.load(k_ptr + b * stride_b + slot[:, None] * stride_t + kv * stride_h + offs_d,
                     mask=mask_t[:, None], other=0)                                  # [BLOCK_T, D]
-        total += k.to(tl.float32)
-    mean = tl.sum(total, axis=0) / block_size                                       # [D]
+        total += k.to(tl.float32) * (1 / block_size)  # before the sum, which might overflow
+    mean = tl.sum(total, axis=0)                                                    # [D]
     mean_ptr += (z.to(tl.int64) * N + n) * PARTS * D + offs_d
     high = mean.to(mean_ptr.dtype.element_ty)
     tl.store(mean_ptr, high)
@@ -161,7 +164,7 @@ def moba_route_kernel(
 
     # of the scores >= lo there are `above`, at least `need`; of those >= hi fewer. lo, hi: ordered integers, so that
     # halving ends; the first rounds halve the numbers themselves, which is quicker unless scores tie
-    lo, hi = ordered(tl.maximum(low, -3e38)), ordered(high) + 1  # -inf: what is not free
+    lo, hi = ordered(tl.maximum(low, LOWEST)), ordered(high) + 1  # -inf: what is not free
     lo = tl.where(need == 0, hi, lo)
     above = tl.where(need == 0, 0, have)
     open = (above > need) & (hi > lo + 1)
@@ -401,7 +404,9 @@ def moba_gather_kernel(
         return
     offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
     begin = n * block_size
-    inside = tl.minimum(block_size, Tk - begin)                                                 # keys of the block
+    start_in_block = (tl.load(start_ptr + b) - begin).to(tl.int32)
+    # keys of the block, up to the last query's own: what lies behind may be anything, and 0 * NaN is NaN
+    inside = tl.minimum(block_size, tl.minimum(start_in_block + Tq, Tk - begin))
     n_masked = tl.where(inside % BLOCK_N == 0, block_size - into, entries)                      # entries with a mask
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + (h // G) * stride_kh + (begin.to(tl.int64) + offs_n)[:, None] * stride_kt + offs_d
@@ -409,7 +414,6 @@ def moba_gather_kernel(
     list_ptr += first
     part_ptr += (tl.program_id(1).to(tl.int64) * Tq * S + place) * D
     lse_ptr += tl.program_id(1).to(tl.int64) * Tq * S + place
-    start_in_block = (tl.load(start_ptr + b) - begin).to(tl.int32)
     ONE_TILE: tl.constexpr = block_size <= BLOCK_N
     if ONE_TILE:
         k = tl.load(k_ptr, mask=(offs_n < inside)[:, None], other=0)                            # [BLOCK_N, D]
@@ -427,7 +431,7 @@ def moba_gather_kernel(
             x = tl.dot(q, tl.trans(k), input_precision="ieee")                                  # [BLOCK_M, BLOCK_N]
             if m < n_masked:
                 x = tl.where(offs_n[None, :] <= newest[:, None], x, float("-inf"))
-            top = tl.max(x, axis=1) * scale_log2                                                # [BLOCK_M]
+            top = tl.max(x, axis=1) * scale_log2 + ROOM                                         # [BLOCK_M]
             p = tl.exp2(x * scale_log2 - top[:, None])
             total = tl.sum(p, axis=1)
             y = tl.dot(p.to(v.dtype), v, input_precision="ieee")                                # [BLOCK_M, D]
@@ -441,7 +445,7 @@ def moba_gather_kernel(
                 x = tl.dot(q, tl.trans(k), input_precision="ieee")                              # [BLOCK_M, BLOCK_N]
                 if m < n_masked:
                     x = tl.where(j + offs_n[None, :] <= newest[:, None], x, float("-inf"))
-                higher = tl.maximum(top, tl.max(x, axis=1) * scale_log2)
+                higher = tl.maximum(top, tl.max(x, axis=1) * scale_log2 + ROOM)
                 p = tl.exp2(x * scale_log2 - higher[:, None])
                 shrink = tl.exp2(top - higher)
                 total = total * shrink + tl.sum(p, axis=1)
@@ -450,7 +454,7 @@ def moba_gather_kernel(
         here = m + offs_m
         y = (y * (1 / total)[:, None]).to(part_ptr.dtype.element_ty)
         tl.store(part_ptr + here[:, None] * D + offs_d, y, mask=(here < entries)[:, None])
-        tl.store(lse_ptr + here, top + tl.log2(total), mask=here < entries)
+        tl.store(lse_ptr + here, log_sum(top, total), mask=here < entries)
         q = next_q
 
 
@@ -631,7 +635,9 @@ def moba_gather_grad_kernel(
         return
     offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
     begin = n * block_size + tile * BLOCK_N
-    inside = tl.minimum(block_size - tile * BLOCK_N, Tk - begin)                                # keys of the tile
+    start_in_tile = (tl.load(start_ptr + b) - begin).to(tl.int32)
+    # keys of the tile, as in moba_gather_kernel
+    inside = tl.minimum(block_size - tile * BLOCK_N, tl.minimum(start_in_tile + Tq, Tk - begin))
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + (h // G) * stride_kh + (begin.to(tl.int64) + offs_n)[:, None] * stride_kt + offs_d
     v_ptr += b * stride_vb + (h // G) * stride_vh + (begin.to(tl.int64) + offs_n)[:, None] * stride_vt + offs_d
@@ -642,7 +648,6 @@ def moba_gather_grad_kernel(
     key_tiles, local = tl.num_programs(1), tl.program_id(2).to(tl.int64)
     dq_ptr += ((local * key_tiles + tile) * Tq * S + place) * D
     key_at = (((local * tl.num_programs(0) + chunk) * key_tiles + tile) * BLOCK_N + offs_n)[:, None] * D + offs_d
-    start_in_tile = (tl.load(start_ptr + b) - begin).to(tl.int32)
     k = tl.load(k_ptr, mask=(offs_n < inside)[:, None], other=0)                                # [BLOCK_N, D]
     v = tl.load(v_ptr, mask=(offs_n < inside)[:, None], other=0)
     dk = tl.zeros((BLOCK_N, D), tl.float32)

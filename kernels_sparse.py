@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import ROOM, log_sum
+
 # Tile sizes, looked up at each launch: a tuning script may change them. A program has 16 to 64 KB of loads in flight,
 # and an SM has room for three or more: memory should not wait for arithmetic.
 BOUNDS = dict(slots=64, num_warps=4)                                # slots of k per program
@@ -332,7 +334,7 @@ def attend_kernel(
         chosen_ptr += (b * KV + kv) * (E // block_size)
         slots_ptr += (b * KV + kv) * E
 
-    peak = tl.full((BLOCK_G,), float("-inf"), tl.float32)  # running maximum of the logits
+    peak = tl.full((BLOCK_G,), float("-inf"), tl.float32)  # running maximum of the logits, + ROOM
     total = tl.zeros((BLOCK_G,), tl.float32)               # and sum of exp2(logits - peak)
     y = tl.zeros((BLOCK_G, D), tl.float32)
     per_split = tl.cdiv(tl.cdiv(E, BLOCK_E), splits) * BLOCK_E
@@ -355,7 +357,7 @@ def attend_kernel(
             tl.store(slots_ptr + offs_e, tl.where(keep, slot, -1), mask=mask_e)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale                       # [BLOCK_G, BLOCK_E]
         logits = tl.where(keep[None, :], logits, float("-inf"))
-        highest = tl.maximum(peak, tl.max(logits, axis=1))
+        highest = tl.maximum(peak, tl.max(logits, axis=1) + ROOM)
         base = tl.where(highest == float("-inf"), 0, highest)  # no key so far: not inf - inf
         p = tl.exp2(logits - base[:, None])
         shrink = tl.exp2(peak - base)
@@ -365,7 +367,7 @@ def attend_kernel(
 
     none = total == 0
     y = y / tl.where(none, 1, total)[:, None]
-    lse = tl.where(none, float("-inf"), peak + tl.log2(tl.where(none, 1, total)))
+    lse = tl.where(none, float("-inf"), log_sum(peak, tl.where(none, 1, total)))
     where = (b * splits + split) * KV * G + heads
     tl.store(part_ptr + where[:, None] * D + offs_d[None, :], y.to(part_ptr.dtype.element_ty), mask=mask_g)
     tl.store(lse_ptr + where, lse, mask=offs_g < G)
@@ -391,7 +393,7 @@ def combine_kernel(
     lse = tl.load(lse_ptr + where, mask=mask_s, other=float("-inf"))
     part = tl.load(part_ptr + where[:, None] * D + offs_d[None, :], mask=mask_s[:, None], other=0)
     highest = tl.max(lse, axis=0)
-    w = tl.exp2(lse - tl.where(highest == float("-inf"), 0, highest))                         # [BLOCK_S]
+    w = tl.exp2(lse - tl.where(highest == float("-inf"), 0, highest + ROOM))                  # [BLOCK_S]
     total = tl.sum(w, axis=0)
     y = tl.sum(w[:, None] * part, axis=0) / tl.where(total == 0, 1, total)
     tl.store(y_ptr + (b * H + h) * D + offs_d, y.to(y_ptr.dtype.element_ty))

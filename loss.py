@@ -35,11 +35,12 @@ def chunk_loss(
 ):           # -> sum of weight * cross entropy, fp32; its gradient to the logits, in their dtype
     """In fp32 inside; compiled, this is two passes over the logits."""
     z = logits.float()
-    lse = z.logsumexp(-1, keepdim=True)
+    top = z.amax(-1, keepdim=True)
+    lse = (z - top).exp().sum(-1, keepdim=True).log()  # less top: beside large logits it would be rounded away
     picked = z.gather(-1, target[:, None])
     hit = torch.arange(z.shape[-1], device=z.device) == target[:, None]
-    dz = ((z - lse).exp() - hit.float()) * weight[:, None]
-    return ((lse - picked).squeeze(-1) * weight).sum(), dz.to(logits.dtype)
+    dz = ((z - top - lse).exp() - hit.float()) * weight[:, None]
+    return ((lse + (top - picked)).squeeze(-1) * weight).sum(), dz.to(logits.dtype)
 
 
 compiled_chunk_loss = torch.compile(chunk_loss, dynamic=False)
@@ -55,17 +56,19 @@ class ChunkedLoss(torch.autograd.Function):
         parts = chunks(len(x), len(head))
         dx, dhead = torch.empty_like(x), None
         for part in parts:
-            logits = F.linear(x[part], head)  # (n, V); under autocast in bf16
+            # what does not count may be anything, and 0 * NaN is NaN
+            here = x[part].masked_fill((weight[part] == 0)[:, None], 0)
+            logits = F.linear(here, head)  # (n, V); under autocast in bf16
             some, dz = of_chunk(logits, target[part], weight[part])
             del logits
             loss += some
             dx[part] = dz @ head.to(dz.dtype)
-            more = dz.T @ x[part].to(dz.dtype)  # (V, C)
+            more = dz.T @ here.to(dz.dtype)  # (V, C)
             if len(parts) > 1:  # in fp32: a sum of many bf16 gradients drifts
                 dhead = more.float() if dhead is None else dhead.add_(more)
             else:
                 dhead = more
-        ctx.save_for_backward(dx, dhead.to(head.dtype))
+        ctx.save_for_backward(dx, torch.zeros_like(head) if dhead is None else dhead.to(head.dtype))
         return loss
 
     @staticmethod

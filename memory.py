@@ -53,12 +53,8 @@ def memory_scan(
     """Eq. 1 for all t at once. Same arguments, results and precision as memory_loop."""
     exact = torch.promote_types(k.dtype, torch.float32)
     x = torch.stack([k, v], dim=2).to(exact)     # (B, T, 2, KV, D)
-    gate = gate.to(exact).unsqueeze(2)           # (B, T, 1, KV, D)
-    g, b = torch.sigmoid(gate).expand_as(x), torch.sigmoid(-gate) * x
-    if state is not None:  # what was remembered is one more input to the first token
-        first = b[:, :1] + g[:, :1] * state.to(exact).transpose(0, 1).unsqueeze(1)
-        b = torch.cat([first, b[:, 1:]], dim=1)
-    m = Recurrence.apply(g, b)                   # (B, T, 2, KV, D)
+    start = torch.zeros_like(x[:, 0]) if state is None else state.to(exact).transpose(0, 1)  # (B, 2, KV, D)
+    m = Recurrence.apply(x, gate.to(exact).unsqueeze(2), start)
     k_mem, v_mem = m.unbind(2)
     return k_mem.to(k.dtype), v_mem.to(v.dtype), m[:, -1].transpose(0, 1).contiguous()
 
@@ -77,7 +73,7 @@ def memory_step(
 
 def scan(g, b):
     """
-    m[t] = g[t] * m[t-1] + b[t] along dim 1, with m[-1] = 0.  g, b: (B, T, ...) -> m: (B, T, ...)
+    m[t] = g[t] * m[t-1] + b[t] along dim 1, with m[-1] = 0.  g, b: (B, T, ...), which broadcast to b -> m: (B, T, ...)
 
     Two steps in a row are one step of the same form: m[t] = (g[t] g[t-1]) m[t-2] + (g[t] b[t-1] + b[t]).
     So the odd t are a scan of half the length, and each even t is one step from its odd neighbour. The work is O(T),
@@ -96,25 +92,36 @@ def scan(g, b):
 
 class Recurrence(torch.autograd.Function):
     """
-    scan with its own gradient, which is the same recurrence run backwards in time:
+    Eq. 1 with its own gradient, which is the same recurrence run backwards in time:
 
-        db[t] = dm[t] + g[t+1] * db[t+1]          dg[t] = db[t] * m[t-1]
+        G[t] = dm[t] + g[t+1] G[t+1]        dx[t] = (1 - g[t]) G[t]        dgate[t] = g (1 - g) G[t] (m[t-1] - x[t])
 
-    Autograd through scan would keep every level of the recursion; this keeps g and m alone.
+    Autograd through scan would keep every level of the recursion; this keeps x, gate and m alone. And autograd's sigmoid takes
+    1 - g from a rounded g, and multiplies by it last: at a saturated gate 0 * inf would be NaN.
     """
     @staticmethod
-    def forward(ctx, g, b):
+    def forward(
+        ctx,
+        x,      # (B, T, 2, KV, D)  k and v
+        gate,   # (B, T, 1, KV, D)
+        start,  # (B, 2, KV, D)     the state before
+    ):          # -> m (B, T, 2, KV, D)
+        g, b = torch.sigmoid(gate), torch.sigmoid(-gate) * x
+        b[:, 0] += g[:, 0] * start  # what was remembered is one more input to the first token
         m = scan(g, b)
-        ctx.save_for_backward(g, m)
+        ctx.save_for_backward(x, gate, start, m)
         return m
 
     @staticmethod
     def backward(ctx, dm):
-        g, m = ctx.saved_tensors
+        x, gate, start, m = ctx.saved_tensors
+        g = torch.sigmoid(gate)
         g_next = torch.cat([g[:, 1:], torch.zeros_like(g[:, :1])], dim=1)
-        db = scan(g_next.flip(1), dm.flip(1)).flip(1)
-        m_before = torch.cat([torch.zeros_like(m[:, :1]), m[:, :-1]], dim=1)
-        return db * m_before, db
+        G = scan(g_next.flip(1), dm.flip(1)).flip(1)
+        dx = torch.sigmoid(-gate) * G
+        pull = g * dx
+        dgate = pull * torch.cat([start.unsqueeze(1), m[:, :-1]], dim=1) - pull * x
+        return dx, dgate.sum(2, keepdim=True), g[:, 0] * G[:, 0]
 
 
 # ---------------------------------------------------------------- learning to remember

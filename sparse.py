@@ -72,6 +72,14 @@ def query_slots(q, start):
     return torch.as_tensor(start, device=q.device).view(-1, 1) + torch.arange(q.shape[1], device=q.device)
 
 
+def up_to_queries(q, k, v, start):
+    """k, v with zeros behind each row's last query. There may be anything, and weight 0 does not help where a value is NaN."""
+    if isinstance(start, int) and start + q.shape[1] >= k.shape[1]:
+        return k, v
+    behind = torch.arange(k.shape[1], device=q.device) > query_slots(q, start)[:, -1:]                # (1 or B, Tk)
+    return tuple(x.masked_fill(behind[..., None, None], 0) for x in (k, v))
+
+
 def first_slots(q, start):
     """start as the kernels take it: (B,) int64."""
     return torch.as_tensor(start, device=q.device).expand(len(q)).contiguous()
@@ -115,7 +123,7 @@ class Dense:
         if isinstance(start, int) and start == 0:
             return attend(q, k, v, causal=True), None
         keep = torch.arange(k.shape[1], device=q.device) <= query_slots(q, start)[:, None, :, None]  # (B, 1, Tq, Tk)
-        return attend(q, k, v, keep), None
+        return attend(q, *up_to_queries(q, k, v, start), keep), None
 
     def compress(
         self,
@@ -141,7 +149,7 @@ class Dense:
             return attend_slots(q, cache.k, cache.v, cache.used), None
         if not cache.ragged:
             return attend(q, cache.k, cache.v), None
-        return attend(q, cache.k, cache.v, cache.filled_slots()[:, None, None]), None
+        return attend(q, *up_to_queries(q, cache.k, cache.v, cache.used - 1), cache.filled_slots()[:, None, None]), None
 
 
 @dataclass(frozen=True)
@@ -226,7 +234,8 @@ class MoBA(Dense):
     def score(self, q, k):
         """q: (B, Tq, H, D), k: (B, Tk, KV, D) -> (B, KV, Tq, N)"""
         # the last block may be incomplete: its mean is wrong, and never used, as it can only be a query's own
-        mean = to_blocks(k.float(), self.block_size).mean(2)                                   # (B, N, KV, D)
+        # divided before they are summed: a sum of large keys might overflow
+        mean = to_blocks(k.float() / self.block_size, self.block_size).sum(2)                  # (B, N, KV, D)
         mean = mean.repeat_interleave(q.shape[2] // k.shape[2], dim=2)                         # (B, N, H, D)
         return per_kv_head(torch.einsum("bthd,bnhd->bhtn", q.float(), mean), k.shape[2])
 
@@ -247,6 +256,7 @@ class MoBA(Dense):
             return moba_attend(q, k, v, chosen, first, self.block_size), chosen
         scores = self.score(q, k) if self.random is None else chance(dice, self.random, KV, N)
         chosen = top(self.forced(scores, slot), S)                                             # (B, KV, Tq, S) blocks
+        k, v = up_to_queries(q, k, v, start)
         y = []
         for t in range(0, q.shape[1], 256):  # in parts: a mask of all queries by all keys would be huge
             part, end = slice(t, t + 256), min(start + t + 256, Tk) if isinstance(start, int) else Tk
@@ -355,6 +365,7 @@ class Dilated(Dense):
             q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves them in fp32, behind their norms
             return dilated(q, k, v, first_slots(q, start), self.dilation, self.local, self.initial), None
         slot = query_slots(q, start)                                                           # (1 or B, Tq)
+        k, v = up_to_queries(q, k, v, start)
         if self.local == 0:  # then all queries share their few keys, but for their own
             with torch.autocast(q.device.type, enabled=False):  # few products: fp32 is affordable
                 return self.attend_to_shared(q.float(), k.float(), v.float(), slot).to(v.dtype), None
@@ -385,7 +396,8 @@ class Dilated(Dense):
         if backend.triton_for(q):
             from kernels_dilated import dilated
             return dilated(q, cache.k, cache.v, cache.used - 1, self.dilation, self.local, self.initial), selected
-        return attend(q, cache.k, cache.v, keep.unsqueeze(2)), selected
+        k, v = up_to_queries(q, cache.k, cache.v, cache.used - 1) if cache.ragged else (cache.k, cache.v)
+        return attend(q, k, v, keep.unsqueeze(2)), selected
 
 
 @dataclass(frozen=True)
@@ -484,6 +496,7 @@ def parse(text, context_len):
             kinds = get_args(allowed[key]) or [allowed[key]]
             check(type(values[key]) in kinds, f"{label}:{setting}: expected "
                   + " or ".join(kind.__name__.removesuffix("Type").lower() for kind in kinds))
+            check(type(values[key]) is not int or values[key] < 2**31, f"{label}:{setting}: must be below 2**31")
         methods.append(method(**values))
     return methods[0] if len(methods) == 1 else compose(*methods)
 
@@ -493,7 +506,7 @@ def parse_value(value, context_len, setting):
     if value.lower() in words:
         return words[value.lower()]
     numerator, slash, denominator = value.partition("/")
-    check(numerator.isdigit() and (denominator.isdigit() and int(denominator) > 0 if slash else True),
+    check(numerator.isdecimal() and (denominator.isdecimal() and int(denominator) > 0 if slash else True),
           f"{setting}: expected an integer, a fraction like 1/16, true, false or none")
     if not slash:
         return int(value)

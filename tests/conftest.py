@@ -75,9 +75,10 @@ def repair_interpreter():
     patch_tensor, dot, convert = (interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot,
                                   interpreter._convert_float)
 
-    def patched_tensor(tensor, scope):
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+    def patched_tensor(tensor, *scope):  # none in Triton 3.5
+        patch_tensor(tensor, *scope)
+        change = scope[0].set_attr if scope else setattr
+        change(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def patched_dot(self, a, b, *rest):
         a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))

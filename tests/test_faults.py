@@ -105,7 +105,7 @@ def test_sigterm_saves_and_says_how_to_go_on(script, flags, says, judged, place,
     """Schedulers send it some seconds before they kill. A traceback, work lost, or an end that looks like success."""
     code, said, seconds = judged.run(script, *flags, folder=place)
     assert code == 0, said
-    undisturbed = made(out)
+    undisturbed = lasting(made(out))
     for part in times((0.6,), (0.1, 0.3, 0.5, 0.7, 0.9)):
         shutil.rmtree(out)
         code, said, _ = judged.run(script, *flags, folder=place, kill_after=part * seconds, signal=signal.SIGTERM)
@@ -113,7 +113,15 @@ def test_sigterm_saves_and_says_how_to_go_on(script, flags, says, judged, place,
         if script == "train" and code == 130 and part > 0.5:
             assert list(out.glob("step_*/config.json"))
         code, said, _ = judged.run(script, *flags, folder=place)
-        assert code == 0 and made(out) == undisturbed, said
+        assert code == 0 and lasting(made(out)) == undisturbed, said
+
+
+def lasting(found):
+    """Of what made tells, what does not depend on where a run was asked to stop, which it then saves without a validation."""
+    kept = {name: content for name, content in found.items() if not name.startswith("step_") or "0000024" in name}
+    if "log.jsonl" in kept:
+        kept["log.jsonl"] = [[*step[:4], step[5]] for step in kept["log.jsonl"]]
+    return kept
 
 
 @pytest.mark.parametrize("script, flags", [("train", TRAIN), ("eval_niah", EVAL), ("data", DATA)])
