@@ -16,6 +16,9 @@ The tiles of a sequence thus form a chain of programs, but only handing over the
 before the wait. Everything is read once and written once, which two passes over the tokens could not do.
 (Single-pass scan with chained tiles: Merrill and Garland, "Decoupled look-back", 2016; without the look-back here.)
 
+The same inputs give the same bits, here and in the other files of kernels: every place has one writer, and sums are in an order
+that does not depend on who comes first. tests/stress.py asks that on a GPU, a thousand times of each.
+
 Checked against memory.memory_loop, and against the parts of model.py, in tests/test_kernels.py. The other kernels:
 kernels_dilated.py (ARL's sparse pass), kernels_sparse.py (Quest, SnapKV), kernels_moba.py. backend.py decides who runs.
 

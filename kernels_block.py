@@ -12,7 +12,7 @@ speed. So a product is a pass over W, several share a launch (each costs 2 to 3 
 arithmetic is done on the way. More rows go to cuBLAS, and so do a prompt's products. What lies between those is bound by
 memory: here it reads and writes each tensor once.
 
-No gradients: training compiles the plain forms of model.py. They are the references in tests/test_kernels_block.py.
+Each output is one program's sum, in a fixed order: the same inputs give the same bits. No gradients: training compiles the plain forms of model.py. They are the references in tests/test_kernels_block.py.
 kernels.py has the memory, and what surrounds attention in a decoding step.
 
 Letters: B batch, T tokens, C width, R rows of x, K inputs and N outputs of a matrix, H heads, D head width.

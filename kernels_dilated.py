@@ -29,6 +29,7 @@ The shared slots in order, entry m -> slot: the first `initial` tokens, then the
     dilation 4, initial 2:   slot  0  1  2  3  4  5  6  7  8  9 10 11
                              m     0  1     2           3           4          first_end = 3
 
+The same inputs give the same bits: nothing is added atomically, and parts are summed in their order.
 Truth: sparse.Dilated, in tests/test_kernels_dilated.py. Letters as in sparse.py; a slot is a place in k and v.
 """
 from typing import Optional
@@ -421,7 +422,9 @@ def dilated_backward(
     initial, local = min(initial, T), min(local, T)
     pattern = initial, first_end, dilation, D ** -0.5
 
-    tile = tile_of("query_grad" if dims["G"] == 1 else "query_grad_groups", q)
+    # sum_heads leaves a sum with several threads, which all write it; fused, each would add the others' to its own unrounded
+    # product, and which of their last bits stays would be chance
+    tile = tile_of("query_grad" if dims["G"] == 1 else "query_grad_groups", q) | dict(enable_fp_fusion=dims["GP"] == 1)
     query_grad_kernel[triton.cdiv(T * dims["GP"], tile["BLOCK_M"]), dims["KV"], B](
         q, k, v, y, lse, dy, dq, dk, dv, delta, *strides, T, *pattern, **dims, LOCAL=local, **tile)
 

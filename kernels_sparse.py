@@ -6,7 +6,8 @@ Quest's decoding step and SnapKV's compression in Triton: the maths of sparse.py
     dense   attend_slots: quest_attend's kernel without a choice. Decoding of all but Quest and Dilated
 
 `select` is Eq. 3's TopK for both, and takes any scores: the random variants of H2 draw theirs in torch and meet the
-kernels there. Each launcher below is a torch custom op, without a wait for the GPU, with a grid from shapes alone:
+kernels there. A list is split as the shapes say and its parts are added in their order, so the same inputs give the same
+bits. Each launcher below is a torch custom op, without a wait for the GPU, with a grid from shapes alone:
 it can be compiled and captured in a CUDA graph. tests/test_kernels_sparse.py holds each to its reference in sparse.py.
 
 Letters as there: B batch, Tk cache slots, H query heads, KV key/value heads, G = H // KV, D head width, N blocks,

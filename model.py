@@ -158,6 +158,8 @@ class Transformer(nn.Module):
         feed = self.feed(tokens, lengths, cache, sparse)
         feed.decoding, feed.whole, feed.watch = decoding, whole and drops(sparse), watch
         x = self.embed_tokens(tokens)
+        if feed.real is not None:  # the embedding of what pads might be NaN, and 0 * NaN is NaN
+            x = x.masked_fill(~feed.real[..., None], 0)
         for layer, feed.dice in zip(self.layers, feed.dices):
             x = layer(x, feed, cache)
         if cache is not None:

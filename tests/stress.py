@@ -125,8 +125,8 @@ def worst(names, outs, plain, exact, dtype):
     for what, out, simple, ref in zip(names, outs, plain, exact, strict=True):
         assert out.shape == ref.shape and out.dtype == simple.dtype, f"{what}: {out.dtype} {tuple(out.shape)} for {simple.dtype} {tuple(ref.shape)}"
         assert out.isfinite().all(), f"{what}: {(~out.isfinite()).sum()} elements are not finite"
-        scale = max(size(ref), largest / 10, 1e-12)
-        allowed = min(2 * size(simple.double() - ref) / scale + FLOOR[dtype], LIMIT[dtype])
+        scale, few = max(size(ref), largest / 10, 1e-12), 2 if ref.numel() < 1000 else 1  # numbers: PyTorch's own error is luck then
+        allowed = min(2 * size(simple.double() - ref) / scale + few * FLOOR[dtype], LIMIT[dtype])
         shares.append(bounded(what, size(out.double() - ref) / scale, allowed))
     return max(shares)
 
@@ -217,7 +217,7 @@ def matrices(case, dtype, R, K, sizes):
 def compare_products(outs, f, inputs, K):
     """In fp32 K terms summed one after the other round more often than cuBLAS's tree, so what is allowed grows with K."""
     if inputs[0].dtype == FP32:
-        return max(bounded(f"y{i}", error(y, ref), max(1e-6, 2e-7 * K**0.5)) for i, (y, ref) in enumerate(zip(outs, f(*doubled(inputs)))))
+        return max(bounded(f"y{i}", error(y, ref) * min(1, ref.abs().max().item() / 0.1), max(1e-6, 2e-7 * K**0.5)) for i, (y, ref) in enumerate(zip(outs, f(*doubled(inputs)))))
     return worst([f"y{i}" for i in range(len(outs))], outs, f(*inputs), f(*doubled(inputs)), BF16)
 
 
@@ -621,7 +621,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip(), allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"stress.py: {message}\n")
     add = parser.add_argument
-    add("--shapes", type=positive, metavar="N", help="cases of each kernel (default: 1000; without a GPU 2; with --sanitize 5)")
+    add("--shapes", type=positive, metavar="N", help="cases of each kernel (default: 1000; without a GPU 2; with --sanitize each setting once)")
     add("--only", nargs="+", default=list(KERNELS), choices=KERNELS, metavar="KERNEL", help=f"of {', '.join(KERNELS)} (default: all)")
     add("--index", type=natural, metavar="I", help="this one case alone")
     add("--seed", type=natural, default=0, metavar="N", help="of all draws (default: 0)")
@@ -633,7 +633,8 @@ def main():
     args = parser.parse_args()
     if args.sanitize and not ON_GPU:
         parser.error("--sanitize: compute-sanitizer needs a GPU")
-    args.shapes = args.shapes or (5 if args.sanitize else 1000 if ON_GPU else 2)
+    each_setting = max(len(settings) for _, settings, _ in KERNELS.values())
+    args.shapes = args.shapes or (each_setting if args.sanitize else 1000 if ON_GPU else 2)
     if args.share:
         args.share = [int(n) for n in args.share.split("/")]
         return run_here(args, {})

@@ -107,10 +107,10 @@ def test_random_selection_is_a_function_of_the_seed():
     """H2's chance taken from a global generator: seeds that cannot be repeated, or that are all alike."""
     model, examples = small(), make(n=2)
     for method in METHODS[1:4]:
-        drawn = [sparse.randomized(method, seed) for seed in (0, 1)]
+        drawn = [sparse.randomized(method, seed) for seed in range(4)]
         first = texts(model, Bytes(), examples, drawn)
         assert texts(model, Bytes(), examples[::-1], drawn[1:])[drawn[1]] == first[drawn[1]][::-1]
-        assert first[drawn[0]] != first[drawn[1]]
+        assert len(set(map(tuple, first.values()))) > 1  # two seeds may write the same
 
 
 # ---------------------------------------------------------------- what was read
