@@ -22,6 +22,7 @@ import files
 from conftest import one_line, times
 from judge import ROOT, Judge
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="judge.py reads /proc")
 TRAIN = ["--preset=pico", "--memory=on", "--device=cpu", "--context_len=512", "--tasks", "niah_single_1", "--batch=1", "--steps=24", "--save_every=2",
          "--eval_every=12", "--log_every=8", "--name=it", "--resume"]
 EVAL = ["--ckpt=model", "--device=cpu", "--out=out/it", "--tasks", "niah_single_1", "niah_single_2", "--samples=6", "--batch=1",

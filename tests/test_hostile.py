@@ -17,6 +17,7 @@ import os
 import random
 import shutil
 import struct
+import sys
 import zipfile
 from collections import Counter, OrderedDict
 from pathlib import Path
@@ -39,6 +40,7 @@ from judge import ROOT, Judge
 from model import Config, Transformer
 from test_data import train_bpe, train_sentencepiece
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="judge.py reads /proc")
 INPUTS = {"olmo2": 500, "olmo2 shards": 300, "olmo2 config": 300, "ours": 400, "checkpoint": 200, "pth": 400, "tokenizer": 300, "shards": 300,
           "ruler": 300, "answers": 200, "sentencepiece": 200}  # with --slow; CI tries a tenth
 
