@@ -155,6 +155,7 @@ class TiktokenTokenizer:
         in_text = [t for t in tokens if not t["special"]]
         loose = [t["content"] for t in in_text if t["lstrip"] or t["rstrip"] or t["single_word"]]
         require(not loose, "added_tokens' list of non-special ones with lstrip, rstrip or single_word", loose)
+        require(len(in_text) <= 1000, "the number of added_tokens that match in text", len(in_text))
         in_text = {t["content"]: t["id"] for t in in_text}
         for pair in itertools.permutations(in_text, 2):
             require(not pair[0].startswith(pair[1]), "a pair of added_tokens, one beginning with the other,", pair)

@@ -62,10 +62,11 @@ def parse_json(text):
 
 
 def once(pairs):
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{short(next(key for key in keys if keys.count(key) > 1))} comes twice")
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{short(key)} comes twice")
+        found[key] = value
     return found
 
 

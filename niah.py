@@ -414,8 +414,8 @@ def read_jsonl(path, tokenizer, protocol="base", task=None, max_new_tokens=128):
         for field, kind, what in ("index", int, "a number"), ("input", str, "a text"), ("outputs", list, "a list"):
             if not isinstance(row.get(field), kind):
                 raise ValueError(f"{path} line {number}: no field {field!r} that is {what}; RULER's scripts/data/prepare.py writes it")
-        if not row["outputs"] or not all(isinstance(answer, str) and answer for answer in row["outputs"]):
-            raise ValueError(f"{path} line {number}: outputs must be one or more texts, not {short(row['outputs'])}")
+        if not 0 < len(row["outputs"]) <= 1000 or not all(isinstance(answer, str) and answer for answer in row["outputs"]):
+            raise ValueError(f"{path} line {number}: outputs must be one or more texts (at most 1,000), not {short(row['outputs'])}")
         prefix = row.get("answer_prefix", "")
         if not isinstance(prefix, str):
             raise ValueError(f"{path} line {number}: answer_prefix must be a text, not {short(prefix)}")

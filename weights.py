@@ -33,7 +33,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from files import MOST_JSON, SEAL, all_or_nothing, opened_seal, read_json, regular, sealed, short
+from files import MOST_JSON, SEAL, all_or_nothing, opened_seal, parse_json, read_json, regular, sealed, short
 
 SHARD_BYTES = 5 * 10**9  # a larger model is split into files of at most this size
 DTYPES = "F64", "F32", "F16", "BF16"  # of weights, as safetensors calls them
@@ -128,7 +128,7 @@ def config_of_directory(path):
     if not config_file.exists():
         raise FileNotFoundError(f"{config_file} is missing: is {path} a model's directory?")
     found = read_json(config_file)
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not isinstance(found.get("files", {}), dict):
         raise ValueError(f"{config_file} is no configuration, but {short(found)}: fetch it again")
     return opened_seal(found, config_file)
 
@@ -247,8 +247,9 @@ def rows_of(mapped, file):
     """Where the rows of each tensor in one of several GPUs' files begin, {name: row}; None for a file of whole tensors."""
     places = (mapped.metadata() or {}).get(PLACES)
     try:
-        return places and {name: (json.loads(places)[name]["saved_offsets"] or [0])[0] for name in mapped.keys()}
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        places = places and parse_json(places.encode())
+        return places and {name: (places[name]["saved_offsets"] or [0])[0] for name in mapped.keys()}
+    except (ValueError, KeyError, TypeError, IndexError):
         raise ValueError(f"{file} tells not whose rows it holds: restore it from a copy") from None
 
 

@@ -422,6 +422,13 @@ def bomb(folder, what):
     foreign(folder, 1)
     if what == "config":
         (folder / "config.json").write_text("[" + "[]," * 10**7 + "[]]")
+    elif what == "keys":  # all are there before the one that comes twice
+        (folder / "config.json").write_text("{" + ",".join(f'"{i}":0' for i in [*range(90_000), 89_999]) + "}")
+    elif what == "places":
+        tensors = {str(i): torch.zeros(0) for i in range(5000)}
+        save_file(tensors, folder / "model.safetensors", metadata={weights.PLACES: json.dumps({name: {"saved_offsets": [0]} for name in tensors})})
+    elif what == "files":
+        (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"files": [1]}))
     elif what == "index":
         (folder / "model.safetensors.index.json").write_text('{"weight_map": [' + "[]," * 10**7 + "[]]}")
     elif what == "header":  # 300,000 tensors without an element
@@ -436,12 +443,16 @@ def bomb(folder, what):
         save_file({weights.hf_name(name): tensor for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("what", ["config", "index", "header", "honest", "ours"])
-def test_memory_is_at_most_twice_the_files(what, tmp_path):
-    """JSON that Python blows up; a header of nothing but names; a model that is read, converted and kept at once."""
+@pytest.mark.parametrize("what", ["config", "keys", "files", "index", "header", "places", "honest", "ours"])
+def test_memory_is_at_most_twice_the_files_and_time_is_short(what, tmp_path):
+    """JSON that Python blows up; a header of nothing but names; work that grows with their square; a model read and kept twice."""
     bomb(tmp_path / what, what)
     with Judge() as judged:
         verdict, message = next(iter(judged("model", tmp_path / what).items()))
+        if what == "keys":
+            asked = [{"index": 0, "input": "x" * 10**6 + " a", "outputs": ["a"] * 100_000}]
+            niah.write_lines(tmp_path / "niah_single_1.jsonl", asked)
+            assert "refused" in judged("ruler", tmp_path / "niah_single_1.jsonl")
     assert verdict == ("loaded" if what in ("honest", "ours") else "refused"), message
 
 
