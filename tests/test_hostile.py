@@ -281,6 +281,12 @@ def foreign(folder, shards):
 
 
 @pytest.fixture(scope="module")
+def judged():
+    with Judge() as judge:
+        yield judge
+
+
+@pytest.fixture(scope="module")
 def originals(tmp_path_factory, ratplus):
     """{kind: (reader, what it reads, the files to change, how)}"""
     root = tmp_path_factory.mktemp("originals")
@@ -366,30 +372,29 @@ def of_hugging_face(path):
 
 
 @pytest.mark.parametrize("kind", INPUTS)
-def test_changed_files_are_read_right_or_refused_in_one_line(kind, originals, tmp_path, capsys):
+def test_changed_files_are_read_right_or_refused_in_one_line(kind, judged, originals, tmp_path, capsys):
     """Any change that ends in a traceback, hangs, runs code, takes memory, or is read as something that is not there."""
     root, kinds = originals
     reader, what, files, change = kinds[kind]
     source = root / kind.removesuffix(" config")
-    with Judge() as judged:
-        original, found, defects = judged(reader, source / what), Counter(), []
-        assert "loaded" in original, original
-        for index in range(times(INPUTS[kind] // 10, INPUTS[kind])):
-            chance, path = random.Random(f"{kind} {index}"), tmp_path / str(index)
-            shutil.copytree(source, path)
-            file = path / chance.choice(files)
-            how = change or (change_safetensors if file.suffix == ".safetensors" else change_text)
-            done, changed = how(file.read_bytes(), chance)
-            file.write_bytes(changed)
-            verdict, message = next(iter(judged(reader, path / what).items()))
-            if verdict == "refused" and not (str(path) in message and message.isprintable() and len(message) < 700):
-                verdict, message = "defect", f"no clear line: {message!r:.700}"
-            if verdict == "loaded" and not right(kind, message, original["loaded"], path):
-                verdict, message = "defect", f"loaded wrong: {str(message):.300}"
-            if verdict == "defect":
-                defects.append(f"{kind} {index}, {file.name}, {done}: {message}")
-            found[verdict] += 1
-            shutil.rmtree(path)
+    original, found, defects = judged(reader, source / what), Counter(), []
+    assert "loaded" in original, original
+    for index in range(times(INPUTS[kind] // 10, INPUTS[kind])):
+        chance, path = random.Random(f"{kind} {index}"), tmp_path / str(index)
+        shutil.copytree(source, path)
+        file = path / chance.choice(files)
+        how = change or (change_safetensors if file.suffix == ".safetensors" else change_text)
+        done, changed = how(file.read_bytes(), chance)
+        file.write_bytes(changed)
+        verdict, message = next(iter(judged(reader, path / what).items()))
+        if verdict == "refused" and not (str(path) in message and message.isprintable() and len(message) < 700):
+            verdict, message = "defect", f"no clear line: {message!r:.700}"
+        if verdict == "loaded" and not right(kind, message, original["loaded"], path):
+            verdict, message = "defect", f"loaded wrong: {str(message):.300}"
+        if verdict == "defect":
+            defects.append(f"{kind} {index}, {file.name}, {done}: {message}")
+        found[verdict] += 1
+        shutil.rmtree(path)
     with capsys.disabled():
         print(f"\n{kind}: {dict(found)}", end=" ")
     assert not defects, f"{len(defects)} of {sum(found.values())}:\n" + "\n".join(defects)
@@ -403,18 +408,17 @@ PLACES = [("olmo2", "config.json"), ("olmo2", "model.safetensors"), ("olmo2 shar
 
 
 @pytest.mark.parametrize("kind, name", PLACES)
-def test_what_has_no_end_is_refused_at_once(kind, name, originals, tmp_path):
+def test_what_has_no_end_is_refused_at_once(kind, name, judged, originals, tmp_path):
     """A pipe that nobody writes into, or a link to a device, in a folder from a stranger: waiting for ever, or memory without end."""
     root, kinds = originals
     reader, what, *_ = kinds[kind]
-    with Judge() as judged:
-        for make in os.mkfifo, lambda file: file.symlink_to("/dev/zero"), Path.mkdir:
-            shutil.copytree(root / kind, tmp_path / kind)
-            (tmp_path / kind / name).unlink()
-            make(tmp_path / kind / name)
-            verdict, message = next(iter(judged(reader, tmp_path / kind / what).items()))
-            assert verdict == "refused" and name in message and message.isprintable(), message
-            shutil.rmtree(tmp_path / kind)
+    for make in os.mkfifo, lambda file: file.symlink_to("/dev/zero"), Path.mkdir:
+        shutil.copytree(root / kind, tmp_path / kind)
+        (tmp_path / kind / name).unlink()
+        make(tmp_path / kind / name)
+        verdict, message = next(iter(judged(reader, tmp_path / kind / what).items()))
+        assert verdict == "refused" and name in message and message.isprintable(), message
+        shutil.rmtree(tmp_path / kind)
 
 
 def bomb(folder, what):
@@ -444,15 +448,14 @@ def bomb(folder, what):
 
 
 @pytest.mark.parametrize("what", ["config", "keys", "files", "index", "header", "places", "honest", "ours"])
-def test_memory_is_at_most_twice_the_files_and_time_is_short(what, tmp_path):
+def test_memory_is_at_most_twice_the_files_and_time_is_short(what, judged, tmp_path):
     """JSON that Python blows up; a header of nothing but names; work that grows with their square; a model read and kept twice."""
     bomb(tmp_path / what, what)
-    with Judge() as judged:
-        verdict, message = next(iter(judged("model", tmp_path / what).items()))
-        if what == "keys":
-            asked = [{"index": 0, "input": "x" * 10**6 + " a", "outputs": ["a"] * 100_000}]
-            niah.write_lines(tmp_path / "niah_single_1.jsonl", asked)
-            assert "refused" in judged("ruler", tmp_path / "niah_single_1.jsonl")
+    verdict, message = next(iter(judged("model", tmp_path / what).items()))
+    if what == "keys":
+        asked = [{"index": 0, "input": "x" * 10**6 + " a", "outputs": ["a"] * 100_000}]
+        niah.write_lines(tmp_path / "niah_single_1.jsonl", asked)
+        assert "refused" in judged("ruler", tmp_path / "niah_single_1.jsonl")
     assert verdict == ("loaded" if what in ("honest", "ours") else "refused"), message
 
 
