@@ -22,7 +22,7 @@ import kernels_moba  # noqa: E402
 import kernels_sparse  # noqa: E402
 from loss import chunk_loss, weighted_loss  # noqa: E402
 from memory import memory_loop, memory_scan, memory_step  # noqa: E402
-from sparse import NEVER, Dense, Dilated, MoBA, Quest, SnapKV, attend, parse  # noqa: E402
+from sparse import NEVER, Dilated, MoBA, Quest, SnapKV, attend, parse  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -21,7 +21,7 @@ import sparse
 from cache import LayerCache
 from conftest import RATPLUS_FORM, assert_close, draw_tokens, times, tiny
 from memory import arl_passes, effective_length, lengths_of, memory_loop, memory_scan, memory_step, scan
-from model import Config, Transformer, sample
+from model import Transformer, sample
 from sparse import (Compose, Dense, Dilated, MoBA, Quest, SnapKV, attend, attend_to_slots, chance, compose, drops, name, parse, per_kv_head,
                     phases, randomized, top, window_of)
 from test_sparse import assert_top, draw
@@ -51,7 +51,7 @@ def decisive():
 
 # ---------------------------------------------------------------- what is drawn
 
-seeds = st.integers(0, 2**31)
+seeds = st.integers(0, 2**31 - 1)
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
 exact = st.sampled_from([torch.float32, torch.float64])
 heads = st.sampled_from([(1, 1), (2, 2), (2, 1), (4, 4), (4, 2), (4, 1), (6, 2)])  # H, KV
