@@ -857,7 +857,7 @@ def test_a_fraction_is_of_the_context(numerator, denominator, context):
         assert parse(text, context) == Dilated(local=numerator * context // denominator)
 
 
-pieces = st.sampled_from(["dense", "quest", "moba", "snapkv", "dilated", ":", ",", "=", "+", " ", "/", "-", "budget", "block_size", "window", "kernel",
+pieces = st.sampled_from(["dense", "quest", "moba", "snapkv", "dilated", ":", ",", "=", "+", " ", "²", "/", "-", "budget", "block_size", "window", "kernel",
                           "local", "random", "keep_first", "dilation", "0", "1", "2", "16", "64", "256", "1/16", "true", "none"])
 shown = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=8)  # no line ends
 
