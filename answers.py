@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 import niah
 import weights
-from files import SEAL, opened_seal, parse_json, read_json, sealed, whole_or_nothing
+from files import SEAL, opened_seal, parse_json, read_json, seal_of, sealed, whole_or_nothing
 
 # ---------------------------------------------------------------- json files
 
@@ -34,8 +34,9 @@ def save(report, path):
 def load(path, *fields, remedy="delete it"):
     """What save wrote. ValueError, which names the file, if it has not all these fields, or is no JSON, or was sealed and then changed."""
     report = read_json(path, remedy, most=1 << 30)
-    lacking = [field for field in fields if not (isinstance(report, dict) and field in report)]
-    if lacking:
+    if not isinstance(report, dict):
+        raise ValueError(f"{path} is damaged, or not of ours (it is no object): {remedy}")
+    if lacking := [field for field in fields if field not in report]:
         raise ValueError(f"{path} is damaged, or not of ours (it has no field {lacking[0]!r}): {remedy}")
     return opened_seal(report, path, remedy)
 
@@ -58,10 +59,11 @@ def read_lines(folder):
         for number, text in enumerate(file.read_bytes().split(b"\n")[:-1], 1):  # the last is empty, or cut off by a kill
             try:
                 content = parse_json(text)
-                if SEAL not in content:
-                    raise ValueError("it has no hash")
-                line = Line(**opened_seal(content, "it", "its answers are worth asking again"))
-            except (ValueError, TypeError) as error:
+                told = content.pop(SEAL, None)
+                if told != seal_of(content):
+                    raise ValueError("it does not match its hash" if told else "it has no hash, so perhaps an older version wrote this file")
+                line = Line(**content)
+            except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(f"{file} line {number} is damaged ({error}): delete that line, and what it told is asked again") from None
             there = found.setdefault(line[:3], {})
             if there.keys().isdisjoint(line.examples):  # else two runs at once wrote here

@@ -20,6 +20,7 @@ import functools
 import gzip
 import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import re
@@ -42,7 +43,7 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
-from files import only_one, parse_json, read_json, regular, short, told_to_end
+from files import only_one, read_json, regular, short, told_to_end
 
 # -----------------------------------------------------------------------------
 # Tokenizers. All have encode(text) -> ids, decode(ids) -> text, n_vocab, eos_id and name (at most 24 characters, which
@@ -111,7 +112,7 @@ class TiktokenTokenizer:
             require(type(i) is int and 0 <= i < 2**31, "an id in model.vocab", i)
         for token in tokens:
             require(isinstance(token, dict) and isinstance(token.get("content"), str) and type(token.get("id")) is int and 0 <= token["id"] < 2**31
-                    and token["content"] and all(type(token.get(flag)) is bool for flag in ("special", "lstrip", "rstrip", "single_word")), "one of added_tokens", token)
+                    and token["content"].encode(errors="ignore").decode() == token["content"] != "" and all(type(token.get(flag)) is bool for flag in ("special", "lstrip", "rstrip", "single_word")), "one of added_tokens", token)
         merges = [m.split(" ") if isinstance(m, str) else m for m in merges]  # "a b" or ["a", "b"]
         for merge in merges:
             require(isinstance(merge, list) and len(merge) == 2 and all(isinstance(side, str) for side in merge), "one of model.merges", merge)
@@ -505,8 +506,8 @@ def read_jsonl(path, field):
             if line.isspace():
                 continue
             try:
-                row = parse_json(line)
-            except ValueError as e:
+                row = json.loads(line)  # one field of it counts: whatever the others hold
+            except (ValueError, RecursionError) as e:
                 raise ValueError(f"line {number}: not JSON, {e}") from None
             yield text_of(row, field, f"line {number}"), raw.tell()
 

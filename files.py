@@ -54,7 +54,7 @@ def read_json(path, remedy="fetch it again", most=MOST_JSON):
 def parse_json(text):
     """json.loads of UTF-8 bytes. ValueError also for what readers understand differently: a key that comes twice, NaN, 1e999."""
     try:
-        return json.loads(text.decode(), object_pairs_hook=once, parse_constant=refuse_number, parse_float=finite_number)
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=once, parse_constant=refuse_number, parse_float=finite_number)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except UnicodeDecodeError as error:
@@ -115,13 +115,16 @@ def all_or_nothing(files):
     temporary name, the next one writes over.
     """
     temporary = {file: file.with_name(f".{file.name}.tmp") for file in files}
+    unchanged = "what was there is unchanged; is the disk full?"
     try:
         for file, save in files.items():
+            temporary[file].unlink(missing_ok=True)  # it might be a link
             save(temporary[file])
         for file in files:
             os.replace(temporary[file], file)
+            unchanged = "those written before it are new, it and those after it are not: write them again"
     except OSError as error:
-        raise OSError(f"could not write {file} ({error}): what was there is unchanged; is the disk full?") from None
+        raise OSError(f"could not write {file} ({error}): {unchanged}") from None
     finally:
         for written in temporary.values():
             written.unlink(missing_ok=True)
@@ -140,7 +143,7 @@ if hasattr(os, "register_at_fork"):
 @contextmanager
 def only_one(folder):
     """
-    Inside, no other process on any machine that sees this disk may enter with the same folder.
+    Inside, no other process on this machine may enter with the same folder; nor on others, where the disk passes locks on.
     ValueError if one has. The lock is the kernel's: it leaves no file, and ends with the process however that ends.
     """
     if fcntl is None:

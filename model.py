@@ -66,8 +66,8 @@ class Config:
         if min(sizes) < 1 or max(sizes) >= 2**28 or self.width % self.n_head or self.n_head % self.n_kv_head or self.head_width % 2:
             raise ValueError(f"sizes do not fit together: width={self.width} must be n_head={self.n_head} heads of an "
                              f"even width, n_head a multiple of n_kv_head={self.n_kv_head}, and all at least 1 and below 2**28")
-        if not (0 < self.rope_theta < math.inf and 0 <= self.norm_eps < 1):
-            raise ValueError(f"rope_theta={self.rope_theta} must be above 0, norm_eps={self.norm_eps} from 0 to 1")
+        if not (0 < self.rope_theta < 1e30 and 0 <= self.norm_eps < 1):
+            raise ValueError(f"rope_theta={short(self.rope_theta)} must be above 0 and below 1e30, norm_eps={self.norm_eps} from 0 to 1")
         if self.eos_id is not None and not 0 <= self.eos_id < self.vocab_size:
             raise ValueError(f"eos_id={short(self.eos_id)} is no token of {self.vocab_size}")
 

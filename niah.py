@@ -416,7 +416,8 @@ def read_jsonl(path, tokenizer, protocol="base", task=None, max_new_tokens=128):
                 raise ValueError(f"{path} line {number}: no field {field!r} that is {what}; RULER's scripts/data/prepare.py writes it")
         if not 0 < len(row["outputs"]) <= 1000 or not all(isinstance(answer, str) and answer for answer in row["outputs"]):
             raise ValueError(f"{path} line {number}: outputs must be one or more texts (at most 1,000), not {short(row['outputs'])}")
-        prefix = row.get("answer_prefix", "")
+        prefix = row.get("answer_prefix")
+        prefix = "" if prefix is None else prefix
         if not isinstance(prefix, str):
             raise ValueError(f"{path} line {number}: answer_prefix must be a text, not {short(prefix)}")
         prefix = prefix if protocol == "base" else ""

@@ -31,8 +31,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.utils.checkpoint import checkpoint
 
 # else the memory of a GPU that is nearly full falls into pieces. Read when the first tensor is made there
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and torch.cuda.is_available():  # the older name, the one that counts before torch 2.11
+    newer = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+    os.environ.setdefault("PYTORCH_ALLOC_CONF" if newer else "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 @dataclass

@@ -74,8 +74,8 @@ def query_slots(q, start):
 
 def up_to_queries(q, k, v, start):
     """k, v with zeros behind each row's last query. There may be anything, and weight 0 does not help where a value is NaN."""
-    if isinstance(start, int) and start + q.shape[1] >= k.shape[1]:
-        return k, v
+    if isinstance(start, int):
+        return k[:, :start + q.shape[1]], v[:, :start + q.shape[1]]
     behind = torch.arange(k.shape[1], device=q.device) > query_slots(q, start)[:, -1:]                # (1 or B, Tk)
     return tuple(x.masked_fill(behind[..., None, None], 0) for x in (k, v))
 
@@ -122,8 +122,9 @@ class Dense:
     ):          # -> y (B, Tq, H, D), selected (None: everything)
         if isinstance(start, int) and start == 0:
             return attend(q, k, v, causal=True), None
+        k, v = up_to_queries(q, k, v, start)
         keep = torch.arange(k.shape[1], device=q.device) <= query_slots(q, start)[:, None, :, None]  # (B, 1, Tq, Tk)
-        return attend(q, *up_to_queries(q, k, v, start), keep), None
+        return attend(q, k, v, keep), None
 
     def compress(
         self,
@@ -149,7 +150,7 @@ class Dense:
             return attend_slots(q, cache.k, cache.v, cache.used), None
         if not cache.ragged:
             return attend(q, cache.k, cache.v), None
-        return attend(q, *up_to_queries(q, cache.k, cache.v, cache.used - 1), cache.filled_slots()[:, None, None]), None
+        return attend(q, cache.k, cache.v, cache.filled_slots()[:, None, None]), None  # what is not filled is finite: see Cache.clear
 
 
 @dataclass(frozen=True)
@@ -396,8 +397,7 @@ class Dilated(Dense):
         if backend.triton_for(q):
             from kernels_dilated import dilated
             return dilated(q, cache.k, cache.v, cache.used - 1, self.dilation, self.local, self.initial), selected
-        k, v = up_to_queries(q, cache.k, cache.v, cache.used - 1) if cache.ragged else (cache.k, cache.v)
-        return attend(q, k, v, keep.unsqueeze(2)), selected
+        return attend(q, cache.k, cache.v, keep.unsqueeze(2)), selected
 
 
 @dataclass(frozen=True)

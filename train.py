@@ -375,7 +375,9 @@ def train(args):
     """One run. Returns its newest checkpoint's path and the last line of its log."""
     backend.use(args.kernels)
     run = Path(args.out) / args.name
-    with parallel.join(args.device) as processes, parallel.Stop(processes, run) as stop, workers_told():
+    run.mkdir(parents=True, exist_ok=True)
+    with (parallel.join(args.device) as processes, nullcontext() if processes.rank else only_one(run),
+          parallel.Stop(processes, run) as stop, workers_told()):
         stopped, made, last_line = run_in(processes, stop, run, args)
     say = print if processes.rank == 0 else lambda *_: None
     if stopped:
@@ -444,13 +446,10 @@ def run_in(processes, stop, run, args):
     if small:
         losses_of = graphed(losses_of, args)
 
-    run.mkdir(parents=True, exist_ok=True)
     stopped, step_seconds, record = False, [], before
     if stop.wished and world == 1:
         raise KeyboardInterrupt
-    with nullcontext() if rank else only_one(run), checkpoint.Saver(run, processes, beside) as saver:
-        if newest(run, resume=True) != folder:
-            raise ValueError(f"{run}: another run has written there meanwhile: give the same command again")
+    with checkpoint.Saver(run, processes, beside) as saver:
         log = Log(run, rank, done, of_pass, peak and peak * world, args.batch * args.context_len, before)
         since = time.time()
         for step, (tokens, weight) in enumerate(batches(training, args, done, processes), start=done + 1):

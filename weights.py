@@ -33,7 +33,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from files import MOST_JSON, SEAL, all_or_nothing, opened_seal, parse_json, read_json, regular, sealed, short
+from files import SEAL, all_or_nothing, opened_seal, parse_json, read_json, regular, sealed, short
 
 SHARD_BYTES = 5 * 10**9  # a larger model is split into files of at most this size
 DTYPES = "F64", "F32", "F16", "BF16"  # of weights, as safetensors calls them
@@ -156,7 +156,9 @@ def settings_of_olmo2(found, config_file):
     kv_heads, eos_id = found.get("num_key_value_heads"), found.get("eos_token_id")
     settings["n_kv_head"] = settings["n_head"] if kv_heads is None else kv_heads
     settings["tied"] = found.get("tie_word_embeddings", False)
-    settings["eos_id"] = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
+    eos_id = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
+    outside = type(eos_id) is int and type(settings["vocab_size"]) is int and not 0 <= eos_id < settings["vocab_size"]
+    settings["eos_id"] = None if outside else eos_id  # of a model that was cut to a smaller vocabulary, say
     return settings
 
 
@@ -197,16 +199,27 @@ def tensors_of_directory(path, hashed=True):
             ours = theirs.removeprefix("model.")
             if (dtype := content.get_slice(theirs).get_dtype()) not in DTYPES:
                 raise ValueError(f"{path / file}: {short(theirs)} is of type {dtype}, and weights are of {', '.join(DTYPES)}: fetch a file of those")
-            if ours in tensors or (ours in rows and not places):
+            shape = content.get_slice(theirs).get_shape()
+            if places and 0 in shape[:1]:
+                continue  # of a GPU that has none of its rows
+            if ours in tensors or (ours in rows and (not places or places[theirs] in rows[ours])):
                 raise ValueError(f"{path / file}: {short(theirs)} is in another place too: which of them counts? Fetch the files again")
             if places:
-                rows.setdefault(ours, {})[places[theirs]] = load
+                rows.setdefault(ours, {})[places[theirs]] = load, shape
             else:
                 tensors[ours] = load
         for theirs in sorted(name for name, where in placed.items() if where == file):
             if theirs.removeprefix("model.") not in tensors:
                 raise ValueError(f"{path / file} has no {short(theirs)}, which the index sees there: fetch both again")
-    return tensors | {name: lambda parts=parts: torch.cat([parts[first]() for first in sorted(parts)]) for name, parts in rows.items()}
+    for name, parts in rows.items():
+        parts, end = sorted(parts.items()), 0
+        for first, (_, shape) in parts:
+            if first != end or shape[1:] != parts[0][1][1][1:] or (not shape and len(parts) > 1):
+                raise ValueError(f"{path}: the rows of {short(name)} do not follow each other from file to file: restore them from a copy")
+            end += (shape or [1])[0]
+        loads = [load for _, (load, _) in parts]
+        tensors[name] = lambda loads=loads: torch.cat([load() for load in loads]) if len(loads) > 1 else loads[0]()
+    return tensors
 
 
 def as_written(path, mapped):
@@ -221,7 +234,7 @@ def opened(file, remedy=None):
     """A safetensors file, mapped. ValueError, with the remedy, if its head does not describe what is there."""
     with open(regular(file), "rb") as start:
         header = int.from_bytes(start.read(8), "little")
-    if header > MOST_JSON:
+    if header > 8 << 20:  # of a thousand layers and their moments
         raise ValueError(f"{file} is damaged, or no model's: its header would have {header:,} bytes; {remedy or 'fetch it again'}")
     try:
         return safe_open(file, framework="pt")
@@ -248,7 +261,10 @@ def rows_of(mapped, file):
     places = (mapped.metadata() or {}).get(PLACES)
     try:
         places = places and parse_json(places.encode())
-        return places and {name: (places[name]["saved_offsets"] or [0])[0] for name in mapped.keys()}
+        firsts = places and {name: (places[name]["saved_offsets"] or [0])[0] for name in mapped.keys()}
+        if firsts and not all(type(first) is int and first >= 0 for first in firsts.values()):
+            raise ValueError
+        return firsts
     except (ValueError, KeyError, TypeError, IndexError):
         raise ValueError(f"{file} tells not whose rows it holds: restore it from a copy") from None
 
@@ -363,6 +379,8 @@ def read_ratplus(path):
     if not isinstance(file, dict) or not isinstance(file.get("task"), dict):
         raise ValueError(f"{path} has no state dict under 'task': it is no RAT+ checkpoint")
     state = {str(name).replace("_orig_mod.", ""): tensor for name, tensor in file["task"].items()}
+    if len(state) < len(file["task"]):
+        raise ValueError(f"{path}: a tensor is there twice, with and without '_orig_mod.': fetch it again")
     for name, tensor in state.items():
         if not (isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()
                 and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)):
@@ -372,9 +390,9 @@ def read_ratplus(path):
     if Counter(storages.values()) - sizes:
         raise ValueError(f"{path} is damaged: its parts are not as long as its tensors: fetch it again")
     first = "backbone.layers.0."
-    needed = {"embedding.wte.weight": 2, first + "hidden_layer.fc1.weight": 2, first + "seq_layer.in_proj.weight": 2}
-    for name, dims in needed.items():
-        if name not in state or state[name].dim() != dims:
+    needed = {"embedding.wte.weight", first + "hidden_layer.fc1.weight", first + "seq_layer.in_proj.weight"}
+    for name in sorted(needed | {name for name in state if "seq_layer.in_proj" in name}):
+        if name not in state or state[name].dim() != 2:
             raise ValueError(f"{path} lacks {name!r}, a matrix: it is no RAT+ checkpoint")
     vocab_size, C = state["embedding.wte.weight"].shape
     mlp_width, rows = state[first + "hidden_layer.fc1.weight"].shape[0], state[first + "seq_layer.in_proj.weight"].shape[0]
@@ -419,7 +437,7 @@ def parts_of_pickle(path):
     and whole, and whose pickle names nothing but tensors and dictionaries. So what torch.load makes of it is no larger than the
     file. It takes 1 s a GB: the checksums.
     """
-    plain = re.compile(r"collections OrderedDict|easydict EasyDict|torch._utils (_rebuild_tensor_v2|_rebuild_parameter)|torch (\w+Storage|Size|device|b?float\d+)")
+    plain = re.compile(r"collections OrderedDict|easydict EasyDict|torch._utils (_rebuild_tensor_v2|_rebuild_parameter)|torch (\w+Storage|Size|device|bool|(b?float|u?int|complex)\d+)|_codecs encode|(__builtin__|builtins) set")
     regular(path)
     try:
         with zipfile.ZipFile(path) as file:

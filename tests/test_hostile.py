@@ -353,10 +353,10 @@ def right(kind, loaded, original, path):
         theirs = {"norm_eps": "rms_norm_eps", "context_len": "max_position_embeddings", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers"}
         eos = found.get("eos_token_id")
         return loaded[1] == original[1] and all(loaded[0][ours] == found[name] for ours, name in theirs.items()) \
-            and loaded[0]["rope_theta"] == found.get("rope_parameters", found)["rope_theta"] and loaded[0]["eos_id"] in (eos, *(eos if isinstance(eos, list) else []))
+            and loaded[0]["rope_theta"] == found.get("rope_parameters", found)["rope_theta"] and loaded[0]["eos_id"] in (None, eos, *(eos if isinstance(eos, list) else []))
     if kind == "ruler":
         rows = [json.loads(line) for line in (path / "niah_single_1.jsonl").read_bytes().splitlines()]
-        return [[i, prompt, answers] for i, prompt, answers, _ in loaded] == [[row["index"], row["input"] + row.get("answer_prefix", ""), row["outputs"]] for row in rows]
+        return [[i, prompt, answers] for i, prompt, answers, _ in loaded] == [[row["index"], row["input"] + (row.get("answer_prefix") or ""), row["outputs"]] for row in rows]
     if kind == "sentencepiece":
         oracle = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
         return loaded[0] == oracle.encode(judge.TEXT) and loaded[2] == oracle.eos_id()
