@@ -459,6 +459,52 @@ def test_memory_is_at_most_twice_the_files_and_time_is_short(what, judged, tmp_p
     assert verdict == ("loaded" if what in ("honest", "ours") else "refused"), message
 
 
+def rows(folder, *parts):
+    """A model's norm in files of several GPUs: (where its rows begin, how many) of each."""
+    (folder / "model.safetensors").unlink()
+    for n, (first, count) in enumerate(parts, start=1):
+        save_file({"model.norm.weight": torch.ones(count)}, folder / f"model-{n:05d}-of-{len(parts):05d}.safetensors",
+                  metadata={weights.PLACES: json.dumps({"model.norm.weight": {"saved_offsets": [first]}})})
+
+
+ODD = {  # what a reader of this code thought of: each ended in a traceback, or was read
+    "rows beside each other": lambda folder: rows(folder, ([1], 3)),
+    "rows after a text": lambda folder: rows(folder, (0, 3), ("a", 3)),
+    "rows twice": lambda folder: rows(folder, (0, 3), (0, 3)),
+    "rows with a gap": lambda folder: rows(folder, (0, 3), (4, 3)),
+    "a theta of 400 digits": lambda folder: (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text())
+                                                                                          | {"rope_theta": 10**400})),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_odd_models_are_refused(what, judged, tmp_path):
+    foreign(tmp_path / "model", 1)
+    ODD[what](tmp_path / "model")
+    verdict, message = next(iter(judged("model", tmp_path / "model").items()))
+    assert verdict == "refused" and str(tmp_path) in message and message.isprintable(), message
+
+
+@pytest.mark.parametrize("line", ['["sha256"]', '"sha256"', "3", "{}", '{"sha256": 1}', "null"])
+def test_odd_lines_of_answers_are_refused(line, judged, tmp_path):
+    (tmp_path / "answers-0.jsonl").write_text(line + "\n")
+    verdict, message = next(iter(judged("answers", tmp_path).items()))
+    assert verdict == "refused" and "answers-0.jsonl line 1" in message, message
+
+
+def test_what_the_world_writes_is_not_refused(judged, tmp_path):
+    """A byte order mark, a prefix that is null, a NaN beside the text, an end of text outside a cut vocabulary."""
+    line = {"index": 0, "input": "for a is: 7.", "outputs": ["7"], "answer_prefix": None}
+    (tmp_path / "niah_single_1.jsonl").write_text("\ufeff" + json.dumps(line))
+    assert judged("ruler", tmp_path / "niah_single_1.jsonl") == {"loaded": [[0, "for a is: 7.", ["7"], [[10, 11]]]]}
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "score": NaN, "a": 1, "a": 2}\n')
+    assert [text for text, _ in data.documents([tmp_path / "a.jsonl"], "text")] == ["x"]
+    foreign(tmp_path / "model", 1)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"eos_token_id": 50279}))
+    assert judged("model", tmp_path / "model")["loaded"][0]["eos_id"] is None
+
+
 CALLS = {"eval", "exec", "compile", "__import__", "breakpoint", "input"}
 IMPORTS = {"pickle", "marshal", "shelve", "dill", "joblib", "urllib", "http", "requests", "ftplib", "smtplib", "huggingface_hub", "socketserver"}
 
