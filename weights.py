@@ -211,15 +211,18 @@ def tensors_of_directory(path, hashed=True):
         for theirs in sorted(name for name, where in placed.items() if where == file):
             if theirs.removeprefix("model.") not in tensors:
                 raise ValueError(f"{path / file} has no {short(theirs)}, which the index sees there: fetch both again")
-    for name, parts in rows.items():
-        parts, end = sorted(parts.items()), 0
-        for first, (_, shape) in parts:
-            if first != end or shape[1:] != parts[0][1][1][1:] or (not shape and len(parts) > 1):
-                raise ValueError(f"{path}: the rows of {short(name)} do not follow each other from file to file: restore them from a copy")
-            end += (shape or [1])[0]
-        loads = [load for _, (load, _) in parts]
-        tensors[name] = lambda loads=loads: torch.cat([load() for load in loads]) if len(loads) > 1 else loads[0]()
-    return tensors
+    return tensors | {name: joined(name, parts, path) for name, parts in rows.items()}
+
+
+def joined(name, parts, path):
+    """A tensor whose rows are in several files, as a function that loads it. parts: {its first row: (the part's function, its shape)}"""
+    parts, end = sorted(parts.items()), 0
+    loads, shapes = [load for _, (load, _) in parts], [shape for _, (_, shape) in parts]
+    for (first, _), shape in zip(parts, shapes):
+        if first != end or shape[1:] != shapes[0][1:] or (not shape and len(parts) > 1):
+            raise ValueError(f"{path}: the rows of {short(name)} do not follow each other from file to file: restore them from a copy")
+        end += (shape or [1])[0]
+    return lambda: torch.cat([load() for load in loads]) if len(loads) > 1 else loads[0]()
 
 
 def as_written(path, mapped):
