@@ -98,6 +98,7 @@ class TiktokenTokenizer:
                                  "tokenizer.json (OLMo 2, GPT-2, Llama 3) or the checkpoint's tokenizer.model")
 
         def part(of, field, kind, default=None):
+            """A field that is of this kind; the default where it is null or not there."""
             found = of.get(field, default)
             found = default if found is None else found
             require(isinstance(found, kind), field, found)
@@ -111,8 +112,11 @@ class TiktokenTokenizer:
         for i in vocab.values():
             require(type(i) is int and 0 <= i < 2**31, "an id in model.vocab", i)
         for token in tokens:
-            require(isinstance(token, dict) and isinstance(token.get("content"), str) and type(token.get("id")) is int and 0 <= token["id"] < 2**31
-                    and token["content"].encode(errors="ignore").decode() == token["content"] != "" and all(type(token.get(flag)) is bool for flag in ("special", "lstrip", "rstrip", "single_word")), "one of added_tokens", token)
+            require(isinstance(token, dict), "one of added_tokens", token)
+            content, number = token.get("content"), token.get("id")
+            require(isinstance(content, str) and content.encode(errors="ignore").decode() == content != "", "the content of one of added_tokens", token)
+            require(type(number) is int and 0 <= number < 2**31, "the id of one of added_tokens", token)
+            require(all(type(token.get(flag)) is bool for flag in ("special", "lstrip", "rstrip", "single_word")), "a flag of one of added_tokens", token)
         merges = [m.split(" ") if isinstance(m, str) else m for m in merges]  # "a b" or ["a", "b"]
         for merge in merges:
             require(isinstance(merge, list) and len(merge) == 2 and all(isinstance(side, str) for side in merge), "one of model.merges", merge)

@@ -15,7 +15,7 @@ Read are:
 
 Parameters are named as in Hugging Face's OLMo 2, here without its prefix "model."; a memory's gate is
 layers.N.self_attn.memory_proj. Every file is checked before use: one line tells the file, the field and the remedy.
-Checked in tests/test_weights.py.
+Checked in tests/test_weights.py, and in tests/test_hostile.py against whatever strangers might put there.
 """
 import hashlib
 import json

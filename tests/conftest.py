@@ -63,6 +63,14 @@ def selectors():
     return load_file(ORACLE / "selectors.safetensors")
 
 
+@pytest.fixture(scope="module")
+def judged():
+    """The process that reads strange files and runs scripts that are killed, see judge.py."""
+    from judge import Judge
+    with Judge() as judge:
+        yield judge
+
+
 # ---------------------------------------------------------------- Triton kernels
 
 def repair_interpreter():

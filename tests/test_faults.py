@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import data
 import files
 from conftest import one_line, times
-from judge import ROOT, Judge
+from judge import ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="judge.py reads /proc")
 TRAIN = ["--preset=pico", "--memory=on", "--device=cpu", "--context_len=512", "--tasks", "niah_single_1", "--batch=1", "--steps=24", "--save_every=2",
@@ -28,12 +28,6 @@ TRAIN = ["--preset=pico", "--memory=on", "--device=cpu", "--context_len=512", "-
 EVAL = ["--ckpt=model", "--device=cpu", "--out=out/it", "--tasks", "niah_single_1", "niah_single_2", "--samples=6", "--batch=1",
         "--max_new_tokens=24", "--methods", "quest:budget=1/4,block_size=16"]
 DATA = ["--input=texts", "--output=out/it", "--shard_tokens=20e3", "--workers=2"]
-
-
-@pytest.fixture(scope="module")
-def judged():
-    with Judge() as judge:
-        yield judge
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ import niah
 import train
 import weights
 from conftest import official_names, save_pth, times, tiny
-from judge import ROOT, Judge
+from judge import ROOT
 from model import Config, Transformer
 from test_data import train_bpe, train_sentencepiece
 
@@ -278,12 +278,6 @@ def foreign(folder, shards):
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if name not in ("sha256", "files")}))
-
-
-@pytest.fixture(scope="module")
-def judged():
-    with Judge() as judge:
-        yield judge
 
 
 @pytest.fixture(scope="module")
