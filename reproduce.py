@@ -20,13 +20,14 @@ the nine cells alone.
                 converted, without a memory
 
 Of one seed, attention, joint and memory see the same samples in the same order (niah.py: a sample is a function of seed and
-index). A model is "ahead" in a cell if the difference of the means exceeds the spread, the larger of the two standard
-deviations over seeds. `python reproduce.py` does all of it on all visible GPUs; --arms and --seeds do a part, and the
-summary is made of what is there. --ship writes checkpoints/ from seed 0. Checked in tests/test_reproduce.py. Read runs.py
-first.
+index): seeds are the unit of a test, and differences are paired by them. A cell is bold if the p of a paired t test,
+corrected for the cells of its column (Holm), is below 0.05; three seeds seldom give that.
+
+`python reproduce.py` does all of it on all visible GPUs; --arms and --seeds do a part, and the summary is made of what is
+there. --ship writes checkpoints/ from seed 0. Checked in tests/test_reproduce.py. Read runs.py first.
 """
 import argparse
-import json
+import math
 import shlex
 import shutil
 import statistics
@@ -39,6 +40,7 @@ import niah
 import runs
 import train
 import weights
+from files import whole_or_nothing
 from model import Transformer
 
 ARMS = {  # pretraining: flags of train.py; {seed} is filled in
@@ -57,6 +59,7 @@ OTHERS = ["quest:budget=1/64,block_size=16", "moba:budget=1/4,block_size=128", "
           "dilated:dilation=none,local=1019,initial=4"]  # StreamingLLM: 1,024 entries, the query's own included
 BRIEF = "joint", "long", *LATER  # arms that are asked NINE alone
 CONTROLS = "joint", "long", "continued"  # in the tables, not in the plots
+BY_CHANCE = " by chance"  # what H2's rows are called
 
 
 # ---------------------------------------------------------------- one run
@@ -164,7 +167,7 @@ def means(report):
     """{method: mean over tasks} in percent; chosen by chance (H2): {method + " by chance": likewise, over its draws}."""
     cells = {}
     for row in report["results"]:
-        name = row["method"] + ("" if row["random"] is None else " by chance")
+        name = row["method"] + ("" if row["random"] is None else BY_CHANCE)
         cells.setdefault(name, []).append(row["ruler"][0])
     return {name: statistics.fmean(values) for name, values in cells.items()}
 
@@ -178,27 +181,65 @@ def hit_rates(report):
     return {method: torch.stack(rates).mean(0).sort(descending=True).values for method, rates in cells.items()}
 
 
+def p_of_t(t, df):
+    """Two-sided p of Student's t: its finite sum for whole degrees of freedom (Abramowitz and Stegun 26.7.3, 26.7.4)."""
+    angle, odd = math.atan(abs(t) / math.sqrt(df)), df % 2
+    inside = 2 / math.pi * angle if odd else 0.0
+    term = math.sin(angle) * (2 / math.pi * math.cos(angle) if odd else 1.0)
+    for k in range(2 + odd, df + 1, 2):
+        inside += term
+        term *= math.cos(angle) ** 2 * (k - 1) / k
+    return 1 - inside
+
+
+def holm(ps):
+    """{key: p} -> {key: p corrected for their number}: by chance alone, any of them is below 0.05 in one of 20 tables."""
+    corrected, least = {}, 0.0
+    for n, (key, p) in enumerate(sorted(ps.items(), key=lambda item: item[1])):
+        least = max(least, min(1.0, (len(ps) - n) * p))
+        corrected[key] = least
+    return corrected
+
+
 def compare(values, base):
-    """Of a method's scores by seed, against attention's: {"gain", "noise", "ahead"}; one seed alone has no spread to exceed."""
-    gain, several = statistics.fmean(values) - statistics.fmean(base), min(len(values), len(base)) > 1
-    noise = max(statistics.stdev(values), statistics.stdev(base)) if several else None
-    return {"gain": gain, "noise": noise, "ahead": several and gain > noise}
+    """
+    {seed: score} of an arm against attention's: {"gain", "p", "by_seed"} of the seeds that both have, None if there is none.
+    p: of a paired t test, None where differences have no spread.
+    """
+    pairs = [values[seed] - base[seed] for seed in values if seed in base]
+    if not pairs:
+        return None
+    gain, spread = statistics.fmean(pairs), statistics.stdev(pairs) if len(pairs) > 1 else 0.0
+    p = p_of_t(gain / spread * math.sqrt(len(pairs)), len(pairs) - 1) if spread else None
+    return {"gain": gain, "p": p, "by_seed": pairs}
+
+
+def column(values, base, seeds):
+    """
+    {method: compare's} of an arm's {method: [per seed]} against attention's, and "holm": p corrected for all of these cells.
+    seeds: the arm's, and attention's.
+    """
+    cells = {method: compare(dict(zip(seeds[0], values[method])), dict(zip(seeds[1], base[method])))
+             for method in values if method in base}
+    cells = {method: cell for method, cell in cells.items() if cell}
+    corrected = holm({method: cell["p"] for method, cell in cells.items() if cell["p"] is not None})
+    return {method: cell | {"holm": corrected.get(method)} for method, cell in cells.items()}
 
 
 def summarise(found):
     """
-    {"scores": {arm: {method: [per seed]}}, "hits": the same of the best 5 % of heads, "against_attention": {arm: {method:
-    compare's}}, "runs": {arm: {seed: how it was made}}}
+    {"scores": {arm: {method: [per seed]}}, "by_chance": the same where entries are chosen by chance, "hits": of the best 5 % of
+    heads, "against_attention": {each of these: {arm: column's}}, "runs": {arm: {seed: how it was made}}}
     """
     over_seeds = lambda of: {arm: transpose([of(report) for report in reports.values()]) for arm, reports in found.items()}
-    scores = over_seeds(means)
-    hits = over_seeds(lambda report: {m: 100 * float(eval_niah.best_heads(rates)) for m, rates in hit_rates(report).items()})
-    base = scores.get("attention", {})
-    against = {arm: {method: compare(values, base[method]) for method, values in of_arm.items() if method in base}
-               for arm, of_arm in scores.items() if base and arm != "attention"}
+    chosen = lambda report, chance: {m: x for m, x in means(report).items() if m.endswith(BY_CHANCE) == chance}
+    kinds = {"scores": over_seeds(lambda report: chosen(report, False)), "by_chance": over_seeds(lambda report: chosen(report, True)),
+             "hits": over_seeds(lambda report: {m: 100 * float(eval_niah.best_heads(rates)) for m, rates in hit_rates(report).items()})}
+    against = {kind: {arm: column(of_arm, of["attention"], (list(found[arm]), list(found["attention"])))
+                      for arm, of_arm in of.items() if arm != "attention" and "attention" in of} for kind, of in kinds.items()}
     made = {arm: {seed: {"train": report["train"], "eval": {key: report[key] for key in ("command", "commit", "device", "torch")}}
                   for seed, report in reports.items()} for arm, reports in found.items()}
-    return {"scores": scores, "hits": hits, "against_attention": against, "runs": made}
+    return kinds | {"against_attention": against, "runs": made}
 
 
 def short(commit):
@@ -212,19 +253,25 @@ def transpose(dicts):
 
 
 def cell(values, plus_minus=" ± "):
-    """Mean and standard deviation of a score over seeds; None: nobody was asked."""
+    """Mean and sample standard deviation of a score over seeds; None: nobody was asked."""
     if values is None:
         return ""
     return f"{statistics.fmean(values):.1f}" + (f"{plus_minus}{statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def markdown(summary, found):
-    def gap(against):
-        return f"**{against['gain']:+.1f}**" if against["ahead"] else f"{against['gain']:+.1f}"
+def gap(against):
+    """A cell of `column`: the gain, p of this cell alone, and bold if it holds for the column; None: nothing to compare."""
+    if against is None:
+        return ""
+    gain = f"{against['gain']:+.1f}"
+    if against["p"] is None:
+        return gain
+    return f"**{gain}** ({against['p']:.2g})" if against["holm"] < 0.05 else f"{gain} ({against['p']:.2g})"
 
-    def table(title, kind, belongs=lambda method: True):
-        arms = {arm: {m: values for m, values in of.items() if belongs(m)} for arm, of in summary[kind].items()}
-        arms = {arm: of for arm, of in arms.items() if of}  # those that were asked any
+
+def markdown(summary, found):
+    def table(title, kind):
+        arms = {arm: of for arm, of in summary[kind].items() if of}  # those that were asked any
         if not arms:
             return
         yield from ["", title, ""]
@@ -233,16 +280,14 @@ def markdown(summary, found):
         yield "|---|" + "---|" * (len(arms) + len(compared))
         for method in dict.fromkeys(m for of in arms.values() for m in of):
             cells = [cell(of.get(method)) for of in arms.values()]
-            for arm in compared:
-                known = method in arms[arm] and method in arms["attention"]
-                cells.append(gap(compare(arms[arm][method], arms["attention"][method])) if known else "")
+            cells += [gap(summary["against_attention"][kind][arm].get(method)) for arm in compared]
             yield f"| {method} | " + " | ".join(cells) + " |"
-    settings, by_chance = first_report(found)["settings"], lambda method: method.endswith(" by chance")
-    seeds = ", ".join(f"{arm} {len(reports)}" for arm, reports in found.items())
-    lines = [*table(f"RULER's score, %, mean of tasks: mean and standard deviation over seeds ({seeds}); {settings['samples']} samples a "
-                    f"task, protocol {settings['protocol']}, context {settings['context_len']}. Bold: more than the spread.",
-                    "scores", lambda method: not by_chance(method))][1:]
-    lines += [*table("H2, entries chosen by chance:", "scores", by_chance), *table("H1, hit rate of the best 5 % of heads, %:", "hits"),
+    settings, seeds = first_report(found)["settings"], ", ".join(f"{arm} {len(reports)}" for arm, reports in found.items())
+    lines = [*table(f"RULER's score, %, mean of tasks: mean and sample standard deviation over seeds ({seeds}); {settings['samples']} samples "
+                    f"a task, protocol {settings['protocol']}, context {settings['context_len']}. Differences are paired by seed; in brackets "
+                    "p of a paired t test, of that cell alone. Bold: below 0.05 also when corrected for the cells of its column (Holm). "
+                    "The test takes differences for normal; by their signs alone, three seeds give no p below 0.25.", "scores")][1:]
+    lines += [*table("H2, entries chosen by chance:", "by_chance"), *table("H1, hit rate of the best 5 % of heads, %:", "hits"),
              "", "Training, seed by seed:", "",
              "| | recipe | steps | minutes of steps | tokens/s | MFU | device | commit |", "|---|---|---|---|---|---|---|---|"]
     for arm, reports in found.items():
@@ -347,9 +392,9 @@ def main():
         if not found:
             raise ValueError(f"{args.results} holds no finished run: name --arms to make some")
         summary, folder = summarise(found), Path(args.results)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        eval_niah.save(summary, folder / "summary.json")
         text = markdown(summary, found)
-        (folder / "summary.md").write_text(text)
+        whole_or_nothing(folder / "summary.md", lambda file: file.write_text(text))
         print("\n" + text)
         if args.ship:
             ship(args)

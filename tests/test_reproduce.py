@@ -1,6 +1,8 @@
 """reproduce.py: what is done is not done again, a failure is told, and the summary's figures are those of the reports."""
 import itertools
 import json
+import math
+import random
 import shutil
 import sys
 from pathlib import Path
@@ -49,33 +51,102 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_summary_gives_means_spread_and_who_is_ahead(folder):
-    """A mean over runs that are unfinished; a lead smaller than the spread that is called one; draws by chance in the scores."""
-    summary = reproduce.summarise(reproduce.read_results(folder))
+def rewrite(folder, name, score):
+    (folder / f"{name}.json").write_text(json.dumps(report(score, 0)))
+
+
+def summary_of(folder):
+    found = reproduce.read_results(folder)
+    return reproduce.summarise(found), found
+
+
+def test_summary_gives_means_spread_and_paired_differences(folder):
+    """A mean over runs that are unfinished; differences of seeds that do not belong together; draws by chance in the scores."""
+    summary, found = summary_of(folder)
     quest = SIZED[0]
     assert summary["scores"]["attention"][quest] == [40, 50] and summary["scores"]["memory"][quest] == [60, 64]
-    assert summary["scores"]["attention"][quest + " by chance"] == [39.5, 49.5]
-    against = summary["against_attention"]["memory"][quest]
-    assert against["gain"] == 17 and against["noise"] == pytest.approx(50 ** 0.5) and against["ahead"]
+    assert summary["by_chance"]["attention"][quest + " by chance"] == [39.5, 49.5]
+    assert not any("chance" in method for method in summary["scores"]["memory"])
+    against = summary["against_attention"]["scores"]["memory"][quest]
+    assert against["gain"] == 17 and against["by_seed"] == [20, 14]
+    assert against["p"] == pytest.approx(2 / math.pi * math.atan(3 / 17))  # df 1: t = 17 / 3
     assert summary["hits"]["memory"][quest] == [100, 100] and summary["hits"]["attention"][quest] == [0, 0]
-    text = reproduce.markdown(summary, reproduce.read_results(folder))
-    assert f"| {quest} | 45.0 ± 7.1 | 62.0 ± 2.8 | **+17.0** |" in text
+    text = reproduce.markdown(summary, found)
+    assert f"| {quest} | 45.0 ± 7.1 | 62.0 ± 2.8 | +17.0 (0.11) |" in text and "sample standard deviation" in text
     lines = [f"| memory 1 | {stage} | 2.0 | 5,000 | 0.25 | abacus | c0ffee0+dirty |\n" for stage in ("micro | 40", "micro-sft | 60")]
     assert "".join(lines) in text
 
 
-def test_a_lead_within_the_spread_is_not_one(folder):
-    (folder / "memory-0.json").write_text(json.dumps(report(30, 0)))  # 30 and 64: the mean leads by 2
-    summary = reproduce.summarise(reproduce.read_results(folder))
-    assert not summary["against_attention"]["memory"][SIZED[0]]["ahead"]
+def test_p_of_t_is_that_of_the_tables():
+    """Figures of a printed table of Student's t, two-sided: a tail taken once for twice, or a degree of freedom off."""
+    for df, t, p in ((1, 12.706, 0.05), (2, 4.303, 0.05), (3, 3.182, 0.05), (4, 2.776, 0.05), (5, 2.571, 0.05), (10, 2.228, 0.05),
+                     (2, 9.925, 0.01), (3, 5.841, 0.01), (9, 3.250, 0.01), (30, 2.042, 0.05), (29, 2.756, 0.01)):
+        assert reproduce.p_of_t(t, df) == reproduce.p_of_t(-t, df) == pytest.approx(p, rel=2e-3), (df, t)
+    assert all(reproduce.p_of_t(0, df) == 1 for df in range(1, 9))
 
 
-def test_one_seed_alone_is_not_ahead(folder):
-    """A spread of nothing, which any difference exceeds."""
+def test_holm_by_hand():
+    """Bonferroni for all, a correction of the largest first, or an order that is not kept."""
+    found = reproduce.holm({"a": 0.04, "b": 0.01, "c": 0.03, "d": 0.005})
+    assert found == pytest.approx({"d": 0.02, "b": 0.03, "c": 0.06, "a": 0.06}) and reproduce.holm({"a": 0.9, "b": 0.8}) == {"a": 1, "b": 1}
+
+
+def drawn(rng, n_cells):
+    """A column of models that differ by their seed alone."""
+    score = lambda: [[60 + rng.gauss(0, 5) for _ in range(3)] for _ in range(n_cells)]
+    return reproduce.column(dict(enumerate(score())), dict(enumerate(score())), ([0, 1, 2], [0, 1, 2]))
+
+
+def test_nothing_is_bold_where_only_seeds_differ():
+    """A rule that calls one of ten cells a gain where there is none: with it, nearly every column of 14 had a bold one."""
+    rng = random.Random(0)
+    bold = [any("**" in reproduce.gap(cell) for cell in drawn(rng, 14).values()) for _ in range(1000)]
+    assert 0.01 < sum(bold) / 1000 < 0.07  # 0.05, and chance
+    alone = [cell["p"] < 0.05 for _ in range(200) for cell in drawn(rng, 14).values()]
+    assert 0.04 < sum(alone) / len(alone) < 0.06
+
+
+def test_a_gain_that_all_seeds_share_is_bold():
+    """A correction that nothing passes; a column's size forgotten."""
+    base = {method: [50.0, 60.0, 40.0] for method in "abc"}
+    more = {"a": [60.0, 70.1, 50.1], "b": [52.0, 61.0, 44.0], "c": [50.0, 59.0, 45.0]}
+    cells = reproduce.column(more, base, ([0, 1, 2], [0, 1, 2]))
+    assert [("**" in reproduce.gap(cells[method])) for method in "abc"] == [True, False, False]
+    assert reproduce.gap(cells["a"]) == "**+10.1** (1.1e-05)" and cells["a"]["holm"] == pytest.approx(3 * cells["a"]["p"])
+
+
+def test_differences_are_of_the_seeds_that_both_have(folder):
+    """Attention's seed 0 subtracted from memory's seed 1, as each is the first of its list; one seed alone with a p."""
+    (folder / "attention-0.json").unlink()
+    for name, score in ("memory-2", 66), ("memory-10", 10):
+        rewrite(folder, name, score)
+        for part in "more", "train":
+            shutil.copy(folder / f"memory-0-{part}.json", folder / f"{name}-{part}.json")
+    summary, found = summary_of(folder)
+    assert summary["against_attention"]["scores"]["memory"][SIZED[0]] == {"gain": 14, "p": None, "by_seed": [14], "holm": None}
+    assert f"| {SIZED[0]} | 50.0 | 50.0 ± 26.8 | +14.0 |" in reproduce.markdown(summary, found)
     (folder / "attention-1.json").unlink()
-    found = reproduce.read_results(folder)
-    assert not reproduce.summarise(found)["against_attention"]["memory"][SIZED[0]]["ahead"]
-    assert f"| {SIZED[0]} | 40.0 | 62.0 ± 2.8 | +22.0 |" in reproduce.markdown(reproduce.summarise(found), found)
+    (folder / "attention-7.json").write_text(json.dumps(report(1, 0)))
+    shutil.copy(folder / "attention-0-train.json", folder / "attention-7-train.json")
+    summary, found = summary_of(folder)
+    assert summary["against_attention"]["scores"]["memory"] == {} and f"| {SIZED[0]} | 1.0 | 50.0 ± 26.8 |  |" in reproduce.markdown(summary, found)
+
+
+def test_equal_differences_have_no_p(folder):
+    """A division by 0; or three zeros, which say nothing, that are called certain."""
+    for seed, score in (0, 45), (1, 55):
+        rewrite(folder, f"memory-{seed}", score)
+    summary, _ = summary_of(folder)
+    cell = summary["against_attention"]["scores"]["memory"][SIZED[0]]
+    assert cell == {"gain": 5, "p": None, "by_seed": [5, 5], "holm": None} and reproduce.gap(cell) == "+5.0"
+
+
+def test_the_summary_that_lies_here_is_of_the_results_beside_it():
+    """A rule that changed, and a table made by the old one."""
+    folder = Path(reproduce.__file__).parent / "results" / "reproduce"
+    summary, found = summary_of(folder)
+    assert (folder / "summary.md").read_text() == reproduce.markdown(summary, found)
+    assert json.loads((folder / "summary.json").read_text())["scores"] == summary["scores"]
 
 
 def test_results_of_other_prompts_do_not_mix(folder):
@@ -132,9 +203,9 @@ def test_arms_that_are_asked_less_leave_cells_empty(folder):
     summary = reproduce.summarise(found)
     more = reproduce.markdown(summary | {"scores": {arm: of if arm == "long" else of | {"dilated": [1.0, 1.0]} for arm, of in
                                                     summary["scores"].items()}}, found)
-    assert f"| {SIZED[0]} | 45.0 ± 7.1 | 70.0 | 62.0 ± 2.8 | **+17.0** |" in more and "| dilated | 1.0 ± 0.0 |  | 1.0 ± 0.0 |" in more
-    assert f"| {SIZED[0]} by chance | 44.5 ± 7.1 | 61.5 ± 2.8 | **+17.0** |" in more
-    assert f"| {SIZED[0]} | 0.0 ± 0.0 | 100.0 ± 0.0 |" in more  # H1
+    assert f"| {SIZED[0]} | 45.0 ± 7.1 | 70.0 | 62.0 ± 2.8 | +17.0 (0.11) |" in more and "| dilated | 1.0 ± 0.0 |  | 1.0 ± 0.0 |" in more
+    assert f"| {SIZED[0]} by chance | 44.5 ± 7.1 | 61.5 ± 2.8 | +17.0 (0.11) |" in more
+    assert f"| {SIZED[0]} | 0.0 ± 0.0 | 100.0 ± 0.0 | +100.0 |" in more  # H1
 
 
 def test_plots_are_written(folder):
