@@ -21,6 +21,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -43,22 +44,29 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
-from files import only_one, read_json, regular, short, told_to_end
+from files import lines_of, only_one, read_json, regular, short, told_to_end
 
 # -----------------------------------------------------------------------------
-# Tokenizers. All have encode(text) -> ids, decode(ids) -> text, n_vocab, eos_id and name (at most 24 characters, which
-# tell two tokenizers apart). Special tokens spelled in a text are plain text; decode skips ids that stand for no text.
+# Tokenizers. All have
+#   encode(text) -> ids, in which special tokens spelled in the text are plain text
+#   decode(ids) -> text, which skips ids that stand for no text
+#   pieces(ids) -> the bytes that each id stands for, which join to those of decode(ids): a token may end inside a character
+#   n_vocab, eos_id, and name: at most 24 characters, which tell two tokenizers apart
+#   files: {name in a model's folder: the file that was read}, which is what goes along with a model
 
 
 class ByteTokenizer:
     """Ids 0..255 are bytes and 256 ends a document. Needs no file."""
-    name, n_vocab, eos_id = "bytes", 257, 256
+    name, n_vocab, eos_id, files = "bytes", 257, 256, {}
 
     def encode(self, text):
         return list(text.encode("utf-8", errors="replace"))
 
     def decode(self, ids):
-        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+        return b"".join(self.pieces(ids)).decode("utf-8", errors="replace")
+
+    def pieces(self, ids):
+        return [bytes([i]) if i < 256 else b"" for i in ids]
 
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -79,6 +87,10 @@ def byte_alphabet():
     return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
+class NotReproducible(ValueError):
+    """A tokenizer.json that is whole, of a tokenizer that tiktoken cannot be."""
+
+
 class TiktokenTokenizer:
     """
     The byte-level BPE of a Hugging Face tokenizer.json (OLMo 2, GPT-2, Llama 3), run by tiktoken.
@@ -94,7 +106,7 @@ class TiktokenTokenizer:
 
         def require(ok, field, found):
             if not ok:
-                raise ValueError(f"{path}: {field} is {short(found)}, which tiktoken cannot reproduce; use a byte-level BPE "
+                raise NotReproducible(f"{path}: {field} is {short(found)}, which tiktoken cannot reproduce; use a byte-level BPE "
                                  "tokenizer.json (OLMo 2, GPT-2, Llama 3) or the checkpoint's tokenizer.model")
 
         def part(of, field, kind, default=None):
@@ -165,12 +177,16 @@ class TiktokenTokenizer:
         for pair in itertools.permutations(in_text, 2):
             require(not pair[0].startswith(pair[1]), "a pair of added_tokens, one beginning with the other,", pair)
 
-        config = path.with_name("tokenizer_config.json")
-        eos = read_json(config, "download it again") if config.exists() else {}
+        self.files, config = {"tokenizer.json": path}, path.with_name("tokenizer_config.json")
+        alone = path.name == "tokenizer.json" or not path.with_name("tokenizer.json").exists()
+        if alone and config.exists():  # else it speaks of the tokenizer.json there
+            self.files[config.name] = config
+        eos = read_json(config, "download it again") if config.name in self.files else {}
         eos = eos.get("eos_token") if isinstance(eos, dict) else eos
         eos = (eos.get("content") if isinstance(eos, dict) else eos) or "<|endoftext|>"
         if not isinstance(eos, str) or eos not in added:
-            raise ValueError(f"{path}: added_tokens has no {short(eos)}; name the end of text as eos_token in {config}")
+            where = config if alone else "a tokenizer_config.json, in a folder without another tokenizer.json"
+            raise ValueError(f"{path}: added_tokens has no {short(eos)}; name the end of text as eos_token in {where}")
 
         self.eos_id = added[eos]
         self.n_vocab = 1 + max(*ranks.values(), *added.values())
@@ -198,7 +214,10 @@ class TiktokenTokenizer:
         return ids
 
     def decode(self, ids):
-        return b"".join(self.bytes_of.get(i, b"") for i in ids).decode("utf-8", errors="replace")
+        return b"".join(self.pieces(ids)).decode("utf-8", errors="replace")
+
+    def pieces(self, ids):
+        return [self.bytes_of.get(i, b"") for i in ids]
 
 
 class SentencePieceTokenizer:
@@ -208,34 +227,72 @@ class SentencePieceTokenizer:
         try:
             import sentencepiece
         except ImportError:
-            raise ImportError(f"{path} needs sentencepiece: pip install sentencepiece") from None
-        model = regular(path).read_bytes()
+            raise ValueError(f"{path} needs sentencepiece: pip install sentencepiece") from None
+        proto = regular(path).read_bytes()
         try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except RuntimeError as e:
             raise ValueError(f"{path}: not a sentencepiece model ({short(str(e))}); download it again") from None
-        self.n_vocab, self.eos_id = self.pieces.vocab_size(), self.pieces.eos_id()
+        self.n_vocab, self.eos_id, self.files = self.model.vocab_size(), self.model.eos_id(), {"tokenizer.model": Path(path)}
         if self.eos_id < 0:
             raise ValueError(f"{path}: eos_id is {self.eos_id}, documents could not be told apart; use a model with one")
-        self.name = f"sp-{self.n_vocab}-{hashlib.sha256(model).hexdigest()[:8]}"
+        self.name = f"sp-{self.n_vocab}-{hashlib.sha256(proto).hexdigest()[:8]}"
 
     def encode(self, text):
-        return self.pieces.encode(text.encode("utf-8", errors="replace").decode())  # it refuses lone surrogates
+        return self.model.encode(text.encode("utf-8", errors="replace").decode())  # it refuses lone surrogates
 
     def decode(self, ids):
-        return self.pieces.decode([i for i in ids if i < self.n_vocab])
+        return self.model.decode([i for i in ids if i < self.n_vocab])
+
+    def pieces(self, ids):
+        pieces = [self.bytes_of.get(i, b"") for i in ids]
+        leading = lambda text: len(text) - len(text.lstrip(" "))
+        stripped, n = leading(b"".join(pieces).decode(errors="replace")) - leading(self.decode(ids)), 0
+        while stripped:  # the space that encode puts before a text, and decode takes away
+            pieces[n], stripped = pieces[n][stripped:], max(0, stripped - len(pieces[n]))
+            n += 1
+        return pieces
+
+    @functools.cached_property
+    def bytes_of(self):
+        """{id: bytes}. A byte is spelled <0x41>, a space as a low line that no keyboard has."""
+        def of(i):
+            if self.model.is_control(i):
+                return b""
+            if self.model.is_byte(i):
+                return bytes.fromhex(self.model.id_to_piece(i)[3:5])
+            if self.model.is_unknown(i):
+                return self.model.decode([i]).encode()
+            return self.model.id_to_piece(i).replace("\u2581", " ").encode()
+        return {i: of(i) for i in range(self.n_vocab)}
+
+
+KINDS = {"tokenizer.json": TiktokenTokenizer, "tokenizer.model": SentencePieceTokenizer}
 
 
 def get_tokenizer(spec):
-    """spec: "bytes", a tokenizer.json, a tokenizer.model, or a folder with one of them (the .json first)."""
+    """spec: "bytes", a tokenizer.json, a tokenizer.model, or a folder with one of them (the .json if that can be used)."""
     if spec == "bytes":
         return ByteTokenizer()
     path = Path(spec)
-    for name, kind in (("tokenizer.json", TiktokenTokenizer), ("tokenizer.model", SentencePieceTokenizer)):
-        file = path / name if path.is_dir() else path
-        if file.is_file() and file.suffix == Path(name).suffix:
-            return kind(file)
-    raise FileNotFoundError(f"{spec}: no tokenizer here; give bytes, a tokenizer.json, a tokenizer.model, or a folder with one")
+    if path.is_dir():
+        files = [path / name for name in KINDS if os.path.lexists(path / name)]
+    else:
+        files = [path] if path.is_file() and f"tokenizer{path.suffix}" in KINDS else []
+    if not files:
+        raise FileNotFoundError(f"{spec}: no tokenizer here; give bytes, a tokenizer.json, a tokenizer.model, or a folder with one")
+    try:
+        return KINDS[f"tokenizer{files[0].suffix}"](files[0])
+    except NotReproducible as error:
+        if len(files) == 1:
+            raise
+        say_once(f"note: {files[1]} is used, because {str(error).rpartition(';')[0]}")
+    return SentencePieceTokenizer(files[1])
+
+
+@functools.lru_cache
+def say_once(line):
+    print(line, file=sys.stderr, flush=True)
 
 
 def tokenizer_files(folder):
@@ -251,12 +308,14 @@ def folder_of(path):
 def tokenizer_of(model, vocab_size, spec=None):
     """
     The tokenizer of a model at the path `model` (None: there is none yet): the one that spec names, else the files beside
-    the model, else bytes if the vocabulary is theirs. ValueError if there is none, or if it makes ids that the model lacks.
+    the model, else bytes if the vocabulary is theirs. ValueError if there is none, if it makes ids that the model lacks, or if
+    the model's config.json names another.
     """
+    folder = model and folder_of(model)
     if spec:
         tokenizer = get_tokenizer(spec)
-    elif model is not None and tokenizer_files(folder_of(model)):
-        tokenizer = get_tokenizer(folder_of(model))
+    elif model and any(os.path.lexists(folder / name) for name in KINDS):
+        tokenizer = get_tokenizer(folder)
     elif vocab_size == ByteTokenizer.n_vocab:
         tokenizer = ByteTokenizer()
     else:
@@ -264,6 +323,12 @@ def tokenizer_of(model, vocab_size, spec=None):
     if tokenizer.n_vocab > vocab_size:
         raise ValueError(f"tokenizer {tokenizer.name} makes ids up to {tokenizer.n_vocab - 1}, the model's vocabulary is "
                          f"{vocab_size}: they do not belong together")
+    config = model and folder / "config.json"
+    found = read_json(config) if config and config.exists() else {}
+    made_with = found.get("tokenizer") if isinstance(found, dict) else None
+    if made_with not in (None, tokenizer.name):
+        raise ValueError(f"{config}: the model was made with tokenizer {short(made_with)}, and {spec or folder} gives "
+                         f"{tokenizer.name}: name the right one with --tokenizer")
     return tokenizer
 
 
@@ -450,7 +515,7 @@ def find_files(inputs):
         found = [p for p in found if p.is_file() and p.name.endswith(SUFFIXES)]
         if not found:
             raise ValueError(f"{path}: nothing to read; --input takes {', '.join(SUFFIXES)} files and folders of them")
-        files += found
+        files += map(regular, found)
     return files
 
 
@@ -501,14 +566,12 @@ def skip(docs, n):
 
 def read_txt(path, field):
     raw = path.read_bytes()
-    yield raw.decode("utf-8"), len(raw)
+    yield raw.decode("utf-8-sig"), len(raw)
 
 
 def read_jsonl(path, field):
     with open(path, "rb") as raw:
-        for number, line in enumerate(gzip.open(raw) if path.suffix == ".gz" else raw, 1):
-            if line.isspace():
-                continue
+        for number, line in lines_of(gzip.open(raw) if path.suffix == ".gz" else raw):
             try:
                 row = json.loads(line)  # one field of it counts: whatever the others hold
             except (ValueError, RecursionError) as e:
@@ -670,12 +733,17 @@ def write_shards(docs, total, out, spec, shard_tokens, workers, job):
     print(f"Next: python train.py {'--preset=pico' if tok.name == 'bytes' else '--init=MODEL --memory=on'} --data={out}")
 
 
-def count(text):
-    """A flag's whole number >= 1; 100e6 will do."""
-    number = float(text)
-    if number != int(number) or number < 1:
-        raise ValueError
-    return int(number)
+def count(most):
+    """The type of a flag that takes a whole number from 1 to this; 100e6 will do."""
+    def number(text):
+        try:
+            found = float(text)
+        except ValueError:
+            found = math.nan
+        if not (1 <= found <= most and found == int(found)):
+            raise argparse.ArgumentTypeError(f"{short(text)} is no whole number from 1 to {most:,.0f}")
+        return int(found)
+    return number
 
 
 def main():
@@ -685,9 +753,9 @@ def main():
                         "a .txt is one document, a line or row of the others is one. None: the text that comes with CPython")
     parser.add_argument("--output", metavar="DIR", help="folder for the shards; data/pydoc where there is no --input")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, or a tokenizer.json, a tokenizer.model, or a folder with one")
-    parser.add_argument("--shard_tokens", type=count, default="100e6", help="a shard is closed by the document that reaches this "
+    parser.add_argument("--shard_tokens", type=count(1e12), default="100e6", help="a shard is closed by the document that reaches this "
                         "many tokens; two shards are held in memory")
-    parser.add_argument("--workers", type=count, default=os.cpu_count(), help="processes that encode; the shards do not depend on it")
+    parser.add_argument("--workers", type=count(1024), default=os.cpu_count(), help="processes that encode; the shards do not depend on it")
     parser.add_argument("--text_field", default="text", help="field (.jsonl) or column (.parquet) that holds the text")
     args = parser.parse_args()
     if args.input and not args.output:

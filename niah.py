@@ -23,23 +23,25 @@ import random
 import re
 import sys
 import uuid
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata, resources
-from itertools import count, islice, repeat
+from itertools import accumulate, count, islice, repeat
+from os.path import commonprefix
 from pathlib import Path
 from string import ascii_lowercase
 from typing import NamedTuple
 
 import numpy as np
 
-from files import parse_json, regular, short
+from files import all_or_nothing, lines_of, parse_json, regular, short, told_to_end
 
 
 class Task(NamedTuple):
     short: str          # column of the paper's tables
     haystack: str       # noise (five sentences, repeated), essay (prose) or needle (needles that nobody asks for)
-    keys: str           # words (adjective-noun) or uuids
+    keys: str           # words (adjective-noun; wonderwords: RULER's, training words: half made up) or uuids
     values: str         # numbers (7 digits) or uuids
     n_keys: int = 1
     n_values: int = 1   # needles per key
@@ -57,6 +59,7 @@ TASKS = {
     "niah_multiquery": Task("MQ", "essay", "words", "numbers", n_keys=4, n_queries=4),
 }
 PROTOCOLS = {"base": (" ", ", "), "sft": ("", ",")}  # what opens an answer, what joins several
+WORDS = "built-in", "wonderwords"  # of keys; RULER's are those of the package wonderwords
 SPLITS = "train", "val", "test"  # part of every seed, so that they never share a sample
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -69,6 +72,18 @@ PREFIX = " The special magic {kind} for {query} mentioned in the provided text {
 DEPTHS = [round(100 * i / 39) for i in range(40)]          # percent; RULER's 40 even steps
 LEAST_UNITS = {"noise": 1, "essay": 8, "needle": 1}        # less than this is no haystack
 SENTENCE_ENDS = tuple(stop + close for stop in ".!?" for close in ("", '"', "'", ")", "”", "’"))
+
+
+class UnknownTask(argparse.ArgumentTypeError, ValueError):
+    """As an argument's type it is told as it is."""
+
+
+def task_name(text):
+    """A task's name, from that or from its column in the tables, in any case of letters: MK-2 is niah_multikey_2."""
+    for name, task in TASKS.items():
+        if text.lower() in (name, task.short.lower()):
+            return name
+    raise UnknownTask(f"unknown task {text!r}: one of " + ", ".join(f"{name} ({task.short})" for name, task in TASKS.items()))
 
 
 @dataclass(frozen=True)
@@ -140,15 +155,16 @@ def answer_text(answers, protocol):
 # ---------------------------------------------------------------- chance: keys, values, depths, haystack
 
 @lru_cache
-def word_lists():
-    """-> adjectives, nouns, and where they are from: wonderwords, as RULER, or else the lists below."""
+def word_lists(words="built-in"):
+    """-> adjectives, nouns, and where they are from. Only who asks gets RULER's, so that prompts depend on what is asked."""
+    if words == "built-in":
+        return sorted(ADJECTIVES), sorted(NOUNS), "built-in words"
     try:
         files = resources.files("wonderwords.assets")
         lists = [(files / name).read_text("utf-8").splitlines() for name in ("adjectivelist.txt", "nounlist.txt")]
-        source = f"wonderwords {metadata.version('wonderwords')}"
     except ModuleNotFoundError:
-        lists, source = (ADJECTIVES, NOUNS), "built-in words (pip install wonderwords for RULER's)"
-    return *(sorted({word.strip() for word in words} - {""}) for words in lists), source
+        raise ValueError("the words of wonderwords need that package: pip install wonderwords, or take the built-in words") from None
+    return *(sorted({word.strip() for word in lines} - {""}) for lines in lists), f"wonderwords {metadata.version('wonderwords')}"
 
 
 ADJECTIVES = """amber ample aqua bland bold brave brisk broad calm civil clear cool coral crisp curly damp deep dense
@@ -168,7 +184,7 @@ def draw_text(kind, rng):
     if kind == "training words":  # half of them mere letters: who knows the list by heart finds no other words
         word = lambda some: rng.choice(some) if rng.random() < 0.5 else "".join(rng.choices(ascii_lowercase, k=rng.randint(2, 9)))
         return f"{word(ADJECTIVES)}-{word(NOUNS)}"
-    adjectives, nouns, _ = word_lists()
+    adjectives, nouns, _ = word_lists("wonderwords" if kind == "wonderwords" else "built-in")
     return f"{rng.choice(adjectives)}-{rng.choice(nouns)}"  # RULER: some words hold a space or a hyphen, kept as is
 
 
@@ -205,6 +221,14 @@ def essay_words(text=None):
     paragraphs = [text for name in sorted(topics) for text in re.split(r"\n\s*\n", topics[name])]
     prose = [text for text in paragraphs if text[:1].isupper() and text.endswith(".")]  # no code, tables or headings
     return " ".join(prose).split(), "pydoc_data.topics of Python %d.%d" % sys.version_info[:2]
+
+
+def read_haystack(path):
+    """The text of a file in UTF-8."""
+    try:
+        return regular(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8: save the text as UTF-8") from None
 
 
 class Haystack:
@@ -249,16 +273,57 @@ def fill(build, least, limit):
     return best
 
 
+def pieces(tokenizer, ids):
+    """
+    The bytes that each token stands for. They join to the text as the tokenizer has it, which may be a normalised one.
+    A tokenizer that has encode and decode alone cannot tell where a token ends that ends inside a character: there each
+    token that has a part in the character gets a byte of it or more.
+    """
+    if hasattr(tokenizer, "pieces"):
+        return tokenizer.pieces(ids)
+    text, size = tokenizer.decode(ids), lambda text: len(text.encode(errors="replace"))
+    done, n_bytes, ends = 0, 0, [0]  # the characters of the text that are complete, and their bytes
+    before, start = 0, 0             # some decoders drop a space in front: so the token before is decoded too, and cut off
+    for n in range(1, len(ids) + 1):
+        new = tokenizer.decode(ids[before:n])[len(tokenizer.decode(ids[before:start])):]
+        same = len(commonprefix([new, text[done:done + len(new)]]))
+        end, rest, character = n_bytes + size(text[done:done + same]), new[same:], text[done + same:][:1]
+        if rest.strip("\ufffd") or (rest and not character):
+            raise ValueError(f"tokenizer {tokenizer.name} decodes token {n - 1} otherwise alone than among others: give it "
+                             "pieces(ids), which tells the bytes of each token, as those of data.py do")
+        if not rest:
+            done, n_bytes = done + same, end
+            before, start = (start, n) if new else (before, start)
+        else:
+            end = min(max(end, ends[-1]) + 1, end + size(character) - 1)
+        ends.append(max(end, ends[-1]))
+    raw = text.encode(errors="replace")
+    if ends[-1] != len(raw):
+        raise ValueError(f"tokenizer {tokenizer.name} ends its text inside a character: give it pieces(ids)")
+    return [raw[low:high] for low, high in zip(ends, ends[1:])]
+
+
+def byte_ends(tokenizer, ids):
+    """How many bytes of text come before each token, and in all."""
+    return [0, *accumulate(map(len, pieces(tokenizer, ids)))]
+
+
 def token_spans(text, ids, spans, tokenizer):
-    """Character spans [start, end) of the text -> the fewest tokens that cover them, for any tokenizer that decodes."""
-    def covering(n_chars):  # how many tokens it takes to have n_chars characters
-        n = min(len(tokenizer.encode(text[:n_chars])), len(ids))  # nearly; a token may reach across the cut
-        while len(tokenizer.decode(ids[:n])) < n_chars:
-            n += 1
-        while len(tokenizer.decode(ids[:n - 1])) >= n_chars:
-            n -= 1
-        return n
-    return [(covering(start + 1) - 1, covering(end)) for start, end in spans]
+    """
+    Character spans [start, end) of the text -> the fewest tokens that cover them. The two count differently where the
+    tokenizer normalises or puts a space in front, so both are counted in bytes of what the tokens stand for.
+    """
+    raw, ends = b"".join(pieces(tokenizer, ids)), byte_ends(tokenizer, ids)
+    found = []
+    for start, end in spans:
+        answer, high = text[start:end].encode(errors="replace"), byte_ends(tokenizer, tokenizer.encode(text[:end]))[-1]
+        low = high - len(answer)
+        if raw[max(0, low):high] != answer:
+            raise ValueError(f"tokenizer {tokenizer.name} has no answer {short(text[start:end])} where the text has it, but "
+                             f"{short(raw[max(0, low):high].decode(errors='replace'))}: it writes texts otherwise (NFC, lower case?), "
+                             "so write the answer as it does, or take another tokenizer")
+        found.append((bisect_right(ends, low) - 1, bisect_left(ends, high)))
+    return found
 
 
 def target_ids(prompt, target, tokenizer):
@@ -314,14 +379,16 @@ def make_example(
     haystack=None,          # text of the essay; None: Python's help pages
     *, split="test",        # training essays start anywhere, others at the first word, as RULER's do
     max_new_tokens=128,     # RULER's; room for the answer and the end token at least
+    words="built-in",       # or "wonderwords"
 ):                          # -> Example
-    for name, value, known in ("task", task, TASKS), ("protocol", protocol, PROTOCOLS), ("split", split, SPLITS):
+    task = task_name(task)
+    for name, value, known in ("protocol", protocol, PROTOCOLS), ("split", split, SPLITS), ("words", words, WORDS):
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}: one of {', '.join(known)}")
-    t, (words, source) = TASKS[task], essay_words(haystack)
+    t, (essay, source) = with_words(TASKS[task], words), essay_words(haystack)
     rng = random.Random(f"{split}/{seed}/{task}/{index}")
     draft, prompt, prefix, ids, _ = compose(
-        t, context_len, tokenizer, rng, protocol, words, max_new_tokens, start=None if split == "train" else 0)
+        t, context_len, tokenizer, rng, protocol, essay, max_new_tokens, start=None if split == "train" else 0)
 
     chars = []
     for key, value, _ in draft.answers:
@@ -331,8 +398,13 @@ def make_example(
         task, index, prompt, prefix, ids, [value for _, value, _ in draft.answers], draft.target,
         token_spans(prompt, ids, chars, tokenizer), [round(depth) for *_, depth in draft.answers],
         context_len, max_new_tokens,
-        keys_from=word_lists()[2] if t.keys == "words" else t.keys,
+        keys_from=t.keys if t.keys == "uuids" else word_lists(words)[2],
         haystack_from=source if t.haystack == "essay" else t.haystack)
+
+
+def with_words(task, words):
+    """The task with keys of these words, where it has keys of words."""
+    return task._replace(keys=words) if task.keys == "words" and words != "built-in" else task
 
 
 def default_new_tokens(context_len, tokenizer):
@@ -340,12 +412,12 @@ def default_new_tokens(context_len, tokenizer):
     return 48 if context_len < 2048 or tokenizer.name == "bytes" else 128
 
 
-def fitting_tasks(context_len, tokenizer, protocol="base", max_new_tokens=128):
+def fitting_tasks(context_len, tokenizer, protocol="base", max_new_tokens=128, words="built-in"):
     """Names of the tasks that this length has room for: half of 16 drafts or more, with the least haystack, fit."""
-    words = essay_words()[0]
+    essay = essay_words()[0]
 
     def fits(name):
-        drafts = [draw_draft(TASKS[name], tokenizer, random.Random(i), protocol, words) for i in range(16)]
+        drafts = [draw_draft(with_words(TASKS[name], words), tokenizer, random.Random(i), protocol, essay) for i in range(16)]
         prompts = sorted(len(draft.build(LEAST_UNITS[TASKS[name].haystack])[-1]) for draft in drafts)
         answer = max(len(tokenizer.encode(draft.target)) for draft in drafts)
         return prompts[8] + max_new_tokens <= context_len and answer < max_new_tokens
@@ -386,14 +458,20 @@ def write_predictions(folder, examples, predictions):
         lines.setdefault(e.task, []).append({
             "index": e.index, "pred": prediction, "input": e.prompt, "outputs": e.answers,
             "others": {}, "truncation": -1, "length": len(e.ids) + e.max_new_tokens})
-    for task in lines:
-        write_lines(Path(folder) / f"{task}.jsonl", lines[task])
+    write_files({Path(folder) / f"{task}.jsonl": rows for task, rows in lines.items()})
 
 
 def write_lines(path, rows):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
+    write_files({Path(path): rows})
+
+
+def write_files(rows):
+    """{path: rows of its jsonl}. All are there in the end, or none is."""
+    def writer(rows):
+        return lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for path in rows:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    all_or_nothing({path: writer(of_path) for path, of_path in rows.items()})
 
 
 def read_jsonl(path, tokenizer, protocol="base", task=None, max_new_tokens=128):
@@ -402,37 +480,45 @@ def read_jsonl(path, tokenizer, protocol="base", task=None, max_new_tokens=128):
     An answer's span is its needle, or the first place where it occurs; its depth counts characters of the prompt.
     RULER's `index` is a character offset, so two lines may share one.
     """
-    path, examples = Path(path), []
+    path = Path(path)
     task = task or next((name for name in (path.stem, path.parent.name) if name in TASKS), path.stem)
-    for number, line in enumerate(regular(path).read_bytes().splitlines(), 1):  # bytes: a text's lines would end at U+2028 too
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise ValueError(f"{path} line {number}: not JSON ({error}); write one object per line") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path} line {number}: not an object {{...}}; write one per line")
-        for field, kind, what in ("index", int, "a number"), ("input", str, "a text"), ("outputs", list, "a list"):
-            if not isinstance(row.get(field), kind):
-                raise ValueError(f"{path} line {number}: no field {field!r} that is {what}; RULER's scripts/data/prepare.py writes it")
-        if not 0 < len(row["outputs"]) <= 1000 or not all(isinstance(answer, str) and answer for answer in row["outputs"]):
-            raise ValueError(f"{path} line {number}: outputs must be one or more texts (at most 1,000), not {short(row['outputs'])}")
-        prefix = row.get("answer_prefix")
-        prefix = "" if prefix is None else prefix
-        if not isinstance(prefix, str):
-            raise ValueError(f"{path} line {number}: answer_prefix must be a text, not {short(prefix)}")
-        prefix = prefix if protocol == "base" else ""
-        prompt, answers, chars = row["input"] + prefix, row["outputs"], []
-        for answer in answers:
-            found = re.search(rf"(?<= is: ){re.escape(answer)}\.", prompt) or re.search(re.escape(answer), prompt)
-            if not found:
-                raise ValueError(f"{path} line {number}: answer {short(answer)} is not in the input; is this a needle task?")
-            chars.append((found.start(), found.start() + len(answer)))
-        ids = tokenizer.encode(prompt)
-        examples.append(Example(
-            task, row["index"], prompt, prefix, ids, answers, answer_text(answers, protocol),
-            token_spans(prompt, ids, chars, tokenizer), [round(100 * start / len(prompt)) for start, _ in chars],
-            len(ids) + max_new_tokens, max_new_tokens, keys_from=str(path), haystack_from=str(path)))
-    return examples
+    with open(regular(path), "rb") as file:
+        return [read_row(path, number, line, tokenizer, protocol, task, max_new_tokens) for number, line in lines_of(file)]
+
+
+def read_row(path, number, line, tokenizer, protocol, task, max_new_tokens):
+    """A line of RULER's -> Example."""
+    where = f"{path} line {number}"
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error}); write one object per line") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: not an object {{...}}; write one per line")
+    for field, kind, what in ("index", int, "a number"), ("input", str, "a text"), ("outputs", list, "a list"):
+        if not isinstance(row.get(field), kind):
+            raise ValueError(f"{where}: no field {field!r} that is {what}; RULER's scripts/data/prepare.py writes it")
+    if not 0 < len(row["outputs"]) <= 1000 or not all(isinstance(answer, str) and answer for answer in row["outputs"]):
+        raise ValueError(f"{where}: outputs must be one or more texts (at most 1,000), not {short(row['outputs'])}")
+    prefix = row.get("answer_prefix")
+    prefix = "" if prefix is None else prefix
+    if not isinstance(prefix, str):
+        raise ValueError(f"{where}: answer_prefix must be a text, not {short(prefix)}")
+    prefix = prefix if protocol == "base" else ""
+    prompt, answers, chars = row["input"] + prefix, row["outputs"], []
+    for answer in answers:
+        found = re.search(rf"(?<= is: ){re.escape(answer)}\.", prompt) or re.search(re.escape(answer), prompt)
+        if not found:
+            raise ValueError(f"{where}: answer {short(answer)} is not in the input; is this a needle task?")
+        chars.append((found.start(), found.start() + len(answer)))
+    ids = tokenizer.encode(prompt)
+    try:
+        spans = token_spans(prompt, ids, chars, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return Example(
+        task, row["index"], prompt, prefix, ids, answers, answer_text(answers, protocol), spans, [round(100 * start / len(prompt)) for start, _ in chars],
+        len(ids) + max_new_tokens, max_new_tokens, keys_from=str(path), haystack_from=str(path))
 
 
 # ---------------------------------------------------------------- training
@@ -546,35 +632,48 @@ def training_sample(
 
 # ---------------------------------------------------------------- python niah.py
 
+MOST = 10**8  # tokens and examples: more is a slip of the keyboard, which would fill the memory
+
+
+def between(least, most):
+    """The type of a flag that takes a whole number, these two included."""
+    def number(text):
+        if not re.fullmatch(r"[+-]?\d{1,30}", text, re.ASCII) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{short(text)} is no whole number from {least} to {most}")
+        return int(text)
+    return number
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Show a needle-in-a-haystack example, or write RULER's jsonl.",
+    parser = argparse.ArgumentParser(description="Show a needle-in-a-haystack example, or write RULER's jsonl.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"niah.py: {message}\n")
     flag = parser.add_argument
-    flag("--task", default="niah_multikey_1", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
-    flag("--context_len", type=int, default=1024, help="tokens, those to generate included")
-    flag("--max_new_tokens", type=int, help="tokens to generate; None: 128, or 48 where context_len is below 2048 or tokens are bytes")
+    flag("--task", default="niah_multikey_1", type=task_name, help=", ".join(f"{name} or {t.short}" for name, t in TASKS.items()))
+    flag("--context_len", type=between(1, MOST), default=1024, help="tokens, those to generate included")
+    flag("--max_new_tokens", type=between(1, MOST), help="tokens to generate; None: 128, or 48 where context_len is below 2048 or tokens are bytes")
     flag("--tokenizer", default="bytes", help="bytes, or what else data.get_tokenizer takes")
-    flag("--samples", type=int, default=1, help="examples, from index 0")
-    flag("--seed", type=int, default=0, help="another seed, other examples")
+    flag("--samples", type=between(1, MOST), default=1, help="examples, from index 0")
+    flag("--seed", type=between(0, 2**63 - 1), default=0, help="another seed, other examples")
     flag("--split", default="test", choices=SPLITS, metavar="SPLIT", help="train, val or test: they share no example")
     flag("--protocol", default="base", choices=PROTOCOLS, metavar="PROTOCOL", help="base (answer prefix) or sft (none)")
+    flag("--words", default="built-in", choices=WORDS, help="of keys: built-in, or RULER's from the package wonderwords")
     flag("--haystack", metavar="FILE", help="text of the essay; None: Python's help pages")
     flag("--output", metavar="FILE.jsonl", help="write RULER's jsonl there; None: print the first example")
     args = parser.parse_args()
-    if args.samples < 1:
-        parser.error(f"--samples {args.samples}: at least 1")
     try:
         from data import get_tokenizer
         tokenizer = get_tokenizer(args.tokenizer)
         new_tokens = default_new_tokens(args.context_len, tokenizer) if args.max_new_tokens is None else args.max_new_tokens
-        haystack = Path(args.haystack).read_text(encoding="utf-8") if args.haystack else None
+        haystack = read_haystack(args.haystack) if args.haystack else None
         examples = [make_example(args.task, args.context_len, tokenizer, args.seed, index, args.protocol, haystack,
-                                 split=args.split, max_new_tokens=new_tokens) for index in range(args.samples)]
+                                 split=args.split, max_new_tokens=new_tokens, words=args.words) for index in range(args.samples)]
         if args.output:
             write_jsonl(args.output, examples)
     except (ValueError, OSError, ImportError) as error:
         parser.error(error)
+    except KeyboardInterrupt:
+        parser.exit(130, "niah.py: interrupted; nothing was written\n")
     e = examples[0]
     if not args.output:
         print(e.prompt)
@@ -589,4 +688,5 @@ def main():
 
 
 if __name__ == "__main__":
+    told_to_end()
     main()

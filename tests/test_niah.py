@@ -2,6 +2,7 @@
 niah.py against the originals: hashes of prompts that RULER's generator wrote and a table of scores that both scorers
 gave (tests/oracle/ruler.json says how they were made), then the promises that a result rests on.
 """
+import argparse
 import hashlib
 import json
 import re
@@ -239,8 +240,8 @@ def test_context_too_short_is_one_clear_line():
         niah.make_example("niah_multiquery", 512, Bytes(), 0, 0)
     with pytest.raises(ValueError, match=r"^S-3: max_new_tokens=37 leaves no room for an answer of 37 "):
         niah.make_example("niah_single_3", 1024, Bytes(), 0, 0, max_new_tokens=37)
-    with pytest.raises(ValueError, match="unknown task 'S-1': one of niah_single_1, "):
-        niah.make_example("S-1", 1024, Bytes(), 0, 0)
+    with pytest.raises(ValueError, match=r"unknown task 'S-4': one of niah_single_1 \(S-1\), "):
+        niah.make_example("S-4", 1024, Bytes(), 0, 0)
 
 
 @pytest.mark.parametrize("task", niah.TASKS)
@@ -262,18 +263,57 @@ def test_fitting_tasks_are_those_that_can_be_made(context_len, n_tasks):
             assert len(niah.make_example(task, context_len, Bytes(), 0, index, max_new_tokens=48).ids) <= context_len - 48
 
 
-def test_built_in_words_are_named_in_the_example(monkeypatch):
-    """Without wonderwords keys are shorter and easier: a result must tell."""
-    assert niah.make_example("niah_single_1", 1024, Bytes(), 0, 0).keys_from.startswith("wonderwords")
-    monkeypatch.setitem(sys.modules, "wonderwords", None)
-    monkeypatch.setitem(sys.modules, "wonderwords.assets", None)
-    niah.word_lists.cache_clear()
-    try:
-        adjectives, nouns, source = niah.word_lists()
-        assert len(adjectives) >= 60 and len(nouns) >= 60 and "built-in" in source
-        assert niah.make_example("niah_single_1", 1024, Bytes(), 0, 0).keys_from == source
-    finally:
+@pytest.fixture
+def no_wonderwords(monkeypatch):
+    """-> a function that takes the package away."""
+    def take_away():
+        monkeypatch.setitem(sys.modules, "wonderwords", None)
+        monkeypatch.setitem(sys.modules, "wonderwords.assets", None)
         niah.word_lists.cache_clear()
+    yield take_away
+    niah.word_lists.cache_clear()
+
+
+@pytest.mark.parametrize("task", niah.TASKS)
+def test_words_are_those_asked_for_whatever_is_installed(no_wonderwords, task):
+    """Prompts that change with what else is installed: a repeated run is then refused for other hashes. A result must tell its words."""
+    make = lambda **more: [niah.make_example(task, 1024, Bytes(), 0, index, max_new_tokens=48, **more) for index in range(3)]
+    fitting = lambda **more: niah.fitting_tasks(512, Bytes(), max_new_tokens=48, **more)
+    built_in, rulers, those_that_fit = make(), make(words="wonderwords"), fitting()
+    keys_are_words = niah.TASKS[task].keys == "words"
+    assert (niah.prompt_hash(built_in) != niah.prompt_hash(rulers)) == keys_are_words
+    for e, source in [(e, "built-in words") for e in built_in] + [(e, "wonderwords ") for e in rulers]:
+        assert e.keys_from.startswith(source if keys_are_words else "uuids")
+    for key in queries_of(built_in[0]) if keys_are_words else []:
+        first, second = key.split("-")
+        assert first in niah.ADJECTIVES and second in niah.NOUNS
+    no_wonderwords()
+    assert make() == built_in and fitting() == those_that_fit
+    if keys_are_words:
+        with pytest.raises(ValueError, match="pip install wonderwords"):
+            make(words="wonderwords")
+        with pytest.raises(ValueError, match="pip install wonderwords"):
+            fitting(words="wonderwords")
+
+
+def test_unknown_words_are_refused():
+    """A typing error that gives the other list."""
+    with pytest.raises(ValueError, match="unknown words 'ruler': one of built-in, wonderwords"):
+        niah.make_example("niah_single_1", 1024, Bytes(), 0, 0, words="ruler")
+
+
+def test_a_task_has_the_names_that_tables_and_files_give_it():
+    """mk-2 refused where a table says MK-2."""
+    for name, task in niah.TASKS.items():
+        assert {niah.task_name(text) for text in (name, name.upper(), task.short, task.short.lower())} == {name}
+        assert niah.make_example(task.short, 1024, Bytes(), 0, 0) == niah.make_example(name, 1024, Bytes(), 0, 0)
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--task", type=niah.task_name)
+    for wrong in "MK-4", "", "niah", "niah_multikey", " mk-2":
+        with pytest.raises(ValueError, match=r"unknown task .*niah_multikey_2 \(MK-2\)"):
+            niah.task_name(wrong)
+        with pytest.raises(argparse.ArgumentError, match=r"unknown task .*niah_multikey_2 \(MK-2\)"):
+            parser.parse_args([f"--task={wrong}"])
 
 
 # ---------------------------------------------------------------- files
@@ -377,18 +417,15 @@ def test_training_sample_depends_on_seed_and_index_only():
     assert len(set(map(tuple, first))) == 20 and make(1, 0)[0].tolist() != first[0]
 
 
-def test_training_keys_are_of_any_letters_whatever_is_installed(monkeypatch):
+def test_training_keys_are_of_any_letters_whatever_is_installed(no_wonderwords):
     """A model that knows a list by heart and fails on RULER's words; data that changes where wonderwords is installed."""
     make = lambda: [niah.training_sample(1024, Bytes(), 0, index, ["niah_single_2"], drills=drills)[0] for drills in (0, 1) for index in range(20)]
     samples = make()
     keys = {key for tokens in samples for key in re.findall(r"numbers for (\S+?)-(\S+?) (?:is|mentioned)", Bytes().decode(tokens))}
     listed = [(first in niah.ADJECTIVES, second in niah.NOUNS) for first, second in keys]
     assert len(keys) > 40 and all(0.3 < sum(column) / len(keys) < 0.7 for column in zip(*listed))
-    monkeypatch.setitem(sys.modules, "wonderwords", None)
-    monkeypatch.setitem(sys.modules, "wonderwords.assets", None)
-    niah.word_lists.cache_clear()
+    no_wonderwords()
     assert all((a == b).all() for a, b in zip(make(), samples))
-    niah.word_lists.cache_clear()
 
 
 # ---------------------------------------------------------------- the command
