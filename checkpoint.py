@@ -5,7 +5,7 @@ Checkpoints of a training run: written while it goes on, whole or not at all, re
                           model-00001-of-00002.safetensors       a GPU's rows of every weight, fp32
                           optimizer-00001-of-00002.safetensors   and of both of AdamW's moments, NAME/exp_avg ...
                           train.json                   the step, the flags, how it was made
-                          tokenizer.json ...           what came beside --init
+                          tokenizer.json ...           the tokenizer, as it was when the run was started
 
 torch.distributed.checkpoint decides who writes and who reads which rows; Writer below gives it safetensors with a hash of
 their content, and no pickle. One process writes whole tensors (model.safetensors): an OLMo 2 without memory opens in
@@ -20,6 +20,7 @@ and train.py next.
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -35,12 +36,13 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 import weights
-from data import folder_of, tokenizer_files
+from data import ByteTokenizer, folder_of, tokenizer_files, tokenizer_of
 from files import sealed
 from model import Transformer
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process on a CPU is no group, and needs none
 KEPT = 2  # checkpoints: if the newest turns out to be of no use, there is one more
+OURS = re.compile(r"(model|optimizer)(-\d{5}-of-\d{5})?\.safetensors|(config|train|tokenizer|tokenizer_config)\.json|tokenizer\.model")
 
 
 # ---------------------------------------------------------------- writing
@@ -57,8 +59,8 @@ def state_of(model, optimizer):
 class Writer(dcp.StorageWriter):
     """Where torch.distributed.checkpoint puts things: a folder that gets its final name once all processes are done."""
 
-    def __init__(self, folder, config, record, beside):
-        self.folder, self.config, self.record, self.beside = folder, config, record, beside
+    def __init__(self, folder, config, record, tokenizer, beside):
+        self.folder, self.config, self.record, self.tokenizer, self.beside = folder, config, record, tokenizer, beside
         self.temporary = folder.with_name(f".{folder.name}.tmp")
 
     def reset(self, checkpoint_id=None):
@@ -66,7 +68,7 @@ class Writer(dcp.StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator, *args, **kwargs):
         if is_coordinator:  # before the others are told what to write
-            shutil.rmtree(self.temporary, ignore_errors=True)
+            make_way(self.temporary)
             self.temporary.mkdir(parents=True)
 
     def prepare_local_plan(self, plan):
@@ -93,17 +95,18 @@ class Writer(dcp.StorageWriter):
     def finish(self, metadata, results):
         """The first process, once all have written."""
         hashes = {file.name: weights.told_hash(weights.opened(file)) for file in sorted(self.temporary.glob("*.safetensors"))}
-        (self.temporary / "config.json").write_text(weights.config_json(self.config, "float32", hashes))
+        (self.temporary / "config.json").write_text(weights.config_json(self.config, "float32", hashes, self.tokenizer))
         (self.temporary / "train.json").write_text(json.dumps(sealed(self.record), indent=1))
-        for file in self.beside:
-            shutil.copy(file, self.temporary)
+        for name, content in self.beside.items():
+            (self.temporary / name).write_bytes(content)
         for path in *self.temporary.iterdir(), self.temporary:
             flush(path)
-        remove(self.folder)  # without its config.json it was passed over
+        make_way(self.folder)  # without its config.json it was passed over
         os.rename(self.temporary, self.folder)
         flush(self.folder.parent)
         for old in weights.checkpoints(self.folder.parent)[:-KEPT]:
-            remove(old)
+            if is_ours(old):
+                remove(old)
 
     def storage_meta(self):
         return StorageMeta()
@@ -113,12 +116,27 @@ class Writer(dcp.StorageWriter):
         return True
 
 
+def is_ours(folder):
+    """Whether we wrote all that is in a folder, and sealed it, unless we were killed. A user's notes or model in it are not ours to delete."""
+    unfinished = folder.name.startswith(".")
+    return folder.is_dir() and not folder.is_symlink() and all(OURS.fullmatch(file.name) for file in folder.iterdir()) \
+        and (unfinished or weights.sealed_config(folder) != {})
+
+
 def remove(folder):
     """A checkpoint that is no more needed: under a temporary name first, so that no half of it keeps its own."""
-    if folder.exists():
-        doomed = folder.with_name(f".{folder.name}.old.tmp")
-        os.rename(folder, doomed)
-        shutil.rmtree(doomed)
+    doomed = folder.with_name(f".{folder.name}.old.tmp")
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def make_way(folder):
+    """Nothing has this name any more: what is ours is removed, anything else gets another name."""
+    if is_ours(folder):
+        remove(folder)
+    elif os.path.lexists(folder):
+        names = (folder.with_name(f"{folder.name}.{n}") for n in range(1, 1000))
+        os.rename(folder, next(name for name in names if not os.path.lexists(name)))
 
 
 def flush(path):
@@ -135,17 +153,20 @@ def flush(path):
 class Saver:
     """Checkpoints of one run. save copies the state to the CPU's memory and returns; the rest happens while training goes on."""
 
-    def __init__(self, run, processes, beside):
-        self.run, self.processes, self.beside = run, processes, beside
+    def __init__(self, run, processes, tokenizer):
+        self.run, self.processes, self.tokenizer = run, processes, tokenizer.name
         self.writer = self.writing = None
+        # read now: a run that goes on has them from a checkpoint, which is removed after some more
+        self.beside = {name: file.read_bytes() for name, file in tokenizer.files.items()}
         if processes.rank == 0:
             for left in run.glob(".step_*.tmp"):  # by one that was killed
-                shutil.rmtree(left)
+                if re.fullmatch(r"\.step_\d{7,}(\.old)?\.tmp", left.name) and is_ours(left):
+                    shutil.rmtree(left)
 
     def save(self, model, optimizer, record):
-        """run/step_N, with the record as train.json and the files `beside` it. OSError if the one before failed."""
+        """run/step_N, with the record as train.json and the tokenizer beside it. OSError if the one before failed."""
         self.wait()
-        self.writer = Writer(self.run / f"step_{record['step']:07d}", model.config, record, self.beside)
+        self.writer = Writer(self.run / f"step_{record['step']:07d}", model.config, record, self.tokenizer, self.beside)
         self.writing = dcp.async_save(state_of(model, optimizer), storage_writer=self.writer, no_dist=self.processes.world == 1,
                                       process_group=self.processes.background)
 
@@ -190,22 +211,29 @@ def load(folder, model, optimizer, processes):
     files = sorted(file.name for file in folder.glob("*.safetensors"))
     missing = weights.missing(files)
     missing += [f"{kind}.safetensors" for kind in ("model", "optimizer") if not any(file.startswith(kind) for file in files)]
-    remedy = f"restore it from a copy, or delete {folder} to go on from the one before"
+    remedy = f"restore it from a copy, or move {folder} away to go on from the one before"
     if missing:
         raise FileNotFoundError(f"{folder / missing[0]} is missing: {remedy}")
     mine = files[processes.rank::processes.world]  # each is read whole once, by someone
-    weights.as_written(folder, {file: weights.checked(folder / file, remedy) for file in mine})
+    weights.as_written(folder, {file: weights.checked(folder / file, remedy) for file in mine}, files)
     if processes.world > 1:
         dist.barrier(processes.background)
     try:
         dcp.load(state_of(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(folder)),
                  no_dist=processes.world == 1, process_group=processes.background)
     except (dcp.CheckpointException, SafetensorError, OSError) as error:
-        raise ValueError(f"{folder} is damaged or of another model ({str(error).splitlines()[0][:200]}): delete it to go on from the "
-                         "one before") from None
+        raise ValueError(f"{folder} is damaged or of another model ({str(error).splitlines()[0][:200]}): move it away to go on from "
+                         "the one before") from None
 
 
 # ---------------------------------------------------------------- python checkpoint.py
+
+def tokenizer_beside(source, vocab_size):
+    """The tokenizer that goes with the model at `source`; None if there is none, as with weights that came alone."""
+    if tokenizer_files(folder_of(source)) or vocab_size == ByteTokenizer.n_vocab:
+        return tokenizer_of(source, vocab_size)
+    return None
+
 
 def main():
     parser = argparse.ArgumentParser(description="Write a run's newest checkpoint as one model in Hugging Face's layout.", allow_abbrev=False)
@@ -215,14 +243,12 @@ def main():
     args = parser.parse_args()
     try:
         source, to = weights.resolve(args.run), Path(args.to)
-        if to.exists():
-            raise ValueError(f"{to} exists: choose another folder")
+        if (to / "config.json").exists():  # it comes last: what has none is what an export left whose disk was full
+            raise ValueError(f"{to / 'config.json'} exists: choose another folder")
         model = Transformer.from_pretrained(source, getattr(torch, args.dtype))
-        model.save_pretrained(to)
-        for file in tokenizer_files(folder_of(source)):
-            shutil.copy(file, to)
+        weights.write(to, model.config, model.state_dict(), tokenizer_beside(source, model.config.vocab_size))
         print(f"{source} is now {to}, {args.dtype}")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"checkpoint.py: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -38,7 +38,7 @@ import niah
 import parallel
 import sparse
 import weights
-from data import folder_of, tokenizer_files, tokenizer_of
+from data import tokenizer_of
 from eval_niah import natural, positive, usable_device
 from files import only_one, told_to_end
 from memory import arl_passes, lengths_of
@@ -405,7 +405,6 @@ def run_in(processes, stop, run, args):
     passes = passes_of(args)
     source = folder or (args.init and weights.resolve(args.init))
     tokenizer = tokenizer_of(source, config.vocab_size, args.tokenizer)
-    beside = [] if tokenizer.name == "bytes" else tokenizer_files(folder_of(args.tokenizer or source))
     training, validation = make_data(args, tokenizer)
     done, first_sample = step_of(folder, run, args) if folder else 0, fingerprint(training)
     before = begun(args, folder)
@@ -449,7 +448,7 @@ def run_in(processes, stop, run, args):
     stopped, step_seconds, record = False, [], before
     if stop.wished and world == 1:
         raise KeyboardInterrupt
-    with checkpoint.Saver(run, processes, beside) as saver:
+    with checkpoint.Saver(run, processes, tokenizer) as saver:
         log = Log(run, rank, done, of_pass, peak and peak * world, args.batch * args.context_len, before)
         since = time.time()
         for step, (tokens, weight) in enumerate(batches(training, args, done, processes), start=done + 1):

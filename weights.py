@@ -15,6 +15,7 @@ Read are:
 
 Parameters are named as in Hugging Face's OLMo 2, here without its prefix "model."; a memory's gate is
 layers.N.self_attn.memory_proj. Every file is checked before use: one line tells the file, the field and the remedy.
+Where one thing is said in two places, they must agree (tests/test_contradictions.py): nobody guesses which one counts.
 Checked in tests/test_weights.py, and in tests/test_hostile.py against whatever strangers might put there.
 """
 import hashlib
@@ -22,12 +23,14 @@ import json
 import pickletools
 import re
 import struct
+import sys
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from shutil import copyfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,6 +41,9 @@ from files import SEAL, all_or_nothing, opened_seal, parse_json, read_json, regu
 SHARD_BYTES = 5 * 10**9  # a larger model is split into files of at most this size
 DTYPES = "F64", "F32", "F16", "BF16"  # of weights, as safetensors calls them
 PLACES = "DCP_SHARDING_INFO"  # where torch.distributed.checkpoint notes which rows a file holds: it can read our checkpoints
+INDEX = "model.safetensors.index.json"
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")  # as transformers and we name them
+FREQUENCIES = "rotary_emb.inv_freq"  # RoPE's, which some files hold as a buffer
 
 
 def checkpoints(run):
@@ -46,8 +52,11 @@ def checkpoints(run):
 
 
 def resolve(path):
-    """`path`, or the newest checkpoint in it if it is the folder of a run of train.py."""
-    return [Path(path), *checkpoints(path)][-1]
+    """`path`, or the newest checkpoint in it if it is the folder of a run of train.py. ValueError if it is a model's too."""
+    found = [Path(path), *checkpoints(path)]
+    if len(found) > 1 and "model_type" in any_json(found[0] / "config.json"):
+        raise ValueError(f"{path} holds a model and checkpoints of a run: which of them counts? Name one, as {found[-1]}, or move config.json away")
+    return found[-1]
 
 
 def read(path, without_tensors=False, hashed=True):
@@ -80,13 +89,15 @@ def fill(model, tensors, path, dtype, device):
     """
     wanted = model.state_dict()
     missing, foreign = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    # files of a tied model may hold the head as well: once more the embedding
-    foreign = [name for name in foreign if not (name == "lm_head.weight" and model.config.tied)]
+    again = [name for name in foreign if is_said_again(name, model.config)]
+    foreign = [name for name in foreign if name not in again]
     if missing or foreign:
         what = f"lacks {missing[0]!r}" if missing else f"has {short(foreign[0])}, which this model has not"
         more = len(missing) + len(foreign) - 1
         raise ValueError(f"{path} {what}{f' (and {more} more differ)' if more else ''}: "
                          "its config and its weights are not of one model")
+    for name in again:
+        check_said_again(name, tensors, model.config, path)
     state = {}
     for name, parameter in wanted.items():
         tensor = tensors[name]()
@@ -109,6 +120,27 @@ def fill(model, tensors, path, dtype, device):
     model.load_state_dict(state, assign=True)
 
 
+def is_said_again(name, config):
+    """Whether a file may hold this besides the parameters: the head of a tied model, and RoPE's frequencies."""
+    return name.endswith(FREQUENCIES) or (name == "lm_head.weight" and config.tied)
+
+
+def check_said_again(name, tensors, config, path):
+    """ValueError unless such a tensor says what the embedding, or the config, says already."""
+    told = tensors[name]()
+    if name == "lm_head.weight":
+        embedding = tensors["embed_tokens.weight"]()
+        if told.shape != embedding.shape or not bool((told == embedding).all()):  # == knows how to compare two dtypes
+            raise ValueError(f"{path}: its config ties the head to the embedding, and lm_head.weight is another matrix: which of "
+                             "them counts? Set tie_word_embeddings to false to use that head, or take lm_head.weight out")
+        return
+    D = config.head_width
+    ours = config.rope_theta ** -(torch.arange(0, D, 2).double() / D)
+    if told.shape != ours.shape or not torch.allclose(told.double(), ours, rtol=0.02, atol=1e-7):  # as far as 16 bits go
+        raise ValueError(f"{path}: {name} is not that of the config's rope_theta={config.rope_theta}: which of them counts? "
+                         "Correct the config, or take the buffer out")
+
+
 # ---------------------------------------------------------------- directories
 
 def settings_of_directory(path):
@@ -116,7 +148,8 @@ def settings_of_directory(path):
     found = config_of_directory(path)
     kind = found.get("model_type")
     if kind == "nanorat":
-        return {name: value for name, value in found.items() if name not in ("model_type", "architectures", "files")}
+        others = "model_type", "architectures", "files", "tokenizer"
+        return {name: value for name, value in found.items() if name not in others}
     if kind == "olmo2":
         return settings_of_olmo2(found, config_file)
     raise ValueError(f"{config_file}: model_type is {short(kind)}, and only 'olmo2' and 'nanorat' can be loaded here")
@@ -133,38 +166,79 @@ def config_of_directory(path):
     return opened_seal(found, config_file)
 
 
+# OLMo 2 has these, by name or because transformers knows no other; with another value a model computes something else
+OLMO2 = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "clip_qkv": None, "sliding_window": None,
+         "partial_rotary_factor": 1.0, "quantization_config": None}
+
+
 def settings_of_olmo2(found, config_file):
     """Hugging Face's names -> ours. Transformers 4 writes rope_theta at the top, 5 inside rope_parameters."""
-    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
-    plain = {"hidden_act": "silu", "attention_bias": False}
-    for name, value in plain.items():
+    for name, value in OLMO2.items():
         if found.get(name, value) != value:
             raise ValueError(f"{config_file}: {name}={short(found[name])}, and OLMo 2 has {value!r}: this is another model")
-    if not isinstance(rope, dict):
-        raise ValueError(f"{config_file}: rope_parameters={short(rope)} is no object: fetch it again")
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"  # older files say type
-    if rope_type != "default":
-        raise ValueError(f"{config_file}: rope_type={short(rope_type)} is not supported, only 'default' is")
+    architectures = found.get("architectures") or ["Olmo2ForCausalLM"]
+    if architectures != ["Olmo2ForCausalLM"]:
+        raise ValueError(f"{config_file}: architectures={short(architectures)}, and model_type is 'olmo2': this is another model")
+    ropes = {name: found[name] for name in ("rope_parameters", "rope_scaling") if found.get(name)}
+    for name, rope in ropes.items():
+        if not isinstance(rope, dict):
+            raise ValueError(f"{config_file}: {name}={short(rope)} is no object: fetch it again")
+        for key in "rope_type", "type":  # older files say type
+            if (rope.get(key) or "default") != "default":
+                raise ValueError(f"{config_file}: {key}={short(rope[key])} is not supported, only 'default' is")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(f"{config_file}: {name} rotates a part of each head, and OLMo 2 all of it: this is another model")
     names = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "width": "hidden_size",
              "n_head": "num_attention_heads", "mlp_width": "intermediate_size", "norm_eps": "rms_norm_eps",
              "context_len": "max_position_embeddings"}
+    thetas = {"rope_theta": found.get("rope_theta")} | {f"{name}.rope_theta": rope.get("rope_theta") for name, rope in ropes.items()}
     try:
         settings = {ours: found[theirs] for ours, theirs in names.items()}
-        settings["rope_theta"] = rope["rope_theta"] if "rope_theta" in rope else found["rope_theta"]
+        settings["rope_theta"] = agreed(thetas, config_file)
     except KeyError as error:
         raise ValueError(f"{config_file} lacks {error}: fetch it again") from None
-    kv_heads, eos_id = found.get("num_key_value_heads"), found.get("eos_token_id")
-    settings["n_kv_head"] = settings["n_head"] if kv_heads is None else kv_heads
+    kv_heads, head_dim = found.get("num_key_value_heads"), found.get("head_dim")
+    width, n_head, vocab_size = settings["width"], settings["n_head"], settings["vocab_size"]
+    ints = all(type(size) is int for size in (head_dim, width, n_head))
+    if head_dim is not None and not (ints and head_dim * n_head == width):
+        raise ValueError(f"{config_file}: head_dim={short(head_dim)}, and OLMo 2 has hidden_size={short(width)} / "
+                         f"num_attention_heads={short(n_head)}: this is another model")
+    settings["n_kv_head"] = n_head if kv_heads is None else kv_heads
     settings["tied"] = found.get("tie_word_embeddings", False)
-    eos_id = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
-    outside = type(eos_id) is int and type(settings["vocab_size"]) is int and not 0 <= eos_id < settings["vocab_size"]
-    settings["eos_id"] = None if outside else eos_id  # of a model that was cut to a smaller vocabulary, say
+    settings["eos_id"] = eos_of(found.get("eos_token_id"), vocab_size, config_file)
     return settings
+
+
+def agreed(told, config_file):
+    """The one value of several fields that mean the same, {field: value or None}. ValueError if they differ, KeyError if all are None."""
+    told = {field: value for field, value in told.items() if value is not None}
+    if not told:
+        raise KeyError("rope_theta")
+    first = next(iter(told))
+    for field, value in told.items():
+        if value != told[first]:
+            raise ValueError(f"{config_file}: {first}={short(told[first])} and {field}={short(value)}: which of them counts? "
+                             "Take the other out")
+    return told[first]
+
+
+def eos_of(told, vocab_size, config_file):
+    """
+    config.json's end of text; None if the vocabulary has no such token, being cut to a smaller one, say. Nothing is computed by it:
+    texts end at the tokenizer's. A list may name several, as chat models' do; then it is said that one alone is kept.
+    """
+    if isinstance(told, list) and told:
+        if any(other != told[0] for other in told):
+            print(f"note: {config_file}: of eos_token_id={short(told)} the first is kept; generation here ends at the tokenizer's", file=sys.stderr)
+        told = told[0]
+    outside = type(told) is int and type(vocab_size) is int and not 0 <= told < vocab_size
+    return None if outside else told
 
 
 def files_of_directory(path):
     """The names of its weights' files, and which of them has which tensor as the index says, {} if there is none."""
-    index_file, placed = path / "model.safetensors.index.json", {}
+    index_file, placed = path / INDEX, {}
+    named_as_usual = sorted(file.name for file in path.glob("model*.safetensors") if WEIGHTS.fullmatch(file.name))
     if index_file.exists():
         index = read_json(index_file, most=8 << 20)
         placed = index.get("weight_map") if isinstance(index, dict) else None
@@ -176,13 +250,24 @@ def files_of_directory(path):
                 raise ValueError(f"{index_file}: {short(file)} is no name of a .safetensors file beside it: fetch it again")
             if not (path / file).exists():
                 raise FileNotFoundError(f"{path / file} is missing, though {index_file.name} names it: fetch that shard")
+        sets = {INDEX} | {"model.safetensors"}.intersection(named_as_usual) - set(files)
     else:
-        files = sorted(file.name for file in path.glob("model*.safetensors"))
+        files = named_as_usual
         if not files:
-            raise FileNotFoundError(f"{path} holds no .safetensors file: fetch the weights, or convert a .bin to it")
-        if missing(files):
-            raise FileNotFoundError(f"{path / missing(files)[0]} is missing, though {files[0]} is there: restore it from a copy")
+            raise FileNotFoundError(f"{path} holds no model.safetensors, nor parts of one called model-00001-of-00002.safetensors: fetch "
+                                    "the weights, convert a .bin to it, or rename yours")
+        sets = {re.sub(r"\d{5}-of", "*-of", file) for file in files}
+    if len(sets) > 1:
+        raise ValueError(f"{path} holds weights twice, {' and '.join(sorted(sets))}: which of them count? Move the others away")
+    if not placed and missing(files):
+        raise FileNotFoundError(f"{path / missing(files)[0]} is missing, though {files[0]} is there: restore it from a copy")
     return files, placed
+
+
+def our_name(theirs):
+    """A tensor's name without what a model was wrapped in when it was saved, at any place: torch.compile, DDP, FSDP, "model."."""
+    inner = re.sub(r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", theirs)
+    return re.sub(r"^(model\.)+", "", inner)
 
 
 def tensors_of_directory(path, hashed=True):
@@ -190,13 +275,13 @@ def tensors_of_directory(path, hashed=True):
     files, placed = files_of_directory(path)
     with ThreadPoolExecutor(max_workers=8) as pool:  # hashing is all arithmetic, on a core each
         mapped = dict(zip(files, pool.map(checked if hashed else opened, [path / file for file in files])))
-    as_written(path, mapped)
+    as_written(path, mapped, files)
     tensors, rows = {}, {}
     for file, content in mapped.items():
         places = rows_of(content, path / file)
         for theirs in content.keys():
             load = lambda content=content, theirs=theirs: content.get_tensor(theirs)
-            ours = theirs.removeprefix("model.")
+            ours = our_name(theirs)
             if (dtype := content.get_slice(theirs).get_dtype()) not in DTYPES:
                 raise ValueError(f"{path / file}: {short(theirs)} is of type {dtype}, and weights are of {', '.join(DTYPES)}: fetch a file of those")
             shape = content.get_slice(theirs).get_shape()
@@ -208,8 +293,9 @@ def tensors_of_directory(path, hashed=True):
                 rows.setdefault(ours, {})[places[theirs]] = load, shape
             else:
                 tensors[ours] = load
+        here = {our_name(theirs) for theirs in content.keys()}
         for theirs in sorted(name for name, where in placed.items() if where == file):
-            if theirs.removeprefix("model.") not in tensors:
+            if our_name(theirs) not in here:
                 raise ValueError(f"{path / file} has no {short(theirs)}, which the index sees there: fetch both again")
     return tensors | {name: joined(name, parts, path) for name, parts in rows.items()}
 
@@ -225,12 +311,26 @@ def joined(name, parts, path):
     return lambda: torch.cat([load() for load in loads]) if len(loads) > 1 else loads[0]()
 
 
-def as_written(path, mapped):
-    """ValueError unless the files are those whose hashes our config.json tells; others' tells none. mapped: {name: opened file}"""
-    for file, told in config_of_directory(path).get("files", {}).items():
-        if file in mapped and told_hash(mapped[file]) != told:
-            raise ValueError(f"{path / file} is not the file that config.json was written with: restore both from a copy, or delete "
-                             f"'files' and {SEAL!r} there if you meant to")
+def as_written(path, mapped, there):
+    """
+    ValueError unless the files `there` are those that our config.json was written with; others' tells none. mapped: {name: opened
+    file}, of these or of some of them.
+    """
+    told = config_of_directory(path).get("files", {})
+    remedy = f"restore all from a copy, or take 'files' and {SEAL!r} out of config.json if you meant to"
+    kinds = {kind_of(file) for file in there}
+    for file in sorted(set(told).symmetric_difference(there)):
+        found = "is there, and not in" if file in there else "is not there, though in"
+        if told and kind_of(file) in kinds:  # a model may be read without its optimizer's files
+            raise ValueError(f"{path / file} {found} config.json's 'files': {remedy}")
+    for file, opened_file in mapped.items():
+        if told and told_hash(opened_file) != told[file]:
+            raise ValueError(f"{path / file} is not the file that config.json was written with: {remedy}")
+
+
+def kind_of(file):
+    """model of model-00001-of-00002.safetensors, likewise optimizer"""
+    return re.match(r"\w*", file)[0]
 
 
 def opened(file, remedy=None):
@@ -272,14 +372,22 @@ def rows_of(mapped, file):
         raise ValueError(f"{file} tells not whose rows it holds: restore it from a copy") from None
 
 
-def write(path, config, state):
+def write(path, config, state, tokenizer=None):
     """
-    Save a model into the directory `path`: its tensors (state: {name: tensor}) and config.json, last.
+    Save a model into the directory `path`: its tensors (state: {name: tensor}), its tokenizer's files (data.py) if there is one,
+    and config.json, last.
 
     A pure OLMo 2 is written as one, and opens in transformers. Anything else gets a model_type of its own, so that no
-    other program drops its gates unknowingly. All files appear or none does; OSError names what failed.
+    other program drops its gates unknowingly. All files appear or none does; OSError names what failed. A model that was saved
+    here before makes way; ValueError if anything else is in it.
     """
     path = Path(path)
+    before = has_our_mark(path)
+    beside = {} if tokenizer is None else tokenizer.files
+    in_the_way = [name for name, ours in before.items() if not ours]
+    in_the_way += [name for name, file in beside.items() if (path / name).exists() and (path / name).read_bytes() != file.read_bytes()]
+    if in_the_way:
+        raise ValueError(f"{path / in_the_way[0]} is in the way, and was not written here: choose another folder, or move it away")
     path.mkdir(parents=True, exist_ok=True)
     state = {hf_name(name): tensor for name, tensor in state.items()}
     shards, size = [{}], 0
@@ -296,12 +404,52 @@ def write(path, config, state):
         files[path / file] = lambda temporary, file=file, shard=shard: hashes.update({file: save_shard(shard, temporary)})
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
-        files[path / "model.safetensors.index.json"] = lambda file: file.write_text(json.dumps(index, indent=1))
-    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    files[path / "config.json"] = lambda file: file.write_text(config_json(config, dtype, hashes))
+        files[path / INDEX] = lambda file: file.write_text(json.dumps(index, indent=1))
+    for name, source in beside.items():
+        files[path / name] = lambda temporary, source=source: copyfile(source, temporary)
+    dtype, called = str(next(iter(state.values())).dtype).removeprefix("torch."), tokenizer and tokenizer.name
+    files[path / "config.json"] = lambda file: file.write_text(config_json(config, dtype, hashes, called))
     all_or_nothing(files)
-    for old in set(path.glob("model*.safetensors*")) - files.keys():
-        old.unlink()  # of a model saved here before, in other files
+    for old in before.keys() - {file.name for file in files}:
+        (path / old).unlink()
+
+
+def has_our_mark(path):
+    """
+    {name: whether we wrote it} of what a reader takes for the model in a directory: config.json with our seal, weights with
+    our hash, or, if they are damaged, named by that config.json, and an index of such files. Nothing else is ours to replace.
+    """
+    names = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
+    config, marks = sealed_config(path), {}
+    for name in filter(WEIGHTS.fullmatch, names):
+        try:
+            marks[name] = told_hash(opened(path / name)) is not None
+        except (ValueError, OSError):
+            marks[name] = name in config.get("files", {})
+    if INDEX in names:
+        indexed = any_json(path / INDEX).get("weight_map")
+        marks[INDEX] = isinstance(indexed, dict) and all(marks.get(str(file)) for file in indexed.values())
+    if "config.json" in names:
+        marks["config.json"] = config != {}
+    return marks
+
+
+def sealed_config(path):
+    """A directory's config.json if it is as we wrote it, else {}."""
+    found = any_json(path / "config.json")
+    try:
+        return opened_seal(found, path) if SEAL in found else {}
+    except ValueError:
+        return {}
+
+
+def any_json(path):
+    """The object in a JSON file, {} if there is none."""
+    try:
+        found = read_json(path, most=8 << 20)
+    except (ValueError, OSError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def hf_name(name):
@@ -333,9 +481,13 @@ def save_shard(shard, file, places=None):
     return told
 
 
-def config_json(config, dtype, hashes):
-    """config.json's text, sealed. hashes: {file of weights beside it: what it tells of its content}"""
-    return json.dumps(sealed(described(config, dtype) | {"files": hashes}), indent=1)
+def config_json(config, dtype, hashes, tokenizer=None):
+    """
+    config.json's text, sealed. hashes: {file of weights beside it: what it tells of its content}; tokenizer: its name, where it is
+    known, by which data.tokenizer_of finds a wrong one.
+    """
+    known = {} if tokenizer is None else {"tokenizer": tokenizer}
+    return json.dumps(sealed(described(config, dtype) | known | {"files": hashes}), indent=1)
 
 
 def described(config, dtype):
@@ -381,9 +533,9 @@ def read_ratplus(path):
         raise ValueError(f"{path} is damaged or no RAT+ checkpoint ({short(str(error).partition(chr(10))[0] or type(error).__name__)}): fetch it again") from None
     if not isinstance(file, dict) or not isinstance(file.get("task"), dict):
         raise ValueError(f"{path} has no state dict under 'task': it is no RAT+ checkpoint")
-    state = {str(name).replace("_orig_mod.", ""): tensor for name, tensor in file["task"].items()}
+    state = {our_name(str(name)): tensor for name, tensor in file["task"].items()}
     if len(state) < len(file["task"]):
-        raise ValueError(f"{path}: a tensor is there twice, with and without '_orig_mod.': fetch it again")
+        raise ValueError(f"{path}: a tensor is there twice, with and without a prefix like '_orig_mod.': fetch it again")
     for name, tensor in state.items():
         if not (isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()
                 and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)):
@@ -423,11 +575,13 @@ def read_ratplus(path):
             continue
         for theirs, ours in renamed.items():
             name = name.replace(theirs, ours)
-        if "seq_layer.in_proj" in name:
-            for part, chunk in zip(packed, tensor.split(C)):  # a fifth that this model does not want, or lacks, shows in fill
-                tensors[name.replace("seq_layer.in_proj", f"self_attn.{part}")] = lambda chunk=chunk: chunk
-        else:
-            tensors[name] = lambda tensor=tensor: tensor
+        # a fifth part that this model does not want, or lacks, shows in fill
+        parts = zip(packed, tensor.split(C)) if "seq_layer.in_proj" in name else [("", tensor)]
+        for part, chunk in parts:
+            ours = name.replace("seq_layer.in_proj", f"self_attn.{part}")
+            if ours in tensors:
+                raise ValueError(f"{path}: {short(ours)} is there twice, under two names: which of them counts? Fetch it again")
+            tensors[ours] = lambda chunk=chunk: chunk
     if memory:  # RAT+'s gate has no bias
         dtype = state["embedding.wte.weight"].dtype
         tensors |= {f"layers.{i}.self_attn.memory_proj.bias": lambda: torch.zeros(C, dtype=dtype) for i in range(n_layer)}

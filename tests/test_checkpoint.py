@@ -21,6 +21,7 @@ from model import Transformer
 
 HERE = Path(__file__).parent
 ARGS = SimpleNamespace(lr=1e-3, memory_lr=1e-2, weight_decay=0.1)
+BYTES = SimpleNamespace(name="bytes", files={})  # a tokenizer without files
 
 
 def made(seed=0):
@@ -35,7 +36,7 @@ def made(seed=0):
 
 
 def save(run, model, optimizer, *steps):
-    with checkpoint.Saver(run, parallel.Processes(), []) as saver:
+    with checkpoint.Saver(run, parallel.Processes(), BYTES) as saver:
         for step in steps:
             saver.save(model, optimizer, {"step": step})
 
@@ -69,14 +70,14 @@ def test_copies_and_halves_of_checkpoints_are_none(tmp_path):
     (tmp_path / "step_0000003" / "model.safetensors").touch()
     assert weights.resolve(tmp_path).name == "step_0000002"
     save(tmp_path, *ours, 3, 4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_0000003", "step_0000004", "step_0000009.bak", "step_old"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_0000003", "step_0000003.1", "step_0000004", "step_0000009.bak", "step_old"]
 
 
 def test_what_is_saved_is_the_state_at_the_call(tmp_path):
     """A checkpoint of two moments in one, as training goes on while it is written."""
     run, (model, optimizer) = tmp_path / "run", made()
     before = {name: tensor.clone() for name, tensor in checkpoint.state_of(model, optimizer).items()}
-    with checkpoint.Saver(run, parallel.Processes(), []) as saver:
+    with checkpoint.Saver(run, parallel.Processes(), BYTES) as saver:
         saver.save(model, optimizer, {"step": 1})
         with torch.no_grad():
             for tensor in checkpoint.state_of(model, optimizer).values():
@@ -95,7 +96,7 @@ import checkpoint, parallel, train, weights
 from dataclasses import replace
 from model import Transformer
 from pathlib import Path
-from test_checkpoint import ARGS, made
+from test_checkpoint import ARGS, BYTES, made
 source, to = map(Path, sys.argv[1:])
 with parallel.join("cpu") as us:
     from model import Config
@@ -106,7 +107,7 @@ with parallel.join("cpu") as us:
     model.to_empty(device="cpu")
     optimizer = train.make_optimizer(model, ARGS)
     checkpoint.load(source, model, optimizer, us)
-    with checkpoint.Saver(to, us, []) as saver:
+    with checkpoint.Saver(to, us, BYTES) as saver:
         saver.save(model, optimizer, {{"step": 5}})
 """
 
@@ -184,7 +185,7 @@ def test_a_full_disk_is_told_at_the_next_call_and_leaves_what_was_there(tmp_path
     save(tmp_path, *ours, 1)
     monkeypatch.setattr(weights, "save_file", lambda tensors, file, **more: (_ for _ in ()).throw(OSError(28, "No space left on device"))
                         if "optimizer" in str(file) else original(tensors, file, **more))
-    saver = checkpoint.Saver(tmp_path, parallel.Processes(), [])
+    saver = checkpoint.Saver(tmp_path, parallel.Processes(), BYTES)
     saver.save(*ours, {"step": 2})
     with pytest.raises(OSError) as raised:
         saver.wait()

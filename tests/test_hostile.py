@@ -264,9 +264,10 @@ def change_pth(data, random):
 
 # ---------------------------------------------------------------- the files before, and what is right after
 
-def foreign(folder, shards):
-    """An OLMo 2 as others write it, without a hash of ours."""
-    tiny(eos_id=5).save_pretrained(folder)
+def foreign(folder, shards, **form):
+    """An OLMo 2 as others write it, without a hash of ours. -> the model"""
+    model = tiny(eos_id=5, **form)
+    model.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -278,6 +279,7 @@ def foreign(folder, shards):
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if name not in ("sha256", "files")}))
+    return model
 
 
 @pytest.fixture(scope="module")

@@ -285,7 +285,7 @@ def test_missing_files_are_named(tmp_path, monkeypatch):
     refused(tmp_path, "index", "fetch it again")
     for file in tmp_path.glob("model*"):
         file.unlink()
-    refused(tmp_path, "no .safetensors", error=FileNotFoundError)
+    refused(tmp_path, "no model.safetensors", "rename", error=FileNotFoundError)
     (tmp_path / "config.json").unlink()
     refused(tmp_path, tmp_path / "config.json", "missing", error=FileNotFoundError)
     refused(tmp_path / "nowhere", "does not exist", error=FileNotFoundError)
