@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 import weights
-from data import ByteTokenizer, folder_of, tokenizer_files, tokenizer_of
+from data import KINDS, ByteTokenizer, folder_of, tokenizer_of
 from files import sealed
 from model import Transformer
 
@@ -230,7 +230,7 @@ def load(folder, model, optimizer, processes):
 
 def tokenizer_beside(source, vocab_size):
     """The tokenizer that goes with the model at `source`; None if there is none, as with weights that came alone."""
-    if tokenizer_files(folder_of(source)) or vocab_size == ByteTokenizer.n_vocab:
+    if any((folder_of(source) / name).exists() for name in KINDS) or vocab_size == ByteTokenizer.n_vocab:
         return tokenizer_of(source, vocab_size)
     return None
 
@@ -248,7 +248,7 @@ def main():
         model = Transformer.from_pretrained(source, getattr(torch, args.dtype))
         weights.write(to, model.config, model.state_dict(), tokenizer_beside(source, model.config.vocab_size))
         print(f"{source} is now {to}, {args.dtype}")
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError) as error:
         print(f"checkpoint.py: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -357,6 +357,32 @@ def test_tensors_that_do_not_fit_are_refused(change, words, tmp_path):
     refused(tmp_path, *words[1])
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0" + "\nsize 123456\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00001-of-*.safetensors", "model.safetensors.index.json", "last.pth"])
+def test_what_git_lfs_left_is_told_as_such(name, tmp_path, monkeypatch):
+    """A clone without git-lfs: "fetch it again", by which one does the same again."""
+    monkeypatch.setattr(weights, "SHARD_BYTES", 20000)
+    save(tmp_path)
+    edit_config(tmp_path)
+    (tmp_path / "last.pth").touch()
+    file = next(tmp_path.glob(name))
+    file.write_text(POINTER)
+    refused(file if name == "last.pth" else tmp_path, file, "git-lfs", "git lfs pull")
+
+
+def test_of_several_ends_of_text_one_is_kept_and_it_is_said(tmp_path, capsys):
+    """The others dropped without a word."""
+    save(tmp_path, eos_id=3)
+    edit_config(tmp_path, eos_token_id=[3, 4])
+    assert Transformer.from_pretrained(tmp_path).config.eos_id == 3
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "eos_token_id=[3, 4]" in said and str(tmp_path / "config.json") in said
+    edit_config(tmp_path, eos_token_id=[3])
+    assert Transformer.from_pretrained(tmp_path).config.eos_id == 3 and not capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- RAT+ files
 
 def test_a_pickle_runs_no_code(tmp_path):
