@@ -1,0 +1,245 @@
+"""
+Is each number that we publish held by a test? Wrong ones are planted, one after the other, and a test must fail.
+
+    python tests/mutants.py [--only WORD] [--list]        some minutes on one core; exit 1 if one survived, or no longer applies
+
+MUTANTS below is the table: by file, what stands there exactly once, what is planted instead, the test that must see it, and what
+a reader would be told without that test. Each would still look plausible in a table or a log. Whoever adds a number to a report
+adds a line here. tests/test_report.py sees to it that all still apply.
+"""
+import argparse
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT = 120  # seconds of one test
+LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "results", "assets", "out", "data")
+
+# {file: [(old, new, test as FILE::NAME without "test_", what it would tell)]}
+MUTANTS = {
+    "cost.py": [
+        ("return 6 * used", "return 4 * used", "report::flops_are_those_counted_by_hand", "backward taken for half its FLOPs: MFU two thirds"),
+        ("+ 12 * config.n_layer", "+ 24 * config.n_layer", "report::flops_are_those_counted_by_hand", "attention that is not causal: MFU too high in long contexts"),
+        ("(0 if config.tied else config.vocab_size * config.width)", "0", "report::flops_are_those_counted_by_hand", "the embedding's look-up counted as a product: MFU too high in small models"),
+        ("attention += (C + 1) * kv", "attention += C * kv", "cost::parameters_are_the_models", "parameters without the gates' biases"),
+        ('"H200": 989e12', '"H200": 1979e12', "cost::peak_of_a_device", "the data sheet's peak with sparsity: MFU halved"),
+        ("EXPECTED_MFU * peak * world", "EXPECTED_MFU * peak", "report::a_run_is_told_by_figures_worked_by_hand", "hours told for one GPU"),
+        ("flops = args.batch * args.context_len, args.batch // world // plan.device_batch, sum(of_pass.values())",
+         "flops = args.batch * args.context_len, args.batch // world // plan.device_batch, max(of_pass.values())",
+         "report::a_run_is_told_by_figures_worked_by_hand", "hours and FLOPs without ARL's pass"),
+        ("args.batch // world // plan.device_batch", "args.batch // plan.device_batch", "report::a_run_is_told_by_figures_worked_by_hand", "parts of a batch told for one GPU"),
+        ("{args.steps * flops:.2e} in all", "{args.steps * flops / 2:.2e} in all", "report::a_run_is_told_by_figures_worked_by_hand", "half the FLOPs of a run"),
+        ("number / 1000 ** power", "number / 1024 ** power", "report::a_run_is_told_by_figures_worked_by_hand", "thousands of 1,024 tokens"),
+        ('f"{n / 1e9:.1f} GB"', 'f"{n / 2**30:.1f} GB"', "report::a_run_is_told_by_figures_worked_by_hand", "GiB called GB"),
+        ("USABLE = 0.90", "USABLE = 1.0", "report::room_is_nine_tenths_of_what_is_there", "a plan that fits and then does not"),
+        ('/ processes_here', '/ 1', "report::room_is_nine_tenths_of_what_is_there", "each process takes the machine's memory for its own"),
+        ("max(config.n_layer - recompute, 1)", "max(config.n_layer - recompute, 0)", "report::bytes_are_those_counted_by_hand", "predicted memory without the layer that backward is at"),
+        ("+ recompute * anew)", ")", "report::bytes_are_those_counted_by_hand", "predicted memory without the inputs of layers computed anew"),
+        ("(4 if small else 0)", "0", "report::bytes_are_those_counted_by_hand", "predicted memory of small models too low"),
+        ("4 + 2 * width) * head", "2 * width) * head", "report::bytes_are_those_counted_by_hand", "predicted memory without the head's gradient in fp32"),
+        ("3 * width * tokens * C", "2 * width * tokens * C", "report::bytes_are_those_counted_by_hand", "predicted memory of the loss too low"),
+        ("4 * total / world - activations - loss", "4 * total / world - activations", "report::bytes_are_those_counted_by_hand", "gradients predicted beside a loss that is gone by then"),
+        ("        gradients = 4 * total / world\n", "        gradients = 4 * total\n", "report::bytes_are_those_counted_by_hand", "gradients that are not spread over the GPUs"),
+        ('"weights and moments": 12 * total', '"weights and moments": 16 * total', "report::bytes_are_those_counted_by_hand", "gradients counted twice"),
+        ("+ (2 if memory else 0) + (1 if normed and memory else 0)", "+ (2 if memory else 0)", "report::bytes_are_those_counted_by_hand", "predicted memory of a model with memory and QK-norm too low"),
+        ("* config.n_kv_head / config.n_head", "", "report::bytes_are_those_counted_by_hand", "grouped-query models predicted as large as others"),
+    ],
+    "samples.py": [
+        ("drills = self.args, 1.0 if index < self.only_drills else self.later_drills", "drills = self.args, 0.0", "report::samples_are_of_the_kinds_that_the_flags_say", "a recipe with drills trains without any"),
+        ("0.3 if only_drills else 0.0", "0.0", "report::samples_are_of_the_kinds_that_the_flags_say", "drills end after the first third"),
+        ("0.3 if only_drills else 0.0", "0.3", "report::samples_are_of_the_kinds_that_the_flags_say", "--drills=0 trains on drills"),
+        ("int(args.drills * args.steps) * args.batch", "int(args.drills * args.steps)", "report::samples_are_of_the_kinds_that_the_flags_say", "drills for a share of the samples of one step"),
+        ("index < self.only_drills", "index <= self.only_drills", "report::samples_are_of_the_kinds_that_the_flags_say", "one drill more: another model under the same flags"),
+        ('f"val-{seed}")', "seed)", "report::training_validation_and_test_share_no_needle", "validation by training samples: 100 % right"),
+        ('f"{args.recipe}-{args.seed}" if args.init else args.seed', "args.seed", "report::training_validation_and_test_share_no_needle", "fine-tuning meets the needles of the pretraining"),
+        ('"other_weight": 0.0', '"other_weight": args.other_weight', "report::only_answers_count_in_validation_and_the_rest_as_told_in_training", "validation of all tokens where --other_weight=1"),
+        ("self.tasks = args.tasks or fitting", "self.tasks = fitting", "report::tasks_protocol_and_haystack_are_those_of_the_flags", "trained on other tasks than --tasks says"),
+        ("self.tasks, args.many, self.haystack,", "self.tasks, args.many, None,", "report::tasks_protocol_and_haystack_are_those_of_the_flags", "--haystack that is not read"),
+        ("self.tasks, args.many, self.haystack,", "self.tasks, 0.5, self.haystack,", "report::samples_are_of_the_kinds_that_the_flags_say", "--many that is not heard"),
+        ("args.other_weight, args.protocol,", "args.other_weight, \"base\",", "report::tasks_protocol_and_haystack_are_those_of_the_flags", "trained in the other protocol than evaluated"),
+        ('Text(args, tokenizer, "val")', 'Text(args, tokenizer, "train")', "report::text_is_validated_on_windows_that_are_not_trained_on", "validation loss of text that was trained on"),
+        ("        one[0] = 0\n", "", "report::text_is_validated_on_windows_that_are_not_trained_on", "a token that is no target in the count of weights"),
+        ("step * self.batch + self.rank * self.per_process", "step * self.batch", "report::each_process_takes_its_part_of_each_batch", "every GPU trains on the same part of a batch"),
+        ("args.batch // processes.world", "args.batch", "report::each_process_takes_its_part_of_each_batch", "a batch larger than told"),
+        ("range(done, args.steps)", "range(args.steps)", "report::each_process_takes_its_part_of_each_batch", "a resumed run sees its first samples again"),
+        ("        parts.append(repr(dataset.shards.starts).encode())\n", "        pass\n", "report::a_run_is_known_by_its_samples", "a run that goes on although a shard is gone"),
+        ("for part in dataset[0]]", "for part in dataset[0][:1]]", "report::a_run_is_known_by_its_samples", "a run that goes on with other weights of its tokens"),
+    ],
+    "record.py": [
+        ('entry["mfu"] = round(sum(self.of_pass.values())', 'entry["mfu"] = round(2 * sum(self.of_pass.values())', "report::a_line_of_the_log_by_hand", "MFU doubled in the log"),
+        ('entry["mfu"] = round(sum(', 'entry["mfu"] = round(max(', "report::a_line_of_the_log_by_hand", "MFU of the dense pass's FLOPs by the seconds of both"),
+        ("seconds = seconds_between(marks[0], marks[-1])", "seconds = seconds_between(marks[-2], marks[-1])", "report::a_line_of_the_log_by_hand", "tokens a second and MFU without the time of ARL's pass"),
+        ('round(self.tokens / seconds)', 'round(len(self.of_pass) * self.tokens / seconds)', "report::a_line_of_the_log_by_hand", "tokens a second that count each token for each pass"),
+        ('values[:n], values[n:], marks, marks[1:]', 'values[n:], values[:n], marks, marks[1:]', "report::a_line_of_the_log_by_hand", "norms told as losses"),
+        ("zip(self.of_pass, values[:n]", "zip(reversed(self.of_pass), values[:n]", "report::a_line_of_the_log_by_hand", "ARL's loss told as the dense one"),
+        ('what if name == "dense" and what != "seconds"', 'what if name != "joint" and what != "seconds"', "report::a_line_of_the_log_by_hand", "the last pass's numbers under both names"),
+        ('entry["step"] * self.tokens', '(entry["step"] - 1) * self.tokens', "report::a_line_of_the_log_by_hand", "tokens seen, a step behind"),
+        ("return number if math.isfinite(number) else None", "return number if math.isfinite(number) else 0.0", "report::skipped_passes_are_counted_and_three_steps_in_a_row_end_the_run", "a loss of 0 where there was none"),
+        ("for norm in values[n:])\n", "for norm in values[:n])\n", "report::skipped_passes_are_counted_and_three_steps_in_a_row_end_the_run", "passes skipped for their norm not counted"),
+        ("bad = sum(not", "bad = any(not", "report::skipped_passes_are_counted_and_three_steps_in_a_row_end_the_run", "steps counted instead of passes"),
+        ("self.in_a_row + 1 if bad else 0", "self.in_a_row + bad", "report::skipped_passes_are_counted_and_three_steps_in_a_row_end_the_run", "a long run ended by its third bad step"),
+        ('self.hopeless = before["skipped"], 0, None', 'self.hopeless = 0, 0, None', "report::skipped_passes_are_counted_and_three_steps_in_a_row_end_the_run", "skipped passes forgotten over a resume"),
+        ('time.time() - before["seconds"]', "time.time()", "report::the_log_goes_on_behind_the_checkpoint", "hours of training since the last resume alone"),
+        ("splitlines(keepends=True)[:done]", "splitlines(keepends=True)", "report::the_log_goes_on_behind_the_checkpoint", "steps that were lost, twice in the log"),
+        ("statistics.median(step_seconds)", "min(step_seconds)", "report::a_record_by_hand", "tokens a second of the fastest step"),
+        ("statistics.median(step_seconds)", "statistics.fmean(step_seconds)", "report::a_record_by_hand", "a speed with the compilation in it"),
+        ("round(sum(log.of_pass.values()) / seconds / log.peak, 4)", "round(2 * sum(log.of_pass.values()) / seconds / log.peak, 4)", "report::a_record_by_hand", "MFU doubled in train.json and the summary"),
+        ('"processes": processes.world', '"processes": 1', "report::a_record_by_hand", "a run of eight GPUs told as one's"),
+        ('"skipped": log.skipped, "first', '"skipped": 0, "first', "report::a_record_by_hand", "no pass skipped, as train.json tells"),
+        ("start.elapsed_time(end) / 1000", "start.elapsed_time(end) / 500", "report::a_gpus_milliseconds_are_seconds", "half the speed on every GPU"),
+        ('MAY_CHANGE = {"resume",', 'MAY_CHANGE = {"lr", "resume",', "report::a_run_does_not_go_on_with_other_flags", "a run at two learning rates, told by the last"),
+        ('MAY_CHANGE = {"resume",', 'MAY_CHANGE = {"drills", "resume",', "report::a_run_does_not_go_on_with_other_flags", "a run of two mixtures of samples, told by the last"),
+        ("key not in MAY_CHANGE and", "key in MAY_CHANGE and", "report::a_run_does_not_go_on_with_other_flags", "any flag may change over a resume"),
+        ('eval_niah.training_record(args.init) if args.init else None', 'None', "train::a_checkpoint_tells_how_it_was_made", "a fine-tuned model without the pretraining's speed and recipe in the summary"),
+    ],
+    "runs.py": [
+        ("return steps == settings.steps", "return steps > 0", "report::a_run_is_finished_after_its_last_step", "a model of half its steps in the table"),
+        ("return steps == settings.steps", "return steps < settings.steps", "report::a_run_is_finished_after_its_last_step", "whole runs trained again, half ones asked"),
+        ('f"--init={first}", "--arl=0"', 'f"--init={first}", "--arl=64"', "report::two_stages_by_hand", "fine-tuning with ARL"),
+        ('[*passed_on(more), f"--seed={seed}"]', '[*passed_on(more), "--seed=0"]', "report::two_stages_by_hand", "three seeds that are one: a spread of nearly nothing"),
+        ('f"--init={first}"', 'f"--init={run}"', "report::two_stages_by_hand", "fine-tuning of another model"),
+        ("* per_gpu:", "* 1:", "report::each_gpu_has_its_share_of_jobs", "--per_gpu that is not heard"),
+        ('{"CUDA_VISIBLE_DEVICES": gpu}', '{"CUDA_VISIBLE_DEVICES": "0"}', "report::each_gpu_has_its_share_of_jobs", "all runs on one GPU: a speed that is none"),
+        ("if seed.isdigit():", "if True:", "runs::only_results_are_results", "other methods' files read as more seeds"),
+        ("        if theirs != prompts:", "        if theirs.keys() != prompts.keys():", "runs::prompts_of_a_model_not_yet_made_are_those_it_is_asked", "seeds in one mean that were asked other prompts"),
+    ],
+    "answers.py": [
+        ("key=lambda i: len(examples[i].ids)", "key=lambda i: 0", "report::batches_are_of_similar_length", "seconds of padding in the speed told"),
+        ("order[start:start + batch] for start in range(0, len(order), batch)", "order[start:start + batch] for start in range(0, len(order) - len(order) % batch, batch)",
+         "report::batches_are_of_similar_length", "the last batch is never asked"),
+        ("not in there.get((label, task, name), ())", "not in there.get((label, task, next(iter(methods))), ())", "report::what_is_missing_is_asked_and_nothing_else", "answers of one method taken for another's"),
+        ("if any(missing.values()):", "if all(missing.values()):", "report::what_is_missing_is_asked_and_nothing_else", "an added method that is never asked"),
+        ("if there.keys().isdisjoint(line.examples):", "if True:", "report::lines_are_read_once_each", "hits of a batch counted twice"),
+        ("if told != seal_of(content):", "if False:", "report::lines_are_read_once_each", "an answer that a disk or a hand has changed"),
+        ("found.setdefault(line[:3], {})", "found.setdefault((line.checkpoint, line.task, line.method.removeprefix('H1 ')), {})", "report::lines_are_read_once_each", "hits taken for answers"),
+        ('("samples", "seed", "context_len"', '("samples", "context_len"', "report::answers_of_other_questions_or_models_are_refused", "half a table of another evaluation seed"),
+        ('"protocol", "haystack",', '"haystack",', "report::answers_of_other_questions_or_models_are_refused", "half a table in the other protocol"),
+        ('"jsonl", "dtype", "kernels")', '"jsonl", "kernels")', "report::answers_of_other_questions_or_models_are_refused", "half a table in bf16"),
+        ("= hash_of(files)", "= hash_of(files[:1])", "report::answers_of_other_questions_or_models_are_refused", "half a table of the weights before the last training"),
+        ("                digest.update(chunk)\n", "                pass\n", "report::answers_of_other_questions_or_models_are_refused", "a model known by its size alone"),
+        ("niah.prompt_hash(e) for task, e in examples[label].items()}", "len(e) for task, e in examples[label].items()}", "report::answers_of_other_questions_or_models_are_refused",
+         "half a table of other prompts, of another Python's help pages"),
+        ('before["calls"] + [call]', '[call]', "report::answers_of_other_questions_or_models_are_refused", "a report that names its last command alone"),
+    ],
+    "niah.py": [
+        ("in prediction.lower() for answer in answers) / len(answers)", "in prediction.lower() for answer in answers) / max(1, len(answers) - 1)", "report::scores_are_shares_of_the_answers", "three of four answers are all"),
+        ("return sum(answer.lower() in prediction.lower() for answer in answers) / len(answers)", "return float(any(answer.lower() in prediction.lower() for answer in answers))",
+         "report::scores_are_shares_of_the_answers", "one of four answers is all: MV and MQ too high"),
+        ("answer.lower() in prediction.lower()", "answer in prediction", "report::scores_are_shares_of_the_answers", "RULER's score with case"),
+        ('{piece.strip() for piece in prediction.split(",")}', "set(prediction.split(','))", "report::scores_are_shares_of_the_answers", "the paper's score of base answers near 0"),
+        ("start = rng.randrange(len(words)) if start is None else start", "start = 0", "report::training_essays_start_anywhere_and_asked_ones_at_the_first_word", "training on one page of the haystack"),
+        ('start=None if split == "train" else 0)', "start=None)", "report::training_essays_start_anywhere_and_asked_ones_at_the_first_word", "other prompts than RULER's and than those published"),
+        ("haystack = Haystack(task, rng, used, words, rng.randrange(len(words)))", "haystack = Haystack(task, rng, used, words, 0)",
+         "report::training_essays_start_anywhere_and_asked_ones_at_the_first_word", "samples of many questions from one page of the haystack"),
+        ("start, end = rng.randrange(len(words)), rng.randint(1, gap)", "start, end = 0, rng.randint(1, gap)", "report::training_essays_start_anywhere_and_asked_ones_at_the_first_word", "drills between the same words"),
+        ("if rng.random() < drills:", "if False:", "report::samples_are_of_the_kinds_that_the_flags_say", "no drills at all"),
+        ("elif rng.random() < many:", "elif True:", "report::samples_are_of_the_kinds_that_the_flags_say", "none of the samples that the evaluation asks"),
+        ("1 if is_answer else other_weight", "1 if is_answer else 0.1", "report::only_answers_count_in_validation_and_the_rest_as_told_in_training", "--other_weight that is not heard"),
+        ("1 if is_answer else other_weight", "1", "report::only_answers_count_in_validation_and_the_rest_as_told_in_training", "validation of all tokens"),
+        ("    weights[0] = 0  #", "    pass  #", "report::only_answers_count_in_validation_and_the_rest_as_told_in_training", "a token that is no target in the count of weights"),
+        ("(target + [tokenizer.eos_id], True)]", "(target, True), ([tokenizer.eos_id], False)]", "report::only_answers_count_in_validation_and_the_rest_as_told_in_training", "models that do not end their answers"),
+        ('random.Random(f"train/{seed}/{index}")', 'random.Random(f"train/{index}")', "report::training_validation_and_test_share_no_needle", "all seeds train on the same samples; validation too"),
+        ('random.Random(f"{split}/{seed}/{task}/{index}")', 'random.Random(f"{split}/{task}/{index}")', "report::training_validation_and_test_share_no_needle", "a second evaluation seed that is the first"),
+        ('random.Random(f"{split}/{seed}/{task}/{index}")', 'random.Random(f"{seed}/{task}/{index}")', "report::training_validation_and_test_share_no_needle", "a test set that is the validation set"),
+        ('"\\0".join(e.prompt for e in examples)', "examples[0].prompt", "report::prompts_are_known_by_all_of_them", "results of 100 samples beside those of 200"),
+        ('n_keys=4),\n    "niah_multikey_2"', 'n_keys=2),\n    "niah_multikey_2"', "report::tasks_are_rulers", "MK-1 with one distractor"),
+        ('n_values=4),', 'n_values=2),', "report::tasks_are_rulers", "MV of two values: too easy"),
+        ("n_keys=4, n_queries=4)", "n_keys=4, n_queries=2)", "report::tasks_are_rulers", "MQ of two questions: too easy"),
+        ("round(100 * i / 39) for i in range(40)", "round(50 * i / 39) for i in range(40)", "report::tasks_are_rulers", "needles in the first half alone"),
+        ("rng.sample(DEPTHS, len(pairs))", "rng.sample(DEPTHS[-8:], len(pairs))", "niah::depths_are_where_the_needles_are", "needles near the question, in reach of a window"),
+        ("[round(depth) for *_, depth in draft.answers]", "[round(100 - depth) for *_, depth in draft.answers]", "niah::depths_are_where_the_needles_are", "accuracy by depth upside down"),
+        ("context_len - max_new_tokens)\n", "context_len - 2 * max_new_tokens)\n", "niah::context_is_filled_to_the_limit", "prompts shorter than told: budgets larger than told"),
+        ("        if text not in used:\n", "        if True:\n", "report::no_two_keys_or_values_of_a_sample_are_equal", "questions with two right answers"),
+        ('return 48 if context_len < 2048 or tokenizer.name == "bytes" else 128', "return 30", "niah::default_new_tokens_hold_every_answer_in_bytes", "answers cut off: UUIDs never found"),
+        ('"outputs": e.answers,\n            "others"', '"outputs": e.answers[:1],\n            "others"', "niah::predictions_are_in_the_form_that_rulers_evaluation_reads", "other scores by RULER's own script"),
+    ],
+}
+
+
+def stale(file, old, test, root=ROOT):
+    """Why a line of the table no longer applies, None if it does."""
+    times = (root / file).read_text(encoding="utf-8").count(old)
+    if times != 1:
+        return f"what it changes is there {times} times"
+    module, _, name = test.partition("::")
+    tests = root / "tests" / f"test_{module}.py"
+    if not tests.exists() or f"\ndef test_{name}(" not in tests.read_text(encoding="utf-8"):
+        return f"there is no test {test}"
+
+
+def load():
+    """All modules of others that the tests take, so that no fork has to load them."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    sys.path[:1] = [str(ROOT), str(ROOT / "tests")]
+    import conftest  # noqa: F401
+    import reproduce  # noqa: F401
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").parent in (ROOT, ROOT / "tests") and name != "__main__":
+            del sys.modules[name]
+
+
+def fails(tree, tests):
+    """
+    Whether one of these tests fails in a tree, or hangs. In a fork of this process, which has loaded all but our own modules:
+    that takes little longer than the test itself.
+    """
+    def in_tree():
+        out = os.open(tree / "told", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1), os.dup2(out, 2)
+        os.chdir(tree)
+        sys.path[:2] = []  # see load
+        sys.dont_write_bytecode = True  # a module's cache knows no change within a second
+        import pytest
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/test_{test.replace('::', '.py::test_')}" for test in tests)])
+        os._exit(code)
+
+    process = multiprocessing.get_context("fork").Process(target=in_tree)
+    process.start()
+    process.join(TIMEOUT * len(tests))
+    if process.is_alive():
+        process.kill()
+        return True
+    if process.exitcode not in (0, 1):
+        raise ValueError(f"pytest ended with {process.exitcode}:\n{(tree / 'told').read_text()[-3000:]}")
+    return process.exitcode == 1
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Plant wrong numbers, and see that a test fails.")
+    parser.add_argument("--only", default="", metavar="WORD", help="those whose line of the table holds it")
+    parser.add_argument("--list", action="store_true", help="print them, and plant none")
+    args = parser.parse_args()
+    chosen = [(file, *mutant) for file, mutants in MUTANTS.items() for mutant in mutants if args.only in f"{file} {mutant}"]
+    if args.list:
+        for file, old, new, test, tells in chosen:
+            print(f"{file}: {tells}\n    - {old}\n    + {new}\n    {test}")
+        return
+    load()
+    began, ended = time.time(), {"killed": 0, "SURVIVED": 0, "STALE": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=LEFT_OUT)
+        apply = [mutant for mutant in chosen if not stale(*mutant[:2], mutant[3], tree)]
+        if fails(tree, sorted({test for *_, test, _ in apply})):
+            sys.exit(f"tests fail before anything is planted:\n{(tree / 'told').read_text()[-3000:]}")
+        for number, (file, old, new, test, tells) in enumerate(chosen, start=1):
+            why = stale(file, old, test, tree)
+            how = "STALE" if why else None
+            if not how:
+                source = (tree / file).read_text(encoding="utf-8")
+                (tree / file).write_text(source.replace(old, new), encoding="utf-8")
+                how = "killed" if fails(tree, [test]) else "SURVIVED"
+                (tree / file).write_text(source, encoding="utf-8")
+            ended[how] += 1
+            print(f"{number:>3} of {len(chosen)}  {how:8}  {file}: {tells} ({why or test})", flush=True)
+    print(f"{', '.join(f'{n} {how}' for how, n in ended.items())}, in {(time.time() - began) / 60:.1f} minutes")
+    sys.exit(ended["killed"] < len(chosen))
+
+
+if __name__ == "__main__":
+    main()
