@@ -50,7 +50,7 @@ from files import lines_of, only_one, read_json, regular, short, told_to_end
 # Tokenizers. All have
 #   encode(text) -> ids, in which special tokens spelled in the text are plain text
 #   decode(ids) -> text, which skips ids that stand for no text
-#   pieces(ids) -> the bytes that each id stands for, which join to those of decode(ids): a token may end inside a character
+#   pieces(ids) -> the bytes of each id, which join to the text: a token may end inside a character
 #   n_vocab, eos_id, and name: at most 24 characters, which tell two tokenizers apart
 #   files: {name in a model's folder: the file that was read}, which is what goes along with a model
 
@@ -185,8 +185,9 @@ class TiktokenTokenizer:
         eos = eos.get("eos_token") if isinstance(eos, dict) else eos
         eos = (eos.get("content") if isinstance(eos, dict) else eos) or "<|endoftext|>"
         if not isinstance(eos, str) or eos not in added:
-            where = config if alone else "a tokenizer_config.json, in a folder without another tokenizer.json"
-            raise ValueError(f"{path}: added_tokens has no {short(eos)}; name the end of text as eos_token in {where}")
+            where = config if alone else "tokenizer_config.json, in a folder of their own"
+            raise ValueError(f"{path}: added_tokens has no {short(eos)}; name the end of text as "
+                             f"eos_token in {where}")
 
         self.eos_id = added[eos]
         self.n_vocab = 1 + max(*ranks.values(), *added.values())
@@ -233,7 +234,8 @@ class SentencePieceTokenizer:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except RuntimeError as e:
             raise ValueError(f"{path}: not a sentencepiece model ({short(str(e))}); download it again") from None
-        self.n_vocab, self.eos_id, self.files = self.model.vocab_size(), self.model.eos_id(), {"tokenizer.model": Path(path)}
+        self.n_vocab, self.eos_id = self.model.vocab_size(), self.model.eos_id()
+        self.files = {"tokenizer.model": Path(path)}
         if self.eos_id < 0:
             raise ValueError(f"{path}: eos_id is {self.eos_id}, documents could not be told apart; use a model with one")
         self.name = f"sp-{self.n_vocab}-{hashlib.sha256(proto).hexdigest()[:8]}"
@@ -246,16 +248,16 @@ class SentencePieceTokenizer:
 
     def pieces(self, ids):
         pieces = [self.bytes_of.get(i, b"") for i in ids]
-        leading = lambda text: len(text) - len(text.lstrip(" "))
-        stripped, n = leading(b"".join(pieces).decode(errors="replace")) - leading(self.decode(ids)), 0
-        while stripped:  # the space that encode puts before a text, and decode takes away
-            pieces[n], stripped = pieces[n][stripped:], max(0, stripped - len(pieces[n]))
-            n += 1
+        leading = lambda text: len(text) - len(text.lstrip(b" "))
+        # encode puts a space before a text, and decode takes it away
+        space = leading(b"".join(pieces)) - leading(self.decode(ids).encode())
+        for n, piece in enumerate(pieces):
+            pieces[n], space = piece[space:], max(0, space - len(piece))
         return pieces
 
     @functools.cached_property
     def bytes_of(self):
-        """{id: bytes}. A byte is spelled <0x41>, a space as a low line that no keyboard has."""
+        """{id: bytes}. A piece of one byte is spelled <0x41>, and a space as U+2581."""
         def of(i):
             if self.model.is_control(i):
                 return b""
@@ -271,7 +273,10 @@ KINDS = {"tokenizer.json": TiktokenTokenizer, "tokenizer.model": SentencePieceTo
 
 
 def get_tokenizer(spec):
-    """spec: "bytes", a tokenizer.json, a tokenizer.model, or a folder with one of them (the .json if that can be used)."""
+    """
+    spec: "bytes", a tokenizer.json or tokenizer.model, of any name before the dot, or a folder with
+    one of them. Where it has both it is the .json, if tiktoken can be that.
+    """
     if spec == "bytes":
         return ByteTokenizer()
     path = Path(spec)
@@ -280,7 +285,8 @@ def get_tokenizer(spec):
     else:
         files = [path] if path.is_file() and f"tokenizer{path.suffix}" in KINDS else []
     if not files:
-        raise FileNotFoundError(f"{spec}: no tokenizer here; give bytes, a tokenizer.json, a tokenizer.model, or a folder with one")
+        raise FileNotFoundError(f"{spec}: no tokenizer here; give bytes, a tokenizer.json, a "
+                                "tokenizer.model, or a folder with one")
     try:
         return KINDS[f"tokenizer{files[0].suffix}"](files[0])
     except NotReproducible as error:
@@ -307,9 +313,9 @@ def folder_of(path):
 
 def tokenizer_of(model, vocab_size, spec=None):
     """
-    The tokenizer of a model at the path `model` (None: there is none yet): the one that spec names, else the files beside
-    the model, else bytes if the vocabulary is theirs. ValueError if there is none, if it makes ids that the model lacks, or if
-    the model's config.json names another.
+    The tokenizer of a model at the path `model` (None: there is none yet): the one that spec names,
+    else the files beside the model, else bytes if the vocabulary is theirs. ValueError if there is
+    none, if it makes ids that the model lacks, or if the model's config.json names another.
     """
     folder = model and folder_of(model)
     if spec:
@@ -327,8 +333,8 @@ def tokenizer_of(model, vocab_size, spec=None):
     found = read_json(config) if config and config.exists() else {}
     made_with = found.get("tokenizer") if isinstance(found, dict) else None
     if made_with not in (None, tokenizer.name):
-        raise ValueError(f"{config}: the model was made with tokenizer {short(made_with)}, and {spec or folder} gives "
-                         f"{tokenizer.name}: name the right one with --tokenizer")
+        raise ValueError(f"{config}: the model was made with tokenizer {short(made_with)}, and "
+                         f"{spec or folder} gives {tokenizer.name}: name the one with --tokenizer")
     return tokenizer
 
 

@@ -1,7 +1,7 @@
 """
 What we take from a disk and leave on it: files may come from strangers, and ours must outlive whatever happens to us.
 
-    regular                     a file is a file: no pipe that never ends, no pointer that git-lfs left in its place
+    regular                     a file is a file: no pipe that never ends, no pointer of git-lfs
     read_json, parse_json       JSON that has one meaning: no key twice, no number that is not finite
     lines_of                    the lines of a .jsonl, counted alike by every reader
     sealed, opened_seal         JSON of ours that carries a hash of itself, so that any change is found
@@ -26,7 +26,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-POINTER = b"version https://git-lfs.github.com/spec/"  # how what a clone without git-lfs has for a large file begins
+POINTER = b"version https://git-lfs.github.com/spec/"  # what a clone without git-lfs begins with
 BOM = b"\xef\xbb\xbf"  # what some editors put in front of UTF-8
 SEAL = "sha256"       # the field of sealed JSON
 MOST_JSON = 1 << 20   # bytes, where no more is expected: Python's objects take up to 25 times as much
@@ -36,8 +36,8 @@ MOST_JSON = 1 << 20   # bytes, where no more is expected: Python's objects take 
 
 def regular(path):
     """
-    The path, of a file or of what a link to one stands for. ValueError for a folder, a pipe or a device, which might have no
-    end, and for what git-lfs leaves in a file's place.
+    The path, of a file or of what a link to one stands for. ValueError for a folder, a pipe or a
+    device, which might have no end, and for what git-lfs leaves in a file's place.
     """
     path = Path(path)
     if not path.exists():
@@ -46,7 +46,8 @@ def regular(path):
         raise ValueError(f"{path} is no regular file: put one in its place")
     with open(path, "rb") as file:
         if file.read(len(POINTER)) == POINTER:
-            raise ValueError(f"{path} is a pointer that git-lfs left in place of the file: install git-lfs and run `git lfs pull` there")
+            raise ValueError(f"{path} is a pointer that git-lfs left in place of the file: install "
+                             "git-lfs and run `git lfs pull` there")
     return path
 
 
@@ -72,7 +73,10 @@ def parse_json(text):
 
 
 def lines_of(file):
-    """(number, bytes) of the lines of an open file that are not blank. They end at \\n alone: texts may hold U+2028 or a form feed."""
+    """
+    (number, bytes) of the lines of an open file that are not blank. They end at \\n alone: a text
+    may hold U+2028. The mark that some editors put at a file's start is no part of its first line.
+    """
     for number, line in enumerate(file, 1):
         line = line.removeprefix(BOM) if number == 1 else line
         if line.strip():

@@ -25,7 +25,7 @@ import sys
 import uuid
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import metadata, resources
 from itertools import accumulate, count, islice, repeat
 from os.path import commonprefix
@@ -41,7 +41,7 @@ from files import all_or_nothing, lines_of, parse_json, regular, short, told_to_
 class Task(NamedTuple):
     short: str          # column of the paper's tables
     haystack: str       # noise (five sentences, repeated), essay (prose) or needle (needles that nobody asks for)
-    keys: str           # words (adjective-noun; wonderwords: RULER's, training words: half made up) or uuids
+    keys: str           # words (adjective-noun; wonderwords: RULER's) or uuids
     values: str         # numbers (7 digits) or uuids
     n_keys: int = 1
     n_values: int = 1   # needles per key
@@ -79,11 +79,12 @@ class UnknownTask(argparse.ArgumentTypeError, ValueError):
 
 
 def task_name(text):
-    """A task's name, from that or from its column in the tables, in any case of letters: MK-2 is niah_multikey_2."""
+    """A task's name, from that or from its column in the tables: mk-2 is niah_multikey_2."""
     for name, task in TASKS.items():
         if text.lower() in (name, task.short.lower()):
             return name
-    raise UnknownTask(f"unknown task {text!r}: one of " + ", ".join(f"{name} ({task.short})" for name, task in TASKS.items()))
+    known = ", ".join(f"{name} ({task.short})" for name, task in TASKS.items())
+    raise UnknownTask(f"unknown task {short(text)}: one of {known}")
 
 
 @dataclass(frozen=True)
@@ -156,15 +157,17 @@ def answer_text(answers, protocol):
 
 @lru_cache
 def word_lists(words="built-in"):
-    """-> adjectives, nouns, and where they are from. Only who asks gets RULER's, so that prompts depend on what is asked."""
+    """-> adjectives, nouns, where from. RULER's must be asked for, whatever is installed."""
     if words == "built-in":
         return sorted(ADJECTIVES), sorted(NOUNS), "built-in words"
     try:
         files = resources.files("wonderwords.assets")
         lists = [(files / name).read_text("utf-8").splitlines() for name in ("adjectivelist.txt", "nounlist.txt")]
     except ModuleNotFoundError:
-        raise ValueError("the words of wonderwords need that package: pip install wonderwords, or take the built-in words") from None
-    return *(sorted({word.strip() for word in lines} - {""}) for lines in lists), f"wonderwords {metadata.version('wonderwords')}"
+        raise ValueError("words=wonderwords needs that package: pip install wonderwords, or take "
+                         "built-in words") from None
+    adjectives, nouns = (sorted({word.strip() for word in lines} - {""}) for lines in lists)
+    return adjectives, nouns, f"wonderwords {metadata.version('wonderwords')}"
 
 
 ADJECTIVES = """amber ample aqua bland bold brave brisk broad calm civil clear cool coral crisp curly damp deep dense
@@ -275,22 +278,23 @@ def fill(build, least, limit):
 
 def pieces(tokenizer, ids):
     """
-    The bytes that each token stands for. They join to the text as the tokenizer has it, which may be a normalised one.
-    A tokenizer that has encode and decode alone cannot tell where a token ends that ends inside a character: there each
-    token that has a part in the character gets a byte of it or more.
+    The bytes that each token stands for. They join to the text as the tokenizer has it, normalised
+    perhaps. One that has encode and decode alone cannot tell where in a character a token ends:
+    each token that has a part in the character gets a byte of it or more.
     """
     if hasattr(tokenizer, "pieces"):
         return tokenizer.pieces(ids)
     text, size = tokenizer.decode(ids), lambda text: len(text.encode(errors="replace"))
     done, n_bytes, ends = 0, 0, [0]  # the characters of the text that are complete, and their bytes
-    before, start = 0, 0             # some decoders drop a space in front: so the token before is decoded too, and cut off
+    before, start = 0, 0  # some drop a space in front: the token before is decoded too, and cut off
     for n in range(1, len(ids) + 1):
         new = tokenizer.decode(ids[before:n])[len(tokenizer.decode(ids[before:start])):]
         same = len(commonprefix([new, text[done:done + len(new)]]))
-        end, rest, character = n_bytes + size(text[done:done + same]), new[same:], text[done + same:][:1]
+        end, rest = n_bytes + size(text[done:done + same]), new[same:]
+        character = text[done + same:done + same + 1]
         if rest.strip("\ufffd") or (rest and not character):
-            raise ValueError(f"tokenizer {tokenizer.name} decodes token {n - 1} otherwise alone than among others: give it "
-                             "pieces(ids), which tells the bytes of each token, as those of data.py do")
+            raise ValueError(f"tokenizer {tokenizer.name} decodes token {n - 1} otherwise among "
+                             "others: give it pieces(ids), as the tokenizers of data.py have")
         if not rest:
             done, n_bytes = done + same, end
             before, start = (start, n) if new else (before, start)
@@ -299,7 +303,8 @@ def pieces(tokenizer, ids):
         ends.append(max(end, ends[-1]))
     raw = text.encode(errors="replace")
     if ends[-1] != len(raw):
-        raise ValueError(f"tokenizer {tokenizer.name} ends its text inside a character: give it pieces(ids)")
+        raise ValueError(f"tokenizer {tokenizer.name} decodes more than its tokens: give it "
+                         "pieces(ids), as the tokenizers of data.py have")
     return [raw[low:high] for low, high in zip(ends, ends[1:])]
 
 
@@ -310,18 +315,20 @@ def byte_ends(tokenizer, ids):
 
 def token_spans(text, ids, spans, tokenizer):
     """
-    Character spans [start, end) of the text -> the fewest tokens that cover them. The two count differently where the
-    tokenizer normalises or puts a space in front, so both are counted in bytes of what the tokens stand for.
+    Character spans [start, end) of the text -> the fewest tokens that cover them. A tokenizer may
+    normalise, or put a space in front: what is before a span's end is counted in its own bytes.
     """
-    raw, ends = b"".join(pieces(tokenizer, ids)), byte_ends(tokenizer, ids)
-    found = []
+    parts, found = pieces(tokenizer, ids), []
+    raw, ends = b"".join(parts), [0, *accumulate(map(len, parts))]
     for start, end in spans:
-        answer, high = text[start:end].encode(errors="replace"), byte_ends(tokenizer, tokenizer.encode(text[:end]))[-1]
+        answer = text[start:end].encode(errors="replace")
+        high = len(tokenizer.decode(tokenizer.encode(text[:end])).encode(errors="replace"))
         low = high - len(answer)
         if raw[max(0, low):high] != answer:
-            raise ValueError(f"tokenizer {tokenizer.name} has no answer {short(text[start:end])} where the text has it, but "
-                             f"{short(raw[max(0, low):high].decode(errors='replace'))}: it writes texts otherwise (NFC, lower case?), "
-                             "so write the answer as it does, or take another tokenizer")
+            there = short(raw[max(0, low):high].decode(errors="replace"))
+            raise ValueError(f"tokenizer {tokenizer.name} has {there} where the text has "
+                             f"{short(text[start:end])}, which it cannot write: write that as it "
+                             "does (NFC, lower case?), or take another tokenizer")
         found.append((bisect_right(ends, low) - 1, bisect_left(ends, high)))
     return found
 
@@ -382,13 +389,15 @@ def make_example(
     words="built-in",       # or "wonderwords"
 ):                          # -> Example
     task = task_name(task)
-    for name, value, known in ("protocol", protocol, PROTOCOLS), ("split", split, SPLITS), ("words", words, WORDS):
+    for name, value, known in (("protocol", protocol, PROTOCOLS), ("split", split, SPLITS),
+                               ("words", words, WORDS)):
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}: one of {', '.join(known)}")
     t, (essay, source) = with_words(TASKS[task], words), essay_words(haystack)
     rng = random.Random(f"{split}/{seed}/{task}/{index}")
+    start = None if split == "train" else 0
     draft, prompt, prefix, ids, _ = compose(
-        t, context_len, tokenizer, rng, protocol, essay, max_new_tokens, start=None if split == "train" else 0)
+        t, context_len, tokenizer, rng, protocol, essay, max_new_tokens, start)
 
     chars = []
     for key, value, _ in draft.answers:
@@ -417,7 +426,8 @@ def fitting_tasks(context_len, tokenizer, protocol="base", max_new_tokens=128, w
     essay = essay_words()[0]
 
     def fits(name):
-        drafts = [draw_draft(with_words(TASKS[name], words), tokenizer, random.Random(i), protocol, essay) for i in range(16)]
+        task = with_words(TASKS[name], words)
+        drafts = [draw_draft(task, tokenizer, random.Random(i), protocol, essay) for i in range(16)]
         prompts = sorted(len(draft.build(LEAST_UNITS[TASKS[name].haystack])[-1]) for draft in drafts)
         answer = max(len(tokenizer.encode(draft.target)) for draft in drafts)
         return prompts[8] + max_new_tokens <= context_len and answer < max_new_tokens
@@ -465,13 +475,14 @@ def write_lines(path, rows):
     write_files({Path(path): rows})
 
 
-def write_files(rows):
-    """{path: rows of its jsonl}. All are there in the end, or none is."""
+def write_files(files):
+    """{path: rows of a jsonl}. All are there in the end, or none is."""
     def writer(rows):
-        return lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    for path in rows:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        return lambda path: path.write_text(text, encoding="utf-8")
+    for path in files:
         path.parent.mkdir(parents=True, exist_ok=True)
-    all_or_nothing({path: writer(of_path) for path, of_path in rows.items()})
+    all_or_nothing({path: writer(rows) for path, rows in files.items()})
 
 
 def read_jsonl(path, tokenizer, protocol="base", task=None, max_new_tokens=128):
@@ -483,12 +494,12 @@ def read_jsonl(path, tokenizer, protocol="base", task=None, max_new_tokens=128):
     path = Path(path)
     task = task or next((name for name in (path.stem, path.parent.name) if name in TASKS), path.stem)
     with open(regular(path), "rb") as file:
-        return [read_row(path, number, line, tokenizer, protocol, task, max_new_tokens) for number, line in lines_of(file)]
+        read = partial(read_row, path=path, tokenizer=tokenizer, protocol=protocol, task=task,
+                       max_new_tokens=max_new_tokens)
+        return [read(line, f"{path} line {number}") for number, line in lines_of(file)]
 
 
-def read_row(path, number, line, tokenizer, protocol, task, max_new_tokens):
-    """A line of RULER's -> Example."""
-    where = f"{path} line {number}"
+def read_row(line, where, path, tokenizer, protocol, task, max_new_tokens):
     try:
         row = parse_json(line)
     except ValueError as error:
@@ -517,7 +528,8 @@ def read_row(path, number, line, tokenizer, protocol, task, max_new_tokens):
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return Example(
-        task, row["index"], prompt, prefix, ids, answers, answer_text(answers, protocol), spans, [round(100 * start / len(prompt)) for start, _ in chars],
+        task, row["index"], prompt, prefix, ids, answers, answer_text(answers, protocol), spans,
+        [round(100 * start / len(prompt)) for start, _ in chars],
         len(ids) + max_new_tokens, max_new_tokens, keys_from=str(path), haystack_from=str(path))
 
 
@@ -645,19 +657,22 @@ def between(least, most):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Show a needle-in-a-haystack example, or write RULER's jsonl.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Show a needle-in-a-haystack example, or write RULER's jsonl.",
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"niah.py: {message}\n")
     flag = parser.add_argument
-    flag("--task", default="niah_multikey_1", type=task_name, help=", ".join(f"{name} or {t.short}" for name, t in TASKS.items()))
+    names = ", ".join(f"{name} or {task.short}" for name, task in TASKS.items())
+    flag("--task", default="niah_multikey_1", type=task_name, help=names)
     flag("--context_len", type=between(1, MOST), default=1024, help="tokens, those to generate included")
-    flag("--max_new_tokens", type=between(1, MOST), help="tokens to generate; None: 128, or 48 where context_len is below 2048 or tokens are bytes")
+    flag("--max_new_tokens", type=between(1, MOST), help="tokens to generate; None: 128, or 48 "
+         "where context_len is below 2048 or tokens are bytes")
     flag("--tokenizer", default="bytes", help="bytes, or what else data.get_tokenizer takes")
     flag("--samples", type=between(1, MOST), default=1, help="examples, from index 0")
     flag("--seed", type=between(0, 2**63 - 1), default=0, help="another seed, other examples")
     flag("--split", default="test", choices=SPLITS, metavar="SPLIT", help="train, val or test: they share no example")
     flag("--protocol", default="base", choices=PROTOCOLS, metavar="PROTOCOL", help="base (answer prefix) or sft (none)")
-    flag("--words", default="built-in", choices=WORDS, help="of keys: built-in, or RULER's from the package wonderwords")
+    flag("--words", default="built-in", choices=WORDS, help="of keys; wonderwords: RULER's")
     flag("--haystack", metavar="FILE", help="text of the essay; None: Python's help pages")
     flag("--output", metavar="FILE.jsonl", help="write RULER's jsonl there; None: print the first example")
     args = parser.parse_args()
@@ -666,8 +681,10 @@ def main():
         tokenizer = get_tokenizer(args.tokenizer)
         new_tokens = default_new_tokens(args.context_len, tokenizer) if args.max_new_tokens is None else args.max_new_tokens
         haystack = read_haystack(args.haystack) if args.haystack else None
-        examples = [make_example(args.task, args.context_len, tokenizer, args.seed, index, args.protocol, haystack,
-                                 split=args.split, max_new_tokens=new_tokens, words=args.words) for index in range(args.samples)]
+        make = partial(make_example, args.task, args.context_len, tokenizer, args.seed,
+                       protocol=args.protocol, haystack=haystack, split=args.split,
+                       max_new_tokens=new_tokens, words=args.words)
+        examples = [make(index=index) for index in range(args.samples)]
         if args.output:
             write_jsonl(args.output, examples)
     except (ValueError, OSError, ImportError) as error:
