@@ -603,6 +603,18 @@ def test_a_batchs_loss_is_that_of_its_weights(monkeypatch):
     assert train.one_pass(loss_of, model, None, parts, weight_sum, Alone(0, 2), "nothing", 0.5)[1].item() == pytest.approx(2 * norm.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("norm", [math.inf, math.nan])
+def test_an_infinite_norm_is_skipped_too(norm):
+    """A pass that is told as skipped, and has changed weights or moments."""
+    model = tiny()
+    optimizer = train.make_optimizer(model, arguments())
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    train.update(optimizer, torch.tensor(norm), 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())) and all(state["step"] == 0 for state in optimizer.state.values())
+
+
 @pytest.fixture
 def told(tmp_path, monkeypatch):
     """train.train with these flags and a device whose peak is 1e9 FLOPs a second: (lines of the log, the record, what is printed)."""
@@ -619,28 +631,64 @@ def told(tmp_path, monkeypatch):
 
 def test_a_run_by_hand(told, monkeypatch, capsys):
     """Every field of log.jsonl and train.json that a table quotes, of a run of four steps."""
-    validated, validate = [], train.validate
+    validated, validate, rates, update, seen, sample = [], train.validate, [], train.update, [], samples.Needles.__getitem__
     monkeypatch.setattr(train, "validate", lambda *given: validated.append(given) or validate(*given))
-    log, made = told("--lr=0.01", "--memory_lr=0.02", "--min_lr=0.001", "--warmup=0.5")
-    config = PRESETS["pico"]
-    config = replace(config, memory=True)
-    flops = {"arl": 2 * 512 * cost.flops_per_token(config, 16), "dense": 2 * 512 * cost.flops_per_token(config, 256)}
-    rate = [0.5, 1.0, 1.0, 0.1 + 0.45]
-    for row, scale in zip(log, rate, strict=True):
+    monkeypatch.setattr(train, "update", lambda optimizer, *given: rates.append([group["lr"] for group in optimizer.param_groups]) or update(optimizer, *given))
+    monkeypatch.setattr(samples.Needles, "__getitem__", lambda self, index: seen.append((self.seed, index)) or sample(self, index))
+    log, made = told("--lr=0.01", "--memory_lr=0.03", "--min_lr=0.001", "--warmup=0.5")
+    config = replace(PRESETS["pico"], memory=True)
+    flops = 2 * 512 * (cost.flops_per_token(config, 16) + cost.flops_per_token(config, 256))
+    scales = [0.5, 1.0, 1.0, 0.1 + 0.45]
+    assert rates == [pytest.approx([0.01 * scale, 0.03 * scale]) for scale in scales for _ in range(2)]  # both passes
+    for row, scale in zip(log, scales, strict=True):
         seconds = row["arl_seconds"] + row["dense_seconds"]
-        assert row["lr"] == pytest.approx(0.01 * scale) and row["memory_lr"] == pytest.approx(0.02 * scale) and row["tokens"] == row["step"] * 1024
-        assert row["tokens_per_second"] == pytest.approx(1024 / seconds, rel=0.02) and row["mfu"] == pytest.approx(sum(flops.values()) / seconds / 1e9, rel=0.02)
+        assert row["lr"] == pytest.approx(0.01 * scale) and row["memory_lr"] == pytest.approx(0.03 * scale) and row["tokens"] == row["step"] * 1024
+        assert row["tokens_per_second"] == pytest.approx(1024 / seconds, rel=0.02) and row["mfu"] == pytest.approx(flops / seconds / 1e9, rel=0.02)
         assert ("val_loss" in row) == (row["step"] in (3, 4)) and row["skipped"] == 0
-    assert [row["step"] for row in log] == [1, 2, 3, 4]
-    assert [row["seconds"] for row in log] == sorted(row["seconds"] for row in log)
-    assert made["tokens_per_second"] == pytest.approx(1024 / made["step_seconds"], rel=0.02)
-    assert made["mfu"] == pytest.approx(sum(flops.values()) / made["step_seconds"] / 1e9, rel=0.02) and made["step"] == 4
-    # validated by what is held out, by the weights after the step, through dense attention
+    assert [row["step"] for row in log] == [1, 2, 3, 4] and [row["seconds"] for row in log] == sorted(row["seconds"] for row in log)
+    assert made["tokens_per_second"] == pytest.approx(1024 / made["step_seconds"], rel=0.02) and made["step"] == 4
+    assert made["mfu"] == pytest.approx(flops / made["step_seconds"] / 1e9, rel=0.02)
+    # trained on two samples a step; validated twice, by 64 that are held out, of which answers alone count, through dense attention
+    assert {index for seed, index in seen if seed == 0} == set(range(8)) and Counter(index for seed, index in seen if seed == "val-0") == Counter([*range(64)] * 2)
     _, dataset, _, method, *_ = validated[0]
-    assert method is None and dataset.args.other_weight == 0.0 and dataset.seed == "val-0" and len(validated) == 2
+    assert method is None and dataset.args.other_weight == 0.0
     said = capsys.readouterr().out
-    assert f"validation {log[3]['val_loss']:.3f}, {log[3]['val_accuracy']:.1%} of answer tokens right" in said and "0.0 min left" in said
+    assert f"validation {log[3]['val_loss']:.3f}, {log[3]['val_accuracy']:.1%} of answer tokens right" in said
     assert f"step     2  loss {log[1]['loss']:.3f}  arl {log[1]['arl_loss']:.3f}  lr {log[1]['lr']:.1e}  norm {log[1]['grad_norm']:.2f}" in said
+    assert f"{made['tokens_per_second']:,} tokens/s, MFU {made['mfu']:.1%}" in said
+
+
+@pytest.mark.parametrize("flags, name", [([], "arl_loss"), (["--arl=0"], "loss"), (["--arl=0", "--device_batch=1"], "loss")])
+def test_the_first_loss_is_that_of_a_new_model(flags, name, told):
+    """A loss per sample instead of per token's weight; ARL's under the dense pass's name."""
+    args = arguments("--batch=2", "--arl=16", "--drills=0.5", "--other_weight=0.25", *flags)
+    log, _ = told("--save_every=0", "--eval_every=0", "--steps=2", *flags)
+    model, dataset = train.make_model(*train.what_to_train(args), args), samples.make_data(args, Bytes())[0]
+    tokens, weight = (torch.stack([torch.as_tensor(dataset[index][part]) for index in (0, 1)]) for part in (0, 1))
+    with torch.no_grad():
+        logits = model(tokens[:, :-1], sparse=next(iter(train.passes_of(args).values()))[0]).double()
+    each = -logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    assert log[0][name] == pytest.approx(((each * weight[:, 1:]).sum() / weight[:, 1:].sum()).item(), rel=1e-5)
+
+
+def test_validation_is_told_of_its_step(told):
+    """A validation in the line of an earlier step, whose numbers were waited for until then."""
+    log, _ = told("--log_every=1000", "--save_every=0")
+    assert [row["step"] for row in log if "val_loss" in row] == [3, 4]
+
+
+def test_the_lesson_tells_the_numbers_of_its_log(monkeypatch, capsys, tmp_path):
+    """The dense loss told as the memory's, or the first step's as the last ten's."""
+    def write(args):
+        run = Path(args.out) / args.name
+        run.mkdir(parents=True)
+        (run / "log.jsonl").write_text("".join(json.dumps({"step": n, "loss": 0.5, "arl_loss": 7.25 if n == 1 else float(n)}) + "\n" for n in range(1, 41)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "train", write)
+    monkeypatch.setattr(eval_niah, "main", lambda argv: None)
+    train.lesson()
+    said = capsys.readouterr().out
+    assert "one entry in 64 (ARL): 7.25 at the first step, 35.50 over the last ten. That took 163,840 tokens, of the 39,321,600 of the recipe" in said
 
 
 def test_a_steps_seconds_are_its_own(told, monkeypatch):
@@ -653,11 +701,13 @@ def test_a_steps_seconds_are_its_own(told, monkeypatch):
     clock = SimpleNamespace(time=lambda: time.time() + later[0], perf_counter=time.perf_counter)
     monkeypatch.setattr(train, "time", clock)
     monkeypatch.setattr(record, "time", clock)
-    monkeypatch.setattr(train, "batches", lambda *given: (takes(100, batch) for batch in batches(*given)))
+    waits = iter([500, 100, 200, 300])
+    monkeypatch.setattr(train, "batches", lambda *given: (takes(next(waits), batch) for batch in batches(*given)))
     monkeypatch.setattr(train, "validate", lambda *given: takes(1000, validate(*given)))
     monkeypatch.setattr(train.checkpoint.Saver, "save", lambda *given: takes(1000, save(*given)))
-    log, made = told("--eval_every=1", "--save_every=1", "--steps=3")
-    assert 100 <= made["step_seconds"] < 200 and made["seconds"] > 3 * 1100 and [100 <= row["wait_seconds"] < 200 for row in log] == [True] * 3
+    log, made = told("--eval_every=1", "--save_every=1")
+    assert 250 <= made["step_seconds"] < 270 and made["seconds"] > 1100 + 7 * 1000  # the last checkpoint does not count its own time
+    assert [row["wait_seconds"] // 100 for row in log] == [5, 1, 2, 3]
 
 
 def test_mfu_is_of_all_gpus(told, monkeypatch):
@@ -685,7 +735,7 @@ def test_what_is_printed_of_a_step_by_hand():
     """Minutes left of the batch instead of the run; a speed of the steps before a change of speed, for ever."""
     args = SimpleNamespace(batch=4, context_len=250, steps=130)
     entry = {"step": 10, "loss": 1.2345, "arl_loss": None, "lr": 0.001, "grad_norm": 0.5, "mfu": 0.451, "val_loss": 0.5, "val_accuracy": 0.987}
-    line = train.line_of(entry, {"arl": None, "dense": None}, [9.0] * 50 + [2.0] * 100, None, args)
+    line = train.line_of(entry, {"arl": None, "dense": None}, [9.0] * 150 + [2.0] * 100, None, args)
     assert line == ("step    10  loss 1.234  arl none  validation 0.500, 98.7% of tokens right  lr 1.0e-03  norm 0.50  500 tokens/s  MFU 45.1%"
                     "  4.0 min left")  # 120 steps of 2 s
     assert train.line_of(entry, {"dense": None}, [100.0], None, args).endswith("10 tokens/s  MFU 45.1%  3.3 h left")

@@ -138,6 +138,28 @@ def test_the_summary_by_hand(found):
             "| memory 1 | micro-sft | 60 | 2.0 | 5,000 | 0.25 | abacus | c0ffee0 |\n") in text
 
 
+def test_hits_of_many_heads_are_of_the_best_twentieth():
+    """H1 of one lucky head of a thousand."""
+    hits = torch.arange(40).view(4, 10) / 40
+    found = {"attention": {0: report((1, 1), (1, 1), hits=[hits.tolist()] * 2) | {"train": None}}}
+    assert reproduce.summarise(found)["hits"] == {"attention": {QUEST: [pytest.approx(100 * 38.5 / 40)]}}  # two of 40
+
+
+def test_each_arm_is_asked_what_the_table_tells(tmp_path, monkeypatch):
+    """H1 or H2 that nobody asked; another seed of the examples, or fewer samples, than the flags say."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce.runs, "finished", lambda run, flags: True)
+    monkeypatch.setattr(reproduce.eval_niah, "training_record", lambda run: {"step": 1})
+    args, calls = SimpleNamespace(results="results", random=4, samples=7, eval_seed=3, batch=9, train=[]), []
+    for arm in "memory", "long":
+        reproduce.do(arm, 0, {}, args, lambda command, log: calls.append(command[1:]))
+    asked = [vars(eval_niah.flags().parse_args(flags)) for flags in calls]
+    assert [(of["methods"], of["hits"], of["random"]) for of in asked] == [(reproduce.NINE, True, 4), (reproduce.OTHERS, False, 0), (reproduce.NINE, False, 0)]
+    assert all((of["samples"], of["seed"], of["batch"]) == (7, 3, 9) for of in asked)
+    assert [of["json"] for of in asked] == ["results/memory-0.json", "results/memory-0-more.json", "results/long-0.json"]
+    assert reproduce.NINE == [f"{kind}:budget=1/{n}" for kind in ("quest", "moba", "snapkv") for n in (4, 8, 16)]
+
+
 def test_bold_is_what_holds_for_a_column(found):
     """A lead told as one that is not, or that is one among the cells that chance would make."""
     for arm, reports in found.items():
