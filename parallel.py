@@ -216,7 +216,8 @@ class Stop:
         self.theirs.setblocking(False)
         self.before = signal.set_wakeup_fd(self.theirs.fileno(), warn_on_full_buffer=False)
         self.handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-        threading.Thread(target=self.listen, daemon=True).start()
+        self.thread = threading.Thread(target=self.listen, daemon=True)
+        self.thread.start()
         return self
 
     def __exit__(self, kind, *_):
@@ -227,6 +228,8 @@ class Stop:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self.before)
         self.theirs.close()  # the thread reads the end, and leaves
+        # before us: were it the last to hold a process group, it would take that apart while Python ends, which aborts
+        self.thread.join()
 
     def asked(self):
         """Whether this process was told to stop; the first one for all."""

@@ -219,3 +219,20 @@ def test_kill_of_any_of_two_costs_the_steps_since_the_last_checkpoint_and_one_en
     assert script.returncode == 0, script.stderr
     alone = [json.loads(line) for line in (tmp_path / "alone" / "broken" / "log.jsonl").read_text().splitlines()]
     assert [row["loss"] for row in alone] == pytest.approx([row[1] for row in unbroken], rel=1e-4)
+
+
+def test_nothing_of_stop_outlives_it(tmp_path):
+    """
+    A thread that is the last to hold a process group, and takes it apart while Python ends: "terminate called", and status 1
+    of torchrun after a run that had finished.
+    """
+    class Slow(parallel.Stop):
+        left = False
+
+        def listen(self):
+            super().listen()
+            time.sleep(0.3)
+            self.left = True
+    with Slow(parallel.Processes(), tmp_path) as stop:
+        assert not stop.left
+    assert stop.left and not stop.thread.is_alive()

@@ -270,8 +270,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step():
 def test_two_processes_train_like_one():
     """Ranks that see the same samples, or gradients averaged instead of summed, would give another curve."""
     result = two_processes("--name=two")
-    # not the exit status: once in some fifty runs, and only on a busy machine, gloo aborted while a finished process left
-    assert "done" in result.stdout, result.stderr[:4000]
+    assert "done" in result.stdout and result.returncode == 0, result.stderr[:4000]
     one, _ = run("--name=one")
     for a, b in zip(log_of("one"), log_of("two"), strict=True):
         for key in "loss", "arl_loss", "grad_norm", "lr":
