@@ -42,7 +42,8 @@ from model import Transformer
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process on a CPU is no group, and needs none
 KEPT = 2  # checkpoints: if the newest turns out to be of no use, there is one more
-OURS = re.compile(r"(model|optimizer)(-\d{5}-of-\d{5})?\.safetensors|(config|train|tokenizer|tokenizer_config)\.json|tokenizer\.model")
+OURS = re.compile(r"(model|optimizer)(-\d{5}-of-\d{5})?\.safetensors|"  # the names in a checkpoint
+                  r"(config|train|tokenizer|tokenizer_config)\.json|tokenizer\.model")
 
 
 # ---------------------------------------------------------------- writing
@@ -60,7 +61,8 @@ class Writer(dcp.StorageWriter):
     """Where torch.distributed.checkpoint puts things: a folder that gets its final name once all processes are done."""
 
     def __init__(self, folder, config, record, tokenizer, beside):
-        self.folder, self.config, self.record, self.tokenizer, self.beside = folder, config, record, tokenizer, beside
+        self.folder, self.config, self.record = folder, config, record
+        self.tokenizer, self.beside = tokenizer, beside  # its name; {name: content} of its files
         self.temporary = folder.with_name(f".{folder.name}.tmp")
 
     def reset(self, checkpoint_id=None):
@@ -117,10 +119,13 @@ class Writer(dcp.StorageWriter):
 
 
 def is_ours(folder):
-    """Whether we wrote all that is in a folder, and sealed it, unless we were killed. A user's notes or model in it are not ours to delete."""
-    unfinished = folder.name.startswith(".")
-    return folder.is_dir() and not folder.is_symlink() and all(OURS.fullmatch(file.name) for file in folder.iterdir()) \
-        and (unfinished or weights.sealed_config(folder) != {})
+    """
+    Whether we wrote all that is in a folder, and, unless it has a temporary name, sealed it. Else there is something of a
+    user's in it, notes or a model, which is not ours to delete.
+    """
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() and not folder.is_symlink() else ["no folder"]
+    sealed_or_temporary = folder.name.startswith(".") or weights.sealed_config(folder) != {}
+    return all(OURS.fullmatch(name) for name in names) and sealed_or_temporary
 
 
 def remove(folder):
@@ -166,7 +171,8 @@ class Saver:
     def save(self, model, optimizer, record):
         """run/step_N, with the record as train.json and the tokenizer beside it. OSError if the one before failed."""
         self.wait()
-        self.writer = Writer(self.run / f"step_{record['step']:07d}", model.config, record, self.tokenizer, self.beside)
+        folder = self.run / f"step_{record['step']:07d}"
+        self.writer = Writer(folder, model.config, record, self.tokenizer, self.beside)
         self.writing = dcp.async_save(state_of(model, optimizer), storage_writer=self.writer, no_dist=self.processes.world == 1,
                                       process_group=self.processes.background)
 
@@ -222,17 +228,16 @@ def load(folder, model, optimizer, processes):
         dcp.load(state_of(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(folder)),
                  no_dist=processes.world == 1, process_group=processes.background)
     except (dcp.CheckpointException, SafetensorError, OSError) as error:
-        raise ValueError(f"{folder} is damaged or of another model ({str(error).splitlines()[0][:200]}): move it away to go on from "
-                         "the one before") from None
+        raise ValueError(f"{folder} is damaged or of another model ({str(error).splitlines()[0][:200]}): "
+                         "move it away to go on from the one before") from None
 
 
 # ---------------------------------------------------------------- python checkpoint.py
 
 def tokenizer_beside(source, vocab_size):
     """The tokenizer that goes with the model at `source`; None if there is none, as with weights that came alone."""
-    if any((folder_of(source) / name).exists() for name in KINDS) or vocab_size == ByteTokenizer.n_vocab:
-        return tokenizer_of(source, vocab_size)
-    return None
+    has_one = any((folder_of(source) / name).exists() for name in KINDS)
+    return tokenizer_of(source, vocab_size) if has_one or vocab_size == ByteTokenizer.n_vocab else None
 
 
 def main():
@@ -243,7 +248,7 @@ def main():
     args = parser.parse_args()
     try:
         source, to = weights.resolve(args.run), Path(args.to)
-        if (to / "config.json").exists():  # it comes last: what has none is what an export left whose disk was full
+        if (to / "config.json").exists():  # it comes last: an export whose disk was full leaves none
             raise ValueError(f"{to / 'config.json'} exists: choose another folder")
         model = Transformer.from_pretrained(source, getattr(torch, args.dtype))
         weights.write(to, model.config, model.state_dict(), tokenizer_beside(source, model.config.vocab_size))

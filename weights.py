@@ -43,6 +43,8 @@ DTYPES = "F64", "F32", "F16", "BF16"  # of weights, as safetensors calls them
 PLACES = "DCP_SHARDING_INFO"  # where torch.distributed.checkpoint notes which rows a file holds: it can read our checkpoints
 INDEX = "model.safetensors.index.json"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")  # as transformers and we name them
+# what torch.compile, DDP, FSDP and activation checkpointing leave in names
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 FREQUENCIES = "rotary_emb.inv_freq"  # RoPE's, which some files hold as a buffer
 
 
@@ -52,10 +54,11 @@ def checkpoints(run):
 
 
 def resolve(path):
-    """`path`, or the newest checkpoint in it if it is the folder of a run of train.py. ValueError if it is a model's too."""
+    """`path`, or the newest checkpoint in it if it is a run of train.py's; ValueError if it is a model's folder too."""
     found = [Path(path), *checkpoints(path)]
     if len(found) > 1 and "model_type" in any_json(found[0] / "config.json"):
-        raise ValueError(f"{path} holds a model and checkpoints of a run: which of them counts? Name one, as {found[-1]}, or move config.json away")
+        raise ValueError(f"{path} holds a model and checkpoints of a run: which of them counts? Name one, as "
+                         f"{found[-1]}, or move config.json away")
     return found[-1]
 
 
@@ -96,8 +99,6 @@ def fill(model, tensors, path, dtype, device):
         more = len(missing) + len(foreign) - 1
         raise ValueError(f"{path} {what}{f' (and {more} more differ)' if more else ''}: "
                          "its config and its weights are not of one model")
-    for name in again:
-        check_said_again(name, tensors, model.config, path)
     state = {}
     for name, parameter in wanted.items():
         tensor = tensors[name]()
@@ -117,6 +118,8 @@ def fill(model, tensors, path, dtype, device):
         if spread:
             tensor = type(parameter.data).from_local(tensor, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
         state[name] = tensor
+    for name in again:
+        check_said_again(name, tensors, model.config, path)
     model.load_state_dict(state, assign=True)
 
 
@@ -130,15 +133,18 @@ def check_said_again(name, tensors, config, path):
     told = tensors[name]()
     if name == "lm_head.weight":
         embedding = tensors["embed_tokens.weight"]()
-        if told.shape != embedding.shape or not bool((told == embedding).all()):  # == knows how to compare two dtypes
-            raise ValueError(f"{path}: its config ties the head to the embedding, and lm_head.weight is another matrix: which of "
-                             "them counts? Set tie_word_embeddings to false to use that head, or take lm_head.weight out")
+        # == compares the values of two dtypes, and torch.equal does not
+        if told.shape != embedding.shape or not bool((told == embedding).all()):
+            raise ValueError(f"{path}: its config ties the head to the embedding, and lm_head.weight is another "
+                             "matrix: which of them counts? Set tie_word_embeddings to false to use that head, or "
+                             "take lm_head.weight out")
         return
     D = config.head_width
     ours = config.rope_theta ** -(torch.arange(0, D, 2).double() / D)
-    if told.shape != ours.shape or not torch.allclose(told.double(), ours, rtol=0.02, atol=1e-7):  # as far as 16 bits go
-        raise ValueError(f"{path}: {name} is not that of the config's rope_theta={config.rope_theta}: which of them counts? "
-                         "Correct the config, or take the buffer out")
+    as_16_bits_go = dict(rtol=0.02, atol=1e-7)
+    if told.shape != ours.shape or not torch.allclose(told.double(), ours, **as_16_bits_go):
+        raise ValueError(f"{path}: {name} is not that of the config's rope_theta={config.rope_theta}: which of them "
+                         "counts? Correct the config, or take the buffer out")
 
 
 # ---------------------------------------------------------------- directories
@@ -166,9 +172,8 @@ def config_of_directory(path):
     return opened_seal(found, config_file)
 
 
-# OLMo 2 has these, by name or because transformers knows no other; with another value a model computes something else
-OLMO2 = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "clip_qkv": None, "sliding_window": None,
-         "partial_rotary_factor": 1.0, "quantization_config": None}
+OLMO2 = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "clip_qkv": None,
+         "sliding_window": None, "partial_rotary_factor": 1.0, "quantization_config": None}  # else it is another model
 
 
 def settings_of_olmo2(found, config_file):
@@ -178,7 +183,8 @@ def settings_of_olmo2(found, config_file):
             raise ValueError(f"{config_file}: {name}={short(found[name])}, and OLMo 2 has {value!r}: this is another model")
     architectures = found.get("architectures") or ["Olmo2ForCausalLM"]
     if architectures != ["Olmo2ForCausalLM"]:
-        raise ValueError(f"{config_file}: architectures={short(architectures)}, and model_type is 'olmo2': this is another model")
+        raise ValueError(f"{config_file}: architectures={short(architectures)}, and model_type is 'olmo2': "
+                         "this is another model")
     ropes = {name: found[name] for name in ("rope_parameters", "rope_scaling") if found.get(name)}
     for name, rope in ropes.items():
         if not isinstance(rope, dict):
@@ -187,14 +193,16 @@ def settings_of_olmo2(found, config_file):
             if (rope.get(key) or "default") != "default":
                 raise ValueError(f"{config_file}: {key}={short(rope[key])} is not supported, only 'default' is")
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(f"{config_file}: {name} rotates a part of each head, and OLMo 2 all of it: this is another model")
+            raise ValueError(f"{config_file}: {name} rotates a part of each head, and OLMo 2 all of it: "
+                             "this is another model")
     names = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "width": "hidden_size",
              "n_head": "num_attention_heads", "mlp_width": "intermediate_size", "norm_eps": "rms_norm_eps",
              "context_len": "max_position_embeddings"}
-    thetas = {"rope_theta": found.get("rope_theta")} | {f"{name}.rope_theta": rope.get("rope_theta") for name, rope in ropes.items()}
+    thetas = {f"{name}.rope_theta": rope.get("rope_theta") for name, rope in ropes.items()}
+    thetas["rope_theta"] = found.get("rope_theta")
     try:
         settings = {ours: found[theirs] for ours, theirs in names.items()}
-        settings["rope_theta"] = agreed(thetas, config_file)
+        settings["rope_theta"] = one_theta(thetas, config_file)
     except KeyError as error:
         raise ValueError(f"{config_file} lacks {error}: fetch it again") from None
     kv_heads, head_dim = found.get("num_key_value_heads"), found.get("head_dim")
@@ -209,27 +217,29 @@ def settings_of_olmo2(found, config_file):
     return settings
 
 
-def agreed(told, config_file):
-    """The one value of several fields that mean the same, {field: value or None}. ValueError if they differ, KeyError if all are None."""
+def one_theta(told, config_file):
+    """The value of rope_theta's fields, {field: value or None}. ValueError if two differ, KeyError if there is none."""
     told = {field: value for field, value in told.items() if value is not None}
     if not told:
         raise KeyError("rope_theta")
-    first = next(iter(told))
+    first, *_ = told
     for field, value in told.items():
         if value != told[first]:
-            raise ValueError(f"{config_file}: {first}={short(told[first])} and {field}={short(value)}: which of them counts? "
-                             "Take the other out")
+            raise ValueError(f"{config_file}: {first}={short(told[first])} and {field}={short(value)}: which of them "
+                             "counts? Take the other out")
     return told[first]
 
 
 def eos_of(told, vocab_size, config_file):
     """
-    config.json's end of text; None if the vocabulary has no such token, being cut to a smaller one, say. Nothing is computed by it:
-    texts end at the tokenizer's. A list may name several, as chat models' do; then it is said that one alone is kept.
+    config.json's end of text; None if the vocabulary has no such token, being cut to a smaller one, say. Nothing is
+    computed by it: sample.py and eval_niah.py end a text at the tokenizer's. A list may name several, as chat models'
+    do: then one alone is kept, and it is said.
     """
     if isinstance(told, list) and told:
-        if any(other != told[0] for other in told):
-            print(f"note: {config_file}: of eos_token_id={short(told)} the first is kept; generation here ends at the tokenizer's", file=sys.stderr)
+        if told != told[:1] * len(told):
+            print(f"note: {config_file}: of eos_token_id={short(told)} the first is kept; texts end at the tokenizer's",
+                  file=sys.stderr)
         told = told[0]
     outside = type(told) is int and type(vocab_size) is int and not 0 <= told < vocab_size
     return None if outside else told
@@ -238,7 +248,7 @@ def eos_of(told, vocab_size, config_file):
 def files_of_directory(path):
     """The names of its weights' files, and which of them has which tensor as the index says, {} if there is none."""
     index_file, placed = path / INDEX, {}
-    named_as_usual = sorted(file.name for file in path.glob("model*.safetensors") if WEIGHTS.fullmatch(file.name))
+    named_as_usual = sorted(file.name for file in path.iterdir() if WEIGHTS.fullmatch(file.name))
     if index_file.exists():
         index = read_json(index_file, most=8 << 20)
         placed = index.get("weight_map") if isinstance(index, dict) else None
@@ -254,20 +264,21 @@ def files_of_directory(path):
     else:
         files = named_as_usual
         if not files:
-            raise FileNotFoundError(f"{path} holds no model.safetensors, nor parts of one called model-00001-of-00002.safetensors: fetch "
-                                    "the weights, convert a .bin to it, or rename yours")
+            raise FileNotFoundError(f"{path} holds no model.safetensors, nor parts of one called "
+                                    "model-00001-of-00002.safetensors: fetch them, convert a .bin, or rename yours")
         sets = {re.sub(r"\d{5}-of", "*-of", file) for file in files}
     if len(sets) > 1:
-        raise ValueError(f"{path} holds weights twice, {' and '.join(sorted(sets))}: which of them count? Move the others away")
+        raise ValueError(f"{path} holds weights twice, {' and '.join(sorted(sets))}: which of them count? "
+                         "Move the others away")
     if not placed and missing(files):
-        raise FileNotFoundError(f"{path / missing(files)[0]} is missing, though {files[0]} is there: restore it from a copy")
+        raise FileNotFoundError(f"{path / missing(files)[0]} is missing, though {files[0]} is there: "
+                                "restore it from a copy")
     return files, placed
 
 
 def our_name(theirs):
-    """A tensor's name without what a model was wrapped in when it was saved, at any place: torch.compile, DDP, FSDP, "model."."""
-    inner = re.sub(r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", theirs)
-    return re.sub(r"^(model\.)+", "", inner)
+    """A tensor's name without what the model, or a part of it, was wrapped in: "model.", and WRAPPERS at any place."""
+    return re.sub(r"^(model\.)+", "", WRAPPERS.sub("", theirs))
 
 
 def tensors_of_directory(path, hashed=True):
@@ -313,15 +324,15 @@ def joined(name, parts, path):
 
 def as_written(path, mapped, there):
     """
-    ValueError unless the files `there` are those that our config.json was written with; others' tells none. mapped: {name: opened
-    file}, of these or of some of them.
+    ValueError unless the files `there` are those that our config.json was written with; others' tells none.
+    mapped: {name: opened file}, of these or of some of them.
     """
     told = config_of_directory(path).get("files", {})
     remedy = f"restore all from a copy, or take 'files' and {SEAL!r} out of config.json if you meant to"
     kinds = {kind_of(file) for file in there}
     for file in sorted(set(told).symmetric_difference(there)):
         found = "is there, and not in" if file in there else "is not there, though in"
-        if told and kind_of(file) in kinds:  # a model may be read without its optimizer's files
+        if told and kind_of(file) in kinds:  # a model may be read where the optimizer's files are gone
             raise ValueError(f"{path / file} {found} config.json's 'files': {remedy}")
     for file, opened_file in mapped.items():
         if told and told_hash(opened_file) != told[file]:
@@ -374,20 +385,21 @@ def rows_of(mapped, file):
 
 def write(path, config, state, tokenizer=None):
     """
-    Save a model into the directory `path`: its tensors (state: {name: tensor}), its tokenizer's files (data.py) if there is one,
-    and config.json, last.
+    Save a model into the directory `path`: its tensors (state: {name: tensor}), its tokenizer's files if there is one
+    (of data.py), and config.json, last.
 
     A pure OLMo 2 is written as one, and opens in transformers. Anything else gets a model_type of its own, so that no
-    other program drops its gates unknowingly. All files appear or none does; OSError names what failed. A model that was saved
-    here before makes way; ValueError if anything else is in it.
+    other program drops its gates unknowingly. All files appear or none does; OSError names what failed. A model that we
+    saved there before makes way, and other names stay; ValueError if what is in the way is not ours.
     """
     path = Path(path)
     before = has_our_mark(path)
     beside = {} if tokenizer is None else tokenizer.files
-    in_the_way = [name for name, ours in before.items() if not ours]
-    in_the_way += [name for name, file in beside.items() if (path / name).exists() and (path / name).read_bytes() != file.read_bytes()]
+    in_the_way = [path / name for name, ours in before.items() if not ours]
+    in_the_way += [path / name for name, file in beside.items() if differ(path / name, file)]
     if in_the_way:
-        raise ValueError(f"{path / in_the_way[0]} is in the way, and was not written here: choose another folder, or move it away")
+        raise ValueError(f"{in_the_way[0]} is in the way, and is not ours to replace: choose another folder, or move "
+                         "it away")
     path.mkdir(parents=True, exist_ok=True)
     state = {hf_name(name): tensor for name, tensor in state.items()}
     shards, size = [{}], 0
@@ -407,17 +419,22 @@ def write(path, config, state, tokenizer=None):
         files[path / INDEX] = lambda file: file.write_text(json.dumps(index, indent=1))
     for name, source in beside.items():
         files[path / name] = lambda temporary, source=source: copyfile(source, temporary)
-    dtype, called = str(next(iter(state.values())).dtype).removeprefix("torch."), tokenizer and tokenizer.name
+    dtype, called = str(next(iter(state.values())).dtype).removeprefix("torch."), getattr(tokenizer, "name", None)
     files[path / "config.json"] = lambda file: file.write_text(config_json(config, dtype, hashes, called))
     all_or_nothing(files)
     for old in before.keys() - {file.name for file in files}:
         (path / old).unlink()
 
 
+def differ(path, other):
+    """Whether there is a file at `path` that is not the same as the other."""
+    return path.exists() and path.read_bytes() != other.read_bytes()
+
+
 def has_our_mark(path):
     """
-    {name: whether we wrote it} of what a reader takes for the model in a directory: config.json with our seal, weights with
-    our hash, or, if they are damaged, named by that config.json, and an index of such files. Nothing else is ours to replace.
+    {name: whether we wrote it} of what a reader takes for the model in a directory: config.json with our seal, weights
+    with our hash, or, if they are damaged, named by that config.json, and an index of such files.
     """
     names = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
     config, marks = sealed_config(path), {}
@@ -483,8 +500,8 @@ def save_shard(shard, file, places=None):
 
 def config_json(config, dtype, hashes, tokenizer=None):
     """
-    config.json's text, sealed. hashes: {file of weights beside it: what it tells of its content}; tokenizer: its name, where it is
-    known, by which data.tokenizer_of finds a wrong one.
+    config.json's text, sealed. hashes: {file of weights beside it: what it tells of its content}; tokenizer: its name,
+    where it is known, by which data.tokenizer_of finds a wrong one.
     """
     known = {} if tokenizer is None else {"tokenizer": tokenizer}
     return json.dumps(sealed(described(config, dtype) | known | {"files": hashes}), indent=1)
@@ -580,7 +597,8 @@ def read_ratplus(path):
         for part, chunk in parts:
             ours = name.replace("seq_layer.in_proj", f"self_attn.{part}")
             if ours in tensors:
-                raise ValueError(f"{path}: {short(ours)} is there twice, under two names: which of them counts? Fetch it again")
+                raise ValueError(f"{path}: {short(ours)} is there twice, under two names: which of them counts? "
+                                 "Fetch it again")
             tensors[ours] = lambda chunk=chunk: chunk
     if memory:  # RAT+'s gate has no bias
         dtype = state["embedding.wte.weight"].dtype

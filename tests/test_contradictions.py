@@ -124,6 +124,7 @@ REFUSED = {
     # the head
     "a tied config, another head": (tied(), ["tie", HEAD, "Set tie_word_embeddings to false"]),
     "a tied config, a head of another shape": (tied(lambda embedding: embedding[:-1].clone()), ["tie", HEAD]),
+    "a tied config, and an embedding that is not finite": (tied(lambda embedding: embedding.fill_(torch.nan).clone()), ["not finite"]),
     "a tied config, a head that is nearly it": (tied(lambda embedding: embedding.bfloat16()), ["tie", HEAD]),
     "an untied config, no head": (lambda folder: tensors(folder, lambda found: found.pop(HEAD)), ["lacks", HEAD]),
     # positions
@@ -179,6 +180,20 @@ def others_beside(folder):
         (folder / name).write_bytes(b"not even weights")
 
 
+# OLMo-2-0425-1B's config.json on the hub has these fields beside its sizes, as transformers 4 wrote it
+HUB = dict(architectures=["Olmo2ForCausalLM"], attention_bias=False, attention_dropout=0.0, hidden_act="silu", initializer_range=0.02,
+           pad_token_id=100277, rope_theta=10000, tie_word_embeddings=False, torch_dtype="float32",
+           transformers_version="4.47.0.dev0", use_cache=False)
+
+
+def as_on_the_hub(folder):
+    sharded(nothing)(folder)
+    config(folder, **HUB)
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"use_cache"', '"rope_scaling": null, "use_cache"'))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+
+
 CONSISTENT = {
     # a change, and what makes of the model's {name: tensor} what is expected
     "the same rope_theta twice": said(rope_parameters={"rope_theta": 10000, "rope_type": "default"}),
@@ -192,6 +207,7 @@ CONSISTENT = {
     "num_key_value_heads missing": said(num_key_value_heads=None),
     "one end of text in a list": said(eos_token_id=[5, 5]),
     "an index, and what is left of other shards": sharded(lambda folder: (folder / "model-00001-of-00002.safetensors").touch(), parts=(2, 3)),
+    "as on the hub": as_on_the_hub,
     "shards without an index": sharded(nothing, index=False),
     "files of other names beside": others_beside,
     "a byte order mark": lambda folder: (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + (folder / "config.json").read_bytes()),

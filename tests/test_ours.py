@@ -20,6 +20,7 @@ import weights
 from conftest import one_line, tiny
 from model import Transformer
 from test_checkpoint import BYTES, made, save
+from test_faults import needs_mounts, on_a_disk
 from test_hostile import foreign
 
 ROOT = Path(__file__).parent.parent
@@ -232,3 +233,17 @@ def test_an_export_after_a_full_disk_goes_through(tmp_path, monkeypatch):
     before = contents(to)
     again = exported(tmp_path / "model", to)
     assert again.returncode == 2 and "exists" in again.stderr and again.stderr.count("\n") == 1 and contents(to) == before
+
+
+@needs_mounts
+def test_an_export_goes_through_once_there_is_room(tmp_path):
+    """The same on a disk that is really full."""
+    tiny(memory=True, width=128, vocab_size=1000).save_pretrained(tmp_path / "model")
+    export = f"{sys.executable} {ROOT}/checkpoint.py model out/to"
+    result = on_a_disk(tmp_path, f"""
+        mkdir out; mount -t tmpfs -o size=200k none out
+        {export}; echo "status $?" >&2
+        ls -A out/to; mount -o remount,size=100m out; {export} || exit 1
+        cp -r out/to kept""")
+    assert result.returncode == 0 and "status 2\n" in result.stderr and "space" in result.stderr, result
+    assert result.stderr.count("\n") == 2 and set(contents(tmp_path / "kept")) == {"config.json", "model.safetensors"}, result
