@@ -1,5 +1,5 @@
 """
-Who computes: plain PyTorch (memory.py, sparse.py), or the same in Triton (kernels.py and its sisters).
+Who computes: plain PyTorch (model.py, memory.py, sparse.py), or the same in Triton (kernels.py and its sisters).
 
     auto     Triton for tensors on a GPU, PyTorch elsewhere. What the kernels do not cover on a GPU is an error that says
              so, never a silent change to something slower
@@ -7,9 +7,23 @@ Who computes: plain PyTorch (memory.py, sparse.py), or the same in Triton (kerne
     torch    plain PyTorch everywhere
 
 The scripts' flag --kernels sets it. Results agree to rounding: tests/test_backend.py runs whole models both ways.
+
+A kernel stands for code that is written out in PyTorch, and that code decides. CODE has a hash of each definition that a
+kernel was written from. Where a fork edited one, a subclass overrides it or something else took its place, that code runs as
+it is written, and a run says so once: tests/test_hooks.py. Who changes a definition together with its kernel puts the new
+hash here; that test prints it.
 """
+import ast
+import functools
 import importlib.util
+import inspect
+import io
 import os
+import sys
+import textwrap
+import tokenize
+from hashlib import blake2b
+from types import FunctionType
 
 import torch
 
@@ -18,6 +32,46 @@ choice = "auto"
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # Linux has wheels
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+CODE = {
+    "memory.Recurrence.backward": "267af602",
+    "memory.Recurrence.forward": "5cdaf0e3",
+    "memory.memory_loop": "29444303",
+    "memory.memory_scan": "41321aa9",
+    "memory.memory_step": "6f774ff9",
+    "memory.scan": "508c6457",
+    "model.Attention.gate": "bafaf9bd",
+    "model.Attention.normed_and_rotated": "33a242a6",
+    "model.Attention.remember": "a942bcfb",
+    "model.MLP.hidden": "4cfc4da9",
+    "model.rotate": "4ded9bc3",
+    "sparse.Dense.decode": "e8d8fe43",
+    "sparse.Dilated.attend_to_shared": "b0295586",
+    "sparse.Dilated.decode": "5ad7a378",
+    "sparse.Dilated.pattern": "9ad3062e",
+    "sparse.Dilated.prefill": "a4751d6a",
+    "sparse.Dilated.reads": "e1b0e2e8",
+    "sparse.MoBA.attend_to_blocks": "ae361ac4",
+    "sparse.MoBA.choose": "ca6a0ff1",
+    "sparse.MoBA.forced": "795d611b",
+    "sparse.MoBA.prefill": "1bb8607c",
+    "sparse.MoBA.score": "e1adac3b",
+    "sparse.Quest.choose": "055bc9f6",
+    "sparse.Quest.decode": "4b90a7ad",
+    "sparse.Quest.forced": "7b19eb02",
+    "sparse.Quest.score": "66a86293",
+    "sparse.SnapKV.compress": "25a2d2eb",
+    "sparse.SnapKV.forced": "5b949b53",
+    "sparse.SnapKV.score": "2abe4e41",
+    "sparse.attend": "13e66820",
+    "sparse.attend_to_slots": "6fcc3925",
+    "sparse.chance": "be70df72",
+    "sparse.per_kv_head": "af4f02da",
+    "sparse.query_slots": "c6084dcc",
+    "sparse.to_blocks": "437e55df",
+    "sparse.top": "c2a8e825",
+    "sparse.up_to_queries": "ca60a991",
+}
 
 
 def add_flag(parser):
@@ -34,9 +88,14 @@ def use(which):
     choice = which
 
 
+def wanted(x):
+    """Whether Triton is to compute for tensors where x is."""
+    return choice == "triton" or (choice == "auto" and x.is_cuda)
+
+
 def triton_for(x):
     """Whether tensors like x (..., D) go to the kernels. ValueError if they should, and the kernels do not cover them."""
-    if choice == "torch" or (choice == "auto" and not x.is_cuda):
+    if not wanted(x):
         return False
     if not HAS_TRITON:
         raise ValueError("on a GPU Triton computes, and it is not installed: pip install triton, or --kernels=torch")
@@ -46,3 +105,66 @@ def triton_for(x):
         raise ValueError(f"the Triton kernels cover heads of 16, 32, 64 and 128 channels in bfloat16 and float32, not "
                          f"{x.shape[-1]} in {str(x.dtype).removeprefix('torch.')}: --kernels=torch computes these")
     return True
+
+
+# ---------------------------------------------------------------- whose code it is
+
+def hook(method, phase, x):
+    """method.prefill, .compress or .decode (phase), as it is computed for tensors like x (..., D)."""
+    from sparse import Compose
+    while type(method) is Compose:
+        method = getattr(method, f"{phase}_by")
+    if not wanted(x):
+        return getattr(method, phase)
+    return hooks_for(x).form_of(method, phase, x)
+
+
+def in_graph(method):
+    """Whether a GPU may replay this method's decoding steps: kernels_hooks.in_graph."""
+    from sparse import phases
+    return hooks_for(None).in_graph(phases(method).decode_by)
+
+
+def hooks_for(x):
+    """kernels_hooks, which needs Triton."""
+    if not HAS_TRITON:
+        triton_for(x)  # says so
+    import kernels_hooks
+    return kernels_hooks
+
+
+def is_stock(name, found):
+    """Whether `found` is the code that the kernels know by this name, "sparse.Quest.score". If not, a run says so once."""
+    function = getattr(found, "__func__", found)  # of a bound method
+    module = name.partition(".")[0]
+    if type(function) is FunctionType and function.__module__ == module and code_of(function) == CODE[name]:
+        return True
+    whose = f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
+    tell(f"note: {whose} is not the {name} that the Triton kernels were written from: it is computed as it is written")
+    return False
+
+
+@functools.lru_cache(maxsize=None)
+def code_of(function):
+    """Eight hex digits of a function's code as it is written, without comments, docstring and empty lines; None if it is not known."""
+    try:
+        source = textwrap.dedent(inspect.getsource(function.__code__))
+    except OSError:  # typed in, or made by exec
+        return None
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            (row, column), _ = token.start, token.end
+            lines[row - 1] = lines[row - 1][:column]
+    tree = ast.parse(source).body[0]
+    if ast.get_docstring(tree) is not None:
+        docstring = tree.body[0]
+        lines[docstring.lineno - 1:docstring.end_lineno] = []
+    text = "\n".join(line.rstrip() for line in lines if line.strip())
+    return blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+@functools.lru_cache(maxsize=None)
+def tell(line):
+    """On stderr, once a process."""
+    print(line, file=sys.stderr, flush=True)

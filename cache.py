@@ -6,6 +6,9 @@ What a model keeps of the tokens it has read: keys and values of each layer, and
               first decoding step. The kept entries move together, and what they leave is given back
     step      cache.step, cache.read: one token per row. As all tensors stay in place, a GPU can replay it as a CUDA graph
 
+A prompt that fails on its way through the layers leaves the cache as it was. A step that fails leaves it unusable, and every
+later call says so: what a step changes in place is not kept twice.
+
 One prefill serves many settings: one after the other in its `turn` (this cache `rewinding`, or a `compressed` copy of what the
 method keeps), or all at once, each in a `fork`, an independent copy. model.py calls all this; the methods of sparse.py see a
 LayerCache. Checked in tests/test_model.py and tests/test_cache.py.
@@ -19,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
+import backend
 import sparse as methods
 
 LAYER_DICE = 0x9E3779B97F4A7D  # large and odd, gives each layer its own dice; times the number of layers it stays below 2**63
@@ -57,8 +61,9 @@ class Cache:
 
     def __init__(self, config, B, max_len, window, device, dtype):
         self.config, self.B, self.max_len, self.window, self.device, self.dtype = config, B, max_len, window, device, dtype
-        state = 2, B, config.n_kv_head, config.head_width
-        self.state = [torch.zeros(state, device=device) if config.memory else None for _ in range(config.n_layer)]  # of the memory
+        state, self.state = (config.n_layer, 2, B, config.n_kv_head, config.head_width), [None] * config.n_layer
+        if config.memory:
+            self.state = torch.zeros(state, device=device, dtype=torch.float32)  # of the memory, one after the other layer's
         rows = lambda: torch.zeros(B, dtype=torch.long, device=device)
         self.lengths = rows()     # tokens fed per row: the next position
         self.used = rows()        # slots filled per row
@@ -78,6 +83,7 @@ class Cache:
         self.slots = self.max_len        # places for entries in a row
         self.compact = {}                # method -> what `compressed` made for it
         self.graphs = {}                 # method -> its decoding step, captured (model.Transformer.step)
+        self.in_graph = False            # whether the last step may be captured
         self.kept_by = None              # the method whose compress chose the entries, once compressed
 
     def clear(self):
@@ -93,6 +99,7 @@ class Cache:
         self.stepped = None       # the method, if the last thing to happen was a decoding step of it
         self.decoding = False     # a decoding step has happened
         self.bounded = [None] * self.config.n_layer   # the block size whose bounds are up to date
+        self.spoiled = False      # a step was not completed
 
     # ---------------------------------------------------------------- one prefill, many settings
 
@@ -107,37 +114,50 @@ class Cache:
         fork.graphs, fork.compact, fork.selected = {}, {}, [None for _ in self.selected]
         return fork
 
+    def noted(self):
+        """How things stand, as a function that brings them back: what was fed and decoded since is forgotten. Nothing large is copied."""
+        recent_q = list(self.recent_q)
+        tensors = [x for x in (self.lengths, self.used, self.token_hash, *self.state, *recent_q) if x is not None]
+        before, filled, ragged, decoding = [x.clone() for x in tensors], self.filled, self.ragged, self.decoding
+
+        def forget():
+            for x, old in zip(tensors, before):
+                x.copy_(old)
+            self.filled, self.ragged, self.decoding, self.recent_q = filled, ragged, decoding, recent_q
+            self.stepped, self.bounded, self.spoiled = None, [None for _ in self.bounded], False
+        return forget
+
     @contextmanager
     def rewinding(self):
-        """What is fed and decoded within is forgotten at its end. Nothing large is copied."""
-        recent_q = list(self.recent_q)
-        small = [x for x in (self.lengths, self.used, self.token_hash, *self.state, *recent_q) if x is not None]
-        before, filled, decoding, whole = [x.clone() for x in small], self.filled, self.decoding, self.positions[0] is None
+        """What is fed and decoded within is forgotten at its end."""
+        self.check_whole()
+        forget, whole = self.noted(), self.positions[0] is None
         try:
             yield self
         finally:
             assert (self.positions[0] is None) == whole, "a method dropped entries, which cannot be undone: let it have `compressed`"
-            for x, old in zip(small, before):
-                x.copy_(old)
-            self.filled, self.decoding, self.stepped, self.recent_q = filled, decoding, None, recent_q
+            forget()
 
     def compressed(self, sparse):
         """
-        A cache of what `sparse` keeps of this one, which stays as it is. The next call for the same method writes to the same
-        tensors, so that a graph of it serves again. ValueError unless this cache holds a prompt, whole, and nothing more.
+        A cache of what `sparse` keeps of this one, which stays as it is. The next call for the same method, or for one that
+        differs by its seed alone, writes to the same tensors, so that a graph of it serves again. ValueError unless this cache
+        holds a prompt, whole, and nothing more.
         """
+        self.check_whole()
         if self.filled == 0 or self.positions[0] is not None:
             raise ValueError(f"{methods.name(sparse)} chooses from a whole prompt, and this cache " +
                              ("has none" if self.filled == 0 else "has dropped entries already: fork it before"))
         self.check_not_decoding(sparse)
-        if sparse not in self.compact:
-            self.compact[sparse] = Cache(self.config, self.B, self.max_len, self.window, self.device, self.dtype)
-        kept = self.compact[sparse]
+        like = methods.unseeded(sparse)
+        if like not in self.compact:
+            self.compact[like] = Cache(self.config, self.B, self.max_len, self.window, self.device, self.dtype)
+        kept = self.compact[like]
         for x, mine in zip((kept.lengths, kept.token_hash, *kept.state), (self.lengths, self.token_hash, *self.state)):
             if x is not None:
                 x.copy_(mine)
         kept.keep_of(self, sparse)
-        kept.stepped = None
+        kept.stepped, kept.decoding, kept.spoiled = None, False, False
         return kept
 
     @contextmanager
@@ -152,7 +172,7 @@ class Cache:
     def rows(self, part):
         """A view of the rows `part`, a slice. Feed it prompts, then tell the whole cache by `joined`."""
         view = copy.copy(self)
-        view.part = part
+        view.part, view.spoiled = part, False
         if self.ragged:
             view.filled = int(self.used[part].max())
         return view
@@ -162,6 +182,58 @@ class Cache:
         self.ragged = any(view.ragged for view in views) or len({view.filled for view in views}) > 1
         self.filled, self.slots, self.kept_by = max(view.filled for view in views), views[0].slots, views[0].kept_by
         self.stepped = None
+
+    # ---------------------------------------------------------------- what may fail
+
+    def check_whole(self):
+        if self.spoiled:
+            raise ValueError("a step with this cache failed half-way, and nobody knows what it holds: clear it, or go on with a fork "
+                             "that was made before")
+
+    @contextmanager
+    def prefilling(self):
+        """A prompt, or a chunk of one, is fed within. If that fails, the cache is as it was before."""
+        self.check_whole()
+        before, self.spoiled = self.noted() if self.filled else None, True
+        try:
+            yield
+        except BaseException:
+            if before:
+                before()
+            else:  # it held nothing
+                self.empty()
+                self.clear()
+            raise
+        self.spoiled = False
+
+    @contextmanager
+    def stepping(self):
+        """A decoding step is taken within. If that fails, the cache is spoiled."""
+        self.check_whole()
+        self.spoiled = True
+        yield
+        self.spoiled = False
+
+    @contextmanager
+    def ending(self):
+        """Yields end(rows), rows (B,) bool. What is decoded after that is forgotten of these rows at the block's end."""
+        ended = []
+
+        def end(rows):
+            rows = rows.nonzero().squeeze(1)
+            tensors = [(x, x[rows]) for x in (self.lengths, self.used, self.token_hash)]
+            state = self.state[:, :, rows] if self.config.memory else None  # (L, 2, rows, KV, D)
+            ended.append((rows, tensors, state))
+        try:
+            yield end
+        finally:
+            for rows, tensors, state in ended:
+                for x, before in tensors:
+                    x[rows] = before
+                if state is not None:
+                    self.state[:, :, rows] = state
+            if ended:
+                self.ragged, self.stepped = True, None
 
     # ---------------------------------------------------------------- tokens in
 
@@ -203,9 +275,10 @@ class Cache:
     def attend(self, i, q, k, v, feed):
         """Store k, v (B, T, KV, D) of layer i, and attend with q (B, T, H, D) to all it holds, through the hooks."""
         if feed.whole:  # what the method drops is never stored
-            y, selected = feed.sparse.prefill(q, k, v, 0, feed.dice)
+            y, selected = feed.prefill(q, k, v, 0, feed.dice)
             newest = self.newest(q.new_zeros(len(q), self.window, *q.shape[2:]), q, feed.lengths)
-            kept = feed.sparse.compress(newest, k, v, self.lengths[self.part], feed.dice[:, -1:])
+            compress = backend.hook(feed.sparse, "compress", k)
+            kept = compress(newest, k, v, self.lengths[self.part], feed.dice[:, -1:])
             self.keep(i, kept, k, v, self.max_len - k.shape[1])
             self.kept_by = methods.phases(feed.sparse).compress_by
         else:
@@ -215,11 +288,11 @@ class Cache:
                     self.recent_q[i] = q.new_zeros(self.B, self.window, *q.shape[2:], dtype=self.dtype)
                 self.recent_q[i][self.part] = self.newest(self.recent_q[i][self.part], q, feed.lengths)
             if isinstance(feed.start, int) and feed.start == 0:  # nothing came before
-                y, selected = feed.sparse.prefill(q, k, v, 0, feed.dice)
+                y, selected = feed.prefill(q, k, v, 0, feed.dice)
             else:
                 # padding may reach further than any entry, and the kernels want a slot for each query
                 k, v = (x[i][self.part, :max(self.filled, q.shape[1])] for x in (self.k, self.v))
-                y, selected = feed.sparse.prefill(q, k, v, feed.start, feed.dice)
+                y, selected = feed.prefill(q, k, v, feed.start, feed.dice)
         if feed.watch:
             feed.watch(i, selected, feed.real)
         return y
@@ -273,15 +346,17 @@ class Cache:
 
     def keep_of(self, source, sparse):
         """Hold what the method keeps of the cache `source`, this one or another."""
-        filled, room, self.kept_by = source.filled, source.slots - source.filled, methods.phases(sparse).compress_by
+        filled, room = source.filled, source.slots - source.filled
         for i in range(len(self.k)):
             k, v = source.k[i][:, :filled], source.v[i][:, :filled]
             # the last prompt token's hash stands in for the draw of all of them
             dice = source.token_hash[:, None] + i * LAYER_DICE
-            kept = sparse.compress(source.recent_q[i], k, v, source.lengths, dice)
+            kept = backend.hook(sparse, "compress", k)(source.recent_q[i], k, v, source.lengths, dice)
+            self.spoiled = True  # until all layers are through
             if self is source:
                 self.k[i] = self.v[i] = None
             self.keep(i, kept, k, v, room)
+        self.kept_by, self.spoiled = methods.phases(sparse).compress_by, False
 
     def keep(self, i, kept, k, v, room):
         """Of layer i's prompt k, v (B, T, KV, D) hold the entries kept (B, KV, S), -1 at the end, None: all; and room for more."""
@@ -322,12 +397,12 @@ class Cache:
 
     def read(self, i, q, feed):
         """A decoding step's attention: q (B, 1, H, D), whose token is stored, to what layer i holds, through the hook."""
-        # the kernels look at `used`: no shape of theirs changes from step to step
-        slots = slice(None) if feed.fused else slice(self.filled)
+        # what a graph may record looks at `used`: no shape of its changes from step to step
+        slots = slice(None) if feed.static else slice(self.filled)
         positions = None if self.positions[i] is None else self.positions[i][:, slots]
-        layer = LayerCache(self.k[i][:, slots], self.v[i][:, slots], self.used, self.ragged or feed.fused, feed.dice, positions,
+        layer = LayerCache(self.k[i][:, slots], self.v[i][:, slots], self.used, self.ragged or feed.static, feed.dice, positions,
                            lambda block_size: self.bounds_of(i, block_size))
-        y, self.selected[i] = feed.sparse.decode(q, layer)
+        y, self.selected[i] = backend.hook(feed.sparse, "decode", q)(q, layer)
         return y
 
     def bounds_of(self, i, block_size):

@@ -52,7 +52,7 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, head, target, weight, compiled):
         of_chunk = compiled_chunk_loss if compiled else chunk_loss
-        loss = torch.zeros((), device=x.device)
+        loss = torch.zeros((), device=x.device, dtype=torch.float32)
         parts = chunks(len(x), len(head))
         dx, dhead = torch.empty_like(x), None
         for part in parts:

@@ -18,6 +18,7 @@ Letters: B batch, T tokens, C model width, H query heads, KV key/value heads, D 
 import hashlib
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import get_args
 
@@ -26,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import backend
+import memory
 import weights
 from cache import LAYER_DICE, Cache
 from files import short
@@ -101,15 +103,18 @@ class Feed:
     """What every layer needs to know about one call of the model."""
     cos: torch.Tensor            # (1 or B, T, 1, D/2)  RoPE at the tokens' positions
     sin: torch.Tensor
-    sparse: Dense                # the method
+    sparse: Dense                # the method,
+    prefill: Callable            # and its prefill, as it is computed here (backend.hook)
     lengths: torch.Tensor | None  # (B,)    real tokens per row in this call; None: all T
     real: torch.Tensor | None    # (B, T)   True where there is a real token; None: everywhere
     dices: list                  # per layer, (B, T) or None: a hash of the row's tokens so far, chance for H2's selectors
     position: torch.Tensor       # (1 or B, T)  each token's
+    scan: Callable | None = None  # Triton's memory_scan, where it computes
     fused: bool = False          # inference in Triton, kernels_block.py too
     dice: torch.Tensor | None = None  # the layer's own, while it computes
     # with a cache, whose places for tokens are called slots (see cache.py):
     decoding: bool = False       # one new token per row
+    static: bool = False         # and a graph may record it: no shape depends on how many tokens the cache holds
     whole: bool = False          # the prompt ends here, and the method drops entries: at once
     watch: Callable | None = None  # see Transformer.prefill
     start: object = 0            # int, or (B,)  the slot of the first token
@@ -151,23 +156,30 @@ class Transformer(nn.Module):
             cache.check_rows(len(tokens))
         if cache is not None and cache.positions[0] is not None and not decoding and isinstance(phases(sparse).prefill_by, Dilated):
             raise ValueError(f"{name(sparse)} cannot go on after {name(cache.kept_by)}: its pattern needs every position")
+        unharmed = nullcontext if cache is None else cache.prefilling
         if decoding:
             cache.compress(sparse)  # once, and only if the method drops entries
+            cache.check_room(cache.filled + 1)
             if cache.stepped != sparse:  # a graph of another method need not have kept Quest's bounds up to date
                 cache.bounded = [None for _ in cache.bounded]
-        feed = self.feed(tokens, lengths, cache, sparse)
-        feed.decoding, feed.whole, feed.watch = decoding, whole and drops(sparse), watch
-        x = self.embed_tokens(tokens)
-        if feed.real is not None:  # the embedding of what pads might be NaN, and 0 * NaN is NaN
-            x = x.masked_fill(~feed.real[..., None], 0)
-        for layer, feed.dice in zip(self.layers, feed.dices):
-            x = layer(x, feed, cache)
-        if cache is not None:
-            cache.stepped, cache.decoding = sparse if decoding else None, cache.decoding or decoding
+            unharmed = cache.stepping
+        with unharmed():
+            feed = self.feed(tokens, lengths, cache, sparse)
+            feed.decoding, feed.whole, feed.watch = decoding, whole and drops(sparse), watch
+            feed.static = feed.fused and decoding and backend.in_graph(sparse)
+            x = self.embed_tokens(tokens)
+            if feed.real is not None:  # the embedding of what pads might be NaN, and 0 * NaN is NaN
+                x = x.masked_fill(~feed.real[..., None], 0)
+            for layer, feed.dice in zip(self.layers, feed.dices):
+                x = layer(x, feed, cache)
+            if cache is not None:
+                cache.stepped, cache.decoding = sparse if decoding else None, cache.decoding or decoding
+                cache.in_graph = feed.static
         return self.norm(x)
 
     def head(self, x):
-        return few_products(x, [self.head_weight])[0] if self.by_kernels() and few(x) else F.linear(x, self.head_weight)
+        in_triton = not torch.is_grad_enabled() and backend.triton_for(self.probe(self.head_weight))
+        return few_products(x, [self.head_weight])[0] if in_triton and few(x) else F.linear(x, self.head_weight)
 
     @property
     def head_weight(self):
@@ -190,8 +202,28 @@ class Transformer(nn.Module):
         return weighted_score(x.flatten(0, 1), self.head_weight, tokens[:, 1:].flatten(), weight[:, 1:].flatten())
 
     def by_kernels(self):
-        """Whether this is inference in Triton."""
-        return not torch.is_grad_enabled() and backend.triton_for(self.embed_tokens.weight.new_empty(0, self.config.head_width))
+        """
+        Whether this is inference in Triton, block by block: the kernels take the weights out of the modules, and go around what
+        these do in PyTorch. So they must be the modules of this file, and plain ones of torch.
+        """
+        return (not torch.is_grad_enabled() and backend.triton_for(self.probe(self.embed_tokens.weight))
+                and all([layer.is_stock() for layer in self.layers]))
+
+    def probe(self, x):
+        """An empty tensor that is like the heads that are made of x: in its dtype and place."""
+        return torch.empty(0, self.config.head_width, dtype=x.dtype, device=x.device)
+
+    def scan(self, x):
+        """The memory's scan in Triton, if it is to compute what memory.py says; None: memory.py computes it."""
+        if not self.config.memory or not backend.triton_for(x):
+            return None
+        stock = {"memory_loop": memory.memory_loop, "memory_scan": memory_scan, "memory_step": memory_step,
+                 "scan": memory.scan, "Recurrence.forward": memory.Recurrence.forward,
+                 "Recurrence.backward": memory.Recurrence.backward}
+        if not all([backend.is_stock(f"memory.{name}", found) for name, found in stock.items()]):
+            return None
+        from kernels import memory_scan as in_triton
+        return in_triton
 
     def feed(self, tokens, lengths, cache, sparse):
         """Where these tokens stand: positions, padding, dice. Makes room for them in the cache."""
@@ -217,7 +249,9 @@ class Transformer(nn.Module):
                 dice = dice + cache.token_hash[cache.part, None]
                 cache.token_hash[cache.part] = dice[:, -1]
             dices = dice + LAYER_DICE * torch.arange(self.config.n_layer, device=device)[:, None, None]
-        return Feed(cos, sin, sparse, lengths, real, dices, position, cache is not None and self.by_kernels(), start=start)
+        like = self.probe(self.embed_tokens.weight)
+        return Feed(cos, sin, sparse, backend.hook(sparse, "prefill", like), lengths, real, dices, position, self.scan(like),
+                    cache is not None and self.by_kernels(), start=start)
 
     def new_cache(self, B, max_len, window=64):
         """An empty cache for B rows of at most max_len tokens each. window: last queries kept, for SnapKV."""
@@ -244,6 +278,7 @@ class Transformer(nn.Module):
         if whole and cache.filled:
             raise ValueError("prefill(whole=True) takes a whole prompt, and this cache holds some of it already")
         if cache is not None:
+            cache.check_whole()
             cache.check_rows(B)
         if lengths is not None:
             least, most = map(int, lengths.aminmax())
@@ -258,13 +293,14 @@ class Transformer(nn.Module):
         parts = [slice(first, first + max(1, TOGETHER // T)) for first in range(0, B, max(1, TOGETHER // T))]
         views = [None] * len(parts) if cache is None else [cache] if len(parts) == 1 else [cache.rows(part) for part in parts]
         logits = []
-        for part, view in zip(parts, views):
-            some = None if lengths is None else lengths[part]
-            x = self.hidden(tokens[part], some, view, sparse, whole, watch)
-            last = -1 if some is None else some - 1
-            logits.append(self.head(x[torch.arange(len(x), device=x.device), last][:, None])[:, 0])
-        if len(parts) > 1 and cache is not None:
-            cache.joined(views)
+        with cache.prefilling() if len(parts) > 1 and cache is not None else nullcontext():
+            for part, view in zip(parts, views):
+                some = None if lengths is None else lengths[part]
+                x = self.hidden(tokens[part], some, view, sparse, whole, watch)
+                last = -1 if some is None else some - 1
+                logits.append(self.head(x[torch.arange(len(x), device=x.device), last][:, None])[:, 0])
+            if len(parts) > 1 and cache is not None:
+                cache.joined(views)
         return torch.cat(logits)
 
     @torch.no_grad()
@@ -274,10 +310,10 @@ class Transformer(nn.Module):
 
         With the kernels on a GPU, steps of one method that follow each other are replays of one CUDA graph, so that Python
         costs nothing. The first of them runs as it is (it may drop entries, and sums up Quest's blocks); the graph is
-        captured at the second, once for a cache and a method.
+        captured at the second, once for a cache and a method. Code that is not ours is run at each step, as it is.
         """
         sparse = sparse or Dense()
-        if not (token.is_cuda and self.by_kernels()) or cache.stepped != sparse or len(token) != cache.B:
+        if not (token.is_cuda and cache.in_graph) or cache.stepped != sparse or len(token) != cache.B:
             return self(token[:, None], cache=cache, sparse=sparse)[:, -1]
         if sparse not in cache.graphs or cache.graphs[sparse].model is not self:
             cache.graphs[sparse] = Graph(self, cache, sparse)
@@ -291,25 +327,33 @@ class Transformer(nn.Module):
         temperature 0 takes the likeliest token; above, tokens are drawn, from the top_k likeliest if given, and the
         same seed draws the same. A row that has written eos_id repeats it; when all have, generation ends.
         watch: called with the cache after each step, e.g. to look at cache.selected.
+
+        Afterwards the cache holds of each row all but its last token, eos_id where it has written that: a next turn of the
+        row begins with this token. ValueError, before the first step, if the cache has no room for so many.
         """
-        if max_new_tokens < 1 or temperature < 0 or (top_k is not None and top_k < 1):
+        if max_new_tokens < 1 or not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
             raise ValueError(f"{max_new_tokens=}, {temperature=}, {top_k=}: at least 1 token, a temperature of 0 or more, top_k of 1 or more")
+        cache.check_room(cache.filled + max_new_tokens - 1)
         source = None
         if temperature > 0:
             source = torch.Generator(logits.device)
             source.manual_seed(seed) if seed is not None else source.seed()
-        new, done = [], torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-        for n in range(max_new_tokens):
-            token = sample(logits.float(), temperature, top_k, source)  # (B,)
-            if eos_id is not None:
-                token = token.masked_fill(done, eos_id)
-                done = done | (token == eos_id)
-            new.append(token)
-            if n + 1 == max_new_tokens or (eos_id is not None and bool(done.all())):
-                break
-            logits = self.step(token, cache, sparse)
-            if watch:
-                watch(cache)
+        new, done, n_done = [], torch.zeros(len(logits), dtype=torch.bool, device=logits.device), 0
+        with cache.ending() as end:
+            for n in range(max_new_tokens):
+                token = sample(logits.float(), temperature, top_k, source)  # (B,)
+                if eos_id is not None:
+                    token = token.masked_fill(done, eos_id)
+                    ended, done = (token == eos_id) & ~done, done | (token == eos_id)
+                    n_before, n_done = n_done, int(done.sum())
+                new.append(token)
+                if n + 1 == max_new_tokens or n_done == len(done):
+                    break
+                if eos_id is not None and n_done > n_before:
+                    end(ended)  # the steps that other rows still take are not theirs
+                logits = self.step(token, cache, sparse)
+                if watch:
+                    watch(cache)
         return torch.stack(new, dim=1)
 
     def generate(self, tokens, max_new_tokens, lengths=None, sparse=None, temperature=0, top_k=None, eos_id=None,
@@ -380,7 +424,7 @@ def fresh(config, seed, device="cpu"):
     def make(name, shape):
         source = torch.Generator(device)
         source.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=6).digest(), "little"))
-        return init(name, torch.empty(shape, device=device), source)
+        return init(name, torch.empty(shape, device=device, dtype=torch.float32), source)
 
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
@@ -391,8 +435,10 @@ def memory_tensors(config, gate):
     """The tensors of a fresh memory, as fresh gives them: every gate is `gate`, above 0 and below 1, whatever it reads."""
     kv_width, name = config.n_kv_head * config.head_width, "layers.{}.self_attn.memory_proj.{}".format
     bias = math.log(gate / (1 - gate))
-    return {name(i, "weight"): lambda: torch.zeros(kv_width, config.width) for i in range(config.n_layer)} \
-        | {name(i, "bias"): lambda: torch.full((kv_width,), bias) for i in range(config.n_layer)}
+    weight = lambda: torch.zeros(kv_width, config.width, dtype=torch.float32)
+    biases = lambda: torch.full((kv_width,), bias, dtype=torch.float32)
+    return ({name(i, "weight"): weight for i in range(config.n_layer)}
+            | {name(i, "bias"): biases for i in range(config.n_layer)})
 
 
 @torch.no_grad()
@@ -413,7 +459,9 @@ def sample(logits, temperature, top_k, source):
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=source).squeeze(1)
+    # from the likeliest one's down, and never by 0, which is what fp32 makes of 1e-50: no inf - inf, no 0 / 0
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
+    return torch.multinomial(logits.softmax(-1), 1, generator=source).squeeze(1)
 
 
 class Graph:
@@ -427,9 +475,10 @@ class Graph:
 
     def replay(self, token, cache):
         cache.check_room(cache.filled + 1)
-        cache.filled, cache.selected = cache.filled + 1, list(self.selected)
-        self.token.copy_(token)
-        self.graph.replay()
+        with cache.stepping():
+            cache.filled, cache.selected = cache.filled + 1, list(self.selected)
+            self.token.copy_(token)
+            self.graph.replay()
         return self.logits
 
 
@@ -448,6 +497,18 @@ class Block(nn.Module):
         else:
             self.post_attention_layernorm, self.post_feedforward_layernorm = norm(), norm()
 
+    def is_stock(self):
+        """Whether the kernels may compute this layer: whether all that they go around is what they were written from."""
+        attention, mlp = self.self_attn, self.mlp
+        code = {"model.Attention.gate": getattr(attention, "gate", None),
+                "model.Attention.remember": getattr(attention, "remember", None),
+                "model.Attention.normed_and_rotated": getattr(attention, "normed_and_rotated", None),
+                "model.MLP.hidden": getattr(mlp, "hidden", None), "model.rotate": rotate,
+                "memory.memory_loop": memory.memory_loop, "memory.memory_step": memory_step}
+        # of these modules the kernels take the weights
+        modules = [part for parent in (self, attention, mlp) for part in parent.children() if part not in (attention, mlp)]
+        return all([backend.is_stock(name, found) for name, found in code.items()]) and all(map(plain, modules))
+
     def forward(self, x, feed, cache):
         if self.pre_norm:
             x = x + self.self_attn(self.input_layernorm(x), feed, cache)
@@ -456,6 +517,15 @@ class Block(nn.Module):
             x = add_normed(x, self.self_attn(x, feed, cache), self.post_attention_layernorm, feed)
             x = add_normed(x, self.mlp(x, feed), self.post_feedforward_layernorm, feed)
         return x
+
+
+def plain(module):
+    """Whether a module is torch's own, and its weights are all there is to it. If not, a run says so once."""
+    if type(module) in (nn.Linear, nn.RMSNorm, nn.Identity) and not (module._forward_hooks or module._forward_pre_hooks):
+        return True
+    backend.tell(f"note: the Triton kernels know only the weights of a {type(module).__name__}, and this one has hooks or code of its "
+                 "own: the model's layers are computed as they are written")
+    return False
 
 
 def add_normed(x, y, norm, feed):
@@ -519,7 +589,7 @@ class Attention(nn.Module):
                 k, v = self.remember(k, v, gate, feed, cache)
             q, k = self.normed_and_rotated(q, self.q_norm, feed), self.normed_and_rotated(k, self.k_norm, feed)
             if cache is None:
-                y, _ = feed.sparse.prefill(q, k, v, 0, feed.dice)
+                y, _ = feed.prefill(q, k, v, 0, feed.dice)
             elif feed.decoding:
                 cache.store(self.index, k, v, feed)
                 y = cache.read(self.index, q, feed)
@@ -559,10 +629,7 @@ class Attention(nn.Module):
         """Eq. 1 on k and v (B, T, KV, D), from the cache's state and to it."""
         if feed.real is not None:  # g = 1 and 1 - g = 0: padding adds nothing, and what was remembered passes unchanged
             gate = gate.masked_fill(~feed.real[..., None, None], torch.inf)
-        if backend.triton_for(k):
-            from kernels import memory_scan as form
-        else:
-            form = memory_step if k.shape[1] == 1 else memory_scan
+        form = feed.scan or (memory_step if k.shape[1] == 1 else memory_scan)
         if cache is None:
             k, v, _ = form(k, v, gate)
         else:

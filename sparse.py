@@ -29,8 +29,9 @@ hash a row's tokens so far and the layer: only the random selectors of H2 read t
 
 Selection is per KV head: scores are averaged over the G query heads of its group (see `per_kv_head`). The originals
 know no groups: they repeat k and v up to H heads and select for each. Checked against them in tests/test_sparse.py.
-model.py calls the hooks; read niah.py next for what they are asked to find. On a GPU the hooks call the same in Triton
-(kernels_sparse.py, kernels_moba.py, kernels_dilated.py; see backend.py): what is written out here is the definition.
+model.py calls the hooks; read niah.py next for what they are asked to find. What is written here is the definition, in plain
+PyTorch. On a GPU kernels_hooks.py computes the same in Triton, as long as it is the same: whatever a fork changes here,
+or a subclass overrides, is computed as it is written.
 """
 import math
 from dataclasses import dataclass, fields, replace
@@ -38,8 +39,6 @@ from typing import get_args
 
 import torch
 from torch.nn import functional as F
-
-import backend
 
 NEVER, ALWAYS = -math.inf, math.inf  # scores of what must not and what must be selected
 
@@ -80,11 +79,6 @@ def up_to_queries(q, k, v, start):
     return tuple(x.masked_fill(behind[..., None, None], 0) for x in (k, v))
 
 
-def first_slots(q, start):
-    """start as the kernels take it: (B,) int64."""
-    return torch.as_tensor(start, device=q.device).expand(len(q)).contiguous()
-
-
 def per_kv_head(scores, KV):
     """Average scores (B, H, ...) over the query heads of each KV head: (B, KV, ...). Change the mean to a max here."""
     return scores.unflatten(1, (KV, -1)).mean(dim=2)
@@ -111,7 +105,9 @@ def chance(dice, seed, KV, N):
 @dataclass(frozen=True)
 class Dense:
     """Every query reads every entry before it and its own."""
-    random = None  # a seed, in methods that select: scores are drawn by chance instead (H2). Forced entries stay.
+    random = None     # a seed, in methods that select: scores are drawn by chance instead (H2). Forced entries stay.
+    in_graph = False  # True in a class of your own whose `decode` waits for no result and changes nothing in Python:
+                      # then a GPU replays its steps as a CUDA graph, as it does with the methods of this file
 
     def prefill(
         self,
@@ -142,12 +138,9 @@ class Dense:
         cache,  # cache.LayerCache: k, v (B, Tk, KV, D), used (B,) slots filled per row, the query's token included
     ):          # -> y (B, 1, H, D), selected (B, KV, S) positions (None: everything)
         """
-        On a GPU this is captured in a CUDA graph: no waiting for the GPU (.item(), nonzero), no effects in Python; and k and v
-        are all slots of the cache, of which those from `used` on may hold anything.
+        What k and v hold from `used` on may be anything finite. With `in_graph` they are all slots of the cache, so that no
+        shape changes from step to step.
         """
-        if backend.triton_for(q):
-            from kernels_sparse import attend_slots
-            return attend_slots(q, cache.k, cache.v, cache.used), None
         if not cache.ragged:
             return attend(q, cache.k, cache.v), None
         return attend(q, cache.k, cache.v, cache.filled_slots()[:, None, None]), None  # what is not filled is finite: see Cache.clear
@@ -180,29 +173,23 @@ class Quest(Dense):
         q = q.float().view(B, KV, -1, D).transpose(2, 3)                                       # (B, KV, D, G)
         # max(q * low, q * high) is q * high where q > 0 and q * low where q < 0: two products of matrices
         bound = high @ q.clamp_min(0) + low @ q.clamp_max(0)                                   # (B, KV, N, G)
-        return bound.mean(dim=3).unsqueeze(2)
+        return per_kv_head(bound.transpose(2, 3).flatten(1, 2), KV).unsqueeze(2)
+
+    def choose(self, q, cache):
+        """-> the blocks to read, (B, KV, S), -1 for none"""
+        KV, N = cache.k.shape[2], math.ceil(cache.k.shape[1] / self.block_size)
+        if self.random is None:
+            scores = self.score(q, cache.k, cache.filled_slots())
+        else:
+            scores = chance(cache.dice, self.random, KV, N)
+        return top(self.forced(scores, cache.used), self.budget // self.block_size).squeeze(2)
 
     def decode(self, q, cache):
-        S, N = self.budget // self.block_size, math.ceil(cache.k.shape[1] / self.block_size)
-        if backend.triton_for(q):
-            from kernels_sparse import quest_attend, quest_scores, select
-            if self.random is None:
-                low, high = cache.bounds_of(self.block_size)
-                scores = quest_scores(q, low, high, cache.used, self.block_size, self.keep_first, self.keep_current)
-            else:
-                scores = self.forced(self.drawn(q, cache, N), cache.used).squeeze(2)
-            chosen = select(scores, min(S, N))                                                 # (B, KV, S) blocks
-            y, slots = quest_attend(q, cache.k, cache.v, chosen, cache.used, self.block_size)
-            return y, cache.positions_of(slots)
-        scores = self.drawn(q, cache, N) if self.random is not None else self.score(q, cache.k, cache.filled_slots())
-        chosen = top(self.forced(scores, cache.used), S).squeeze(2)                            # (B, KV, S) blocks
+        chosen = self.choose(q, cache)                                                         # (B, KV, S)
         slots = chosen.unsqueeze(-1) * self.block_size + torch.arange(self.block_size, device=q.device)
         unread = (chosen < 0).unsqueeze(-1) | (slots >= cache.used[:, None, None, None])
         slots = slots.masked_fill(unread, -1).flatten(2)                                       # (B, KV, S * block)
         return attend_to_slots(q, cache.k, cache.v, slots), cache.positions_of(slots)
-
-    def drawn(self, q, cache, N):
-        return chance(cache.dice, self.random, cache.k.shape[2], N)                            # (B, KV, 1, N)
 
     def forced(self, scores, used):
         """Scores (B, KV, 1, N) with what must and must not be read marked."""
@@ -240,23 +227,15 @@ class MoBA(Dense):
         mean = mean.repeat_interleave(q.shape[2] // k.shape[2], dim=2)                         # (B, N, H, D)
         return per_kv_head(torch.einsum("bthd,bnhd->bhtn", q.float(), mean), k.shape[2])
 
-    def prefill(self, q, k, v, start, dice):
-        Tk, KV = k.shape[1:3]
-        S, N = self.budget // self.block_size, math.ceil(Tk / self.block_size)
-        slot = query_slots(q, start)                                                           # (1 or B, Tq)
-        if backend.triton_for(v):
-            from kernels_moba import MOST_BLOCKS, moba_attend, moba_route
-            check(N <= MOST_BLOCKS[v.dtype], f"moba: {N:,} blocks, and the Triton kernels route among at most "
-                  f"{MOST_BLOCKS[v.dtype]:,}: raise block_size={self.block_size}, or --kernels=torch computes it")
-            q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves them in fp32, behind their norms
-            first = first_slots(q, start)
-            if self.random is None:
-                chosen = moba_route(q, k, first, self.block_size, min(S, N), self.keep_first)
-            else:
-                chosen = top(self.forced(chance(dice, self.random, KV, N), slot), S).int()
-            return moba_attend(q, k, v, chosen, first, self.block_size), chosen
+    def choose(self, q, k, start, dice):
+        """-> the blocks that each query reads, (B, KV, Tq, S), -1 for none"""
+        KV, N = k.shape[2], math.ceil(k.shape[1] / self.block_size)
         scores = self.score(q, k) if self.random is None else chance(dice, self.random, KV, N)
-        chosen = top(self.forced(scores, slot), S)                                             # (B, KV, Tq, S) blocks
+        return top(self.forced(scores, query_slots(q, start)), self.budget // self.block_size)
+
+    def prefill(self, q, k, v, start, dice):
+        chosen = self.choose(q, k, start, dice)                                                # (B, KV, Tq, S)
+        Tk, slot = k.shape[1], query_slots(q, start)                                           # (1 or B, Tq)
         k, v = up_to_queries(q, k, v, start)
         y = []
         for t in range(0, q.shape[1], 256):  # in parts: a mask of all queries by all keys would be huge
@@ -316,18 +295,19 @@ class SnapKV(Dense):
         return F.avg_pool1d(per_kv_head(p, KV), self.kernel, stride=1, padding=self.kernel // 2)
 
     def compress(self, q, k, v, lengths, dice):
-        check(q.shape[1] >= self.window, f"snapkv: window={self.window} is more than the {q.shape[1]} queries that the "
-              "cache keeps; make it with new_cache(..., window=)")
-        q, Tk, KV = q[:, -self.window:], *k.shape[1:3]
-        drawn = None if self.random is None else self.forced(chance(dice, self.random, KV, Tk).squeeze(2), lengths)
-        if backend.triton_for(k):
-            from kernels_sparse import select, snapkv_scores
-            scores = snapkv_scores(q, k, lengths, self.kernel) if drawn is None else drawn
-            return select(scores, min(self.budget, Tk)).long()
-        scores = self.forced(self.score(q, k, lengths), lengths) if drawn is None else drawn
-        chosen = top(scores, self.budget)                                                      # (B, KV, S)
+        self.check_window(q)
+        Tk, KV = k.shape[1:3]
+        if self.random is None:
+            scores = self.score(q[:, -self.window:], k, lengths)                               # (B, KV, Tk)
+        else:
+            scores = chance(dice, self.random, KV, Tk).squeeze(2)
+        chosen = top(self.forced(scores, lengths), self.budget)                                # (B, KV, S)
         ascending = chosen.where(chosen >= 0, Tk).sort(dim=-1).values
         return ascending.where(ascending < Tk, -1)
+
+    def check_window(self, q):
+        check(q.shape[1] >= self.window, f"snapkv: window={self.window} is more than the {q.shape[1]} queries that the "
+              "cache keeps; make it with new_cache(..., window=)")
 
     def forced(self, scores, lengths):
         """Scores (B, KV, Tk) with the window marked as to be kept, and what lies behind it as not."""
@@ -361,10 +341,6 @@ class Dilated(Dense):
         return keep & (j <= i)
 
     def prefill(self, q, k, v, start, dice):
-        if backend.triton_for(v):
-            from kernels_dilated import dilated
-            q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves them in fp32, behind their norms
-            return dilated(q, k, v, first_slots(q, start), self.dilation, self.local, self.initial), None
         slot = query_slots(q, start)                                                           # (1 or B, Tq)
         k, v = up_to_queries(q, k, v, start)
         if self.local == 0:  # then all queries share their few keys, but for their own
@@ -389,14 +365,15 @@ class Dilated(Dense):
         y = torch.einsum("btkgm,bmkd->btkgd", p[..., :-1], v[:, shared]) + p[..., -1:] * v.gather(1, own).unsqueeze(3)
         return y.flatten(2, 3)
 
-    def decode(self, q, cache):
+    def reads(self, q, cache):
+        """-> which slots the query reads, bool (B, 1, Tk), and the same as positions (B, KV, Tk), -1 for none"""
         check(cache.positions is None, "dilated cannot read a compressed cache: its pattern needs every position")
         slot = torch.arange(cache.k.shape[1], device=q.device)
-        keep = self.pattern((cache.used - 1)[:, None, None], slot)                             # (B, 1, Tk)
-        selected = torch.where(keep, slot, -1).expand(-1, cache.k.shape[2], -1)                # (B, KV, Tk)
-        if backend.triton_for(q):
-            from kernels_dilated import dilated
-            return dilated(q, cache.k, cache.v, cache.used - 1, self.dilation, self.local, self.initial), selected
+        keep = self.pattern((cache.used - 1)[:, None, None], slot)
+        return keep, torch.where(keep, slot, -1).expand(-1, cache.k.shape[2], -1)
+
+    def decode(self, q, cache):
+        keep, selected = self.reads(q, cache)
         return attend(q, cache.k, cache.v, keep.unsqueeze(2)), selected
 
 
@@ -440,6 +417,13 @@ def phases(method):
 def drops(method):
     """Whether it drops prompt entries: whether its compress is another than Dense's."""
     return type(phases(method).compress_by).compress is not Dense.compress
+
+
+def unseeded(method):
+    """The same method without the seeds of H2: equally seeded or not, it keeps equally many entries."""
+    if isinstance(method, Compose):
+        return replace(method, **{part.name: unseeded(getattr(method, part.name)) for part in fields(method)})
+    return method if method.random is None else replace(method, random=None)
 
 
 def window_of(*methods):

@@ -124,7 +124,7 @@ def test_more_blocks_than_the_kernels_route_among_is_an_error(monkeypatch):
     monkeypatch.setattr(backend, "choice", "triton")
     q, k = torch.zeros(1, 1, 1, 16, device=DEVICE), torch.zeros(1, 2049, 1, 16, device=DEVICE)
     with pytest.raises(ValueError) as raised:
-        parse("moba:budget=2,block_size=1", 2049).prefill(q, k, k, 2048, None)
+        backend.hook(parse("moba:budget=2,block_size=1", 2049), "prefill", k)(q, k, k, 2048, None)
     one_line(raised, "moba", "2,049 blocks", "block_size=1", "--kernels=torch")
 
 

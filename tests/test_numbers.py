@@ -21,7 +21,8 @@ import kernels_dilated  # noqa: E402
 import kernels_moba  # noqa: E402
 import kernels_sparse  # noqa: E402
 from loss import chunk_loss, weighted_loss  # noqa: E402
-from memory import memory_loop, memory_scan, memory_step  # noqa: E402
+from memory import effective_length, memory_loop, memory_scan, memory_step  # noqa: E402
+from model import fresh, memory_tensors  # noqa: E402
 from sparse import NEVER, Dilated, MoBA, Quest, SnapKV, attend, parse  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -452,8 +453,8 @@ def test_ties_in_a_decoding_step(tie, dtype, who):
     q, k = q * TIES[tie][0], k[:, :1] + (k - k[:, :1]) * TIES[tie][1]
     used = torch.tensor([75, 64, 3], device=DEVICE)
     for method in Quest(24, 8), Quest(24, 8, keep_first=False, keep_current=False), Dilated(8, 5, 2):
-        y, selected = method.decode(q, layer(k, v, used))
-        again, same = method.decode(q, layer(k, v, used))
+        y, selected = backend.hook(method, "decode", v)(q, layer(k, v, used))
+        again, same = backend.hook(method, "decode", v)(q, layer(k, v, used))
         assert torch.equal(y, again) and torch.equal(selected, same)
         read = torch.zeros(3, 2, 1, 76, dtype=torch.bool, device=DEVICE).scatter(3, selected[:, :, None].where(selected[:, :, None] >= 0, 75), True)
         assert_right(y, softmax_over(q, k, v, read[..., :75]), dtype)
@@ -477,8 +478,8 @@ def test_ties_in_a_prompt(tie, dtype, who):
     q, k = q * TIES[tie][0], k[:, :1] + (k - k[:, :1]) * TIES[tie][1]
     slot = torch.arange(T, device=DEVICE)
     for method in MoBA(24, 8), MoBA(24, 8, keep_first=False):
-        y, chosen = method.prefill(q, k, v, 0, None)
-        again, same = method.prefill(q, k, v, 0, None)
+        y, chosen = backend.hook(method, "prefill", v)(q, k, v, 0, None)
+        again, same = backend.hook(method, "prefill", v)(q, k, v, 0, None)
         assert torch.equal(y, again) and torch.equal(chosen, same)
         for i, row in enumerate(lists(chosen)):
             own = i % T // 8
@@ -488,8 +489,8 @@ def test_ties_in_a_prompt(tie, dtype, who):
 
     lengths = torch.tensor([T, 17], device=DEVICE)
     window = torch.stack([q[b, length - 6:length] for b, length in enumerate(lengths.tolist())])
-    kept = SnapKV(20, 6).compress(window, k, v, lengths, None)
-    assert torch.equal(kept, SnapKV(20, 6).compress(window, k, v, lengths, None))
+    kept = backend.hook(SnapKV(20, 6), "compress", v)(window, k, v, lengths, None)
+    assert torch.equal(kept, backend.hook(SnapKV(20, 6), "compress", v)(window, k, v, lengths, None))
     for i, row in enumerate(lists(kept)):
         n = lengths[i].item()
         assert row == sorted(set(row)) and len(row) == min(20, n) and row[-6:] == list(range(n - 6, n))
@@ -533,15 +534,15 @@ def after_a_prompt(method, q, k, v, used, cache=None):
     """The last chunk of a prompt, compression and a decoding step: all results, batch first. cache: the step's k, v; None: these."""
     start = used - 10
     chunk = torch.stack([q[b, s:s + 10] for b, s in enumerate(start.tolist())])
-    y, blocks = method.prefill(chunk, k, v, start, None)
-    kept = method.compress(chunk, k, v, used, None)
-    step, selected = method.decode(chunk[:, -1:], layer(*(cache or (k, v)), used))
+    y, blocks = backend.hook(method, "prefill", v)(chunk, k, v, start, None)
+    kept = backend.hook(method, "compress", v)(chunk, k, v, used, None)
+    step, selected = backend.hook(method, "decode", v)(chunk[:, -1:], layer(*(cache or (k, v)), used))
     return [x for x in (y, blocks, kept, step, selected) if x is not None]
 
 
 def everything(method, q, k, v, used, dy):
     """The same behind a whole prompt with its gradients."""
-    return [*gradients_of(lambda *x: method.prefill(*x, 0, None)[0], q, k, v, dy), *after_a_prompt(method, q, k, v, used)]
+    return [*gradients_of(lambda *x: backend.hook(method, "prefill", v)(*x, 0, None)[0], q, k, v, dy), *after_a_prompt(method, q, k, v, used)]
 
 
 @pytest.mark.parametrize("dtype", times([FP32], [FP32, BF16]))
@@ -648,3 +649,40 @@ def test_nan_in_one_row_leaves_the_gradients_of_others(sparse, who):
         hook.remove()
         gradients.append(taken[0].grad)
     assert torch.equal(gradients[0][[0, 2]], gradients[1][[0, 2]]) and gradients[1][1].isnan().any()
+
+
+# ---------------------------------------------------------------- torch.set_default_dtype
+
+@pytest.mark.parametrize("other", [BF16, torch.float64])
+def test_a_default_dtype_changes_no_number(other):
+    """A tensor made without a dtype: inference scripts set bfloat16, and a memory's state, fp32 by all docs, rounds at every step."""
+    model, tokens = tiny(memory=True, n_kv_head=2, width=64, n_head=4).to(DEVICE), draw_tokens(2, 60).to(DEVICE)
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.self_attn.memory_proj.bias.fill_(5.0)  # a long memory
+    q, k, v = draw_qkv(2, 40, 4, 2, 16, FP32, seed=3)
+
+    def numbers():
+        found = []
+        for method in None, Quest(24, 8), SnapKV(20, 6), MoBA(24, 8, random=1), Dilated(8, 0, 0):
+            cache = model.new_cache(2, 80)
+            found.append(model.prefill(tokens, torch.tensor([60, 31], device=DEVICE), cache, method).clone())
+            with torch.no_grad():
+                found += [model.step(tokens[:, t], cache, method).clone() for t in range(3)]
+            found += [x for x in cache.state]
+        model.zero_grad()
+        loss = model.loss(tokens, torch.ones(tokens.shape, dtype=FP32, device=DEVICE))
+        loss.backward()
+        found += [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+        found += [f() for f in (fresh(model.config, 3) | memory_tensors(model.config, 0.1)).values()]
+        found += [effective_length(v), *memory_scan(k, v, v), *model.score(tokens, torch.ones(tokens.shape, dtype=FP32, device=DEVICE))]
+        return [(x.dtype, x) for x in found]
+
+    expected, before = numbers(), torch.get_default_dtype()
+    torch.set_default_dtype(other)
+    try:
+        found = numbers()
+    finally:
+        torch.set_default_dtype(before)
+    for (kind, x), (kind_too, y) in zip(found, expected, strict=True):
+        assert kind == kind_too and torch.equal(x, y)
