@@ -1,11 +1,14 @@
 """cache.py, and prefill, step and generate in model.py: an engine that gives what the plain path gives, in less time and space."""
+import math
+
 import pytest
 import torch
 from conftest import DEVICE, FORMS, assert_close, draw_tokens, one_line, tiny
+from torch import nn
 
 import backend
 import model as model_file
-from sparse import Dense, Dilated, MoBA, Quest, SnapKV, compose, name, parse
+from sparse import Dense, Dilated, MoBA, Quest, SnapKV, compose, drops, name, parse
 
 METHODS = ["dense", "quest:budget=6,block_size=2", "quest:budget=6,block_size=2,random=3", "moba:budget=6,block_size=2",
            "snapkv:budget=8,window=3", "snapkv:budget=8,window=3,random=2", "dilated:dilation=4,local=3,initial=1",
@@ -247,7 +250,7 @@ def test_wrong_uses_are_clear_errors():
             with pytest.raises(ValueError) as raised:
                 model.prefill(tokens, torch.tensor(lengths), cache)
             one_line(raised, f"lengths={lengths}")
-    for wrong in dict(temperature=-1), dict(top_k=0), dict(max_new_tokens=0):
+    for wrong in dict(temperature=-1), dict(temperature=math.nan), dict(temperature=math.inf), dict(top_k=0), dict(max_new_tokens=0):
         with pytest.raises(ValueError) as raised:
             model.generate(tokens, **dict(max_new_tokens=2) | wrong)
         one_line(raised, *(f"{key}={value}" for key, value in wrong.items()))
@@ -282,6 +285,168 @@ def test_watch_sees_each_step_and_each_layer_of_the_prompt():
     assert seen == [(0, 30), (1, 30)]
     model.decode(logits, cache, 5, Quest(16, 8), watch=lambda cache: reads.append([(x >= 0).sum(-1).max().item() for x in cache.selected]))
     assert len(reads) == 4 and all(0 < n <= 16 for step in reads for n in step)
+
+
+# ---------------------------------------------------------------- turns of a batch
+
+@pytest.mark.parametrize("who", ["torch", *(["triton"] if DEVICE == "cuda" else [])])
+@methods
+def test_the_next_turn_of_a_row_is_the_one_it_would_have_alone(method, who, monkeypatch):
+    """A row that has ended its answer and is fed its end token again and again, while it waits for the others."""
+    monkeypatch.setattr(backend, "choice", who)
+    model, source = tiny(**HEADS_OF_16 | FORMS["gqa memory"]).to(DEVICE), torch.Generator().manual_seed(3)
+    first, second = ([torch.randint(0, 61, (n,), generator=source).to(DEVICE) for n in sizes] for sizes in ((9, 25, 14), (4, 7, 3)))
+
+    def padded(rows):
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows], device=DEVICE)
+
+    def turns(rows, end):
+        """Two answers of each row. The second is to all of the first but what its last token has not been fed."""
+        cache, answers = model.new_cache(len(rows), 100), []
+        for asked in zip(*rows):
+            if answers:
+                asked = [torch.cat([answer[-1:], question]) for answer, question in zip(answers[-1], asked)]
+            logits = model.prefill(*padded(asked), cache)
+            new = model.decode(logits, cache, 12, method if len(answers) else Quest(24, 8), eos_id=end)
+            answers.append([row[:(row == end).nonzero()[0, 0] + 1] if (row == end).any() else row for row in new])
+            fed = [sum(map(len, (*parts, *(answer[b] for answer in answers)))) - 1
+                   for b, parts in enumerate(zip(*[[row[i] for row in rows] for i in range(len(answers))]))]
+            assert cache.lengths.tolist() == fed
+        return [[answer.tolist() for answer in row] for row in zip(*answers)]
+
+    if drops(method):
+        method = Quest(32, 8)  # entries are dropped once, before the first answer: there is no second prompt to drop of
+    pairs = list(zip(first, second))
+    end = model.generate(first[0][None], 12)[0, 2].item()  # what the first row writes third
+    together = turns(pairs, end)
+    assert len({len(row[0]) for row in together}) > 1, "all end at once: nothing is tested"
+    for pair, answers in zip(pairs, together):
+        assert turns([pair], end)[0] == answers
+
+
+# ---------------------------------------------------------------- what fails
+
+def everything(cache):
+    """What a cache tells of the tokens that it holds."""
+    held = [x[b, :n].clone() for x in (*cache.k, *cache.v) if x is not None for b, n in enumerate(cache.used.tolist())]
+    queries = [x.clone() for x in cache.recent_q if x is not None]
+    numbers = cache.filled, cache.ragged, cache.decoding, cache.slots, cache.kept_by, cache.spoiled
+    return numbers, [cache.lengths.clone(), cache.used.clone(), cache.token_hash.clone(), *held, *queries, *(x.clone() for x in cache.state)]
+
+
+class Stop(BaseException):
+    """As ctrl-C: no Exception."""
+
+
+@pytest.mark.parametrize("error", [MemoryError, Stop])
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("together", [10**6, 100], ids=["at once", "in parts"])
+@methods
+def test_a_prompt_that_fails_leaves_the_cache_as_it_was(method, together, layer, error, monkeypatch):
+    """A cache that counts tokens which only some layers have seen, and a second try that stands behind them."""
+    monkeypatch.setattr(model_file, "TOGETHER", together)
+    model, tokens, lengths = tiny(**FORMS["gqa memory"]), draw_tokens(5, 45), torch.tensor(LENGTHS)
+    calls = []
+
+    def fail(i, selected, real):
+        calls.append(i)
+        if i == layer and len(calls) > (2 if together == 100 else 0):  # in parts: not in the first one
+            raise error("say")
+
+    for start, whole in (0, True), (0, False), (20, False):
+        cache, right = model.new_cache(5, 60), model.new_cache(5, 60)
+        if start:
+            for one in cache, right:
+                model.prefill(tokens[:, :start], lengths.clamp(max=start), one, method)
+        before = everything(cache)
+        calls.clear()
+        with pytest.raises(error):
+            model.prefill(tokens[:, start:], (lengths - start).clamp(min=0), cache, method, whole=whole, watch=fail)
+        after = everything(cache)
+        assert after[0] == before[0] and all(map(torch.equal, after[1], before[1]))
+        logits = [model.prefill(tokens[:, start:], (lengths - start).clamp(min=0), one, method, whole=whole) for one in (cache, right)]
+        assert torch.equal(*logits)
+        assert torch.equal(*(model.decode(logits[0], one, 6, method) for one in (cache, right)))
+
+
+class Failing(Quest):
+    """A method of one's own that fails in the second layer of a step."""
+    calls = []
+
+    def decode(self, q, cache):
+        self.calls.append(1)
+        if len(self.calls) == 4:
+            raise MemoryError("say")
+        return super().decode(q, cache)
+
+
+def test_a_step_that_fails_spoils_the_cache_until_it_is_cleared():
+    """A memory that one layer has moved on and another has not, and answers from it as if nothing had been."""
+    model, tokens, method = tiny(**FORMS["gqa memory"]), draw_tokens(2, 30), Failing(16, 8)
+    cache = model.new_cache(2, 60)
+    logits = model.prefill(tokens, None, cache)
+    with cache.turn(Quest(16, 8)) as own:
+        expected = model.decode(logits, own, 6, Quest(16, 8))
+    Failing.calls.clear()
+    with pytest.raises(MemoryError), cache.turn(method) as own:
+        model.decode(logits, own, 6, method)
+    with cache.turn(Quest(16, 8)) as own:  # what began as a turn is forgotten whole
+        assert torch.equal(model.decode(logits, own, 6, Quest(16, 8)), expected)
+
+    Failing.calls.clear()
+    with pytest.raises(MemoryError):
+        model.decode(logits, cache, 6, method)
+    uses = {"step": lambda: model.step(tokens[:, 0], cache), "prefill": lambda: model.prefill(tokens, None, cache),
+            "parts": lambda: model.prefill(tokens[:, :1], None, cache), "turn": lambda: cache.turn(Quest(16, 8)).__enter__(),
+            "turn of what is kept": lambda: cache.turn(SnapKV(20, 6)).__enter__(), "fork": lambda: model.step(tokens[:, 0], cache.fork())}
+    for what, use in uses.items():
+        with pytest.raises(ValueError) as raised:
+            use()
+        one_line(raised, "half-way", "clear it")
+    cache.clear()
+    assert torch.equal(model.decode(model.prefill(tokens, None, cache), cache, 6, Quest(16, 8)), expected)
+
+
+def test_a_wrong_step_is_refused_before_anything_happens():
+    """A cache spoiled by a mistake that could be seen before."""
+    model, tokens = tiny(**FORMS["gqa memory"]), draw_tokens(2, 30)
+    cache = model.new_cache(2, 31)
+    logits = model.prefill(tokens, None, cache)
+    model.step(tokens[:, 0], cache)
+    before = everything(cache)
+    for wrong in lambda: model.step(tokens[:, 0], cache), lambda: model.step(tokens[:, 0], cache, SnapKV(20, 6)):
+        with pytest.raises(ValueError):
+            wrong()
+    with pytest.raises(ValueError) as raised:
+        model.decode(logits, cache, 3)
+    one_line(raised, "larger max_len")
+    after = everything(cache)
+    assert after[0] == before[0] and all(map(torch.equal, after[1], before[1]))
+
+
+def test_decoding_without_room_begins_nothing():
+    """Tokens that were written, and lost when the cache was full."""
+    model, tokens, seen = tiny(**FORMS["memory"]), draw_tokens(1, 30), []
+    for method in None, SnapKV(20, 6):
+        cache = model.new_cache(1, 34)
+        logits = model.prefill(tokens, None, cache)
+        with pytest.raises(ValueError) as raised:
+            model.decode(logits, cache, 6, method, watch=seen.append)
+        one_line(raised, "34", "35", "max_len")
+        assert not seen
+        assert model.decode(logits, cache, 5, method).shape == (1, 5)
+
+
+def test_seeds_of_one_budget_share_a_compressed_cache():
+    """H2 with five seeds at 7B: a cache kept for each of them, and no memory left."""
+    model, tokens = tiny(**FORMS["gqa memory"]), draw_tokens(2, 40)
+    cache = model.new_cache(2, 60)
+    logits = model.prefill(tokens, None, cache)
+    methods = [SnapKV(20, 6), *(SnapKV(20, 6, random=seed) for seed in range(3)), SnapKV(30, 6)]
+    for method in methods:
+        with cache.turn(method) as own:
+            assert torch.equal(model.decode(logits, own, 4, method), model.generate(tokens, 4, sparse=method))
+    assert len(cache.compact) == 2
 
 
 # ---------------------------------------------------------------- on a GPU
@@ -326,9 +491,12 @@ def test_a_full_cache_stops_a_graph():
     """A replay that writes past the cache's end."""
     model = tiny(**HEADS_OF_16).to(DEVICE)
     cache = model.new_cache(1, 45)
-    logits = model.prefill(draw_tokens(1, 40).to(DEVICE), None, cache)
+    model.prefill(draw_tokens(1, 40).to(DEVICE), None, cache)
+    token = draw_tokens(1, 1).to(DEVICE)[0]
+    for _ in range(5):
+        model.step(token, cache)
     with pytest.raises(ValueError, match="max_len"):
-        model.decode(logits, cache, 20)
+        model.step(token, cache)
 
 
 @gpu

@@ -248,7 +248,8 @@ def test_sampling_follows_its_settings():
     assert not torch.equal(draw(temperature=1, seed=1), draw(temperature=1, seed=2))
     assert not torch.equal(draw(temperature=1), draw(temperature=1)), "without a seed each draw is new"
     assert torch.equal(draw(temperature=1, top_k=1, seed=1), greedy)
-    assert torch.equal(draw(temperature=1e-3, seed=1), greedy)
+    for tiny_one in 1e-3, 1e-40, 1e-300, 5e-324:  # what fp32 rounds to 0 too
+        assert torch.equal(draw(temperature=tiny_one, seed=1), greedy)
     assert not torch.equal(draw(temperature=0.5, seed=1), draw(temperature=2, seed=1))
 
 
