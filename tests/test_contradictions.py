@@ -154,6 +154,8 @@ REFUSED = {
     "one file, and an index of others": (sharded(nothing, one=True), [ONE, INDEX, "Move the others away"]),
     "one file, and shards": (sharded(nothing, one=True, index=False), [ONE, "model-*-of-00002", "Move the others away"]),
     "two sets of shards": (sharded(nothing, parts=(2, 3), index=False), ["of-00002", "of-00003", "Move the others away"]),
+    "a shard fewer than its name says": (sharded(lambda folder: (folder / "model-00002-of-00003.safetensors").unlink(), parts=(3,), index=False),
+                                         ["model-00002-of-00003", "missing"]),
     "the index has a tensor elsewhere": (sharded(misplaced), ["norm.weight", "index"]),
     "a tensor in two shards": (sharded(twice), ["norm.weight", "another place"]),
     "a tensor under two names": (put("module." + NORM, torch.ones(32)), ["norm.weight", "another place"]),
