@@ -105,15 +105,15 @@ def test_another_tokenizer_in_the_way_is_left(tmp_path):
     for file in "config.json", "model.safetensors":
         assert not (tmp_path / file).exists()
     with pytest.raises(ValueError) as raised:
-        weights.write(tmp_path, tiny().config, tiny().state_dict(), tokenizer)
+        weights.write(tmp_path, tiny(memory=True).config, tiny(memory=True).state_dict(), tokenizer)
     one_line(raised, tmp_path / "tokenizer.json", "in the way")
     assert contents(tmp_path) == {"tokenizer.json": b"other", "mine.json": b"mine"}
     for _ in range(2):  # the second time the same is there already
-        weights.write(tmp_path / "new", tiny().config, tiny().state_dict(), tokenizer)
+        weights.write(tmp_path / "new", tiny(memory=True).config, tiny(memory=True).state_dict(), tokenizer)
         assert set(contents(tmp_path / "new")) == {"config.json", "model.safetensors", "tokenizer.json"}
         assert (tmp_path / "new" / "tokenizer.json").read_text() == "mine"
     assert json.loads((tmp_path / "new" / "config.json").read_text())["tokenizer"] == "bpe-9-abc"
-    assert Transformer.from_pretrained(tmp_path / "new").config == tiny().config
+    assert Transformer.from_pretrained(tmp_path / "new").config == tiny(memory=True).config
 
 
 # ---------------------------------------------------------------- checkpoints of a run
