@@ -301,12 +301,6 @@ def say_once(line):
     print(line, file=sys.stderr, flush=True)
 
 
-def tokenizer_files(folder):
-    """The files of a tokenizer in this folder, if any."""
-    names = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
-    return [Path(folder) / name for name in names if (Path(folder) / name).is_file()]
-
-
 def folder_of(path):
     return Path(path) if Path(path).is_dir() else Path(path).parent
 

@@ -229,7 +229,7 @@ def essay_words(text=None):
 def read_haystack(path):
     """The text of a file in UTF-8."""
     try:
-        return regular(path).read_bytes().decode("utf-8-sig")
+        return regular(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start} is not UTF-8: save the text as UTF-8") from None
 

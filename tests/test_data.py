@@ -284,6 +284,7 @@ def test_pieces_are_the_bytes_of_what_decode_gives(kind, gpt2, sp_folder, text):
     pieces = tok.pieces(ids)
     assert len(pieces) == len(ids) and b"".join(pieces).decode() == tok.decode(ids)
     assert tok.pieces([tok.eos_id, *ids, tok.n_vocab + 9]) == [b"", *pieces, b""]
+    assert b"".join(tok.pieces([0, 1, 2])).decode() == tok.decode([0, 1, 2])  # no text makes all of them
     for n in range(len(ids)):
         assert b"".join(tok.pieces(ids[:n])) == b"".join(pieces[:n])
 
@@ -753,6 +754,12 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, name):
     assert err.startswith("data.py: error:") and message in err
     assert name in err or name.startswith(("empty", "blank"))
     assert not list((tmp_path / "out").glob("*.bin"))
+
+
+def test_the_mark_that_an_editor_begins_a_text_with_is_no_part_of_it(tmp_path):
+    """A first token that stands for nothing, in each document of a folder."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\n")
+    assert [text for text, _ in data.documents([tmp_path / "a.txt"], "text")] == ["one\n"]
 
 
 @pytest.mark.parametrize("change", [["--shard_tokens=999"], ["--tokenizer", "GPT2"], ["--text_field=body"]])

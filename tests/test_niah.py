@@ -363,6 +363,68 @@ def test_bad_line_is_named(tmp_path, line, complaint):
         niah.read_jsonl(path, Bytes())
 
 
+@pytest.mark.parametrize("write", ["data", "predictions"])
+def test_a_disk_that_fills_up_leaves_the_files_that_were_there(tmp_path, monkeypatch, write):
+    """A good file lost, a cut one under its name; predictions of one task new beside those of another that are old."""
+    def make(seed):
+        return [niah.make_example(task, 1024, Bytes(), seed, 0, max_new_tokens=48) for task in ("niah_single_1", "niah_multikey_1")]
+
+    def save(examples):
+        if write == "data":
+            niah.write_jsonl(tmp_path / "new folder" / "a.jsonl", examples)
+        else:
+            niah.write_predictions(tmp_path, examples, [e.target for e in examples])
+
+    def kept():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    save(make(seed=0))
+    before, write_text = kept(), Path.write_text
+
+    def full(path, text, **how):
+        write_text(path, text[:100], **how)
+        if "multikey" in path.name or write == "data":
+            raise OSError(28, "No space left on device")
+        return write_text(path, text, **how)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="what was there is unchanged"):
+        patch.setattr(Path, "write_text", full)
+        save(make(seed=1))
+    assert kept() == before
+    save(make(seed=1))
+    assert kept().keys() == before.keys() and not set(kept().values()) & set(before.values())
+
+
+MARK = "\ufeff".encode()
+
+
+@pytest.mark.parametrize("content", [
+    lambda a, b: a + b"\n" + b, lambda a, b: MARK + a + b"\n" + b + b"\n", lambda a, b: b"\n\n" + a + b"\n \t\r\n\n" + b + b"\n\n",
+    lambda a, b: MARK + b"\r\n" + a + b"\r\n" + b + b"\r\n", lambda a, b: b" " + a + b" \n" + b + b" "])
+def test_every_reader_of_lines_takes_the_same_files(tmp_path, content):
+    """A blank line, or the mark that some editors begin a file with, that one script takes and another refuses."""
+    import data
+    rows = [{"index": i, "input": f"\u2028{i} for a is: 7.", "outputs": ["7"], "text": f"{i}\u2028"} for i in range(2)]
+    file = tmp_path / "niah_single_1.jsonl"
+    file.write_bytes(content(*(json.dumps(row, ensure_ascii=False).encode() for row in rows)))
+    assert [e.prompt for e in niah.read_jsonl(file, Bytes())] == [row["input"] for row in rows]
+    assert [text for text, _ in data.documents([file], "text")] == [row["text"] for row in rows]
+    number = file.read_bytes().count(b"\n") + 1
+    file.write_bytes(file.read_bytes() + b"{")  # lines that are skipped are counted
+    for read in (lambda: niah.read_jsonl(file, Bytes())), (lambda: list(data.documents([file], "text"))):
+        with pytest.raises(ValueError, match=rf"line {number}: not JSON"):
+            read()
+
+
+def test_a_haystack_that_is_no_text_is_named(tmp_path):
+    """A pointer of git-lfs as the essay; a codec's message that does not say which file; an editor's mark as its first word."""
+    file = tmp_path / "essay.txt"
+    for content, complaint in (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"), (b"na\xefve", "byte 2 is not UTF-8"):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"essay\.txt.*{complaint}"):
+            niah.read_haystack(file)
+    file.write_bytes(MARK + "naïve\r\n".encode())
+    assert niah.read_haystack(file) == "naïve\n"
+
+
 # ---------------------------------------------------------------- training
 
 @pytest.mark.parametrize("protocol", niah.PROTOCOLS)
@@ -446,9 +508,48 @@ def test_command_shows_and_writes_examples(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    ("--context_len", "100"), ("--task", "niah"), ("--haystack", "/no/such/file"), ("--samples", "0"), ("--what",)])
+    ("--context_len", "100"), ("--task", "niah"), ("--haystack", "/no/such/file"), ("--samples", "0"), ("--what",),
+    ("--tokenizer", "nowhere"), ("--words", "ruler")])
 def test_bad_flags_are_one_line(flags):
     """A traceback hides the one line that says what to change."""
     pytest.importorskip("data")
     run = command(*flags)
     assert run.returncode == 2 and not run.stdout and len(run.stderr.strip().splitlines()) == 1, run.stderr
+
+
+def run_main(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["niah.py", *flags])
+    niah.main()
+
+
+@pytest.mark.parametrize("flag", ["--seed", "--context_len", "--max_new_tokens", "--samples"])
+@pytest.mark.parametrize("number", ["-1", "0", "1e3", "1.5", "nan", "", "²", "1" + 20 * "0", "9" * 5000])
+def test_numbers_out_of_range_are_refused_by_their_flag(monkeypatch, capsys, flag, number):
+    """A context that fills the memory, -1 tokens to generate, a seed that another script cannot take."""
+    if (flag, number) == ("--seed", "0"):
+        return
+    with pytest.raises(SystemExit) as raised:
+        run_main(monkeypatch, f"{flag}={number}")
+    said = capsys.readouterr().err
+    assert raised.value.code == 2 and said.count("\n") == 1 and len(said) < 200
+    assert said.startswith(f"niah.py: argument {flag}: ") and "no whole number from" in said
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
+    """A traceback; a file that is cut."""
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(niah, "make_example", interrupted)
+    with pytest.raises(SystemExit) as raised:
+        run_main(monkeypatch, f"--output={tmp_path / 'a.jsonl'}")
+    assert raised.value.code == 130 and capsys.readouterr().err == "niah.py: interrupted; nothing was written\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_takes_a_tables_names_and_rulers_words(monkeypatch, capsys):
+    """mk-2 refused; words that are asked for and not taken."""
+    def told(*flags):
+        run_main(monkeypatch, *flags)
+        return capsys.readouterr().out
+    assert told("--task=mk-2") == told("--task=niah_multikey_2") == told("--task=MK-2", "--words=built-in")
+    assert "keys: built-in words;" in told() and "keys: wonderwords " in told("--words=wonderwords")
