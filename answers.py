@@ -12,6 +12,7 @@ batch may have chosen. Checked in tests/test_eval_niah.py. eval_niah.py fills th
 import hashlib
 import json
 import os
+import platform
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -57,6 +58,8 @@ def read_lines(folder):
     found = {}
     for file in sorted(Path(folder).glob("answers-*.jsonl")):
         for number, text in enumerate(file.read_bytes().split(b"\n")[:-1], 1):  # the last is empty, or cut off by a kill
+            if not text.strip():
+                continue
             try:
                 content = parse_json(text)
                 told = content.pop(SEAL, None)
@@ -110,6 +113,22 @@ def hash_of(files):
     return digest.hexdigest()[:12]
 
 
+def made_of(args, examples):
+    """What prompts follow from besides the flags, each in words: why two runs with the same flags may ask different ones."""
+    each = [of_task[0] for by_task in examples.values() for of_task in by_task.values()]
+    return {"--words": args.words, "words of keys": sorted({e.keys_from for e in each}), "haystacks": sorted({e.haystack_from for e in each}),
+            "Python": platform.python_version()}
+
+
+def cause(before, now):
+    """In words: what differs between two of made_of, and what to do about it. before: None in the folders of older versions."""
+    if before is None:
+        return ("an older version asked them, which took the words of wonderwords wherever that was installed: try --words=wonderwords; or "
+                "Python's help pages, the haystack, are of another Python")
+    differ = [f"{name} was {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value]
+    return "; ".join(differ) or "all that they are made of is the same, so the code that makes them is not: take the commit in asked.json"
+
+
 def refuse_others(args, labels, tokenizers, examples, call):
     """
     ValueError if --out holds answers to other questions, or of other models. More methods are no other question. call: what is
@@ -118,18 +137,31 @@ def refuse_others(args, labels, tokenizers, examples, call):
     now = {"--ckpt": list(labels), "--tasks": list(next(iter(examples.values()))), "--tokenizer": [t.name for t in tokenizers.values()]}
     now |= {f"--{name}": getattr(args, name) for name in ("samples", "seed", "context_len", "max_new_tokens", "protocol", "haystack",
                                                          "jsonl", "dtype", "kernels")}
+    prompts = {}
     for label, path in labels.items():
         path = weights.resolve(path)
         files = sorted([path / "config.json", *path.glob("model*")]) if path.is_dir() else [path]
         now[f"--ckpt {label} (a hash of its files)"] = hash_of(files)
-        now |= {f"what is asked in {task} (a hash of {label}'s prompts)": niah.prompt_hash(e) for task, e in examples[label].items()}
-    file = Path(args.out) / "asked.json"
-    before = load(file, "calls") if any(there.stat().st_size for there in file.parent.glob("answers-*.jsonl")) else now | {"calls": []}
+        prompts |= {f"what is asked in {task} (a hash of {label}'s prompts)": niah.prompt_hash(e) for task, e in examples[label].items()}
+    made, file = made_of(args, examples), Path(args.out) / "asked.json"
+
+    def refuse(name, was, value, why=""):
+        raise ValueError(f"{args.out} holds answers of another run: {name} was {was}, now {value}{why}. Choose another --out, or delete that one")
+    before = load(file, "calls") if any(there.stat().st_size for there in file.parent.glob("answers-*.jsonl")) else now | prompts | {"calls": []}
     for name, value in now.items():
+        if real(name, before.get(name)) != real(name, value):
+            refuse(name, before.get(name), value)
+    for name, value in prompts.items():
         if before.get(name) != value:
-            raise ValueError(f"{args.out} holds answers of another run: {name} was {before.get(name)}, now {value}. Choose another "
-                             "--out, or delete that one")
-    save(now | {"calls": before["calls"] + [call] * (call not in before["calls"][-1:])}, file)
+            refuse(name, before.get(name), value, f" ({cause(before.get('made_of'), made)})")
+    save(now | prompts | {"made_of": made, "calls": before["calls"] + [call] * (call not in before["calls"][-1:])}, file)
+
+
+def real(name, value):
+    """A setting that compares: files by where they are, however their paths are spelled."""
+    if name == "--haystack" and value:
+        return os.path.realpath(value)
+    return [os.path.realpath(path) for path in value] if name == "--jsonl" and value else value
 
 
 class Ranks:

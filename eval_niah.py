@@ -15,7 +15,9 @@ the same command and --out, also with more methods. Under torchrun each GPU take
 
 Two scores, both in percent (niah.py): "ruler", the share of answers that occur in what the model wrote, and "paper",
 exact pieces between commas. Intervals are Wilson's at 95 %, of a proportion: for tasks of several answers, whose scores
-vary less than a coin's, a little too wide. Checked in tests/test_eval_niah.py. Read sample.py for the whole in 60 lines.
+vary less than a coin's, a little too wide. Differences of two models are paired by prompt. Both are of the prompts alone:
+what another training would give, only seeds tell (reproduce.py). Budgets as fractions are of --context_len, and no prompt
+may be longer. Checked in tests/test_eval_niah.py. Read sample.py for the whole in 60 lines.
 """
 import argparse
 import json
@@ -31,7 +33,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,21 +155,23 @@ def prefill(model, examples, method, max_new_tokens, window=64, cache=None, watc
     return cache, model.prefill(tokens, lengths, cache, method, watch=watch), lengths
 
 
-def answer(model, tokenizer, examples, methods, cache=None):
+def answer(model, tokenizer, examples, methods, cache=None, selecting=()):
     """
-    Greedy answers to the examples (of niah.py), one batch, under each method: {method: a Told for each example}. And the cache,
-    for the next batch.
+    Greedy answers to the examples (of niah.py), one batch, under each method: {method: a Told for each example}. H1 of the
+    methods `selecting`: {method: what `hits` says}. And the cache, for the next batch. Whatever prefills alike shares a prefill.
     """
-    told, groups = {}, {}  # groups: by what decides the prefill
-    for method in dict.fromkeys(methods):
+    told, found, groups = {}, {}, {}  # groups: by what decides the prefill
+    for method in dict.fromkeys([*methods, *selecting]):
         groups.setdefault(sparse.phases(method).prefill_by, []).append(method)
-    n_new, eos_id, window = examples[0].max_new_tokens, tokenizer.eos_id, sparse.window_of(*methods)
+    gold = [sources(e, tokenizer) for e in examples] if selecting else []
+    n_new, eos_id, window = examples[0].max_new_tokens, tokenizer.eos_id, sparse.window_of(*methods, *selecting)
+    room = max([n_new, *(len(target) for target, _ in gold)])
     for prefill_by, group in groups.items():
         started, reads = time.time(), PromptReads(prefill_by)
-        cache, logits, lengths = prefill(model, examples, prefill_by, n_new, window, cache, reads)
+        cache, logits, lengths = prefill(model, examples, prefill_by, room, window, cache, reads)
         prompt_read = reads.of_rows(lengths)
         prefill_seconds = time.time() - started
-        for method in group:
+        for method in (m for m in group if m in methods):
             started, reads = time.time(), Reads()
             with cache.turn(method) as own:
                 new = model.decode(logits, own, n_new, method, eos_id=eos_id, watch=reads).tolist()
@@ -175,14 +179,17 @@ def answer(model, tokenizer, examples, methods, cache=None):
                 read = reads.of_rows(method, own, [min(len(row), n_new - 1) for row in new])
             seconds = (prefill_seconds + time.time() - started) / len(examples)
             told[method] = [Told(tokenizer.decode(row), *counts, seconds) for row, *counts in zip(new, read, prompt_read)]
-    return told, cache
+        for method in (m for m in group if m in selecting):
+            with cache.turn(method) as own:
+                found[method] = hits(model, own, gold, method)
+    return told, found, cache
 
 
 def evaluate(model, tokenizer, examples, methods, batch=16, progress=None):
     """The answers to all examples, `batch` at a time: {method: Outcome}. progress: called with the number just finished."""
     told, cache = {method: [None] * len(examples) for method in methods}, None
     for rows in by_length(examples, batch):
-        of_batch, cache = answer(model, tokenizer, [examples[i] for i in rows], methods, cache)
+        of_batch, _, cache = answer(model, tokenizer, [examples[i] for i in rows], methods, cache)
         for method, of_rows in of_batch.items():
             for i, of_row in zip(rows, of_rows):
                 told[method][i] = of_row
@@ -199,6 +206,31 @@ def interval(values):
     p = sum(values) / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return [round(100 * x, 2) for x in (p, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n))]
+
+
+def difference(a, b, paired):
+    """
+    Mean of b - a, the scores in 0..1 of two models, and its 95 % interval, in percent: Newcombe's, of the two Wilson intervals
+    (Statistics in Medicine 17, 1998, p. 2635, method 10). Paired, of the same prompts, what is hard for both counts less.
+    """
+    (p, p_low, p_high), (q, q_low, q_high) = interval(b), interval(a)
+    r = correlation(a, b) if paired else 0.0
+    half = lambda x, y: math.sqrt(max(0.0, x * x - 2 * r * x * y + y * y))
+    return [p - q, p - q - half(p - p_low, q_high - q), p - q + half(p_high - p, q - q_low)]
+
+
+def correlation(a, b):
+    """Of scores in 0..1, with Newcombe's correction: without it few prompts that both find, or miss, would seem to prove all."""
+    n, spread = len(a), statistics.pstdev(a) * statistics.pstdev(b)
+    together = statistics.fmean(x * y for x, y in zip(a, b, strict=True)) - statistics.fmean(a) * statistics.fmean(b)
+    if together > 0:
+        together = max(0.0, together - 1 / (2 * n))
+    return together / spread if spread else 0.0
+
+
+def ruler_scores(predictions, examples):
+    """RULER's score of each, 0 to 1."""
+    return [niah.score_ruler(text, e.answers) for text, e in zip(predictions, examples, strict=True)]
 
 
 def scores(predictions, examples):
@@ -228,19 +260,19 @@ def by_depth(predictions, examples):
 class Source(NamedTuple):
     """Where a token of an answer comes from."""
     answer: int  # which answer
-    low: int     # positions low to high - 1 of the prompt hold the token's characters: nearly always one position
+    low: int     # positions low to high - 1 of the prompt hold the token's bytes: nearly always one position
     high: int
 
 
 def sources(example, tokenizer):
     """The gold answer's tokens, and for each its Source; None if it is no answer's (a comma, a space)."""
     target = niah.target_ids(example.prompt, example.target, tokenizer)
-    characters = lambda ids: [len(tokenizer.decode(ids[:n])) for n in range(len(ids) + 1)]  # before each token, and in all
-    text, ends, at, found = tokenizer.decode(target), characters(target), 0, [None] * len(target)
+    written, prompt = (niah.pieces(tokenizer, ids) for ids in (target, example.ids))  # bytes: a token may end inside a character
+    text, ends, at, found = b"".join(written), [0, *accumulate(map(len, written))], 0, [None] * len(target)
     for number, (answer, (start, end)) in enumerate(zip(example.answers, example.spans)):
-        at = text.index(answer, at)
-        value = example.ids[start:end]  # in the needle, where it may be cut into other tokens, or share one with its neighbours
-        shift, value_ends = tokenizer.decode(value).index(answer) - at, characters(value)
+        answer, value = answer.encode(errors="replace"), prompt[start:end]  # in the needle, where it may be cut otherwise
+        at, value_ends = text.index(answer, at), [0, *accumulate(map(len, value))]
+        shift = b"".join(value).index(answer) - at
         for j in range(len(target)):
             low, high = max(ends[j], at), min(ends[j + 1], at + len(answer))
             if low < high:
@@ -260,31 +292,26 @@ def was_read(cache, layer, low, high):
 
 
 @torch.no_grad()
-def hits(model, tokenizer, examples, method, cache=None):
+def hits(model, cache, gold, method):
     """
-    H1, teacher-forced, of one batch: how many answers each head hits, (layers, KV), and how many there are; and the cache,
-    for the next batch. A head hits an answer if at every step at which one of its tokens is written, what the head selected
-    contains that token's position in the prompt.
+    H1, teacher-forced, of a batch whose prompts the cache holds; gold: `sources` of each. -> {answer: which heads hit it, bool
+    (layers, KV)} for each row. A head hits an answer if at every step at which one of its tokens is written, what the head
+    selected contains that token's position in the prompt.
 
     Feeding token j of the gold answer is the step that writes token j + 1. Token 0 follows from the prefill, which
     selects nothing (Quest, SnapKV), and does not count.
     """
-    gold = [sources(e, tokenizer) for e in examples]
-    target, _ = padded([ids for ids, _ in gold], model.embed_tokens.weight.device)  # (B, M)
-    cache, _, _ = prefill(model, examples, sparse.phases(method).prefill_by, target.shape[1], sparse.window_of(method), cache)
-    hit = {}  # (row, answer): (layers, KV)
-    with cache.turn(method) as own:
-        for j in range(1, target.shape[1]):
-            model.step(target[:, j - 1], own, method)
-            source = [found[j] if j < len(found) else None for _, found in gold]
-            low, high = (torch.tensor([getattr(s, end) if s else -1 for s in source], device=target.device)
-                         for end in ("low", "high"))
-            read = torch.stack([was_read(own, i, low, high) for i in range(len(own.k))]).cpu()  # (layers, B, KV)
-            for b, s in enumerate(source):
-                if s:
-                    hit[b, s.answer] = hit.get((b, s.answer), True) & read[:, b]
-    nothing = torch.zeros(model.config.n_layer, model.config.n_kv_head, dtype=torch.long)
-    return sum((x.long() for x in hit.values()), nothing), len(hit), cache
+    target, _ = padded([ids for ids, _ in gold], cache.used.device)  # (B, M)
+    hit = [{} for _ in gold]
+    for j in range(1, target.shape[1]):
+        model.step(target[:, j - 1], cache, method)
+        source = [found[j] if j < len(found) else None for _, found in gold]
+        low, high = (torch.tensor([getattr(s, end) if s else -1 for s in source], device=target.device) for end in ("low", "high"))
+        read = torch.stack([was_read(cache, i, low, high) for i in range(len(cache.k))]).cpu()  # (layers, B, KV)
+        for b, s in enumerate(source):
+            if s:
+                hit[b][s.answer] = hit[b].get(s.answer, True) & read[:, b]
+    return hit
 
 
 def best_heads(rates):
@@ -294,10 +321,10 @@ def best_heads(rates):
 
 # ---------------------------------------------------------------- tables and plot
 
-def mean_of_tasks(rows, score):
-    """Mean over tasks of result rows, and half its 95 % interval."""
-    halves = [(row[score][2] - row[score][1]) / 2 for row in rows]
-    return sum(row[score][0] for row in rows) / len(rows), math.sqrt(sum(h * h for h in halves)) / len(rows)
+def mean_of_tasks(cells):
+    """Of [mean, low, high] of each task: the mean, and half its 95 % interval."""
+    halves = [(high - low) / 2 for _, low, high in cells]
+    return statistics.fmean(mean for mean, *_ in cells), math.sqrt(sum(h * h for h in halves)) / len(cells)
 
 
 def lookup(results):
@@ -309,8 +336,11 @@ def lookup(results):
     return found
 
 
-def table(results):
-    """The paper's Table 3 as text, beside it entries read and H1's hits; below, how later checkpoints differ from the first."""
+def table(results, by_prompt):
+    """
+    The paper's Table 3 as text, beside it entries read and H1's hits; below, how later checkpoints differ from the first.
+    by_prompt: {(checkpoint, method, task): ruler_scores}
+    """
     found = lookup(results)
     left, right = max(len(c) for c, _ in found) + 3, max(len(m) for _, m in found)
     line = lambda checkpoint, method, cells, end: f"{checkpoint:{left}}{method:{right}}" + "".join(f"{c:>7}" for c in cells) + end
@@ -320,30 +350,36 @@ def table(results):
     lines = [" " * (left + right) + above,
              line("", "", tasks, f"{'mean':>14}{'mean':>7}{'prompt':>11}{'answer':>9}{'heads, %':>10}")]
     for (checkpoint, method), rows in found.items():
-        (ruler, half), (paper, _) = mean_of_tasks(rows, "ruler"), mean_of_tasks(rows, "paper")
+        (ruler, half), (paper, _) = (mean_of_tasks([row[score] for row in rows]) for score in ("ruler", "paper"))
         best = 100 * best_heads(torch.tensor([row["hits"] for row in rows]).mean(0)) if rows[0]["hits"] else None
         prompt_read, read = mean(row["prompt_read"] for row in rows), mean(row["read"] for row in rows)
         lines.append(line(checkpoint, method, [f"{row['ruler'][0]:.1f}" for row in rows],
                           f"{ruler:8.1f} ±{half:4.1f}{paper:7.1f}{number(prompt_read):>11}{number(read):>9}{number(best):>10}"))
     first, *others = dict.fromkeys(checkpoint for checkpoint, _ in found)
     for other in others:
-        lines.append(f"\n{other} - {first}")
+        same = all(a["prompts"] == b["prompts"] for a, b in zip(found[first, "dense"], found[other, "dense"]))
+        how = "each prompt asked of both, so ± of paired differences" if same else "of other prompts, as their tokens differ"
+        lines.append(f"\n{other} - {first}, {how}")
         for method in (method for checkpoint, method in found if checkpoint == other):
-            a, b = found[first, method], found[other, method]
-            (mean_a, half_a), (mean_b, half_b) = mean_of_tasks(a, "ruler"), mean_of_tasks(b, "ruler")
-            lines.append(line("", method, [f"{y['ruler'][0] - x['ruler'][0]:+.1f}" for x, y in zip(a, b)],
-                              f"{mean_b - mean_a:+8.1f} ±{math.hypot(half_a, half_b):4.1f}"))
+            cells = [difference(by_prompt[first, method, row["task"]], by_prompt[other, method, row["task"]], same)
+                     for row in found[other, method]]
+            gain, half = mean_of_tasks(cells)
+            lines.append(line("", method, [f"{cell[0]:+.1f}" for cell in cells], f"{gain:+8.1f} ±{half:4.1f}"))
+    lines.append("\n±: half a 95 % interval, over prompts alone. Models that differ in nothing but their training's seed often differ by "
+                 "more: whether a recipe gains, several seeds of it must tell (reproduce.py)")
     return "\n".join(lines)
 
 
 def table_random(results):
-    lines = ["H2: scores drawn by chance, RULER's score, %: mean and standard deviation over seeds"]
     found = {}
     for row in results:
         if row["random"] is not None:
             found.setdefault((row["checkpoint"], row["method"]), {}).setdefault(row["task"], []).append(row["ruler"][0])
+    n = max(len(x) for by_task in found.values() for x in by_task.values())
+    lines = [f"H2: scores drawn by chance, RULER's score, %: mean and sample standard deviation over draws ({n}), models and prompts the same"]
     for (checkpoint, method), by_task in found.items():
-        cells = [f"{niah.TASKS[task].short} {statistics.mean(x):.1f} ±{statistics.pstdev(x):.1f}" for task, x in by_task.items()]
+        spread = lambda x: f" ±{statistics.stdev(x):.1f}" if len(x) > 1 else ""
+        cells = [f"{niah.TASKS[task].short} {statistics.fmean(x):.1f}{spread(x)}" for task, x in by_task.items()]
         lines.append(f"{checkpoint}   {method}   " + "  ".join(cells))
     return "\n".join(lines)
 
@@ -375,16 +411,16 @@ def plot(results, path):
         budgets = sorted(methods)
         for i, checkpoint in enumerate(dict.fromkeys(checkpoint for checkpoint, _ in found)):
             dense, least, color = found[checkpoint, "dense"], found[checkpoint, methods[budgets[0]]], f"C{i}"
-            means, halves = zip(*(mean_of_tasks(found[checkpoint, methods[budget]], "ruler") for budget in budgets))
+            means, halves = zip(*(mean_of_tasks([row["ruler"] for row in found[checkpoint, methods[budget]]]) for budget in budgets))
             above.errorbar(budgets, means, halves, marker="o", capsize=3, color=color, label=checkpoint)
-            above.axhline(mean_of_tasks(dense, "ruler")[0], color=color, linestyle="--", linewidth=1)
+            above.axhline(mean_of_tasks([row["ruler"] for row in dense])[0], color=color, linestyle="--", linewidth=1)
             below.plot(range(5, 100, 10), depths(least), marker="o", color=color)
             below.plot(range(5, 100, 10), depths(dense), color=color, linestyle="--", linewidth=1)
         above.set(title=kind, xlabel="budget, tokens", xscale="log", ylim=(-3, 103))
         above.set_xticks(budgets, budgets)
         above.minorticks_off()
         below.set(title=methods[budgets[0]], xlabel="depth of the needle, %")
-    axes[0, 0].set_ylabel("RULER's score, mean of tasks, %")
+    axes[0, 0].set_ylabel("RULER's score, mean of tasks, %\n(bars: 95 %, over prompts)")
     axes[1, 0].set_ylabel("answers found, %")
     axes[0, 0].legend(title="dense: dashed")
     figure.tight_layout()
@@ -488,6 +524,20 @@ def natural(text):
     return int(text)
 
 
+def seed(text):
+    """A flag's seed: a whole number from 0 to 2**63 - 1, as torch's generators take it."""
+    if not 0 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text}: a seed is a whole number from 0 to 2**63 - 1")
+    return int(text)
+
+
+def temperature(text):
+    """A flag's temperature: finite, and at least 0."""
+    if not 0 <= float(text) < math.inf:  # NaN is not
+        raise argparse.ArgumentTypeError(f"{text}: a temperature is a finite number, at least 0")
+    return float(text)
+
+
 def usable_device(text):
     """A flag's device. Each process of torchrun has a GPU of its own: there cuda is cuda:LOCAL_RANK."""
     try:
@@ -508,10 +558,11 @@ def flags():
     # what
     add("--ckpt", nargs="+", metavar="PATH", help="models that Transformer.from_pretrained loads, or runs of train.py; "
         "None: the two that come with the code, and beside them the newest run in out/ if it does the same task")
-    add("--methods", nargs="+", default=METHODS, metavar="METHOD", help="for sparse.parse, e.g. moba:budget=1/8+snapkv:"
+    add("--methods", "--method", nargs="+", action="extend", metavar="METHOD", help="for sparse.parse, e.g. moba:budget=1/8+snapkv:"
         "budget=1/4; budgets in tokens or of --context_len; block_size and window default to 1/64 of it, 8 to 64, and kernel to 5 or, for "
-        "a model of bytes, 15; dense is always added")
-    add("--tasks", nargs="+", choices=niah.TASKS, metavar="TASK", help=f"{', '.join(niah.TASKS)}; None: those the first model was trained on, or that fit")
+        f"a model of bytes, 15; dense is always added; None: {' '.join(METHODS)}")
+    add("--tasks", nargs="+", type=niah.task_name, metavar="TASK", help=", ".join(f"{name} or {task.short}" for name, task in niah.TASKS.items()) +
+        "; None: those the first model was trained on, or that fit")
     add("--samples", type=positive, help="examples per task; the paper has 500; None: 200 with a GPU, else 8192 tokens' worth")
     add("--context_len", type=positive, metavar="TOKENS", help="prompt and answer together; None: the first model's")
     add("--max_new_tokens", type=positive, metavar="TOKENS", help="room for the answer; None: 128 from 2048 on, 48 below and for bytes")
@@ -519,8 +570,9 @@ def flags():
         "for fine-tuned models); None: what the first model was trained on, else base")
     add("--haystack", metavar="FILE", help="text of the essays; None: Python's help pages")
     add("--jsonl", nargs="+", metavar="FILE", help="data files of RULER's own, TASK.jsonl or TASK/validation.jsonl, instead of "
-        "generated examples: --tasks, --seed and --haystack then mean nothing")
-    add("--seed", type=int, default=0, help="of the examples")
+        "generated examples: --tasks, --seed, --words and --haystack then mean nothing")
+    add("--words", choices=niah.WORDS, default=niah.WORDS[0], help="of keys: built-in, or RULER's from the package wonderwords")
+    add("--seed", type=seed, default=0, help="of the examples")
     add("--hits", action="store_true", help="H1: how often each head selects the answer's place")
     add("--random", type=positive, default=0, metavar="SEEDS", help="H2: how many times to draw the selection of methods of budget "
         "1/4 by chance")
@@ -551,15 +603,50 @@ def prepare(args):
     args.max_new_tokens = args.max_new_tokens or niah.default_new_tokens(args.context_len, tokenizer)
     args.samples = args.samples or (200 if args.device.startswith("cuda") else max(2, 8192 // args.context_len))
     args.json = args.json or str(Path(args.out) / "results.json")
-    args.methods = list(dict.fromkeys(["dense", *(sized(text, args.context_len, tokenizer) for text in args.methods)]))
+    args.methods = list(dict.fromkeys(["dense", *(sized(text, args.context_len, tokenizer) for text in args.methods or METHODS)]))
     methods = {sparse.parse(text, args.context_len): text for text in args.methods}
     return labels, tokenizers, methods
+
+
+def note_if_beyond(name, trained, asked):
+    """One line, if a model is asked about more tokens than it has learned to look back."""
+    if asked > trained:
+        print(f"note: {name} was trained on contexts of {trained:,} tokens, and is asked about up to {asked:,}: where it fails, it "
+              "need not be a method's fault", file=sys.stderr)
+
+
+def roomy(tokens):
+    """The next --context_len of which 1/16 is whole blocks (`sized`)."""
+    step = 1024 if tokens > 1024 else 128
+    return tokens + -tokens % step
+
+
+def check_lengths(args, examples):
+    """
+    -> tokens of the shortest and the longest prompt. ValueError if one and its answer are more than --context_len: budgets, and
+    the shares that a table tells, are fractions of it.
+    """
+    lengths = [len(e.ids) for by_task in examples.values() for of_task in by_task.values() for e in of_task]
+    longest = max(lengths) + args.max_new_tokens
+    if longest > args.context_len:
+        raise ValueError(f"the longest prompt and its answer take {longest:,} tokens, more than --context_len {args.context_len}, of which "
+                         f"budgets are fractions: give --context_len={roomy(longest)}, or shorter prompts")
+    return min(lengths), max(lengths)
+
+
+def tell_lengths(args, labels, longest):
+    """A line for each model that is asked about more than it was trained on, and one if prompts are far shorter than --context_len."""
+    for label, path in labels.items():
+        note_if_beyond(label, weights.read(path, without_tensors=True)[0]["context_len"], longest + args.max_new_tokens)
+    if longest + args.max_new_tokens < 0.75 * args.context_len:
+        print(f"note: the longest prompt has {longest:,} tokens, and budgets are fractions of --context_len {args.context_len}: "
+              f"--context_len={roomy(longest + args.max_new_tokens)} fits", file=sys.stderr)
 
 
 def choose_tasks(args, tokenizers):
     """--tasks, else those that train.py trained the first model on, else those that fit in the tokens of every model."""
     args.tasks = args.tasks or trained_with(args.ckpt[0]).get("tasks")
-    fitting = [niah.fitting_tasks(args.context_len, tokenizer, args.protocol, args.max_new_tokens) for tokenizer in tokenizers]
+    fitting = [niah.fitting_tasks(args.context_len, tokenizer, args.protocol, args.max_new_tokens, args.words) for tokenizer in tokenizers]
     tasks = args.tasks or [task for task in niah.TASKS if all(task in those for those in fitting)]
     if not tasks:
         raise ValueError(f"no task fits into --context_len {args.context_len} with {args.max_new_tokens} new tokens: raise it")
@@ -570,7 +657,7 @@ def make_examples(args, tokenizer, tasks):
     """{task: examples}"""
     haystack = Path(args.haystack).read_text(encoding="utf-8") if args.haystack else None
     return {task: [niah.make_example(task, args.context_len, tokenizer, args.seed, index, args.protocol, haystack,
-                                     max_new_tokens=args.max_new_tokens) for index in range(args.samples)] for task in tasks}
+                                     max_new_tokens=args.max_new_tokens, words=args.words) for index in range(args.samples)] for task in tasks}
 
 
 def read_examples(args, tokenizer):
@@ -614,19 +701,22 @@ def run_in(args, ranks, labels, tokenizers, methods):
         tasks = choose_tasks(args, different.values())
         made = {name: make_examples(args, tokenizer, tasks) for name, tokenizer in different.items()}
     examples = {label: made[tokenizer.name] for label, tokenizer in tokenizers.items()}
+    shortest, longest = check_lengths(args, examples)
 
     device = (f"{ranks.n} x " if ranks.n > 1 else "") + device_name(args.device)
     call = {"command": command_line(args.argv, "eval_niah.py"), "commit": commit(), "device": device, "torch": torch.__version__}
     if ranks.rank == 0:  # if it refuses, torchrun ends the others, which wait below
         refuse_others(args, labels, tokenizers, examples, call)
+        tell_lengths(args, labels, longest)
     left = list(unanswered(examples, by_name, args.batch, read_lines(args.out)))
     ranks.meet("all have read what is there")  # before any writes
     mine, count = left[ranks.rank::ranks.n], lambda batches: sum(len(rows) for *_, missing in batches for rows in missing.values())
     n_prompts = sum(len(of_task) for by_task in examples.values() for of_task in by_task.values())
     total = n_prompts * len(by_name)
     if ranks.rank == 0:
-        print(f"{', '.join(labels)}: {n_prompts} prompts of up to {args.context_len} tokens x {len(by_name)} methods = {total:,} answers "
-              f"of up to {args.max_new_tokens}, {total - count(left):,} of them in {args.out} already; protocol {args.protocol}; {device}, {args.dtype}")
+        print(f"{', '.join(labels)}: {n_prompts} prompts of {shortest:,} to {longest:,} tokens x {len(by_name)} methods = {total:,} answers "
+              f"of up to {args.max_new_tokens}, {total - count(left):,} of them in {args.out} already; context {args.context_len:,}, protocol "
+              f"{args.protocol}; {device}, {args.dtype}")
         print(" ".join(methods.values()), flush=True)
 
     progress, loading, answering = Progress(total, total - count(left)), 0.0, 0.0  # seconds
@@ -654,15 +744,16 @@ def run_in(args, ranks, labels, tokenizers, methods):
 def ask(model, tokenizer, examples, batch, by_name, args, cache):
     """-> the Lines that are missing of one batch of `unanswered`; and the cache, for the next"""
     (label, task, rows, missing), lines = batch, []
-    take = lambda rows: [examples[label][task][i] for i in rows]
-    for name, some in missing.items():
-        if name.startswith("H1 "):
-            n_hits, n_answers, cache = hits(model, tokenizer, take(some), by_name[name], cache)
-            lines.append(Line(label, task, name, some, {"hits": n_hits.tolist(), "answers": n_answers}))
     # on a GPU all batches are of one size: the last example fills up a short one, and no one takes these answers
     size = min(args.batch, len(examples[label][task])) if args.device.startswith("cuda") else len(rows)
+    asked = [examples[label][task][i] for i in rows + rows[-1:] * (size - len(rows))]
     methods = [by_name[name] for name in missing if not name.startswith("H1 ")]
-    told, cache = answer(model, tokenizer, take(rows + rows[-1:] * (size - len(rows))), methods, cache)
+    told, found, cache = answer(model, tokenizer, asked, methods, cache, [by_name[name] for name in missing if name.startswith("H1 ")])
+    for method, of_rows in found.items():
+        some = missing[f"H1 {sparse.name(method)}"]
+        hit = [heads for i, of_row in zip(rows, of_rows) if i in some for heads in of_row.values()]  # (layers, KV) of each answer
+        nothing = torch.zeros(model.config.n_layer, model.config.n_kv_head, dtype=torch.long)
+        lines.append(Line(label, task, f"H1 {sparse.name(method)}", some, {"hits": sum(hit, nothing).tolist(), "answers": len(hit)}))
     for method, of_rows in told.items():
         # the time is the real rows'
         name, of_row = sparse.name(method), {i: told._replace(seconds=told.seconds * size / len(rows)) for i, told in zip(rows, of_rows)}
@@ -672,7 +763,7 @@ def ask(model, tokenizer, examples, batch, by_name, args, cache):
 
 def report(args, call, labels, tokenizers, examples, texts):
     """All answers -> predictions, results.json, tables and plot."""
-    there, results = read_lines(args.out), []
+    there, results, by_prompt = read_lines(args.out), [], {}
     for label, path in labels.items():
         for task, of_task in examples[label].items():
             for method, text in texts.items():
@@ -680,6 +771,8 @@ def report(args, call, labels, tokenizers, examples, texts):
                 outcome = Outcome.of([Told(**there[label, task, name][i].told) for i in range(len(of_task))])
                 folder = Path(args.out) / label.replace("/", "_") / name.replace(":", "-")
                 niah.write_predictions(folder, of_task, outcome.texts)
+                if getattr(method, "random", None) is None:
+                    by_prompt[label, text, task] = ruler_scores(outcome.texts, of_task)
                 batches = [line.told for i, line in there.get((label, task, f"H1 {name}"), {}).items() if i == line.examples[0]]
                 rates = sum(torch.tensor(b["hits"]) for b in batches) / sum(b["answers"] for b in batches) if args.hits and batches else None
                 read, prompt_read = mean(outcome.read), mean(outcome.prompt_read)
@@ -696,7 +789,7 @@ def report(args, call, labels, tokenizers, examples, texts):
     calls = load(Path(args.out) / "asked.json", "calls")["calls"]  # more than one if it was stopped, or methods were added
     save({**call, "calls": calls, "settings": vars(args), "finished": True, "results": results}, args.json)
 
-    print("\n" + table(results))
+    print("\n" + table(results, by_prompt))
     if args.random:
         print("\n" + table_random(results))
     speed = call["speed"]

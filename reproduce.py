@@ -374,9 +374,9 @@ def main():
     add = parser.add_argument
     add("--arms", nargs="*", choices=ARMS, default=list(ARMS), metavar="ARM", help="which to train and evaluate: " + ", ".join(ARMS) +
         "; none: only the summary of what is there")
-    add("--seeds", nargs="+", type=eval_niah.natural, default=[0, 1, 2], help="of weights and training data")
+    add("--seeds", nargs="+", type=eval_niah.seed, default=[0, 1, 2], help="of weights and training data")
     add("--samples", type=eval_niah.positive, default=200, help="examples per task; the same for all runs")
-    add("--eval_seed", type=int, default=0, help="of the examples; who changes a recipe looks at another seed's until it is final")
+    add("--eval_seed", type=eval_niah.seed, default=0, help="of the examples; who changes a recipe looks at another seed's until it is final")
     add("--random", type=eval_niah.positive, default=1, metavar="SEEDS", help="H2: draws of a selection by chance, for each model")
     add("--batch", type=eval_niah.positive, default=200, help="prompts at a time in the evaluation")
     add("--train", type=shlex.split, default="", metavar="FLAGS", help="more flags of train.py, for both stages of every run: --train='--steps=2 --batch=2' "

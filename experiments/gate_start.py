@@ -97,7 +97,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--init", required=True, metavar="PATH", help="a model without a memory, pretrained")
     add("--g0", type=train.gate, nargs="+", default=[0.02, 0.1, 0.5, 0.9], metavar="G", help="gates to start from, above 0 and below 1")
-    add("--seed", type=int, default=0, help="of the samples")
+    add("--seed", type=eval_niah.seed, default=0, help="of the samples")
     add("--per_gpu", type=eval_niah.positive, default=1, metavar="RUNS", help="conversions at a time on each GPU")
     add("--out", default="out/gate-start", metavar="DIR", help="folder of the runs; one that is there goes on")
     add("--json", default="results/gate-start.json", metavar="FILE", help="all losses and lengths")

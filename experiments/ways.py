@@ -25,9 +25,9 @@ def flags(name, description, method):
     parser.error = lambda message: parser.exit(2, f"{name}.py: {message}\n")
     add = parser.add_argument
     add("--ckpt", nargs="+", required=True, metavar="PATH", help="models, as eval_niah.py takes them")
-    add("--method", default=method, metavar="METHOD", help=f"a {method.split(':')[0]}, as eval_niah.py takes it")
+    add("--method", "--methods", default=method, metavar="METHOD", help=f"a {method.split(':')[0]}, as eval_niah.py takes it")
     add("--samples", type=eval_niah.positive, default=50, help="examples per task")
-    add("--seed", type=int, default=0, help="of the examples")
+    add("--seed", type=eval_niah.seed, default=0, help="of the examples")
     add("--device", type=eval_niah.usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--json", default=f"results/{name}.json", metavar="FILE", help="all results")
     return parser
