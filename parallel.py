@@ -73,6 +73,11 @@ class Processes:
             os._exit(code)
 
 
+def is_first():
+    """Whether this process is the one that speaks, of those that torchrun started, if it did."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def alive(pid):
     try:
         os.kill(pid, 0)
@@ -214,8 +219,14 @@ class Stop:
             self.file.unlink(missing_ok=True)
         self.ours, self.theirs = socket.socketpair()
         self.theirs.setblocking(False)
-        self.before = signal.set_wakeup_fd(self.theirs.fileno(), warn_on_full_buffer=False)
-        self.handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.set_wakeup_fd(self.theirs.fileno(), warn_on_full_buffer=False)
+            ends = signal.SIGINT, signal.SIGTERM
+            self.handlers = {number: signal.signal(number, lambda *_: None) for number in ends}
+        elif self.processes.rank == 0:
+            print(f"note: only a program's main thread hears signals, and this is another: "
+                  f"make a file {self.file} to stop", file=sys.stderr)
         self.thread = threading.Thread(target=self.listen, daemon=True)
         self.thread.start()
         return self
@@ -226,7 +237,8 @@ class Stop:
         self.over = True
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self.before)
+        if self.handlers:
+            signal.set_wakeup_fd(self.before)
         self.theirs.close()  # the thread reads the end, and leaves
         # before us: were it the last to hold a process group, it would take that apart while Python ends, which aborts
         self.thread.join()

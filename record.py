@@ -9,6 +9,7 @@ train.py calls these, runs.py asks them about runs that are there. Checked in te
 """
 import json
 import math
+import os
 import statistics
 import time
 
@@ -22,7 +23,10 @@ from files import whole_or_nothing
 PATIENCE = 3  # steps in a row whose loss or gradient is not finite: then the run ends
 
 # flags that --resume may give otherwise
-MAY_CHANGE = {"resume", "device", "kernels", "workers", "compile", "device_batch", "recompute", "log_every", "eval_every", "save_every", "out"}
+MAY_CHANGE = {"resume", "device", "kernels", "workers", "compile", "device_batch", "recompute",
+              "log_every", "eval_every", "save_every", "out", "name"}
+# and those that name files, of which what they hold counts
+FILES = {"data", "tokenizer", "haystack", "init"}
 
 
 def newest(run, resume):
@@ -35,18 +39,38 @@ def newest(run, resume):
     return folder
 
 
-def step_of(folder, run, args):
-    """How many steps the checkpoint has seen. ValueError if going on with these flags would mix two runs."""
+def step_of(folder, run, args, inputs=None):
+    """
+    How many steps the checkpoint has seen. ValueError if going on with these flags would mix two
+    runs. inputs: hashes of what the files hold, as in the record; None: not known, and a file is
+    the same if it is in the same place.
+    """
     saved = load(folder / "train.json", "settings", "step", remedy=f"restore it, or delete {folder} to go on from the one before")
     if "first_sample" not in saved:
         raise ValueError(f"--resume: an older version made {run}, with other samples: delete it, or choose another --name")
     if not isinstance(saved["settings"], dict):
         raise ValueError(f"{folder / 'train.json'} is damaged: its settings are no flags; delete {folder} to go on from the one before")
     for key, value in saved["settings"].items():
-        if key not in MAY_CHANGE and vars(args).get(key) != value:
+        if key in MAY_CHANGE or vars(args).get(key) == value:
+            continue
+        if not same_file(key, saved, args, inputs or {}):
             raise ValueError(f"--resume: {run} was started with --{key}={value}, not {vars(args).get(key)}: "
                              "give the same flags, or another --name")
     return saved["step"]
+
+
+def same_file(key, saved, args, inputs):
+    """Whether a flag that is spelled otherwise than in the record `saved` names the same. See step_of."""
+    then, now = saved["settings"][key], vars(args).get(key)
+    if key not in FILES:
+        return False
+    if key in inputs and (key == "data" or key in saved):  # of older runs only the samples are known
+        return inputs[key] == saved["first_sample" if key == "data" else key]
+    if not (then and now):
+        return False
+    if key == "init" and saved.get("from") and saved["from"] == eval_niah.training_record(now):
+        return True
+    return os.path.realpath(str(then)) == os.path.realpath(now)
 
 
 def begun(args, folder):
@@ -59,17 +83,19 @@ def begun(args, folder):
     return {"seconds": 0.0, "skipped": 0, "from": eval_niah.training_record(args.init) if args.init else None}
 
 
-def record_of(args, step, log, step_seconds, processes, commit, first_sample, before):
+def record_of(args, step, log, step_seconds, processes, commit, first_sample, before,
+              tokenizer=None, haystack=None):
     """
     What a checkpoint tells of its making; None where nobody knows. step_seconds: of the steps so far; first_sample:
-    fingerprint's; before: begun's.
+    fingerprint's; before: begun's; tokenizer: its name; haystack: a hash of the file.
     """
     seconds = statistics.median(step_seconds)
     return {"step": step, "settings": vars(args), "command": eval_niah.command_line(None, "train.py"), "commit": commit,
             "device": eval_niah.device_name(args.device), "processes": processes.world, "torch": torch.__version__,
             "seconds": log.seconds(), "step_seconds": round(seconds, 5), "tokens_per_second": round(log.tokens / seconds),
             "mfu": log.peak and round(sum(log.of_pass.values()) / seconds / log.peak, 4),
-            "skipped": log.skipped, "first_sample": first_sample, "from": before["from"]}
+            "skipped": log.skipped, "first_sample": first_sample, "tokenizer": tokenizer,
+            "haystack": haystack, "from": before["from"]}
 
 
 # ---------------------------------------------------------------- log.jsonl
@@ -108,15 +134,22 @@ class Log:
         """Of training so far, what earlier processes did for the checkpoint that this one goes on from included."""
         return round(time.time() - self.started, 2)
 
-    def add(self, entry, numbers, marks):
-        """numbers: losses of each pass, their norms, how many processes want to stop, on the device. marks: see mark."""
-        self.untold.append((entry | {"tokens": entry["step"] * self.tokens, "seconds": self.seconds()}, numbers, marks))
+    def add(self, entry, numbers, marks, weight_sum=1.0):
+        """
+        numbers: losses of each pass, their norms, how many processes want to stop, on the device.
+        marks: see mark. weight_sum: of the batch.
+        """
+        entry = entry | {"tokens": entry["step"] * self.tokens, "seconds": self.seconds()}
+        self.untold.append((entry, numbers, marks, weight_sum))
 
     def tell(self, keep=0):
-        """Wait for all steps but the newest `keep`. -> their entries, each with its number of skipped passes; does a process want to stop?"""
+        """
+        Wait for all steps but the newest `keep`. -> their entries, each with its number of skipped
+        passes, None if no token of the batch counted; does a process want to stop?
+        """
         told, stops, n = [], 0, len(self.of_pass)
         while len(self.untold) > keep:
-            entry, numbers, marks = self.untold.pop(0)
+            entry, numbers, marks, weight_sum = self.untold.pop(0)
             *values, wish = numbers.tolist()  # waits for the device
             stops += wish
             for name, loss, norm, start, end in zip(self.of_pass, values[:n], values[n:], marks, marks[1:]):
@@ -126,6 +159,9 @@ class Log:
             entry["tokens_per_second"] = round(self.tokens / seconds)
             if self.peak:
                 entry["mfu"] = round(sum(self.of_pass.values()) / seconds / self.peak, 4)
+            if weight_sum == 0:  # a loss of 0/0 is no divergence
+                told.append((entry | {"skipped": self.skipped}, None))
+                continue
             bad = sum(not math.isfinite(norm) for norm in values[n:])
             self.skipped, self.in_a_row = self.skipped + bad, self.in_a_row + 1 if bad else 0
             if self.in_a_row == PATIENCE:

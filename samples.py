@@ -112,6 +112,11 @@ def workers_told():
                       "no memory for --workers of them? The last checkpoint is whole") from None
 
 
+def hash_of(file):
+    """Of what a file holds; None if there is none."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] if file else None
+
+
 def fingerprint(dataset):
     """
     A hash of the first sample and of the shards' lengths. If it has changed, the same flags mean other data by now: our code,

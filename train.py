@@ -39,12 +39,12 @@ import parallel
 import sparse
 import weights
 from data import tokenizer_of
-from eval_niah import natural, positive, usable_device
+from eval_niah import usable_device
 from files import only_one, told_to_end
 from memory import arl_passes, lengths_of
 from model import PRESETS, Transformer, config_of, fresh, memory_tensors
 from record import PATIENCE, Log, begun, field, finite, mark, newest, record_of, step_of
-from samples import Needles, batches, fingerprint, make_data, workers_told
+from samples import Needles, batches, fingerprint, hash_of, make_data, workers_told
 from sparse import Dilated
 
 SMALL = 2e13      # FLOPs of a pass below which a GPU waits for launches: one GPU records such passes as CUDA graphs
@@ -92,17 +92,31 @@ LESSON = ["--context_len=4096", "--drills=0", "--gate_start=0.1", "--steps=40", 
 
 
 def number(holds, what):
-    """A flag's type: a number of which holds(number) is true."""
+    """A flag's type: a number of which holds(number) is true, and that fp32 has, squared too."""
     def number(text):
-        if not holds(float(text)):
-            raise argparse.ArgumentTypeError(f"{text} is not {what}")
-        return float(text)
+        value = float(text)
+        if not (holds(value) and (value == 0 or 1e-18 <= value <= 1e18)):
+            raise argparse.ArgumentTypeError(f"{text} is not {what}, or not within 1e-18 and 1e18")
+        return value
+    return number
+
+
+def whole(least, most):
+    """A flag's type: a whole number within these."""
+    def number(text):
+        value = int(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least:,} to {most:,}")
+        return value
     return number
 
 
 gate = number(lambda g: 0 < g < 1, "above 0 and below 1")  # where it can start
 share = number(lambda x: 0 <= x <= 1, "a share from 0 to 1")
 above_0, at_least_0 = number(lambda x: x > 0, "above 0"), number(lambda x: x >= 0, "0 or above")
+natural, positive = whole(0, 2**31 - 1), whole(1, 2**31 - 1)
+few = whole(1, 1_000_000)                                  # sequences: a list of them is made
+seed = whole(-2**31, 2**31 - 1)                            # with step and process it is 64 bits
 
 
 def flags():
@@ -128,7 +142,8 @@ def flags():
     add("--tokenizer", metavar="SPEC", help="as in data.py; None: the one beside --init, bytes for our presets")
     add("--context_len", type=positive, metavar="TOKENS", help="length of a sequence; None: the model's")
     add("--protocol", default="base", choices=niah.PROTOCOLS, help="needles: base (RULER's answer prefix) or sft (the question alone)")
-    add("--tasks", nargs="+", choices=niah.TASKS, metavar="TASK", help="needles: which of RULER's; None: those that fit")
+    add("--tasks", nargs="+", type=niah.task_name, metavar="TASK",
+        help="needles: which of RULER's, as niah_multikey_2 or mk-2; None: those that fit")
     add("--drills", type=share, default=0.0, metavar="SHARE", help="needles: of the steps, at the start, whose samples are all drills; "
         "of later samples 30 %% are. 0: no drills")
     add("--many", type=share, default=0.5, metavar="SHARE", help="needles: share of samples with many questions")
@@ -136,8 +151,8 @@ def flags():
     add("--haystack", metavar="FILE", help="needles: text of the essays; None: Python's help pages")
     # how long, how fast
     add("--steps", type=positive, default=1000, help="batches")
-    add("--batch", type=positive, default=64, help="sequences per step, over all GPUs")
-    add("--device_batch", type=positive, help="sequences per GPU at a time; the rest is accumulated. None: as many as fit a GPU, 16 on a CPU")
+    add("--batch", type=few, default=64, help="sequences per step, over all GPUs")
+    add("--device_batch", type=few, help="sequences per GPU at a time; the rest is accumulated. None: as many as fit a GPU, 16 on a CPU")
     add("--recompute", type=natural, metavar="LAYERS", help="how many layers' activations are computed anew in backward, to save memory; "
         "None: as few as must be")
     add("--lr", type=above_0, default=1e-3, help="peak learning rate")
@@ -146,7 +161,7 @@ def flags():
     add("--warmup", type=share, default=0.05, metavar="SHARE", help="of the steps, in which the learning rate rises linearly")
     add("--weight_decay", type=at_least_0, default=0.1, help="on all parameters, as RAT+")
     add("--clip", type=above_0, default=1.0, help="largest norm of the gradient")
-    add("--seed", type=int, default=0, help="of weights and data")
+    add("--seed", type=seed, default=0, help="of weights and data")
     # where, and what is kept
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--compile", choices=["on", "off"], help="torch.compile, and CUDA graphs where one GPU takes a whole --batch of a small model "
@@ -222,7 +237,11 @@ def what_to_train(args, folder=None):
         raise ValueError(f"--gate_start={args.gate_start} is for a memory that --memory=on adds to an --init without: nothing was added here")
     if args.memory == "off" and config.memory:
         raise ValueError(f"{source} has a memory, which --memory=off cannot take out")
-    if args.context_len and (args.preset or args.context_len > config.context_len):
+    longer = args.context_len and args.context_len > config.context_len
+    if longer and source and parallel.is_first():
+        print(f"note: {source} was trained for {config.context_len:,} tokens, and "
+              f"--context_len={args.context_len} goes beyond: it has to learn positions that are new to it")
+    if args.context_len and (args.preset or longer):
         config = replace(config, context_len=args.context_len)
     return config, tensors
 
@@ -319,7 +338,8 @@ class Loss(torch.nn.Module):
 def one_pass(loss_of, model, optimizer, parts, weight_sum, processes, stays, clip):
     """
     A batch's forward and backward, and one update. parts: (tokens, weight) of this process, one after the other; weight_sum: of
-    the batch; stays: cost.Plan's. -> this process's share of the loss; the gradient's norm; both on the device
+    the batch; stays: cost.Plan's. -> this process's share of the loss; the gradient's norm; both on the device.
+    If no token counts both are 0/0, and update does nothing.
     """
     loss = 0.0
     for number, (tokens, weight) in enumerate(parts, start=1):
@@ -363,7 +383,9 @@ def validate(model, dataset, args, method, autocast, processes, samples=64):
             lengths = lengths or [layer.median() for layer in found]
             totals += torch.stack([loss, right, weight[:, 1:].sum().double()])
     loss, right, count = processes.sum(totals).tolist()
-    scores = {"val_loss": finite(loss / count), "val_accuracy": right / count}
+    scores = {"val_loss": None, "val_accuracy": None}  # if no token counts
+    if count:
+        scores = {"val_loss": finite(loss / count), "val_accuracy": right / count}
     if lengths:
         scores["memory_lengths"] = [round(length, 2) for length in (processes.sum(torch.stack(lengths)) / processes.world).tolist()]
     return scores
@@ -406,7 +428,9 @@ def run_in(processes, stop, run, args):
     source = folder or (args.init and weights.resolve(args.init))
     tokenizer = tokenizer_of(source, config.vocab_size, args.tokenizer)
     training, validation = make_data(args, tokenizer)
-    done, first_sample = step_of(folder, run, args) if folder else 0, fingerprint(training)
+    first_sample = fingerprint(training)
+    inputs = {"tokenizer": tokenizer.name, "haystack": hash_of(args.haystack)}
+    done = step_of(folder, run, args, {"data": first_sample, **inputs}) if folder else 0
     before = begun(args, folder)
     if folder and before["first_sample"] != first_sample:
         raise ValueError(f"--resume: the samples of {run} are others by now: delete it, or choose another --name")
@@ -466,7 +490,7 @@ def run_in(processes, stop, run, args):
                 losses.append(loss), norms.append(norm), marks.append(mark(args.device))
             *losses, wishes = processes.sum(torch.stack([*losses, torch.full_like(loss, stop.asked() or saver.failed())]))
             entry = {"step": step, "lr": args.lr * scale, "wait_seconds": waited} | ({"memory_lr": args.memory_lr * scale} if config.memory else {})
-            log.add(entry, torch.stack([*losses, *norms, wishes]), marks)
+            log.add(entry, torch.stack([*losses, *norms, wishes]), marks, weight_sum)
             last = step == args.steps
             due = lambda every: every > 0 and (step % every == 0 or last)
             evaluates, prints, saves = due(args.eval_every), due(args.log_every) or step == 1, due(args.save_every)
@@ -480,7 +504,10 @@ def run_in(processes, stop, run, args):
                 told[-1][0].update(validate(model, validation, args, passes["dense"][0], autocast, processes))
             for entry, bad in told:
                 log.write(entry | ({"memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)} if on_gpu else {}))
-                if bad:
+                if bad is None:
+                    say(f"step {entry['step']:>5}  no token of the batch counts, as all have weight 0: "
+                        "nothing was learned from it", flush=True)
+                elif bad:
                     say(f"step {entry['step']:>5}  loss or gradient is not finite: {bad} of {len(passes)} passes skipped, "
                         f"{entry['skipped']} so far", flush=True)
             if log.hopeless:
@@ -489,7 +516,7 @@ def run_in(processes, stop, run, args):
             if prints:
                 say(line_of(told[-1][0], passes, step_seconds, training, args), flush=True)
             if saves or last:
-                record = record_of(args, step, log, step_seconds, processes, commit, first_sample, before)
+                record = record_of(args, step, log, step_seconds, processes, commit, first_sample, before, **inputs)
             if saves:  # waits for the one before, and raises why that failed if it did
                 saver.save(model, optimizer, record)
             if last:
@@ -506,7 +533,7 @@ def line_of(entry, passes, step_seconds, training, args):
     left = (args.steps - entry["step"]) * args.batch * args.context_len / speed / 60
     return (f"step {entry['step']:>5}  loss {show(entry['loss'], '.3f')}"
             + (f"  {first} {show(entry[field(first, 'loss')], '.3f')}" if len(passes) > 1 else "")
-            + (f"  validation {show(entry['val_loss'], '.3f')}, {entry['val_accuracy']:.1%} of {what} right" if "val_loss" in entry else "")
+            + (f"  validation {show(entry['val_loss'], '.3f')}, {show(entry['val_accuracy'], '.1%')} of {what} right" if "val_loss" in entry else "")
             + f"  lr {entry['lr']:.1e}  norm {show(entry['grad_norm'], '.2f')}  {speed:,.0f} tokens/s"
             + (f"  MFU {entry['mfu']:.1%}" if "mfu" in entry else "")
             + (f"  {left / 60:.1f} h left" if left > 120 else f"  {left:.1f} min left"))

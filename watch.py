@@ -10,7 +10,8 @@ dense, or two: before it ARL's, through the memory alone (--arl), or one that se
     loss                of the dense pass, before it updates: nats per token, weighted as --other_weight says; null if not finite
     arl_loss            of ARL's pass, likewise; the dense one follows, with weights that have seen this batch. joint_loss: of --joint's
     grad_norm           of the dense pass's gradient, before --clip; null if not finite. arl_grad_norm, joint_grad_norm: of the other's
-    skipped             passes so far whose gradient was not finite: they changed no weight. Three steps in a row end the run
+    skipped             passes so far whose gradient was not finite: they changed no weight. Three steps in a row end the run.
+                        A batch of which no token counts has a loss of null, changes nothing and is not among them
     dense_seconds       that the dense pass took on the first GPU; arl_seconds, joint_seconds: the other. A first step compiles
     wait_seconds        that the first process waited for its part of the batch to be made
     tokens              seen so far

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -181,7 +182,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened():
              f"import train, model, test_train; model.PRESETS['pico'] = test_train.TINY; train.main()"
     command = [sys.executable, "-c", script, *BASE, "--name=killed", "--steps=60", "--eval_every=60"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while not Path("out/killed/step_0000004").exists():
+    while not list(Path("out/killed").glob("step_*")):
         assert process.poll() is None
         time.sleep(0.02)
     process.kill()
@@ -234,7 +235,7 @@ def two_processes(*flags, change=""):
     script.write_text(f"import os, signal, sys; sys.path[:0] = {[str(TRAIN.parent), str(Path(__file__).parent)]}\n"
                       "import torch; torch.set_num_threads(1)\n"
                       f"import train, model, test_train; model.PRESETS['pico'] = test_train.TINY\n{change}\ntrain.main()\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     return subprocess.run([*command, *BASE, *flags], capture_output=True, text=True)
 
 
@@ -358,6 +359,17 @@ def test_memory_is_added_to_a_trained_model_and_the_run_is_its_own():
     (["--preset=pico", "--init=x"], "one of --preset"),
     (["--recipe=olmo2-continue", "--init=x"], "--data"),
     (["--preset=pico", "--lr=0"], "--lr"),
+    (["--preset=pico", "--lr=nan"], "--lr"),
+    (["--preset=pico", "--weight_decay=inf"], "--weight_decay"),
+    (["--preset=pico", "--clip=1e-300"], "--clip"),
+    (["--preset=pico", "--memory_lr=1e300"], "--memory_lr"),
+    (["--preset=pico", "--other_weight=1e39"], "--other_weight"),
+    (["--preset=pico", f"--seed={2**64}"], "--seed"),
+    (["--preset=pico", f"--seed={-2**63}"], "--seed"),
+    (["--preset=pico", f"--steps={10**400}"], "--steps"),
+    (["--preset=pico", f"--batch={2**62}"], "--batch"),
+    (["--preset=pico", f"--context_len={2**63}"], "--context_len"),
+    (["--preset=pico", "--tasks", "mk-9"], "mk-9"),
     (["--preset=pico", "--log_every=0"], "--log_every"),
     (["--preset=pico", "--tasks", "niah_single_1", "niah_multiquery"], "too short"),
     (["--preset=pico", "--batch=6", "--device_batch=4"], "does not divide"),
@@ -418,7 +430,7 @@ def test_failed_save_leaves_the_last_checkpoint(monkeypatch):
 def test_loss_that_is_not_finite_stops_the_run():
     """Hours of NaN must not overwrite good checkpoints."""
     with pytest.raises(FloatingPointError, match="step"):
-        run("--name=nan", "--lr=1e30", "--clip=1e30", "--steps=20")
+        run("--name=nan", "--lr=1e18", "--clip=1e18", "--steps=20")
     assert all(tensor.isfinite().all() for file in Path("out/nan").glob("step_*/model.safetensors") for tensor in load_file(file).values())
 
 
@@ -535,7 +547,8 @@ def test_a_checkpoint_tells_how_it_was_made():
     record = json.loads((checkpoint / "train.json").read_text())
     assert record.pop("sha256") == files.seal_of(record)
     assert {"step", "settings", "command", "commit", "device", "processes", "torch", "seconds", "step_seconds", "tokens_per_second", "mfu",
-            "skipped", "first_sample", "from"} == record.keys()
+            "skipped", "first_sample", "tokenizer", "haystack", "from"} == record.keys()
+    assert record["tokenizer"] == "bytes" and record["haystack"] is None
     assert record["tokens_per_second"] == pytest.approx(4 * 512 / record["step_seconds"], rel=0.01) and record["mfu"] is None
     assert record["from"] is None
     flags = [f"--init={checkpoint}", "--name=retold", *BASE[1:], "--steps=3", "--save_every=2"]
@@ -565,3 +578,156 @@ def test_lesson_gives_the_attention_checkpoint_a_memory_and_shows_what_changed(m
     assert "goes on from" in text
     model = Transformer.from_pretrained("out/converted")
     assert model.config.memory and weights.resolve("out/converted").name == "step_0000002"
+
+
+# ---------------------------------------------------------------- batches without a token that counts
+
+def weightless(monkeypatch, counts):
+    """Samples of which counts(dataset, index) is false have weight 0 everywhere."""
+    sample = samples.Needles.__getitem__
+
+    def changed(self, index):
+        tokens, weight = sample(self, index)
+        return tokens, weight * bool(counts(self, index))
+    monkeypatch.setattr(samples.Needles, "__getitem__", changed)
+
+
+def test_a_batch_without_a_token_that_counts_learns_nothing_and_says_so(monkeypatch, capsys):
+    """0/0 told as divergence, which ends a run of three such batches; or weight decay on nothing."""
+    weightless(monkeypatch, lambda self, index: str(self.seed).startswith("val") or index < 4)
+    run("--name=empty", "--steps=5", "--save_every=1", "--eval_every=0")
+    assert [row["loss"] is None for row in log_of("empty")] == [False, True, True, True, True]
+    assert [row["skipped"] for row in log_of("empty")] == [0, 0, 0, 0, 0]
+    assert_same_files(Path("out/empty/step_0000004"), Path("out/empty/step_0000005"))
+    said = capsys.readouterr().out
+    assert said.count("no token of the batch counts") == 4 and "not finite" not in said
+    moments = load_file("out/empty/step_0000005/optimizer.safetensors")
+    assert {int(value) for key, value in moments.items() if key.endswith("/step")} == {2}
+
+
+def test_a_validation_without_a_token_that_counts_is_none(monkeypatch, capsys):
+    """A stack of calls for 0/0 at the end of a run."""
+    weightless(monkeypatch, lambda self, index: not str(self.seed).startswith("val"))
+    _, last = run("--name=blind")
+    assert last["val_loss"] is None and last["val_accuracy"] is None
+    assert "validation none, none of answer tokens right" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seed", [2**31 - 1, -2**31])
+def test_the_largest_seeds_train(seed):
+    """A seed that the flags take and the generator does not."""
+    assert run(f"--name=seed{seed}", f"--seed={seed}", "--steps=1", "--eval_every=0")[1]["step"] == 1
+
+
+# ---------------------------------------------------------------- the same files by other names
+
+def some_shards(folder, text=b"to be or not to be. "):
+    Path(folder).mkdir(parents=True)
+    document = np.array([*text * 20, 256], np.uint16).tobytes()
+    data.save_shard(Path(folder, "00000.bin"), [document] * 200, 257, "bytes", 0)
+
+
+def test_a_run_goes_on_with_the_same_files_wherever_they_are(tmp_path):
+    """Shards, essays and models compared by how their paths are spelled: refused after a move, or taken though others are there now."""
+    some_shards("shards")
+    some_shards("others", b"it was a dark night. ")
+    text = ["--name=text", "--context_len=64", "--arl=0", "--steps=2", "--resume"]
+    run(*text, "--data=shards")
+    run(*text, f"--data={tmp_path}/shards")
+    shutil.move("shards", "moved/there") if Path("moved").mkdir() is None else None
+    run(*text, "--data=moved/there")
+    shutil.move("out/text", "out/renamed")
+    run(*text, "--name=renamed", "--data=moved/there")
+    with pytest.raises(ValueError, match="--data"):
+        run(*text, "--name=renamed", "--data=others")
+
+    Path("essay.txt").write_text("It was the best of times. " * 400)
+    Path("same.txt").write_text("It was the best of times. " * 400)
+    Path("other.txt").write_text("It was the worst of times. " * 400)
+    needles = ["--name=essays", "--steps=2", "--resume"]  # whose first sample has no essay
+    checkpoint, _ = run(*needles, "--haystack=essay.txt")
+    run(*needles, "--haystack=same.txt")
+    with pytest.raises(ValueError, match="--haystack=essay.txt"):
+        run(*needles, "--haystack=other.txt")
+    with pytest.raises(ValueError, match="--haystack=essay.txt"):
+        run(*needles)
+
+    go_on = lambda init: train.train(train.parse([*BASE[1:], f"--init={init}", "--name=on", "--steps=2", "--resume"]))
+    go_on("out/essays")
+    go_on(tmp_path / "out" / "essays")
+    shutil.copytree(checkpoint, "copy")
+    go_on("copy")
+    with pytest.raises(ValueError, match="--init"):
+        go_on("out/renamed")
+
+
+def write_bpe(folder, *merges):
+    """A byte-level BPE of our own: 256 bytes, these merges, an end of text. -> the folder"""
+    vocab = {character: byte for character, byte in data.byte_alphabet().items()}
+    for left, right in merges:
+        vocab[left + right] = len(vocab)
+    end = {"id": len(vocab), "content": "<|endoftext|>", "special": True, "lstrip": False, "rstrip": False, "single_word": False}
+    steps = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    Path(folder).mkdir()
+    Path(folder, "tokenizer.json").write_text(json.dumps({
+        "model": {"type": "BPE", "vocab": vocab, "merges": [list(merge) for merge in merges]}, "added_tokens": [end], "pre_tokenizer": steps}))
+    return folder
+
+
+def test_a_checkpoint_has_the_tokenizer_it_was_trained_with_and_goes_on_with_no_other(monkeypatch):
+    """A model that carries the tokenizer.json beside the one that was named; a second half trained on other tokens."""
+    monkeypatch.setitem(PRESETS, "pico", replace(TINY, vocab_size=300, eos_id=None))
+    write_bpe("one", "th", "he"), write_bpe("two", "an", "in")
+    shutil.copy("two/tokenizer.json", "one/mine.json")
+    flags = ["--name=bpe", "--steps=2", "--resume"]
+    checkpoint, _ = run(*flags, "--tokenizer=one/mine.json")
+    assert (checkpoint / "tokenizer.json").read_bytes() == Path("two/tokenizer.json").read_bytes()
+    assert sorted(file.name for file in checkpoint.glob("*.json")) == ["config.json", "tokenizer.json", "train.json"]
+    name = data.get_tokenizer("two").name
+    assert json.loads((checkpoint / "train.json").read_text())["tokenizer"] == name
+    assert json.loads((checkpoint / "config.json").read_text())["tokenizer"] == name
+    for same in "--tokenizer=two", "--tokenizer=two/tokenizer.json":
+        assert run(*flags, same)[0] == checkpoint
+    assert run(*flags)[0] == checkpoint  # that of the checkpoint
+    with pytest.raises(ValueError, match=name):
+        run(*flags, "--tokenizer=one")
+
+
+# ---------------------------------------------------------------- where and how it is called
+
+def test_train_in_another_thread_says_what_it_does_not_hear_and_stops_by_a_file(monkeypatch, capsys):
+    """A traceback of signal, which only the main thread may set; handlers of the program changed."""
+    before, ends = signal.getsignal(signal.SIGINT), []
+
+    def go(*flags):
+        try:
+            ends.append(run("--name=thread", *flags))
+        except BaseException as error:
+            ends.append(error)
+    for flags in ["--steps=2"], ["--steps=2", "--resume"]:
+        thread = threading.Thread(target=go, args=flags)
+        thread.start(), thread.join()
+    assert [end[1]["step"] for end in ends] == [2, 2] and signal.getsignal(signal.SIGINT) == before
+    assert capsys.readouterr().err.count("make a file out/thread/stop") == 2
+    forward = train.Loss.forward
+    monkeypatch.setattr(train.Loss, "forward", lambda *args: (Path("out/other/stop").touch(), forward(*args))[1])
+    thread = threading.Thread(target=go, args=["--name=other"])
+    thread.start(), thread.join()
+    assert isinstance(ends[-1], SystemExit) and ends[-1].code == 130
+
+
+def test_a_context_beyond_the_models_is_told_once(capsys):
+    """Numbers of a model at positions that it has never seen, without a word."""
+    checkpoint, _ = run("--name=short", "--arl=0")
+    capsys.readouterr()
+    longer = [*BASE[1:], f"--init={checkpoint}", "--context_len=1024", "--name=longer", "--arl=0", "--resume"]
+    train.train(train.parse(longer))
+    assert capsys.readouterr().out.count("was trained for 512 tokens, and --context_len=1024 goes beyond") == 1
+    train.train(train.parse(longer))
+    run("--name=new", "--context_len=1024", "--steps=1", "--arl=0")
+    assert "was trained for" not in capsys.readouterr().out
+
+
+def test_tasks_are_named_as_in_the_tables_too():
+    """MK-2 refused where all tables say MK-2; two spellings that --resume takes for two runs."""
+    assert train.parse(["--preset=pico", "--tasks", "MK-2", "s-1", "niah_multiquery"]).tasks == ["niah_multikey_2", "niah_single_1", "niah_multiquery"]
