@@ -239,7 +239,8 @@ class Stop:
             signal.signal(number, handler)
         if self.handlers:
             signal.set_wakeup_fd(self.before)
-        self.theirs.close()  # the thread reads the end, and leaves
+        self.theirs.shutdown(socket.SHUT_WR)  # the thread reads the end, and leaves. A child may hold a copy, so close is no end
+        self.theirs.close()
         # before us: were it the last to hold a process group, it would take that apart while Python ends, which aborts
         self.thread.join()
 

@@ -51,9 +51,8 @@ def step_of(folder, run, args, inputs=None):
     if not isinstance(saved["settings"], dict):
         raise ValueError(f"{folder / 'train.json'} is damaged: its settings are no flags; delete {folder} to go on from the one before")
     for key, value in saved["settings"].items():
-        if key in MAY_CHANGE or vars(args).get(key) == value:
-            continue
-        if not same_file(key, saved, args, inputs or {}):
+        other = vars(args).get(key) != value and not same_file(key, saved, args, inputs or {})
+        if key not in MAY_CHANGE and other:
             raise ValueError(f"--resume: {run} was started with --{key}={value}, not {vars(args).get(key)}: "
                              "give the same flags, or another --name")
     return saved["step"]
