@@ -24,38 +24,34 @@ def script(tmp_path, monkeypatch):
 
 
 def wait_for(condition):
-    deadline = time.time() + 60
+    deadline = time.time() + 600
     while not condition():
-        assert time.time() < deadline, "waited for a minute"
+        assert time.time() < deadline, "waited for ten minutes"
         time.sleep(0.02)
 
 
 def test_the_first_failure_ends_all(script, tmp_path):
     """Training that goes on for hours after the failure, whether its script runs at that moment, is about to, or waits its turn."""
-    failed, ended, began = threading.Event(), [], time.time()
+    ended = []
 
     def fails(call):
-        try:
-            wait_for(lambda: (tmp_path / "runs.log").exists() and "up" in (tmp_path / "runs.log").read_text())
-            call([script, "0", "3"], tmp_path / "fails.log")
-        finally:
-            failed.set()
+        wait_for(lambda: (tmp_path / "runs.log").exists() and "up" in (tmp_path / "runs.log").read_text())
+        call([script, "0", "3"], tmp_path / "fails.log")
 
     def runs_on(call):
         try:
-            call([script, "60", "0"], tmp_path / "runs.log")
+            call([script, "600", "0"], tmp_path / "runs.log")
         except ValueError as error:
             ended.append(str(error))
             raise
 
     def is_between(call):
         call([script, "0", "0"], tmp_path / "between.log")
-        failed.wait(60)
-        time.sleep(0.2)
-        call([script, "60", "0"], tmp_path / "second.log")
+        wait_for(lambda: ended)  # so all know of the failure
+        call([script, "600", "0"], tmp_path / "second.log")
     with pytest.raises(ValueError, match="fails: .* ended with code 3, its last words: up.*/fails.log"):
-        runs.spread([fails, runs_on, is_between, lambda call: call([script, "60", "0"], tmp_path / "third.log")], per_gpu=3)
-    assert time.time() - began < 30 and "ended with code -15" in ended[0] and (tmp_path / "between.log").exists()
+        runs.spread([fails, runs_on, is_between, lambda call: call([script, "600", "0"], tmp_path / "third.log")], per_gpu=3)
+    assert "ended with code -15" in ended[0] and (tmp_path / "between.log").exists()
     assert not (tmp_path / "second.log").exists() and not (tmp_path / "third.log").exists()
 
 
@@ -66,7 +62,7 @@ def test_kill_ends_all_as_ctrl_c_does(script, tmp_path):
 
     def job(call):
         try:
-            call([script, "60", "0"], log)
+            call([script, "600", "0"], log)
         except ValueError as error:
             ended.append(str(error))
 
