@@ -403,9 +403,13 @@ class Transformer(nn.Module):
         weights.fill(model, tensors, path, dtype, device)
         return model.add_memory() if memory else model
 
-    def save_pretrained(self, path):
-        """Write config.json and safetensors into the directory `path`; transformers opens it if it is pure OLMo 2."""
-        weights.write(path, self.config, self.state_dict())
+    def save_pretrained(self, path, tokenizer=None):
+        """
+        Write config.json and safetensors into the directory `path`, and the tokenizer's files (data.get_tokenizer) if one is
+        given; transformers opens it if it is pure OLMo 2. What is there of ours is replaced. ValueError, and nothing is changed,
+        if something else has the name of a file to be written.
+        """
+        weights.write(path, self.config, self.state_dict(), tokenizer)
 
 
 def config_of(settings, path):
