@@ -104,9 +104,11 @@ def test_sigterm_saves_and_says_how_to_go_on(script, flags, says, judged, place,
     for part in times((0.6,), (0.1, 0.3, 0.5, 0.7, 0.9)):
         shutil.rmtree(out)
         code, said, _ = judged.run(script, *flags, folder=place, kill_after=part * seconds, signal=signal.SIGTERM)
-        assert "Traceback" not in said and (code == 0 or (code == 130 and says in said.splitlines()[-1]) or (code == 130 and part < 0.4)), (part, code, said)
-        if script == "train" and code == 130 and part > 0.5:
-            assert list(out.glob("step_*/config.json"))
+        assert "Traceback" not in said and code in (0, 130), (part, code, said)
+        begun = {"train": "step     1" in said, "eval_niah": bool(list(out.glob("answers-*.jsonl"))), "data": "shards of" in said}
+        if code == 130 and begun[script]:  # what it did by then, and not the clock, says what it must leave
+            assert says in said.splitlines()[-1], (part, said)
+            assert script != "train" or list(out.glob("step_*/config.json"))
         code, said, _ = judged.run(script, *flags, folder=place)
         assert code == 0 and lasting(made(out)) == undisturbed, said
 
