@@ -343,6 +343,16 @@ def test_skipped_passes_are_counted_and_three_steps_in_a_row_end_the_run(tmp_pat
     assert [entry["step"] for entry, _ in told] == [8, 9] and stops and log.hopeless == 9 and log.skipped == 18
 
 
+def test_a_batch_that_counts_nothing_is_no_divergence(tmp_path):
+    """0 / 0 told as passes skipped, or as a loss; a run that such batches end, or one that they keep from its end."""
+    nan, log = math.nan, a_log(tmp_path)
+    for step, (weight_sum, norm) in enumerate([(0.0, nan), (5.0, nan), (5.0, nan), (0.0, nan), (5.0, nan)], start=1):
+        log.add({"step": step}, numbers(nan, nan, norm, norm, 0), [0.0, 1.0, 2.0], weight_sum)
+    told = log.tell()[0]
+    assert [bad for _, bad in told] == [None, 2, 2, None, 2] and [entry["skipped"] for entry, _ in told] == [0, 2, 4, 4, 6]
+    assert log.hopeless == 5 and all(entry["loss"] is entry["grad_norm"] is None for entry, _ in told)
+
+
 def test_the_log_goes_on_behind_the_checkpoint(tmp_path, monkeypatch):
     """Lines of steps that were lost, or seconds that begin at nought again."""
     clock = [1000.0]
