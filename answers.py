@@ -146,7 +146,7 @@ def refuse_others(args, labels, tokenizers, examples, call):
     made, file = made_of(args, examples), Path(args.out) / "asked.json"
 
     def refuse(name, was, value, why=""):
-        raise ValueError(f"{args.out} holds answers of another run: {name} was {was}, now {value}{why}. Choose another --out, or delete that one")
+        raise ValueError(f"{args.out} holds answers of another run: {name} was {was}, now {value}{why}. Choose another --out, or move that one away")
     before = load(file, "calls") if any(there.stat().st_size for there in file.parent.glob("answers-*.jsonl")) else now | prompts | {"calls": []}
     for name, value in now.items():
         if real(name, before.get(name)) != real(name, value):

@@ -355,7 +355,7 @@ class Shard(NamedTuple):
             part = self.tokens[n * HASHED:(n + 1) * HASHED]
             if hash_of(part) != self.hashes[8 * n:8 * n + 8]:
                 raise ValueError(f"{self.path}: damaged among tokens {n * HASHED:,} to {n * HASHED + len(part):,}, which do not match their "
-                                 "hash; delete it and run data.py again")
+                                 "hash; move it away and run data.py again")
         return self.tokens[start:end]
 
 
@@ -405,7 +405,7 @@ def save_shard(path, docs, n_vocab, tokenizer, job):
 def open_shard(path):
     def require(ok, problem):
         if not ok:
-            raise ValueError(f"{path}: {problem}; delete it and run data.py again")
+            raise ValueError(f"{path}: {problem}; move it away and run data.py again")
 
     with open(regular(path), "rb") as f:
         head, size = f.read(HEADER.size), os.fstat(f.fileno()).st_size
@@ -458,7 +458,7 @@ class Shards:
         for n, shard in enumerate(self.shards):
             if shard.path.stem.isdigit() and int(shard.path.stem) != n:
                 raise FileNotFoundError(f"{Path(path) / f'{n:05d}.bin'} is missing, though {shard.path.name} is there: restore it from a copy, "
-                                        "or delete those after it and run data.py again")
+                                        "or move those after it away and run data.py again")
             if (shard.n_vocab, shard.tokenizer) != (self.n_vocab, self.tokenizer):
                 raise ValueError(f"{shard.path}: tokenizer {shard.tokenizer} of {shard.n_vocab} ids, but {first.path} has "
                                  f"{self.tokenizer} of {self.n_vocab}; keep one tokenizer per folder")
@@ -487,7 +487,7 @@ class Shards:
             piece = shard.read(start - self.starts[n], min(end - self.starts[n], len(shard.tokens)))
             if piece.max() >= self.n_vocab:
                 raise ValueError(f"{shard.path}: token {piece.max()} is outside the vocabulary of {self.n_vocab}; "
-                                 "the file is damaged, delete it and run data.py again")
+                                 "the file is damaged, move it away and run data.py again")
             pieces.append(piece)
             start += len(piece)
         return np.concatenate(pieces).astype(np.int64)
@@ -689,7 +689,7 @@ def write_shards(docs, total, out, spec, shard_tokens, workers, job):
     for n, shard in enumerate(whole):
         if (shard.path.name, shard.tokenizer, shard.job) != (f"{n:05d}.bin", tok.name, job):
             raise ValueError(f"{shard.path}: a shard of another run (other input, tokenizer, --text_field or --shard_tokens), "
-                             "or one before it is missing; choose another --output or delete the .bin files there")
+                             "or one before it is missing; choose another --output, or move the .bin files there away")
     for path in out.glob("*.bin.tmp"):  # of a run that was killed while it wrote
         path.unlink()
     n_shards, n_tokens = len(whole), sum(len(shard.tokens) for shard in whole)

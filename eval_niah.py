@@ -655,7 +655,7 @@ def choose_tasks(args, tokenizers):
 
 def make_examples(args, tokenizer, tasks):
     """{task: examples}"""
-    haystack = Path(args.haystack).read_text(encoding="utf-8") if args.haystack else None
+    haystack = niah.read_haystack(args.haystack) if args.haystack else None
     return {task: [niah.make_example(task, args.context_len, tokenizer, args.seed, index, args.protocol, haystack,
                                      max_new_tokens=args.max_new_tokens, words=args.words) for index in range(args.samples)] for task in tasks}
 

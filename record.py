@@ -35,7 +35,7 @@ def newest(run, resume):
     if folder == run:
         return None
     if not resume:
-        raise ValueError(f"{run} holds a run already: go on with --resume, choose another --name, or delete it")
+        raise ValueError(f"{run} holds a run already: go on with --resume, choose another --name, or move it away")
     return folder
 
 
@@ -45,11 +45,11 @@ def step_of(folder, run, args, inputs=None):
     runs. inputs: hashes of what the files hold, as in the record; None: not known, and a file is
     the same if it is in the same place.
     """
-    saved = load(folder / "train.json", "settings", "step", remedy=f"restore it, or delete {folder} to go on from the one before")
+    saved = load(folder / "train.json", "settings", "step", remedy=f"restore it, or move {folder} away to go on from the one before")
     if "first_sample" not in saved:
-        raise ValueError(f"--resume: an older version made {run}, with other samples: delete it, or choose another --name")
+        raise ValueError(f"--resume: an older version made {run}, with other samples: move it away, or choose another --name")
     if not isinstance(saved["settings"], dict):
-        raise ValueError(f"{folder / 'train.json'} is damaged: its settings are no flags; delete {folder} to go on from the one before")
+        raise ValueError(f"{folder / 'train.json'} is damaged: its settings are no flags; move {folder} away to go on from the one before")
     for key, value in saved["settings"].items():
         other = vars(args).get(key) != value and not same_file(key, saved, args, inputs or {})
         if key not in MAY_CHANGE and other:

@@ -153,7 +153,7 @@ def read_results(folder):
             asked.setdefault(row["method"], set()).add((row["task"], row["n"], row["prompts"]))
         first = first or asked
         if any(asked.get(method, prompts) != prompts for method, prompts in first.items()):
-            raise ValueError(f"{file} asks other prompts than the first result there: delete it, and run again")
+            raise ValueError(f"{file} asks other prompts than the first result there: move it away, and run again")
         found.setdefault(arm, {})[seed] = report
     return found
 

@@ -64,7 +64,7 @@ def finished(run, flags):
     if settings.init:
         now = record.begun(settings, None)["from"]
         if now is None or now != record.begun(settings, checkpoint)["from"]:
-            raise ValueError(f"{run} did not start from {settings.init} as it is now: delete {run}")
+            raise ValueError(f"{run} did not start from {settings.init} as it is now: move {run} away")
     return steps == settings.steps
 
 
@@ -158,4 +158,4 @@ def refuse_others(results, prompts):
     for file, theirs in results.items():
         if theirs != prompts:
             raise ValueError(f"{file} was asked other prompts than these runs would be (samples, seed, tasks, the words that keys are made "
-                             "of, or Python's help pages): delete it, or choose another --results")
+                             "of, or Python's help pages): move it away, or choose another --results")

@@ -29,7 +29,7 @@ class Needles(torch.utils.data.Dataset):
 
     def __init__(self, args, tokenizer, seed, only_drills=0):
         self.only_drills, self.later_drills = only_drills, 0.3 if only_drills else 0.0
-        self.haystack = Path(args.haystack).read_text(encoding="utf-8") if args.haystack else None
+        self.haystack = niah.read_haystack(args.haystack) if args.haystack else None
         self.new_tokens = niah.default_new_tokens(args.context_len, tokenizer)
         fitting = niah.fitting_tasks(args.context_len, tokenizer, args.protocol, max_new_tokens=self.new_tokens)
         self.tasks = args.tasks or fitting

@@ -433,7 +433,7 @@ def run_in(processes, stop, run, args):
     done = step_of(folder, run, args, {"data": first_sample, **inputs}) if folder else 0
     before = begun(args, folder)
     if folder and before["first_sample"] != first_sample:
-        raise ValueError(f"--resume: the samples of {run} are others by now: delete it, or choose another --name")
+        raise ValueError(f"--resume: the samples of {run} are others by now: move it away, or choose another --name")
 
     # what it will cost. A small model on one GPU would wait for launches: if a batch fits whole, its passes are recorded
     of_pass = flops_of(args, config)

@@ -493,9 +493,25 @@ def save_shard(shard, file, places=None):
     told = content_hash(shard, more.get(PLACES))
     try:
         save_file(shard, file, metadata={"format": "pt", "sha256": told, **more})
+        in_order(file)
     except SafetensorError as error:
         raise OSError(error) from None
     return told
+
+
+def in_order(file):
+    """
+    Puts a file's metadata into one order. safetensors draws it anew for each file, so the same weights would be other
+    bytes, and whoever compares files would see a difference that there is not.
+    """
+    with open(file, "r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, f"{file}: a header of {len(text)} bytes where {length} were"
+        opened.seek(8)
+        opened.write(text.ljust(length))
 
 
 def config_json(config, dtype, hashes, tokenizer=None):

@@ -203,7 +203,7 @@ def read_all(args):
         record = read(file)
         first = first or (file, record)
         if record["prompts"] != first[1]["prompts"] or list(record["scores"]) != list(first[1]["scores"]):
-            raise ValueError(f"{file} was asked otherwise than {first[0]}: delete one of them, and run again")
+            raise ValueError(f"{file} was asked otherwise than {first[0]}: move one of them away, and run again")
         found.setdefault(variant, {})[seed] = record
     return found
 

@@ -51,7 +51,7 @@ def losses(run):
         mean = lambda key, last: statistics.fmean(log[step][key] for step in range(max(1, last - MEAN_OF + 1), last + 1))
         return {step: {"dense": mean("loss", step), "arl": mean("arl_loss", step)} for step in until}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} lacks steps, or is damaged ({type(error).__name__}: {error}): delete {run}") from None
+        raise ValueError(f"{file} lacks steps, or is damaged ({type(error).__name__}: {error}): move {run} away") from None
 
 
 def median_lengths(run, device):

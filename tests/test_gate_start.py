@@ -27,7 +27,7 @@ def test_losses_are_the_logs(tmp_path):
     assert found[40] == {"dense": 30.5, "arl": 61.0} and found[400]["dense"] == 390.5
     for lines in [], log[1:], ["no log"]:
         (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        with pytest.raises(ValueError, match=r"log\.jsonl lacks steps.* delete"):
+        with pytest.raises(ValueError, match=r"log\.jsonl lacks steps.* away"):
             gate_start.losses(tmp_path)
 
 

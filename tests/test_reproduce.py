@@ -189,7 +189,7 @@ def test_brief_arms_alone_make_a_summary_without_hypotheses(folder):
 def test_a_foreign_report_is_named(folder, foreign):
     for name in "memory-0-train.json", "memory-0-more.json", "memory-0.json":
         (folder / name).write_text(foreign)
-        with pytest.raises(ValueError, match=f"{name} .* delete it"):
+        with pytest.raises(ValueError, match=f"{name} .* move it away"):
             reproduce.read_results(folder)
 
 

@@ -480,3 +480,15 @@ def test_a_failed_rename_leaves_what_was_there(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert contents(tmp_path) == files
     assert_same(Transformer.from_pretrained(tmp_path), before)
+
+
+def test_the_same_tensors_are_the_same_bytes(tmp_path):
+    """Files of a run and of its repetition that differ, though no weight does."""
+    shard, places = {"a": torch.arange(6.0).view(2, 3), "é": torch.ones(3)}, {"a": (0, 0), "é": (2,)}
+    for where in None, places:
+        found = set()
+        for n in range(16):
+            weights.save_shard(shard, tmp_path / f"{n}.safetensors", where)
+            found.add((tmp_path / f"{n}.safetensors").read_bytes())
+            assert weights.checked(tmp_path / f"{n}.safetensors", "fetch it again")
+        assert len(found) == 1
