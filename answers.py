@@ -32,7 +32,7 @@ def save(report, path):
     whole_or_nothing(path, lambda file: file.write_text(json.dumps(report, indent=1)))
 
 
-def load(path, *fields, remedy="delete it"):
+def load(path, *fields, remedy="move it away"):
     """What save wrote. ValueError, which names the file, if it has not all these fields, or is no JSON, or was sealed and then changed."""
     report = read_json(path, remedy, most=1 << 30)
     if not isinstance(report, dict):

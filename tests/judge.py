@@ -47,7 +47,9 @@ class Judge:
     """The process that reads, as seen by a test: judge(reader, path) -> {"loaded" or "refused" or "defect": what}."""
 
     def __init__(self):
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # without GPUs: CUDA, once asked for, fails in a process that was forked
+        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
 
     def __call__(self, reader, path):
         print(json.dumps([reader, str(path)]), file=self.process.stdin, flush=True)
