@@ -99,6 +99,9 @@ def test_a_run_is_told_by_figures_worked_by_hand():
     assert lines[2] == "250GFLOP a token, 4PFLOP a step, 1.80e+17 in all, about 28 hours at an MFU of 45%"  # 1.8e17 / (0.45 x 4e12) s
     assert lines[3] == ("GPU memory per process: 4.0 GB of 5.0 GB (weights 3.0 GB, gradients 1.0 GB); 1 of 2 layers compute their activations anew; "
                         "weights and gradients travel once a batch")
+    alone = list(cost.lines(HAND, replace(plan, recompute=0, device_batch=16), SimpleNamespace(**vars(args) | {"arl": 0, "device": "cpu"}), {"dense": 1e15}, None, 1))
+    assert alone[1].endswith("A step: dense pass, each of 1 process x 16 sequences") and alone[2].endswith("4.50e+16 in all")
+    assert alone[3] == "RAM per process: 4.0 GB of 5.0 GB (weights 3.0 GB, gradients 1.0 GB)"
 
 
 def test_passes_count_what_they_read():
@@ -188,7 +191,7 @@ def test_tasks_protocol_and_haystack_are_those_of_the_flags(tmp_path):
     texts = [Bytes().decode(dataset[index][0].tolist()) for index in range(12)]
     assert {"Zebras yawn" in text for text in texts} == {True, False}  # of one of the two tasks
     assert all("grass is green" in text or "Zebras yawn" in text for text in texts)
-    assert all(re.search(r"provided text\?[0-9]{7}$", text) for text in texts)
+    assert all(text.startswith("A special magic number is hidden") and re.search(r"provided text\?[0-9]{7}$", text) for text in texts)
 
 
 def test_training_essays_start_anywhere_and_asked_ones_at_the_first_word(monkeypatch):
@@ -224,6 +227,22 @@ def test_training_essays_start_anywhere_and_asked_ones_at_the_first_word(monkeyp
     for seed in range(40):
         niah.drill(512, Bytes(), random.Random(seed), words)
     assert len(set(starts)) > 100 and max(starts) > 3 * n_words / 4
+
+
+def test_drills_ask_for_what_they_stated():
+    """Drills whose first mention counts as an answer, that nobody could know; answers of another key; no text in between."""
+    with_text = []
+    for seed in range(40):
+        pieces = niah.drill(512, Bytes(), random.Random(seed), ["zebra"] * 100)
+        known = {}
+        for (template, _), (value, is_answer), (end, _) in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True):
+            words, value = Bytes().decode(template), Bytes().decode(value)
+            key, = re.findall(r"([a-z]+-[a-z]+)(?: is: | mentioned)", words)
+            assert is_answer == (key in known) and known.setdefault(key, value) == value and re.fullmatch(r"\d|\d\d|\d{7}", value)
+            assert Bytes().decode(end).startswith(".\n")
+        assert 1 <= len(known) <= 4 and 512 <= sum(len(ids) for ids, _ in pieces) < 512 + 300
+        with_text.append(any("zebra" in Bytes().decode(end) for end, _ in pieces[2::3]))
+    assert 10 < sum(with_text) < 35  # three of five
 
 
 def test_each_process_takes_its_part_of_each_batch():
@@ -422,6 +441,32 @@ def test_a_run_is_finished_after_its_last_step(tmp_path, monkeypatch):
         assert runs.finished(tmp_path / f"at{step}", flags) == finished
     with pytest.raises(ValueError, match="--lr"):
         runs.finished(tmp_path / "at20", [*flags, "--lr=0.5"])
+
+
+def test_a_run_is_finished_only_of_the_model_that_is_there_now(tmp_path, monkeypatch):
+    """Fine-tuning of a pretraining that was done again since, in a table beside the new one's."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--init=first", "--steps=20", "--device=cpu"]
+    made = {"settings": {}, "made": 1}
+    monkeypatch.setattr(record.eval_niah, "training_record", lambda path: made)
+    for name, source, says in ("same", made, None), ("older", {"settings": {}, "made": 0}, "did not start from"), ("unknown", None, "did not start from"):
+        made_run(tmp_path / name, flags, 20, **{"from": source})
+        if says:
+            with pytest.raises(ValueError, match=says):
+                runs.finished(tmp_path / name, flags)
+        else:
+            assert runs.finished(tmp_path / name, flags)
+    made = None  # what it started from is gone, or tells nothing
+    with pytest.raises(ValueError, match="did not start from"):
+        runs.finished(tmp_path / "unknown", flags)
+
+
+def test_results_of_other_prompts_are_refused():
+    """100 samples beside 200 in one mean."""
+    runs.refuse_others({"a.json": {"S": "1", "T": "2"}}, {"T": "2", "S": "1"})
+    for theirs in {"S": "1"}, {"S": "1", "T": "3"}, {"S": "1", "T": "2", "U": "3"}:
+        with pytest.raises(ValueError, match="b.json was asked other prompts"):
+            runs.refuse_others({"a.json": {"S": "1", "T": "2"}, "b.json": theirs}, {"S": "1", "T": "2"})
 
 
 def test_two_stages_by_hand():
