@@ -1,11 +1,16 @@
 """sparse.py: every method against its original, against plain Python, and against its budget."""
 import math
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from conftest import assert_close, one_line
+import sparse
 from cache import LayerCache
 from sparse import Compose, Dense, Dilated, MoBA, Quest, SnapKV, attend, chance, compose, name, parse, randomized
 
@@ -495,3 +500,23 @@ def test_compose_takes_each_hook_from_its_method():
     assert torch.equal(both.decode(q[:, -1:], cache)[1], quest.decode(q[:, -1:], cache)[1])
     end = q[:, -4:], k, v, torch.tensor([50, 50]), dice[:, -1:]
     assert torch.equal(both.compress(*end), snapkv.compress(*end))
+
+
+# ---------------------------------------------------------------- README's selector
+
+def test_the_selector_of_the_readme_reads_the_blocks_of_the_best_keys(monkeypatch):
+    """A tutorial that no longer runs, or that selects as its parent does."""
+    text = (Path(__file__).parent.parent / "README.md").read_text().partition("## A selector of your own")[2]
+    space = {"__name__": "bestkey"}
+    monkeypatch.setitem(sys.modules, "bestkey", types.ModuleType("bestkey"))  # where dataclasses look their class up
+    monkeypatch.setattr(sparse, "METHODS", dict(sparse.METHODS))
+    exec(text.partition("```python\n")[2].partition("```")[0], space)
+    method = sparse.parse("bestkey:budget=16,block_size=8", 64)
+    assert type(method) is space["BestKey"]
+    q, k, v = (torch.randn(2, 40, heads, 16, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    scores = method.score(q, k)
+    products = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(2, dim=2))  # (B, H, T, T)
+    best = products.unflatten(-1, (5, 8)).amax(-1).unflatten(1, (2, 2)).mean(2)   # (B, KV, T, N)
+    assert_close(scores, best)
+    full = replace(method, budget=40)
+    assert_close(full.prefill(q, k, v, 0, None)[0], Dense().prefill(q, k, v, 0, None)[0])
