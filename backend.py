@@ -8,10 +8,10 @@ Who computes: plain PyTorch (model.py, memory.py, sparse.py), or the same in Tri
 
 The scripts' flag --kernels sets it. Results agree to rounding: tests/test_backend.py runs whole models both ways.
 
-A kernel stands for code that is written out in PyTorch, and that code decides. CODE has a hash of each definition that a
-kernel was written from. Where a fork edited one, a subclass overrides it or something else took its place, that code runs as
-it is written, and a run says so once: tests/test_hooks.py. Who changes a definition together with its kernel puts the new
-hash here; that test prints it.
+A kernel stands for code that is written out in PyTorch, and that code decides. CODE has a hash of
+each definition that a kernel was written from. Where a fork edited one, a subclass overrides it or
+something else took its place, that code runs as it is written, and a run says so once. Whoever
+changes a definition together with its kernel puts the new hash here; tests/test_hooks.py prints it.
 """
 import ast
 import functools
@@ -134,19 +134,27 @@ def hooks_for(x):
 
 
 def is_stock(name, found):
-    """Whether `found` is the code that the kernels know by this name, "sparse.Quest.score". If not, a run says so once."""
+    """
+    Whether `found` is the code that the kernels know by this name, e.g. "sparse.Quest.score". If
+    it is not, a run says so once.
+    """
     function = getattr(found, "__func__", found)  # of a bound method
-    module = name.partition(".")[0]
-    if type(function) is FunctionType and function.__module__ == module and code_of(function) == CODE[name]:
-        return True
-    whose = f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
-    tell(f"note: {whose} is not the {name} that the Triton kernels were written from: it is computed as it is written")
+    if type(function) is FunctionType and function.__module__ == name.partition(".")[0]:
+        if code_of(function) == CODE[name]:
+            return True
+    module = getattr(function, "__module__", "?")
+    whose = getattr(function, "__qualname__", type(function).__name__)
+    tell(f"note: {module}.{whose} is not the {name} that the Triton kernels were written from: "
+         "it is computed as it is written")
     return False
 
 
 @functools.lru_cache(maxsize=None)
 def code_of(function):
-    """Eight hex digits of a function's code as it is written, without comments, docstring and empty lines; None if it is not known."""
+    """
+    Eight hex digits of a function's code as it is written, comments, docstring and empty lines
+    apart; None if nobody knows how it is written.
+    """
     try:
         source = textwrap.dedent(inspect.getsource(function.__code__))
     except OSError:  # typed in, or made by exec
@@ -154,7 +162,7 @@ def code_of(function):
     lines = source.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
-            (row, column), _ = token.start, token.end
+            row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
     tree = ast.parse(source).body[0]
     if ast.get_docstring(tree) is not None:

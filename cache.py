@@ -115,7 +115,10 @@ class Cache:
         return fork
 
     def noted(self):
-        """How things stand, as a function that brings them back: what was fed and decoded since is forgotten. Nothing large is copied."""
+        """
+        How things stand, as a function that brings them back: what was fed and decoded since is
+        forgotten. Nothing large is copied.
+        """
         recent_q = list(self.recent_q)
         tensors = [x for x in (self.lengths, self.used, self.token_hash, *self.state, *recent_q) if x is not None]
         before, filled, ragged, decoding = [x.clone() for x in tensors], self.filled, self.ragged, self.decoding
@@ -187,8 +190,8 @@ class Cache:
 
     def check_whole(self):
         if self.spoiled:
-            raise ValueError("a step with this cache failed half-way, and nobody knows what it holds: clear it, or go on with a fork "
-                             "that was made before")
+            raise ValueError("a step with this cache failed half-way, and nobody knows what it holds: "
+                             "clear it, or go on with a fork that was made before")
 
     @contextmanager
     def prefilling(self):
@@ -216,7 +219,10 @@ class Cache:
 
     @contextmanager
     def ending(self):
-        """Yields end(rows), rows (B,) bool. What is decoded after that is forgotten of these rows at the block's end."""
+        """
+        Yields end(rows), rows (B,) bool: at the end of the block, what was decoded after this call
+        is forgotten of these rows.
+        """
         ended = []
 
         def end(rows):
