@@ -149,8 +149,7 @@ def run_one(variant, seed, args, rest):
         if there:  # a result of another model, or of other prompts: so are the answers
             shutil.rmtree(run / "niah", ignore_errors=True)
         gc.collect()  # the training's CUDA graphs, and their memory
-        # --kernels=torch: Triton's decoding step goes past Attention.remember and has a memory of both k and v in one kernel,
-        # whatever the variant. Training may use Triton: there remember, ours, is what calls its memory_scan
+        # --kernels=torch, as for the results that are there. Otherwise a variant would decode as it is written, too (backend.py)
         eval_niah.main(["--ckpt", str(run), f"--samples={args.samples}", f"--seed={EVAL_SEED}", f"--batch={args.eval_batch}", f"--device={device}",
                         "--kernels=torch", f"--out={run / 'niah'}", f"--json={run / 'niah.json'}"])
         model = Transformer.from_pretrained(checkpoint, torch.float32, device)
