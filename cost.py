@@ -158,7 +158,11 @@ def lines(config, plan, args, of_pass, peak, world):
            f"{' and '.join(of_pass)} pass, each of {world} process{'es' if world > 1 else ''} x "
            + (f"{parts} parts, whose gradients add up, x " if parts > 1 else "") + f"{plan.device_batch} sequences")
     on_gpu = args.device.startswith("cuda")
-    time = f", about {args.steps * flops / (EXPECTED_MFU * peak * world) / 3600:,.2g} hours at an MFU of {EXPECTED_MFU:.0%}" if on_gpu and peak else ""
+    time = ""
+    if on_gpu and peak:
+        hours = args.steps * flops / (EXPECTED_MFU * peak * world) / 3600
+        hours = f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
+        time = f", about {hours} hours at an MFU of {EXPECTED_MFU:.0%}"
     yield f"{short(flops / per_step, 'kMGTPE')}FLOP a token, {short(flops, 'kMGTPE')}FLOP a step, {args.steps * flops:.2e} in all{time}"
     yield (f"{'GPU memory' if on_gpu else 'RAM'} per process: {size(plan.total)} of {size(plan.room)} ({told(plan.bytes)})"
            + (f"; {plan.recompute} of {config.n_layer} layers compute their activations anew" if plan.recompute else "")

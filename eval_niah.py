@@ -99,7 +99,7 @@ class Reads:
         if hasattr(parts.decode_by, "budget"):
             assert most <= parts.decode_by.budget, f"{sparse.name(method)} read {most} entries in a step"
         if hasattr(parts.compress_by, "budget"):  # the tokens fed since come on top
-            kept = int(cache.used.max()) - len(self.mean)
+            kept = max(used - n for used, n in zip(cache.used.tolist(), steps))
             assert kept <= parts.compress_by.budget, f"{sparse.name(method)} kept {kept} entries of the prompt"
         mean = torch.stack(self.mean).cpu()  # (steps, B)
         return [float(mean[:n, b].mean()) if n else None for b, n in enumerate(steps)]

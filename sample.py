@@ -83,8 +83,11 @@ def answer(model, tokenizer, ids, method, args):
     cache = model.new_cache(1, len(ids) + args.max_new_tokens, sparse.window_of(method))
     logits = model.prefill(torch.tensor([ids], device=args.device), None, cache, method, whole=True, watch=by_prompt)
     new = model.decode(logits, cache, args.max_new_tokens, method, args.temperature, args.top_k, tokenizer.eos_id, args.seed, by_step)
-    read = f"{torch.stack(by_step.mean).mean():.1f}" if by_step.mean else "there was none"
-    return new[0].tolist(), number(by_prompt.of_rows(torch.tensor([len(ids)]))[0]), read
+    row = new[0].tolist()
+    written = row.index(tokenizer.eos_id) if tokenizer.eos_id in row else len(row) - 1
+    read, = by_step.of_rows(method, cache, [written])  # as many steps as tokens were fed
+    read = "there was none" if read is None else number(read)
+    return row, number(by_prompt.of_rows(torch.tensor([len(ids)]))[0]), read
 
 
 def main(argv=None):
