@@ -34,16 +34,30 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None  # Linux has wheels
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 CODE = {
+    "cache.Cache.put": "e1c3e8ce",
+    "cache.Cache.read": "3dacba1c",
+    "cache.Cache.step": "f4d4542f",
+    "cache.Cache.store": "b2d329ad",
     "memory.Recurrence.backward": "267af602",
     "memory.Recurrence.forward": "5cdaf0e3",
     "memory.memory_loop": "29444303",
     "memory.memory_scan": "41321aa9",
     "memory.memory_step": "6f774ff9",
     "memory.scan": "508c6457",
+    "model.Attention.forward": "5e017177",
     "model.Attention.gate": "bafaf9bd",
     "model.Attention.normed_and_rotated": "33a242a6",
+    "model.Attention.project": "ee51a3dc",
     "model.Attention.remember": "a942bcfb",
+    "model.Block.forward": "8fd3dbe1",
+    "model.MLP.forward": "1981ea99",
     "model.MLP.hidden": "4cfc4da9",
+    "model.Transformer.feed": "d9cbb689",
+    "model.Transformer.forward": "1b9192b6",
+    "model.Transformer.head": "3add356e",
+    "model.Transformer.hidden": "40a4b83c",
+    "model.add_normed": "aaae6d68",
+    "model.product": "0a7111f8",
     "model.rotate": "4ded9bc3",
     "sparse.Dense.decode": "e8d8fe43",
     "sparse.Dilated.attend_to_shared": "b0295586",
@@ -121,8 +135,10 @@ def hook(method, phase, x):
 
 def in_graph(method):
     """Whether a GPU may replay this method's decoding steps: kernels_hooks.in_graph."""
-    from sparse import phases
-    return hooks_for(None).in_graph(phases(method).decode_by)
+    from sparse import Compose
+    while type(method) is Compose:
+        method = method.decode_by
+    return hooks_for(None).in_graph(method)
 
 
 def hooks_for(x):
@@ -140,7 +156,7 @@ def is_stock(name, found):
     """
     function = getattr(found, "__func__", found)  # of a bound method
     if type(function) is FunctionType and function.__module__ == name.partition(".")[0]:
-        if code_of(function) == CODE[name]:
+        if code_of(function.__code__) == CODE[name]:
             return True
     module = getattr(function, "__module__", "?")
     whose = getattr(function, "__qualname__", type(function).__name__)
@@ -150,22 +166,22 @@ def is_stock(name, found):
 
 
 @functools.lru_cache(maxsize=None)
-def code_of(function):
+def code_of(code):
     """
     Eight hex digits of a function's code as it is written, comments, docstring and empty lines
     apart; None if nobody knows how it is written.
     """
     try:
-        source = textwrap.dedent(inspect.getsource(function.__code__))
-    except OSError:  # typed in, or made by exec
+        source = textwrap.dedent(inspect.getsource(code))
+        tree, tokens = ast.parse(source).body[0], [*tokenize.generate_tokens(io.StringIO(source).readline)]
+    except (OSError, SyntaxError, IndexError, tokenize.TokenError):  # typed in, or the file has changed meanwhile
         return None
     lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+    for token in tokens:
         if token.type == tokenize.COMMENT:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
-    tree = ast.parse(source).body[0]
-    if ast.get_docstring(tree) is not None:
+    if isinstance(tree, ast.FunctionDef) and ast.get_docstring(tree) is not None:
         docstring = tree.body[0]
         lines[docstring.lineno - 1:docstring.end_lineno] = []
     text = "\n".join(line.rstrip() for line in lines if line.strip())

@@ -83,7 +83,9 @@ class Cache:
         self.slots = self.max_len        # places for entries in a row
         self.compact = {}                # method -> what `compressed` made for it
         self.graphs = {}                 # method -> its decoding step, captured (model.Transformer.step)
-        self.in_graph = False            # whether the last step may be captured
+        self.weights = None              # where a graph finds the model's weights, if the last step may be captured
+        self.feeding = False             # a prompt is on its way (`prefilling`)
+        self.rewound = False             # what is fed will be forgotten (`rewinding`)
         self.kept_by = None              # the method whose compress chose the entries, once compressed
 
     def clear(self):
@@ -112,6 +114,7 @@ class Cache:
             if field not in ("graphs", "compact", "selected"):
                 setattr(fork, field, [clone(x) for x in value] if isinstance(value, list) else clone(value))
         fork.graphs, fork.compact, fork.selected = {}, {}, [None for _ in self.selected]
+        fork.rewound = False
         return fork
 
     def noted(self):
@@ -134,12 +137,13 @@ class Cache:
     def rewinding(self):
         """What is fed and decoded within is forgotten at its end."""
         self.check_whole()
-        forget, whole = self.noted(), self.positions[0] is None
+        forget, before, self.rewound = self.noted(), self.rewound, True
         try:
             yield self
         finally:
-            assert (self.positions[0] is None) == whole, "a method dropped entries, which cannot be undone: let it have `compressed`"
+            self.spoiled = True  # until all is forgotten
             forget()
+            self.rewound = before
 
     def compressed(self, sparse):
         """
@@ -175,7 +179,7 @@ class Cache:
     def rows(self, part):
         """A view of the rows `part`, a slice. Feed it prompts, then tell the whole cache by `joined`."""
         view = copy.copy(self)
-        view.part, view.spoiled = part, False
+        view.part = part
         if self.ragged:
             view.filled = int(self.used[part].max())
         return view
@@ -193,11 +197,19 @@ class Cache:
             raise ValueError("a step with this cache failed half-way, and nobody knows what it holds: "
                              "clear it, or go on with a fork that was made before")
 
+    def check_may_drop(self):
+        if self.rewound:
+            raise ValueError("dropping entries cannot be undone when what was fed is forgotten: let the method have `compressed`")
+
     @contextmanager
     def prefilling(self):
-        """A prompt, or a chunk of one, is fed within. If that fails, the cache is as it was before."""
+        """A prompt, or a chunk of one, is fed within. If that fails, the cache is as it was before. Within another one: nothing."""
+        if self.feeding:
+            yield
+            return
         self.check_whole()
-        before, self.spoiled = self.noted() if self.filled else None, True
+        before, rewound = self.noted() if self.filled else None, self.rewound
+        self.feeding = self.spoiled = True
         try:
             yield
         except BaseException:
@@ -206,8 +218,9 @@ class Cache:
             else:  # it held nothing
                 self.empty()
                 self.clear()
+            self.feeding, self.rewound = False, rewound
             raise
-        self.spoiled = False
+        self.feeding = self.spoiled = False
 
     @contextmanager
     def stepping(self):
@@ -233,13 +246,15 @@ class Cache:
         try:
             yield end
         finally:
+            whole, self.spoiled = not self.spoiled, True  # until all is forgotten
             for rows, tensors, state in ended:
                 for x, before in tensors:
                     x[rows] = before
                 if state is not None:
                     self.state[:, :, rows] = state
             if ended:
-                self.ragged, self.stepped = True, None
+                self.ragged, self.stepped, self.filled = True, None, int(self.used.max())
+            self.spoiled = not whole
 
     # ---------------------------------------------------------------- tokens in
 
@@ -339,6 +354,7 @@ class Cache:
             return
         if self.positions[0] is None:
             self.check_not_decoding(sparse)
+            self.check_may_drop()
             self.keep_of(self, sparse)
             self.recent_q = [None for _ in self.recent_q]
         elif self.kept_by != methods.phases(sparse).compress_by:

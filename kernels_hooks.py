@@ -42,7 +42,7 @@ class Form(NamedTuple):
 
 def all_stock(method, names):
     """Whether these names mean to the method what the kernels stand for."""
-    stock = True
+    stock = (sparse.NEVER, sparse.ALWAYS) == (-math.inf, math.inf)
     for name in names.split():
         owner = method if "." in name else sparse
         stock &= is_stock(f"sparse.{name}", getattr(owner, name.rpartition(".")[2]))
@@ -57,10 +57,11 @@ def first_slots(q, start):
 # ---------------------------------------------------------------- the forms
 
 def dense_decode(method, q, cache):
-    return attend_slots(q, cache.k, cache.v, cache.used), None
+    return attend_slots(q.to(cache.k.dtype), cache.k, cache.v, cache.used), None
 
 
 def quest_decode(method, q, cache):
+    q = q.to(cache.k.dtype)  # autocast leaves it in fp32
     size, N = method.block_size, math.ceil(cache.k.shape[1] / method.block_size)
     low, high = cache.bounds_of(size)  # (B, N, KV, D)
     scores = quest_scores(q, low, high, cache.used, size, method.keep_first, method.keep_current)
@@ -73,7 +74,7 @@ def quest_decode_chosen(method, q, cache):
 
 def quest_read(method, q, cache, chosen):
     """chosen: blocks (B, KV, S), int32"""
-    y, slots = quest_attend(q, cache.k, cache.v, chosen, cache.used, method.block_size)
+    y, slots = quest_attend(q.to(cache.k.dtype), cache.k, cache.v, chosen, cache.used, method.block_size)
     return y, cache.positions_of(slots)
 
 
@@ -96,7 +97,8 @@ def moba_prefill_chosen(method, q, k, v, start, dice):
 
 def snapkv_compress(method, q, k, v, lengths, dice):
     method.check_window(q)
-    scores = snapkv_scores(q[:, -method.window:], k, lengths, method.kernel)  # (B, KV, Tk)
+    q = q[:, -method.window:].to(k.dtype)
+    scores = snapkv_scores(q, k, lengths, method.kernel)  # (B, KV, Tk)
     return select(scores, min(method.budget, k.shape[1])).long()
 
 
@@ -108,7 +110,7 @@ def dilated_prefill(method, q, k, v, start, dice):
 def dilated_decode(method, q, cache):
     _, selected = method.reads(q, cache)
     pattern = method.dilation, method.local, method.initial
-    return dilated(q, cache.k, cache.v, cache.used - 1, *pattern), selected
+    return dilated(q.to(cache.k.dtype), cache.k, cache.v, cache.used - 1, *pattern), selected
 
 
 # By the class of sparse.py that defines a hook, and the hook. Dense.prefill is PyTorch's own

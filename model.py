@@ -145,28 +145,31 @@ class Transformer(nn.Module):
         With a cache, one token per row without lengths is a decoding step (sparse.decode). Else it is a prompt, or a chunk
         of one (sparse.prefill). The first decoding step lets the method drop prompt entries (sparse.compress).
         """
-        return self.head(self.hidden(tokens, lengths, cache, sparse))
+        return self.hidden(tokens, lengths, cache, sparse, head=True)
 
-    def hidden(self, tokens, lengths=None, cache=None, sparse=None, whole=False, watch=None):
+    def hidden(self, tokens, lengths=None, cache=None, sparse=None, whole=False, watch=None, head=False):
         """forward without the head: (B, T, C), normalised. A prompt's last token alone may need the head. See also prefill."""
         self.check_tokens(tokens)
         sparse = sparse or Dense()
         decoding = cache is not None and tokens.shape[1] == 1 and lengths is None
         if cache is not None:
             cache.check_rows(len(tokens))
-        if cache is not None and cache.positions[0] is not None and not decoding and isinstance(phases(sparse).prefill_by, Dilated):
+        decides = phases(sparse).decode_by if decoding else phases(sparse).prefill_by
+        if cache is not None and cache.positions[0] is not None and isinstance(decides, Dilated):
             raise ValueError(f"{name(sparse)} cannot go on after {name(cache.kept_by)}: its pattern needs every position")
         unharmed = nullcontext if cache is None else cache.prefilling
+        if whole and drops(sparse):
+            cache.check_may_drop()
         if decoding:
-            cache.compress(sparse)  # once, and only if the method drops entries
             cache.check_room(cache.filled + 1)
+            cache.compress(sparse)  # once, and only if the method drops entries
             if cache.stepped != sparse:  # a graph of another method need not have kept Quest's bounds up to date
                 cache.bounded = [None for _ in cache.bounded]
             unharmed = cache.stepping
         with unharmed():
             feed = self.feed(tokens, lengths, cache, sparse)
             feed.decoding, feed.whole, feed.watch = decoding, whole and drops(sparse), watch
-            feed.static = feed.fused and decoding and backend.in_graph(sparse)
+            feed.static = feed.fused and decoding and backend.in_graph(sparse) and self.unhooked()
             x = self.embed_tokens(tokens)
             if feed.real is not None:  # the embedding of what pads might be NaN, and 0 * NaN is NaN
                 x = x.masked_fill(~feed.real[..., None], 0)
@@ -174,8 +177,9 @@ class Transformer(nn.Module):
                 x = layer(x, feed, cache)
             if cache is not None:
                 cache.stepped, cache.decoding = sparse if decoding else None, cache.decoding or decoding
-                cache.in_graph = feed.static
-        return self.norm(x)
+                cache.weights = self.places() if feed.static else None
+            x = self.norm(x)
+            return self.head(x) if head else x
 
     def head(self, x):
         in_triton = not torch.is_grad_enabled() and backend.triton_for(self.probe(self.head_weight))
@@ -207,7 +211,17 @@ class Transformer(nn.Module):
         these do in PyTorch. So they must be the modules of this file, and plain ones of torch.
         """
         return (not torch.is_grad_enabled() and backend.triton_for(self.probe(self.embed_tokens.weight))
-                and all([layer.is_stock() for layer in self.layers]))
+                and all([isinstance(layer, Block) and layer.is_stock(self.config) for layer in self.layers]))
+
+    def unhooked(self):
+        """Whether this is the model of this file and no module has a hook: a graph would call it once, and then never again."""
+        found = {f"model.Transformer.{name}": getattr(self, name) for name in ("forward", "hidden", "feed", "head")}
+        plain_calls = not any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+        return plain_calls and all([backend.is_stock(name, code) for name, code in found.items()])
+
+    def places(self):
+        """Where the weights are: a graph reads there, whatever the model's are by then."""
+        return tuple(parameter.data_ptr() for parameter in self.parameters())
 
     def probe(self, x):
         """An empty tensor that is like the heads that are made of x: in its dtype and place."""
@@ -293,7 +307,7 @@ class Transformer(nn.Module):
         parts = [slice(first, first + max(1, TOGETHER // T)) for first in range(0, B, max(1, TOGETHER // T))]
         views = [None] * len(parts) if cache is None else [cache] if len(parts) == 1 else [cache.rows(part) for part in parts]
         logits = []
-        with cache.prefilling() if len(parts) > 1 and cache is not None else nullcontext():
+        with nullcontext() if cache is None else cache.prefilling():
             for part, view in zip(parts, views):
                 some = None if lengths is None else lengths[part]
                 x = self.hidden(tokens[part], some, view, sparse, whole, watch)
@@ -310,12 +324,13 @@ class Transformer(nn.Module):
 
         With the kernels on a GPU, steps of one method that follow each other are replays of one CUDA graph, so that Python
         costs nothing. The first of them runs as it is (it may drop entries, and sums up Quest's blocks); the graph is
-        captured at the second, once for a cache and a method. Code that is not ours is run at each step, as it is.
+        captured at the second, once for a cache and a method. Code that is not ours is run at each step, as it is: whether
+        there is any is asked at the first step after a prompt.
         """
         sparse = sparse or Dense()
-        if not (token.is_cuda and cache.in_graph) or cache.stepped != sparse or len(token) != cache.B:
+        if not (token.is_cuda and cache.weights) or cache.stepped != sparse or len(token) != cache.B:
             return self(token[:, None], cache=cache, sparse=sparse)[:, -1]
-        if sparse not in cache.graphs or cache.graphs[sparse].model is not self:
+        if sparse not in cache.graphs or cache.graphs[sparse].of != (self, cache.weights):
             cache.graphs[sparse] = Graph(self, cache, sparse)
         return cache.graphs[sparse].replay(token, cache)
 
@@ -350,6 +365,7 @@ class Transformer(nn.Module):
                 if n + 1 == max_new_tokens or n_done == len(done):
                     break
                 if eos_id is not None and n_done > n_before:
+                    cache.compress(sparse or Dense())  # as the first step does, but for what a row that has ended holds
                     end(ended)  # the steps that other rows still take are not theirs
                 logits = self.step(token, cache, sparse)
                 if watch:
@@ -472,7 +488,8 @@ class Graph:
     """A decoding step of one cache and method as a CUDA graph: what is launched is recorded once, then launched as one."""
 
     def __init__(self, model, cache, sparse):
-        self.model, self.token, self.graph, filled = model, torch.zeros_like(cache.used), torch.cuda.CUDAGraph(), cache.filled
+        self.of, filled = (model, cache.weights), cache.filled
+        self.token, self.graph = torch.zeros_like(cache.used), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):  # records, and computes nothing
             self.logits = model(self.token[:, None], cache=cache, sparse=sparse)[:, -1]
         cache.filled, self.selected = filled, list(cache.selected)
@@ -501,17 +518,19 @@ class Block(nn.Module):
         else:
             self.post_attention_layernorm, self.post_feedforward_layernorm = norm(), norm()
 
-    def is_stock(self):
+    def is_stock(self, config):
         """Whether the kernels may compute this layer: whether all that they go around is what they were written from."""
         attention, mlp = self.self_attn, self.mlp
-        code = {"model.Attention.gate": getattr(attention, "gate", None),
-                "model.Attention.remember": getattr(attention, "remember", None),
-                "model.Attention.normed_and_rotated": getattr(attention, "normed_and_rotated", None),
-                "model.MLP.hidden": getattr(mlp, "hidden", None), "model.rotate": rotate,
-                "memory.memory_loop": memory.memory_loop, "memory.memory_step": memory_step}
-        # of these modules the kernels take the weights
-        modules = [part for parent in (self, attention, mlp) for part in parent.children() if part not in (attention, mlp)]
-        return all([backend.is_stock(name, found) for name, found in code.items()]) and all(map(plain, modules))
+        code = {"Block.forward": self.forward, "add_normed": add_normed, "product": product, "rotate": rotate}
+        for part, kind, names in ((attention, "Attention", ("forward", "project", "gate", "remember", "normed_and_rotated")),
+                                  (mlp, "MLP", ("forward", "hidden"))):
+            code |= {f"{kind}.{name}": getattr(part, name, None) for name in names}
+        code = {f"model.{name}": found for name, found in code.items()}
+        code |= {f"cache.Cache.{name}": getattr(Cache, name) for name in ("store", "put", "read", "step")}
+        code |= {"memory.memory_loop": memory.memory_loop, "memory.memory_step": memory_step}
+        return all([backend.is_stock(name, found) for name, found in code.items()]) and all(
+            plain(name, module, config) for parent in (self, attention, mlp)
+            for name, module in parent.named_children() if module not in (attention, mlp))
 
     def forward(self, x, feed, cache):
         if self.pre_norm:
@@ -523,13 +542,28 @@ class Block(nn.Module):
         return x
 
 
-def plain(module):
-    """Whether a module is torch's own, and its weights are all there is to it. If not, a run says so once."""
-    if type(module) in (nn.Linear, nn.RMSNorm, nn.Identity) and not (module._forward_hooks or module._forward_pre_hooks):
-        return True
-    backend.tell(f"note: the Triton kernels know only the weights of a {type(module).__name__}, and this one has hooks or code of its "
-                 "own: the model's layers are computed as they are written")
-    return False
+LINEAR, RMS_NORM = nn.Linear.forward, nn.RMSNorm.forward  # torch's
+
+
+def plain(name, module, config):
+    """
+    Whether the kernels know all of a module: they take the weight, of memory_proj the bias too, and config's eps. If they do
+    not, a run says so once.
+    """
+    kind, called = type(module), torch.nn.modules.module
+    hooks = (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+             or called._global_forward_hooks or called._global_forward_pre_hooks)
+    if kind is nn.Linear:
+        known = kind.forward is LINEAR and (module.bias is None or name == "memory_proj")
+    elif name in ("q_norm", "k_norm") and not config.qk_norm:
+        known = kind is nn.Identity
+    else:
+        known = (kind is nn.RMSNorm and kind.forward is RMS_NORM and module.weight is not None
+                 and module.eps == config.norm_eps)
+    if not known or hooks:
+        backend.tell(f"note: {name} is a {kind.__name__} with more to it than the Triton kernels know: the model's layers are "
+                     "computed as they are written")
+    return known and not hooks
 
 
 def add_normed(x, y, norm, feed):

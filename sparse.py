@@ -107,7 +107,8 @@ class Dense:
     """Every query reads every entry before it and its own."""
     random = None     # a seed, in methods that select: scores are drawn by chance instead (H2). Forced entries stay.
     in_graph = False  # True in a class of your own whose `decode` waits for no result and changes nothing in Python:
-                      # then a GPU replays its steps as a CUDA graph, as it does with the methods of this file
+                      # then a GPU replays its steps as a CUDA graph, as it does with the methods of this file. Two
+                      # objects that are equal share a graph: what `decode` depends on must be in the fields
 
     def prefill(
         self,
@@ -411,7 +412,7 @@ def compose(*methods):
 
 def phases(method):
     """The method (None: dense) as Compose: which part of it decides prefill, compress and decode."""
-    return method if isinstance(method, Compose) else compose(method or Dense())
+    return method if type(method) is Compose else compose(method or Dense())
 
 
 def drops(method):
@@ -421,7 +422,7 @@ def drops(method):
 
 def unseeded(method):
     """The same method without the seeds of H2: equally seeded or not, it keeps equally many entries."""
-    if isinstance(method, Compose):
+    if type(method) is Compose:
         return replace(method, **{part.name: unseeded(getattr(method, part.name)) for part in fields(method)})
     return method if method.random is None else replace(method, random=None)
 

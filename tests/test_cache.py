@@ -221,7 +221,7 @@ def test_wrong_uses_are_clear_errors():
         with pytest.raises(ValueError) as raised:
             model.prefill(draw_tokens(3, 30), lengths, cache)
         one_line(raised, 3, 2, "new_cache")
-    with pytest.raises(AssertionError) as raised, cache.fork().rewinding() as fork:
+    with pytest.raises(ValueError) as raised, cache.fork().rewinding() as fork:
         model.decode(logits, fork, 3, SnapKV(20, 6))
     one_line(raised, "compressed")
     model.decode(logits, cache, 3)
@@ -238,8 +238,9 @@ def test_wrong_uses_are_clear_errors():
         with pytest.raises(ValueError) as raised:
             wrong.compressed(SnapKV(20, 6))
         one_line(raised, "snapkv", "whole prompt")
-    with pytest.raises(AssertionError), model.new_cache(2, 60).rewinding() as large:  # a budget that keeps all
-        model.decode(model.prefill(tokens, None, large), large, 3, SnapKV(40, 6))
+    for whole in True, False:
+        with pytest.raises(ValueError, match="compressed"), model.new_cache(2, 60).rewinding() as large:  # a budget that keeps all
+            model.decode(model.prefill(tokens, None, large, SnapKV(40, 6), whole=whole), large, 3, SnapKV(40, 6))
     for settings in dict(whole=True), dict(watch=print):
         with pytest.raises(ValueError, match="need a cache"):
             model.prefill(tokens, **settings)
@@ -407,6 +408,51 @@ def test_a_step_that_fails_spoils_the_cache_until_it_is_cleared():
     assert torch.equal(model.decode(model.prefill(tokens, None, cache), cache, 6, Quest(16, 8)), expected)
 
 
+@pytest.mark.parametrize("where", ["norm", "head"])
+@pytest.mark.parametrize("together", [10**6, 20], ids=["at once", "in parts"])
+def test_what_fails_behind_the_layers_counts_too(where, together, monkeypatch):
+    """No memory for the logits, the largest tensor: a cache that holds tokens whose logits nobody has seen."""
+    monkeypatch.setattr(model_file, "TOGETHER", together)
+    model, tokens = tiny(**FORMS["gqa memory"]), draw_tokens(2, 30)
+    cache, right = model.new_cache(2, 60), model.new_cache(2, 60)
+    part = model.norm if where == "norm" else model
+    name = "forward" if where == "norm" else "head"
+
+    def failing():
+        patch = pytest.MonkeyPatch()
+        patch.setattr(part, name, lambda x: (_ for _ in ()).throw(MemoryError("say")))
+        return patch
+    for start in 0, 15:
+        patch = failing()
+        with pytest.raises(MemoryError):
+            model.prefill(tokens[:, start:start + 15], None, cache)
+        patch.undo()
+        logits = [model.prefill(tokens[:, start:start + 15], None, one) for one in (cache, right)]
+        assert torch.equal(*logits)
+    patch = failing()
+    with pytest.raises(MemoryError):
+        model.step(tokens[:, 0], cache)
+    patch.undo()
+    with pytest.raises(ValueError, match="half-way"):
+        model.step(tokens[:, 0], cache)
+
+
+def test_a_row_that_ends_at_once_is_compressed_with_the_others():
+    """A row that has written its end token first, before the others' first step drops entries, its own too."""
+    model, tokens, lengths = tiny(**FORMS["gqa memory"]), draw_tokens(2, 30), torch.tensor([30, 12])
+    method, question = SnapKV(10, 6), draw_tokens(2, 4, seed=5)
+    both, alone = model.new_cache(2, 60), model.new_cache(1, 60)
+    logits = model.prefill(tokens, lengths, both, method)
+    end = logits[1].argmax().item()
+    assert end != logits[0].argmax().item()
+    model.decode(logits, both, 6, method, eos_id=end)
+    model.prefill(tokens[1:, :12], None, alone, method)
+    alone.compress(method)
+    assert both.used[1] == alone.used[0] == 10 and both.filled == both.used.max()
+    with torch.no_grad():
+        assert_close(model(question, cache=both)[1], model(question[1:], cache=alone)[0])
+
+
 def test_a_wrong_step_is_refused_before_anything_happens():
     """A cache spoiled by a mistake that could be seen before."""
     model, tokens = tiny(**FORMS["gqa memory"]), draw_tokens(2, 30)
@@ -414,7 +460,7 @@ def test_a_wrong_step_is_refused_before_anything_happens():
     logits = model.prefill(tokens, None, cache)
     model.step(tokens[:, 0], cache)
     before = everything(cache)
-    for wrong in lambda: model.step(tokens[:, 0], cache), lambda: model.step(tokens[:, 0], cache, SnapKV(20, 6)):
+    for wrong in lambda: model.step(tokens[:, 0], cache), lambda: model.step(tokens[:, 0], cache, SnapKV(10, 6)):
         with pytest.raises(ValueError):
             wrong()
     with pytest.raises(ValueError) as raised:

@@ -14,6 +14,7 @@ from conftest import DEVICE, assert_close, draw_tokens, times, tiny
 from torch import nn
 
 import backend
+import cache as cache_file
 import memory
 import model as model_file
 import sparse
@@ -118,7 +119,7 @@ def resolved(name):
 
 def test_the_kernels_know_the_code_that_they_were_written_from():
     """A definition changed without its kernel: on a GPU nobody would compute by kernels any more, or by wrong ones."""
-    now = {name: backend.code_of(resolved(name)) for name in backend.CODE}
+    now = {name: backend.code_of(resolved(name).__code__) for name in backend.CODE}
     changed = "".join(f'\n    "{name}": "{code}",' for name, code in now.items() if code != backend.CODE[name])
     assert not changed, f"if the kernels were changed alike, put into backend.CODE:{changed}"
 
@@ -131,7 +132,7 @@ def test_comments_and_docstrings_are_no_code(tmp_path, monkeypatch):
         exec(compile(text, str(tmp_path / "some.py"), "exec"), space)
         import linecache
         linecache.clearcache()
-        return backend.code_of.__wrapped__(space["f"])
+        return backend.code_of.__wrapped__(space["f"].__code__)
 
     plain = code("def f(x):\n    if x:\n        x = 1\n    return x\n")
     assert code('def f(x):\n    """Says what."""\n\n    if x:  # and why\n        x = 1\n    # more\n    return x\n') == plain
@@ -180,7 +181,7 @@ EDITS = {
 def test_each_definition_is_tried():
     """A new name in CODE that no test makes perverse."""
     tried = {f"sparse.{name}" for name in (*OVERRIDES, *EDITS)} | {f"model.{name}" for name in MODEL_EDITS} | {
-        f"memory.{name}" for name in MEMORY_EDITS}
+        f"memory.{name}" for name in MEMORY_EDITS} | {f"cache.{name}" for name in CACHE_EDITS}
     assert tried == set(backend.CODE)
 
 
@@ -305,12 +306,41 @@ def test_a_method_whose_python_counts_is_not_recorded(monkeypatch):
 
 # ---------------------------------------------------------------- the model and its memory
 
+def rolled(stock):
+    """The same, whose channels come in another order. A norm would undo a factor."""
+    return lambda *args, **more: stock(*args, **more).roll(1, -1)
+
+
+def other_angles(stock):
+    def feed(self, *args):
+        found = stock(self, *args)
+        found.cos, found.sin = found.sin, found.cos
+        return found
+    return feed
+
+
 MODEL_EDITS = {
+    "Transformer.forward": rolled,
+    "Transformer.hidden": rolled,
+    "Transformer.head": rolled,
+    "Transformer.feed": other_angles,
+    "Block.forward": rolled,
+    "Attention.forward": rolled,
+    "Attention.project": lambda stock: lambda self, x, feed: stock(self, x.roll(1, -1), feed),
+    "MLP.forward": rolled,
+    "add_normed": rolled,
+    "product": rolled,
     "Attention.gate": lambda stock: lambda self, x: stock(self, x) + 1,
     "Attention.remember": lambda stock: lambda self, k, v, gate, feed, cache: (stock(self, k, v, gate, feed, cache)[0], v),
     "Attention.normed_and_rotated": lambda stock: lambda self, x, norm, feed: 2 * stock(self, x, norm, feed),
     "MLP.hidden": lambda stock: lambda self, x, fused=False: stock(self, x, fused).square(),  # a norm would undo a factor
     "rotate": lambda stock: lambda x, feed: x,
+}
+CACHE_EDITS = {
+    "Cache.store": lambda stock: lambda self, i, k, v, feed: stock(self, i, 2 * k, v, feed),
+    "Cache.put": lambda stock: lambda self, where, x, feed: stock(self, where, x.flip(-1) if x.dim() == 4 else x, feed),
+    "Cache.read": lambda stock: lambda self, i, q, feed: stock(self, i, 2 * q, feed),
+    "Cache.step": lambda stock: lambda self, attention, q, *rest: stock(self, attention, 2 * q, *rest),
 }
 MEMORY_EDITS = {
     "memory_loop": lambda stock: lambda k, v, gate, state=None: stock(k, v, gate + 1, state),
@@ -331,11 +361,16 @@ def edit(module, name, make, monkeypatch):
         monkeypatch.setattr(model_file, attribute, changed)
 
 
-@pytest.mark.parametrize("name", [*MODEL_EDITS, *MEMORY_EDITS])
-def test_an_edited_model_decides(name, both, stock_logits, monkeypatch):
+ALL_EDITS = ((model_file, MODEL_EDITS), (memory, MEMORY_EDITS), (cache_file, CACHE_EDITS))
+
+
+@pytest.mark.parametrize("module, name, make", [(module, name, make) for module, edits in ALL_EDITS for name, make in edits.items()],
+                         ids=[name for _, edits in ALL_EDITS for name in edits])
+def test_an_edited_model_decides(module, name, make, both, stock_logits, monkeypatch):
     """Decoding that goes around a memory of one's own, into the fused kernel's."""
-    edit(memory if name in MEMORY_EDITS else model_file, name, (MODEL_EDITS | MEMORY_EDITS)[name], monkeypatch)
-    assert_model_decides(a_model, both, None if name == "Recurrence.backward" else stock_logits)
+    edit(module, name, make, monkeypatch)
+    # no logits hang on a gradient, nor on how the kernels would step
+    assert_model_decides(a_model, both, None if name in ("Recurrence.backward", "Cache.step") else stock_logits)
 
 
 def test_an_edited_gradient_decides(both, monkeypatch):
@@ -419,6 +454,89 @@ def test_a_norm_of_ones_own_decides(path, both, stock_logits):
         found.weight = norm.weight
         return found
     assert_model_decides(lambda: replaced(a_model(), path, make), both, stock_logits)
+
+
+def with_bias(model):
+    linear = model.layers[0].self_attn.v_proj
+    linear.bias = nn.Parameter(torch.ones(linear.out_features, device=DEVICE))
+
+
+def with_own_forward(model):
+    linear = model.layers[0].mlp.up_proj
+    linear.forward = lambda x: nn.functional.linear(x, linear.weight).roll(1, -1)
+
+
+def with_another_eps(model):
+    model.layers[0].self_attn.q_norm.eps = 1.0
+
+
+def with_a_norm_without_weight(model):
+    model.layers[0].self_attn.k_norm = nn.RMSNorm(32, elementwise_affine=False)
+
+
+def without_a_norm(model):
+    model.layers[0].self_attn.q_norm = nn.Identity()
+
+
+def with_a_norm_that_the_preset_has_not(model):
+    model.layers[0].self_attn.q_norm = nn.RMSNorm(64).to(DEVICE)
+
+
+@pytest.mark.parametrize("change, form", [
+    (with_bias, {}), (with_own_forward, {}), (with_another_eps, {}), (with_a_norm_without_weight, {}), (without_a_norm, {}),
+    (with_a_norm_that_the_preset_has_not, dict(qk_norm=False))])
+def test_a_module_of_torch_that_is_not_as_the_preset_has_it_decides(change, form, both, monkeypatch):
+    """A bias, an eps, a norm of which the kernels know nothing."""
+    monkeypatch.setattr(backend, "choice", "torch")
+    stock = logits_of(a_model(**form))
+
+    def changed():
+        model = a_model(**form)
+        change(model)
+        return model
+    assert_model_decides(changed, both, stock)
+
+
+def test_a_block_of_ones_own_decides(both, stock_logits):
+    """A layer of which the kernels ask what it is, and that does not answer."""
+    class Doubled(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x, feed, cache):
+            return self.block(x, feed, cache).roll(1, -1)
+
+    def changed():
+        model = a_model()
+        model.layers[0] = Doubled(model.layers[0])
+        return model
+    assert_model_decides(changed, both, stock_logits)
+
+
+def test_nothing_with_a_hook_is_recorded(monkeypatch):
+    """Activations that somebody records: a graph would call the hook once. A weight that was replaced: it would read the old one."""
+    monkeypatch.setattr(backend, "choice", "triton")
+    model, tokens = a_model(), draw_tokens(1, 6).to(DEVICE)
+
+    def recordable(method=None):
+        cache = model.new_cache(1, 12)
+        model.prefill(tokens, None, cache, method)
+        model.step(tokens[:, 0], cache, method)
+        return cache.weights
+    before = recordable()
+    assert before and recordable() == before
+    for module in model, model.norm, model.embed_tokens, model.layers[0], model.layers[0].self_attn, model.layers[0].mlp:
+        handle = module.register_forward_hook(lambda *_: None)
+        assert recordable() is None
+        handle.remove()
+
+    class Louder(Compose):
+        def decode(self, q, cache):
+            return super().decode(2 * q, cache)
+    assert recordable(Louder()) is None
+    model.norm.weight = nn.Parameter(model.norm.weight.detach().clone())
+    assert recordable() not in (None, before)
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
