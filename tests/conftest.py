@@ -121,6 +121,18 @@ def poisoned():
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+@pytest.fixture
+def both(monkeypatch):
+    """Run a function with either backend: (plain, triton)."""
+    def run(f):
+        results = []
+        for choice in "torch", "triton":
+            monkeypatch.setattr(backend, "choice", choice)
+            results.append(f())
+        return results
+    return run
+
+
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 

@@ -15,18 +15,6 @@ METHODS = ["dense", "quest:budget=16,block_size=8", "quest:budget=16,block_size=
 HEADS_OF_16 = dict(width=64, n_head=4)
 
 
-@pytest.fixture
-def both(monkeypatch):
-    """Run a function with either backend: (plain, triton)."""
-    def run(f):
-        results = []
-        for choice in "torch", "triton":
-            monkeypatch.setattr(backend, "choice", choice)
-            results.append(f())
-        return results
-    return run
-
-
 def decode_all(model, method, steps=4):
     """Logits of a ragged prompt fed in two chunks, then of steps of the same tokens; and what was selected at the end."""
     tokens, lengths = draw_tokens(2, 45, seed=1).to(DEVICE), torch.tensor([45, 31], device=DEVICE)

@@ -29,18 +29,6 @@ SETTINGS = {"Dense": {}, "Quest": dict(budget=16, block_size=4), "MoBA": dict(bu
             "SnapKV": dict(budget=16, window=4), "Dilated": dict(dilation=8, local=5, initial=2)}
 
 
-@pytest.fixture
-def both(monkeypatch):
-    """Run a function with either backend: (plain, triton)."""
-    def run(f):
-        results = []
-        for choice in "torch", "triton":
-            monkeypatch.setattr(backend, "choice", choice)
-            results.append(f())
-        return results
-    return run
-
-
 SHAPE = dict(B=2, T=37, H=4, KV=2, D=16)
 
 
