@@ -37,7 +37,7 @@ import record  # noqa: E402
 import train  # noqa: E402
 from model import Transformer  # noqa: E402
 
-SECONDS = 20           # then it hangs
+SECONDS = 120          # then it hangs, however busy the machine is
 OWN_MEMORY = 48 << 20  # what a reader takes for itself, and for JSON as Python's objects; the rest is at most twice the files
 SPACE = 2 << 30        # of addresses: whoever wants more fails at once
 TEXT = "Hello  world: 1234 times é 漢字\n\n"  # for tokenizers
