@@ -125,9 +125,7 @@ def triton_for(x):
 
 def hook(method, phase, x):
     """method.prefill, .compress or .decode (phase), as it is computed for tensors like x (..., D)."""
-    from sparse import Compose
-    while type(method) is Compose:
-        method = getattr(method, f"{phase}_by")
+    method = part_of(method, phase)
     if not wanted(x):
         return getattr(method, phase)
     return hooks_for(x).form_of(method, phase, x)
@@ -135,10 +133,15 @@ def hook(method, phase, x):
 
 def in_graph(method):
     """Whether a GPU may replay this method's decoding steps: kernels_hooks.in_graph."""
+    return hooks_for(None).in_graph(part_of(method, "decode"))
+
+
+def part_of(method, phase):
+    """The method that decides this phase, itself or in a sparse.Compose. A subclass of that decides itself."""
     from sparse import Compose
     while type(method) is Compose:
-        method = method.decode_by
-    return hooks_for(None).in_graph(method)
+        method = getattr(method, f"{phase}_by")
+    return method
 
 
 def hooks_for(x):

@@ -6,7 +6,7 @@ What a model keeps of the tokens it has read: keys and values of each layer, and
               first decoding step. The kept entries move together, and what they leave is given back
     step      cache.step, cache.read: one token per row. As all tensors stay in place, a GPU can replay it as a CUDA graph
 
-A prompt that fails on its way through the layers leaves the cache as it was. A step that fails leaves it unusable, and every
+A prompt that fails, in a layer or behind them, leaves the cache as it was. A step that fails leaves it unusable, and every
 later call says so: what a step changes in place is not kept twice.
 
 One prefill serves many settings: one after the other in its `turn` (this cache `rewinding`, or a `compressed` copy of what the
