@@ -28,7 +28,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import bench_model
+from experiments import bench_model
 from eval_niah import commit, positive, save
 from memory import memory_scan, memory_step
 from model import PRESETS
@@ -276,7 +276,7 @@ def bench_step(table):
 
 
 def bench_quest(table):
-    from kernels_sparse import block_bounds, quest_attend, quest_scores, select
+    from triton_ops.quest import block_bounds, quest_attend, quest_scores, select
     block_size = 64
     compiled = torch.compile(plain_quest, dynamic=False)
     for B, T, goal in (8, 32768, "8.5x cuDNN, 2.1x compiled"), (1, 131072, "8x cuDNN"), (1, 32768, "5x cuDNN"), (16, 4096, None), (1, 4096, None):
@@ -329,7 +329,7 @@ def moba_entries(T, block_size, S):
 
 
 def bench_moba(table):
-    from kernels_moba import moba_attend, moba_route
+    from triton_ops.moba import moba_attend, moba_route
     start = torch.zeros(1, dtype=torch.long, device=DEVICE)
     for T, block_size, S, goal in (32768, 128, 32, "1.8x"), (65536, 128, 32, "2x"), (65536, 512, 8, "3.5x"), (65536, 128, 8, "5x"):
         q, k, v = (randn(1, T, H, D) for _ in "qkv")
@@ -366,7 +366,7 @@ def bench_moba(table):
 
 
 def bench_snapkv(table):
-    from kernels_sparse import select, snapkv_scores
+    from triton_ops.quest import select, snapkv_scores
     T, W, budget = 32768, 64, 2048
     sets = [[randn(1, W, H, D), randn(1, T, H, D), randn(1, T, H, D)] for _ in range(4)]
     q, length = randn(1, T, H, D), torch.full((1,), T, device=DEVICE)
@@ -390,7 +390,7 @@ def bench_snapkv(table):
 
 
 def bench_dilated(table):
-    from kernels_dilated import dilated
+    from triton_ops.dilated import dilated
     for B, T in (8, 4096), (1, 4096):
         n = B * T * H * D * 2
         sets = [[*(randn(B, T, H, D, grad=True) for _ in "qkv"), randn(B, T, H, D)] for _ in range(2)]
@@ -418,7 +418,7 @@ def bench_dilated(table):
 
 def bench_block(table):
     """A decoding step's products, in a 7B block and of its head; and what lies between the products of a prompt."""
-    from kernels_block import add_norm, norm_rotate, products, swiglu, swiglu_products
+    from triton_ops.block import add_norm, norm_rotate, products, swiglu, swiglu_products
     C, N, V = H * D, 11008, 100352
     weight = randn(C)
     for B in 1, 4:

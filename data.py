@@ -44,7 +44,7 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
-from files import lines_of, only_one, read_json, regular, short, told_to_end
+from infra.files import lines_of, only_one, read_json, regular, short, told_to_end
 
 # -----------------------------------------------------------------------------
 # Tokenizers. All have

@@ -40,13 +40,13 @@ from typing import NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-import backend
+from triton_ops import backend
 import niah
 import sparse
-import weights
-from answers import Line, Ranks, by_length, load, read_lines, refuse_others, save, unanswered, written
+from infra import weights
+from infra.answers import Line, Ranks, by_length, load, read_lines, refuse_others, save, unanswered, written
 from data import tokenizer_of
-from files import only_one, told_to_end
+from infra.files import only_one, told_to_end
 from model import Transformer
 
 BUDGETS = "1/4", "1/8", "1/16"
@@ -486,6 +486,9 @@ def command_line(argv, script):
     if argv is None:
         path, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent
         script, argv = path.relative_to(root) if path.is_relative_to(root) else path.name, sys.argv[1:]
+    script = Path(script)
+    if len(script.parts) > 1:  # in a folder: a module, by its dotted name
+        return shlex.join(["python", "-m", ".".join(script.with_suffix("").parts), *argv])
     return shlex.join(["python", str(script), *argv])
 
 

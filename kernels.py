@@ -20,7 +20,7 @@ The same inputs give the same bits, here and in the other files of kernels: ever
 that does not depend on who comes first. tests/stress.py asks that on a GPU, a thousand times of each.
 
 Checked against memory.memory_loop, and against the parts of model.py, in tests/test_kernels.py. The other kernels:
-kernels_dilated.py (ARL's sparse pass), kernels_sparse.py (Quest, SnapKV), kernels_moba.py. backend.py decides who runs.
+triton_ops/ has the others. triton_ops/backend.py decides who runs.
 
 Letters: B batch, T tokens, KV key/value heads, H query heads, D head width, W = KV * D channels, N blocks.
 """

@@ -26,12 +26,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import backend
+from triton_ops import backend
 import memory
-import weights
-from cache import LAYER_DICE, Cache
-from files import short
-from loss import weighted_loss, weighted_score
+from infra import weights
+from engine import LAYER_DICE, Cache
+from infra.files import short
+from infra.loss import weighted_loss, weighted_score
 from memory import memory_scan, memory_step
 from sparse import Dense, Dilated, drops, name, phases, window_of
 
@@ -110,7 +110,7 @@ class Feed:
     dices: list                  # per layer, (B, T) or None: a hash of the row's tokens so far, chance for H2's selectors
     position: torch.Tensor       # (1 or B, T)  each token's
     scan: Callable | None = None  # Triton's memory_scan, where it computes
-    fused: bool = False          # inference in Triton, kernels_block.py too
+    fused: bool = False          # inference in Triton, triton_ops/block.py too
     dice: torch.Tensor | None = None  # the layer's own, while it computes
     # with a cache, whose places for tokens are called slots (see cache.py):
     decoding: bool = False       # one new token per row
@@ -526,7 +526,7 @@ class Block(nn.Module):
                                   (mlp, "MLP", ("forward", "hidden"))):
             code |= {f"{kind}.{name}": getattr(part, name, None) for name in names}
         code = {f"model.{name}": found for name, found in code.items()}
-        code |= {f"cache.Cache.{name}": getattr(Cache, name) for name in ("store", "put", "read", "step")}
+        code |= {f"engine.Cache.{name}": getattr(Cache, name) for name in ("store", "put", "read", "step")}
         code |= {"memory.memory_loop": memory.memory_loop, "memory.memory_step": memory_step}
         return all([backend.is_stock(name, found) for name, found in code.items()]) and all(
             plain(name, module, config) for parent in (self, attention, mlp)
@@ -569,20 +569,20 @@ def plain(name, module, config):
 def add_normed(x, y, norm, feed):
     """x + norm(y)"""
     if feed.fused:
-        from kernels_block import add_norm
+        from triton_ops.block import add_norm
         return add_norm(x, y, norm.weight, norm.eps)
     return x + norm(y)
 
 
 def few(x):
-    """Whether x (B, T, C) is so few rows that reading the weights is all that a product costs: kernels_block.py does that best."""
-    from kernels_block import MOST_ROWS
+    """Whether x (B, T, C) is so few rows that reading the weights is all that a product costs: triton_ops/block.py does that best."""
+    from triton_ops.block import MOST_ROWS
     return x.shape[0] * x.shape[1] <= MOST_ROWS
 
 
 def few_products(x, weights, bias=None, eps=None):
-    """kernels_block.products, as it is imported only where it computes."""
-    from kernels_block import products
+    """block.products, as it is imported only where it computes."""
+    from triton_ops.block import products
     return products(x, weights, bias, eps)
 
 
@@ -655,7 +655,7 @@ class Attention(nn.Module):
     def normed_and_rotated(self, x, norm, feed):
         """QK-norm, which spans the whole projection, all heads together; then RoPE. x: (B, T, H, D)"""
         if feed.fused:
-            from kernels_block import norm_rotate
+            from triton_ops.block import norm_rotate
             return norm_rotate(x, norm.weight if self.config.qk_norm else None, self.config.norm_eps, feed.cos, feed.sin)
         return rotate(norm(x.flatten(2)).view(x.shape), feed)
 
@@ -695,7 +695,7 @@ class MLP(nn.Module):
         if not feed.fused:
             return self.down_proj(self.hidden(x))
         if few(x) and self.gate_proj is not None:
-            from kernels_block import swiglu_products
+            from triton_ops.block import swiglu_products
             return product(self.down_proj, swiglu_products(x, self.gate_proj.weight, self.up_proj.weight), feed)
         # a part of a long prompt at a time: its hidden vectors are large
         return torch.cat([self.down_proj(self.hidden(part, fused=True)) for part in x.flatten(0, 1).split(TOGETHER // 2)]).view(x.shape)
@@ -705,6 +705,6 @@ class MLP(nn.Module):
         if self.gate_proj is None:
             return F.gelu(self.up_proj(x))
         if fused:
-            from kernels_block import swiglu
+            from triton_ops.block import swiglu
             return swiglu(self.gate_proj(x), self.up_proj(x))
         return F.silu(self.gate_proj(x)) * self.up_proj(x)

@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from files import all_or_nothing, lines_of, parse_json, regular, short, told_to_end
+from infra.files import all_or_nothing, lines_of, parse_json, regular, short, told_to_end
 
 
 class Task(NamedTuple):

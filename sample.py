@@ -11,10 +11,10 @@ import argparse
 
 import torch
 
-import backend
+from triton_ops import backend
 import niah
 import sparse
-import weights
+from infra import weights
 from data import tokenizer_of
 from eval_niah import PromptReads, Reads, command, known_models, note_if_beyond, positive, roomy, seed, sized, temperature, trained_with, usable_device
 from model import Transformer

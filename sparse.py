@@ -30,7 +30,7 @@ hash a row's tokens so far and the layer: only the random selectors of H2 read t
 Selection is per KV head: scores are averaged over the G query heads of its group (see `per_kv_head`). The originals
 know no groups: they repeat k and v up to H heads and select for each. Checked against them in tests/test_sparse.py.
 model.py calls the hooks; read niah.py next for what they are asked to find. What is written here is the definition, in plain
-PyTorch. On a GPU kernels_hooks.py computes the same in Triton, as long as it is the same: whatever a fork changes here,
+PyTorch. On a GPU triton_ops/selectors.py computes the same in Triton, as long as it is the same: whatever a fork changes here,
 or a subclass overrides, is computed as it is written.
 """
 import math

@@ -30,20 +30,20 @@ from pathlib import Path
 
 import torch
 
-import backend
-import checkpoint
-import cost
+from triton_ops import backend
+from infra import checkpoint
+from infra import cost
 import eval_niah
 import niah
-import parallel
+from infra import parallel
 import sparse
-import weights
+from infra import weights
 from data import tokenizer_of
 from eval_niah import usable_device
-from files import only_one, told_to_end
+from infra.files import only_one, told_to_end
 from memory import arl_passes, lengths_of
 from model import PRESETS, Transformer, config_of, fresh, memory_tensors
-from record import PATIENCE, Log, begun, field, finite, mark, newest, record_of, step_of
+from infra.runlog import PATIENCE, Log, begun, field, finite, mark, newest, record_of, step_of
 from samples import Needles, batches, fingerprint, hash_of, make_data, workers_told
 from sparse import Dilated
 

@@ -8,11 +8,11 @@ What the memory needs, one line each: models made alike (reproduce.py's memory a
     head-gate     one g[t] for all channels of a KV head
     fixed-decay   g = 1 - 1/L, whatever the input: the heads' L spread from 1 to ARL's length, as in RetNet (arXiv 2307.08621)
 
-    python experiments/ablations.py --seeds 0 1 2            train and compare all, --per_gpu at a time on each visible GPU
-    python experiments/ablations.py --run keys-only-0        one of them, here; flags not known to this file go to train.py
-    python experiments/ablations.py --variants               none: the table of what is in results/ablations
-    python experiments/ablations.py --lengths CKPT           how far back each channel of a trained memory reaches
-    python experiments/ablations.py --lm_loss CKPT CKPT      loss on text that training never saw
+    python -m experiments.ablations --seeds 0 1 2            train and compare all, --per_gpu at a time on each visible GPU
+    python -m experiments.ablations --run keys-only-0        one of them, here; flags not known to this file go to train.py
+    python -m experiments.ablations --variants               none: the table of what is in results/ablations
+    python -m experiments.ablations --lengths CKPT           how far back each channel of a trained memory reaches
+    python -m experiments.ablations --lm_loss CKPT CKPT      loss on text that training never saw
 
 model.py has no option for any of this: a variant replaces Attention.gate or Attention.remember while it trains and while
 it is evaluated. Its checkpoint does not know: loaded by eval_niah.py or sample.py it would run with the full memory.
@@ -32,16 +32,15 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import eval_niah  # noqa: E402
-import niah  # noqa: E402
-import reproduce  # noqa: E402
-import runs  # noqa: E402
-import train  # noqa: E402
-import weights  # noqa: E402
-from data import tokenizer_of  # noqa: E402
-from memory import lengths_of  # noqa: E402
-from model import Attention, Transformer  # noqa: E402
+import eval_niah
+import niah
+from experiments import reproduce
+from experiments import runs
+import train
+from infra import weights
+from data import tokenizer_of
+from memory import lengths_of
+from model import Attention, Transformer
 
 EVAL_SEED = 0  # of the examples: the same for all
 VARIANTS = "memory", "no-arl", "keys-only", "values-only", "head-gate", "fixed-decay"
@@ -316,7 +315,7 @@ def show_lm_loss(paths, args):
     save(Path(args.results) / "lm-loss.json", args.argv, {"python": sys.version.split()[0], "nats_per_token": losses, "train": records})
 
 
-# ---------------------------------------------------------------- python experiments/ablations.py
+# ---------------------------------------------------------------- python -m experiments.ablations
 
 def save(path, argv, results):
     """results, and how they were made."""

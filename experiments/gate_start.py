@@ -6,7 +6,7 @@ Where should the gates of a memory start that a trained model is given? Conversi
 Near 0 the model computes what it did, and the memory is learned late, as the slope of the sigmoid, g (1 - g), is near 0 too.
 At 1/2 keys and values are mixtures at first, and what the model knew must be found again, now with a memory in it.
 
-    python experiments/gate_start.py --init out/reproduce/attention-0-pretrained      recipe micro-convert for each g0
+    python -m experiments.gate_start --init out/reproduce/attention-0-pretrained      recipe micro-convert for each g0
 
 For each g0: the loss of the dense pass and of ARL's, at the first step and as the mean of the steps up to some others; and how
 long the memory is in the end, as losses can agree where one model remembers and the other does not. All see the same samples.
@@ -16,18 +16,16 @@ import argparse
 import json
 import math
 import statistics
-import sys
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import eval_niah  # noqa: E402
-import runs  # noqa: E402
-import train  # noqa: E402
-import weights  # noqa: E402
-from experiments import ablations  # noqa: E402
-from model import Transformer  # noqa: E402
+import eval_niah
+from experiments import runs
+import train
+from infra import weights
+from experiments import ablations
+from model import Transformer
 
 MEAN_OF = 20  # steps: the mean before the one that the table names
 

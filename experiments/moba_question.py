@@ -10,20 +10,18 @@ MoBA decodes densely, so it can fail in two ways: tokens of the context miss wha
 question picks blocks by mean keys that do not show the needle, and the first byte of the answer is written without it. If
 "context" is near dense, the second is to blame; if "question" is, the first.
 
-    python experiments/moba_question.py --ckpt checkpoints/attention checkpoints/memory --samples 20
+    python -m experiments.moba_question --ckpt checkpoints/attention checkpoints/memory --samples 20
 
 Plain PyTorch computes, one prompt at a time. Checked in tests/test_moba_question.py.
 """
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import eval_niah  # noqa: E402
-import sparse  # noqa: E402
-from experiments import ways  # noqa: E402
+import eval_niah
+import sparse
+from experiments import ways
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,19 @@ SnapKV bets that the question already looks where the answer will be read. Where
 do not: they turn to the needle only once its first bytes are written, and by then the rest is gone. What "answer" still
 lacks to dense attention is the budget's fault. No method may do this; it takes the gold answer.
 
-    python experiments/snapkv_answer.py --ckpt checkpoints/attention checkpoints/memory --samples 50
+    python -m experiments.snapkv_answer --ckpt checkpoints/attention checkpoints/memory --samples 50
 
 Plain PyTorch computes, as the scores are exchanged inside SnapKV.compress. Checked in tests/test_snapkv_answer.py.
 """
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import eval_niah  # noqa: E402
-import niah  # noqa: E402
-import sparse  # noqa: E402
-from experiments import ways  # noqa: E402
+import eval_niah
+import niah
+import sparse
+from experiments import ways
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,15 @@ table and the JSON, with what a result needs to be compared with another, come f
 Checked in tests/test_snapkv_answer.py and tests/test_moba_question.py.
 """
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import backend  # noqa: E402
-import eval_niah  # noqa: E402
-import niah  # noqa: E402
-import sparse  # noqa: E402
-from model import Transformer  # noqa: E402
+from triton_ops import backend
+import eval_niah
+import niah
+import sparse
+from model import Transformer
 
 
 def flags(name, description, method):

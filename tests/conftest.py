@@ -19,7 +19,7 @@ if DEVICE == "cpu":
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)  # tiny tensors: threads would only get in each other's way
 
-import backend  # noqa: E402
+from triton_ops import backend  # noqa: E402
 from model import Config, Transformer  # noqa: E402
 
 ORACLE = Path(__file__).parent / "oracle"
@@ -105,11 +105,11 @@ if not backend.HAS_TRITON:  # Mac, Windows
     collect_ignore_glob = ["test_kernels*.py", "test_backend.py"]
 elif DEVICE == "cpu":
     import kernels
-    import kernels_block
+    from triton_ops import block
     repair_interpreter()
     kernels.TILE.update(ROWS=16, STRIPS=2)  # the interpreter is slow, above all where strips meet
     kernels.LONG_TILE.update(ROWS=32, STRIPS=2)
-    kernels_block.ONE.update(BLOCK_N=16)
+    block.ONE.update(BLOCK_N=16)
 
 
 @pytest.fixture

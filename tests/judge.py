@@ -27,13 +27,13 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import answers  # noqa: E402
-import checkpoint  # noqa: E402
+from infra import answers  # noqa: E402
+from infra import checkpoint  # noqa: E402
 import data  # noqa: E402
-import files  # noqa: E402
+from infra import files  # noqa: E402
 import niah  # noqa: E402
-import parallel  # noqa: E402
-import record  # noqa: E402
+from infra import parallel  # noqa: E402
+from infra import runlog  # noqa: E402
 import train  # noqa: E402
 from model import Transformer  # noqa: E402
 
@@ -104,10 +104,10 @@ def read_checkpoint(path):
     """As train.py --resume does. path: the run."""
     args = train.parse(["--preset=pico", "--device=cpu", f"--out={path.parent}", f"--name={path.name}", "--resume",
                         *(path / "flags").read_text().split()])
-    folder = record.newest(path, resume=True)
+    folder = runlog.newest(path, resume=True)
     config, tensors = train.what_to_train(args, folder)
     train.settle(args, config)
-    step, before = record.step_of(folder, path, args), record.begun(args, folder)
+    step, before = runlog.step_of(folder, path, args), runlog.begun(args, folder)
     model = train.make_model(config, tensors, args)
     optimizer = train.make_optimizer(model, args)
     checkpoint.load(folder, model, optimizer, parallel.Processes())

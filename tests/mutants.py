@@ -19,12 +19,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+OURS = [ROOT, *(ROOT / folder for folder in ("infra", "triton_ops", "experiments", "tests"))]
 TIMEOUT = 120  # seconds of one test
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "results", "assets", "out", "data")
 
 # {file: [(old, new, test as FILE::NAME without "test_", what it would tell)]}
 MUTANTS = {
-    "cost.py": [
+    "infra/cost.py": [
         ("return 6 * used", "return 4 * used",
          "report::flops_are_those_counted_by_hand",
          "backward taken for half its FLOPs: MFU two thirds"),
@@ -140,7 +141,7 @@ MUTANTS = {
          "report::a_run_is_known_by_its_samples",
          "a run that goes on with other weights of its tokens"),
     ],
-    "record.py": [
+    "infra/runlog.py": [
         ('entry["mfu"] = round(sum(self.of_pass.values())',
          'entry["mfu"] = round(2 * sum(self.of_pass.values())',
          "report::a_line_of_the_log_by_hand", "MFU doubled in the log"),
@@ -212,7 +213,7 @@ MUTANTS = {
          "train::a_checkpoint_tells_how_it_was_made",
          "a fine-tuned model without the pretraining's speed and recipe in the summary"),
     ],
-    "runs.py": [
+    "experiments/runs.py": [
         ("return steps == settings.steps", "return steps > 0",
          "report::a_run_is_finished_after_its_last_step", "a model of half its steps in the table"),
         ("return steps == settings.steps", "return steps < settings.steps",
@@ -221,7 +222,7 @@ MUTANTS = {
         ("if now is None or now != ", "if now is not None and now != ",
          "report::a_run_is_finished_only_of_the_model_that_is_there_now",
          "fine-tuning of a model that nobody knows any more, in a table"),
-        ('if now is None or now != record.begun(settings, checkpoint)["from"]:', "if now is None:",
+        ('if now is None or now != runlog.begun(settings, checkpoint)["from"]:', "if now is None:",
          "report::a_run_is_finished_only_of_the_model_that_is_there_now",
          "fine-tuning of an older pretraining in a table beside the new one's"),
         ('f"--init={first}", "--arl=0"', 'f"--init={first}", "--arl=64"',
@@ -240,7 +241,7 @@ MUTANTS = {
          "runs::prompts_of_a_model_not_yet_made_are_those_it_is_asked",
          "seeds in one mean that were asked other prompts"),
     ],
-    "answers.py": [
+    "infra/answers.py": [
         ("key=lambda i: len(examples[i].ids)", "key=lambda i: 0",
          "report::batches_are_of_similar_length", "seconds of padding in the speed told"),
         ("order[start:start + batch] for start in range(0, len(order), batch)",
@@ -479,7 +480,7 @@ MUTANTS = {
          "report::the_lesson_tells_the_numbers_of_its_log",
          "README's first numbers: the dense loss for ARL's"),
     ],
-    "reproduce.py": [
+    "experiments/reproduce.py": [
         ("return {name: statistics.fmean(values) for name, values in cells.items()}",
          "return {name: max(values) for name, values in cells.items()}",
          "report_tables::means_are_over_tasks_and_draws", "the best task as the mean"),
@@ -825,10 +826,10 @@ def load():
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     sys.path[:1] = [str(ROOT), str(ROOT / "tests")]
     import conftest  # noqa: F401
-    import reproduce  # noqa: F401
+    from experiments import reproduce  # noqa: F401
     for name, module in list(sys.modules.items()):
         folder = Path(getattr(module, "__file__", None) or "/").parent
-        if folder in (ROOT, ROOT / "tests") and name != "__main__":
+        if folder in OURS and name != "__main__":
             del sys.modules[name]
 
 

@@ -42,16 +42,16 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-import backend  # noqa: E402
+from triton_ops import backend  # noqa: E402
 import kernels  # noqa: E402
-import kernels_block  # noqa: E402
-import kernels_dilated  # noqa: E402
-import kernels_moba  # noqa: E402
-import kernels_sparse  # noqa: E402
+from triton_ops import block  # noqa: E402
+from triton_ops import dilated  # noqa: E402
+from triton_ops import moba  # noqa: E402
+from triton_ops import quest  # noqa: E402
 import test_kernels  # noqa: E402
 import test_kernels_dilated  # noqa: E402
 import test_kernels_moba  # noqa: E402
-from answers import load, save  # noqa: E402
+from infra.answers import load, save  # noqa: E402
 from eval_niah import commit, device_name, natural, positive  # noqa: E402
 from memory import memory_scan as plain_scan  # noqa: E402
 from sparse import Dilated, Quest, SnapKV, attend, attend_to_slots, to_blocks  # noqa: E402
@@ -236,7 +236,7 @@ def products(case, dtype, R, K, unit, n, gate):
         last = F.rms_norm(x, (K,), eps=eps) if eps else x
         return [*(F.linear(x, w) for w in weights[:-1]), F.linear(last, weights[-1], bias)]
 
-    return (lambda: list(kernels_block.products(x, weights, bias, eps)), lambda outs: compare_products(outs, plain, (x, bias, *weights), K))
+    return (lambda: list(block.products(x, weights, bias, eps)), lambda outs: compare_products(outs, plain, (x, bias, *weights), K))
 
 
 @kernel("dtype R K", (BF16, (1, 1), (2049, 5000)), (FP32, (1, 1), (65, 128)), (BF16, (2, 16), (65, 3000)), (FP32, (2, 16), (65, 1000)),
@@ -245,7 +245,7 @@ def swiglu_products(case, dtype, R, K):
     R, K, N = case.size("R", *R), case.size("K", *K), case.size("N", 1, 300)
     x, (gate, up) = matrices(case, dtype, R, K, [N, N])
     plain = lambda x, gate, up: [F.silu(F.linear(x, gate)) * F.linear(x, up)]
-    return lambda: [kernels_block.swiglu_products(x, gate, up)], lambda outs: compare_products(outs, plain, (x, gate, up), K)
+    return lambda: [block.swiglu_products(x, gate, up)], lambda outs: compare_products(outs, plain, (x, gate, up), K)
 
 
 @kernel("dtype C", (BF16, (1, 16)), (FP32, (17, 64)), (BF16, (65, 256)), (FP32, (257, 1024)), (BF16, (1025, 2048)), (BF16, (2049, 4096)),
@@ -254,7 +254,7 @@ def add_norm(case, dtype, C):
     shape = case.size("B", 1, 4), case.size("T", 1, 60), case.size("C", *C)
     x, y, weight = *(draw(*shape, dtype=dtype, seed=case.seed()) for _ in "xy"), draw(shape[2], dtype=dtype, seed=case.seed())
     plain = lambda x, y, w: x + F.rms_norm(y, w.shape, w, 1e-6)
-    return lambda: [kernels_block.add_norm(x, 3 * y, weight, 1e-6)], lambda outs: compare(outs[0], plain, x, 3 * y, weight)
+    return lambda: [block.add_norm(x, 3 * y, weight, 1e-6)], lambda outs: compare(outs[0], plain, x, 3 * y, weight)
 
 
 @kernel("H D dtype normed one_angle", (1, 16, FP32, True, True), (3, 32, BF16, True, False), (4, 64, BF16, False, True),
@@ -271,7 +271,7 @@ def norm_rotate(case, H, D, dtype, normed, one_angle):
         a, b = x.to(cos.dtype).chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
-    return (lambda: [kernels_block.norm_rotate(x, weight, 1e-6, angle.cos(), angle.sin())],
+    return (lambda: [block.norm_rotate(x, weight, 1e-6, angle.cos(), angle.sin())],
             lambda outs: compare(outs[0], plain, x, weight, angle.cos(), angle.sin()))
 
 
@@ -279,7 +279,7 @@ def norm_rotate(case, H, D, dtype, normed, one_angle):
 def swiglu(case, dtype):
     gate, up = draw(2, case.size("R", 1, 200), case.size("N", 1, 5000), dtype=dtype, seed=case.seed())
     gate = 4 * gate
-    return (lambda: [kernels_block.swiglu(gate.clone(), up)],
+    return (lambda: [block.swiglu(gate.clone(), up)],
             lambda outs: compare(outs[0], lambda gate, up: F.silu(gate) * up, gate, up))
 
 
@@ -311,7 +311,7 @@ def block_bounds(case, H, KV, D, block_size, Tk, dtype):
     def check(outs):
         for what, out, ref in zip(("low", "high"), outs, bounds_of(k, used, block_size)):
             assert torch.equal(out, ref), f"{what}: not the least or largest"
-    return lambda: list(kernels_sparse.block_bounds(k, used, block_size)), check
+    return lambda: list(quest.block_bounds(k, used, block_size)), check
 
 
 @kernel("H KV D block_size Tk dtype", *CACHES)
@@ -328,7 +328,7 @@ def quest_scores(case, H, KV, D, block_size, Tk, dtype):
         assert torch.equal(scores.where(scores.isinf(), 0), ref.where(ref.isinf(), 0)), "another block is forced"
         off = (scores - ref).where(ref.isfinite(), 0).abs().max().item()
         return bounded("scores, at most", off, 1e-5 * free.abs().max().item())
-    return lambda: [kernels_sparse.quest_scores(q, low, high, used, block_size, *keep)], check
+    return lambda: [quest.quest_scores(q, low, high, used, block_size, *keep)], check
 
 
 @kernel("N", (1, 32), (33, 64), (65, 1000), (2049, 4096), (8193, 16384), (32769, 60000))
@@ -354,7 +354,7 @@ def select(case, *N):
         best = best.where(rank.gather(-1, best) > -inf, N).sort(-1).values
         best = F.pad(best.where(best < N, -1), (0, S - best.shape[1]), value=-1)
         assert torch.equal(outs[0], best.int()), f"{(outs[0] != best).sum()} of {best.numel()} are others"
-    return lambda: [kernels_sparse.select(scores, S)], check
+    return lambda: [quest.select(scores, S)], check
 
 
 @kernel("H KV D block_size Tk dtype", *CACHES)
@@ -373,7 +373,7 @@ def quest_attend(case, H, KV, D, block_size, Tk, dtype):
         assert torch.equal(slots, expected.masked_fill(unread, -1).flatten(2)), "reports other slots"
         cache = layer_cache(k, v, used)
         return compare(y, lambda q, k, v: attend_to_slots(q, k, v, slots), q, cache.k, cache.v)
-    return lambda: list(kernels_sparse.quest_attend(q, k, v, chosen, used, block_size)), check
+    return lambda: list(quest.quest_attend(q, k, v, chosen, used, block_size)), check
 
 
 @kernel("H KV D block_size Tk dtype", *CACHES)
@@ -383,7 +383,7 @@ def attend_slots(case, H, KV, D, _, Tk, dtype):
     def check(outs):
         cache = layer_cache(k, v, used)
         return compare(outs[0], lambda q, k, v: attend(q, k, v, cache.filled_slots()[:, None, None]), q, cache.k, cache.v)
-    return lambda: [kernels_sparse.attend_slots(q, k, v, used)], check
+    return lambda: [quest.attend_slots(q, k, v, used)], check
 
 
 @kernel("H KV D W kernel Tk dtype",
@@ -401,7 +401,7 @@ def snapkv_scores(case, H, KV, D, W, kernel, Tk, dtype):
         assert torch.equal(scores.where(scores.isinf(), 0), ref.where(ref.isinf(), 0)), "another slot is forced"
         free = ref.isfinite()
         return worst(["scores"], [scores[free]], [plain[free]], [exact[free]], dtype) if free.any() else 0
-    return lambda: [kernels_sparse.snapkv_scores(q, k, lengths, kernel)], check
+    return lambda: [quest.snapkv_scores(q, k, lengths, kernel)], check
 
 
 # ---------------------------------------------------------------- kernels_moba.py
@@ -435,7 +435,7 @@ def prompt_of(case, H, KV, D, T, dtype):
 def moba_route(case, H, KV, D, block_size, S, keep_first, T, dtype):
     q, k, _, start, k_clean, _ = prompt_of(case, H, KV, D, T, dtype)
     settings = start, block_size, S, keep_first
-    return (lambda: [kernels_moba.moba_route(q, k, *settings)],
+    return (lambda: [moba.moba_route(q, k, *settings)],
             lambda outs: test_kernels_moba.assert_routes(outs[0], q, k_clean, *settings))
 
 
@@ -455,7 +455,7 @@ def moba_attend(case, H, KV, D, block_size, S, keep_first, T, dtype):
         keep = test_kernels_moba.mask_of(chosen, q, k, start, block_size)
         plain, exact = (forward_and_gradients(lambda *x: attend(*x, keep), *x) for x in ((q, *clean, dy), doubled((q, *clean, dy))))
         return worst(("y", "dq", "dk", "dv"), outs, plain, exact, dtype)
-    return lambda: forward_and_gradients(lambda *x: kernels_moba.moba_attend(*x, chosen, start, block_size), q, k, v, dy), check
+    return lambda: forward_and_gradients(lambda *x: moba.moba_attend(*x, chosen, start, block_size), q, k, v, dy), check
 
 
 # ---------------------------------------------------------------- kernels_dilated.py
@@ -501,7 +501,7 @@ def dilated_step(case, H, KV, D, pattern, Tk, dtype):
         if q.dtype != torch.float64:
             return method.prefill(q, k, v, start, None)[0]
         return attend(q, k, v, method.pattern((start[:, None] + slot[:Tq])[:, None, :, None], slot))
-    return lambda: [kernels_dilated.dilated(q, k, v, start, *pattern)], lambda outs: compare(outs[0], plain, q, *clean)
+    return lambda: [dilated.dilated(q, k, v, start, *pattern)], lambda outs: compare(outs[0], plain, q, *clean)
 
 
 # ---------------------------------------------------------------- running them

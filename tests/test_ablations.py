@@ -1,5 +1,4 @@
 """experiments/ablations.py: a variant is what its name says, in training and in decoding, and nothing of it stays behind."""
-import importlib.util
 import json
 import math
 import shutil
@@ -8,21 +7,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+from experiments import ablations
 from conftest import DEVICE, assert_close, draw_tokens, tiny
 
-import backend
+from triton_ops import backend
 import eval_niah
 import niah
-import runs
+from experiments import runs
 import train
 from data import ByteTokenizer
 from memory import memory_loop
 from model import PRESETS, Attention, Config, Transformer
 from sparse import Dense
 
-spec = importlib.util.spec_from_file_location("ablations", Path(__file__).parent.parent / "experiments" / "ablations.py")
-ablations = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(ablations)
 
 TINY = Config(257, n_layer=1, width=32, n_head=2, n_kv_head=2, mlp_width=64, context_len=512, eos_id=256)
 RUN = ["--context_len=512", "--tasks", "niah_single_1", "--arl=16", "--batch=2", "--device=cpu"]
@@ -207,7 +205,7 @@ def test_a_variant_is_trained_once_as_itself_and_evaluated(small_run, monkeypatc
     small_run()
     run, result = Path("out/ablations/ablation-fixed-decay-0"), Path("results/ablations/fixed-decay-0.json")
     record = json.loads(result.read_text())
-    assert record["command"] == "python experiments/ablations.py --run=fixed-decay-0 --samples=1 " + " ".join(RUN) + " --steps=2 --save_every=1"
+    assert record["command"] == "python -m experiments.ablations --run=fixed-decay-0 --samples=1 " + " ".join(RUN) + " --steps=2 --save_every=1"
     assert record["train"]["settings"]["seed"] == 0 and record["train"]["settings"]["batch"] == 2 and {"command", "commit", "device", "torch"} <= record["train"].keys()
     assert record["eval"]["settings"]["kernels"] == "torch" and record["eval"]["settings"]["samples"] == 1
     assert list(record["scores"]) == ["dense", "quest:budget=1/4,block_size=8", "snapkv:budget=1/4,window=8,kernel=15"]

@@ -3,7 +3,7 @@ import pytest
 import torch
 from conftest import DEVICE, assert_close, draw_tokens, error, one_line, tiny
 
-import backend
+from triton_ops import backend
 import train
 from memory import arl_passes
 from sparse import parse

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bench
-import bench_model
+from experiments import bench_model
 from conftest import assert_close
 from model import PRESETS
 from sparse import Quest, parse

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import bench_train
-import cost
+from experiments import bench_train
+from infra import cost
 from model import PRESETS
 
 HERE = Path(__file__).parent.parent
@@ -78,8 +78,8 @@ def test_an_empty_trace_is_no_reason_to_lose_the_report():
 
 def bench(tmp_path, *flags, processes=1):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
-    return subprocess.run([*start, str(HERE / "bench_train.py"), *flags], capture_output=True, text=True, cwd=tmp_path, timeout=120,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run([*start, "-m", "experiments.bench_train", *flags], capture_output=True, text=True, cwd=tmp_path, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
 
 
 def test_a_run_is_train_py_s_and_is_added_to_the_file(tmp_path):
@@ -96,7 +96,7 @@ def test_a_run_is_train_py_s_and_is_added_to_the_file(tmp_path):
     first, second = report["runs"]
     assert report["what"] == "notes"
     assert (first["gpus"], second["gpus"]) == (1, 2) and [entry["loss"] for entry in first["log"]] == losses("by1")
-    assert first["command"].startswith("python bench_train.py") and second["command"].startswith("torchrun --nproc_per_node=2 bench_train.py")
+    assert first["command"].startswith("python -m experiments.bench_train") and second["command"].startswith("torchrun --nproc_per_node=2 -m experiments.bench_train")
 
 
 @pytest.mark.parametrize("flags, told", [

@@ -6,7 +6,7 @@ import torch
 from conftest import DEVICE, FORMS, assert_close, draw_tokens, one_line, tiny
 from torch import nn
 
-import backend
+from triton_ops import backend
 import model as model_file
 from sparse import Dense, Dilated, MoBA, Quest, SnapKV, compose, drops, name, parse
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import checkpoint
-import parallel
+from infra import checkpoint
+from infra import parallel
 import train
-import weights
+from infra import weights
 from conftest import one_line, tiny
 from model import Transformer
 
@@ -92,7 +92,8 @@ import os, sys
 sys.path[:0] = {paths}
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
-import checkpoint, parallel, train, weights
+import train
+from infra import checkpoint, parallel, weights
 from dataclasses import replace
 from model import Transformer
 from pathlib import Path
@@ -137,7 +138,7 @@ def test_one_writes_two_read_and_write_one_reads(tmp_path):
         assert torch.equal(a, b), name
 
     # and it is exported, by the command of README.md
-    command = [sys.executable, HERE.parent / "checkpoint.py", str(tmp_path / "two"), str(tmp_path / "plain"), "--dtype=bfloat16"]
+    command = [sys.executable, "-m", "infra.checkpoint", str(tmp_path / "two"), str(tmp_path / "plain"), "--dtype=bfloat16"]
     assert "is now" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert torch.equal(Transformer.from_pretrained(tmp_path / "plain").lm_head.weight, ours[0].lm_head.weight.bfloat16())
     again = subprocess.run(command, capture_output=True, text=True)

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import parallel
-import weights
+from infra import checkpoint
+from infra import parallel
+from infra import weights
 from conftest import official_names, one_line, save_pth, tiny
 from model import Transformer
 from test_checkpoint import BYTES, made

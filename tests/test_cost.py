@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import cost
+from infra import cost
 import train
 from conftest import one_line
 from model import PRESETS, Transformer

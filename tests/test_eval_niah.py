@@ -16,11 +16,11 @@ import torch
 from conftest import tiny
 from test_niah import Bytes, tokenizer_of
 
-import answers
+from infra import answers
 import eval_niah
 import niah
 import sparse
-import weights
+from infra import weights
 from model import Transformer
 
 CONTEXT = 512
@@ -435,7 +435,7 @@ def test_on_a_cpu_it_takes_few_samples_of_long_prompts(runs, context_len, sample
 def test_a_report_names_the_command_that_made_it(runs, monkeypatch):
     """`python train.py --ckpt ...`, where train.py called eval_niah.py; a path of the machine it ran on."""
     root = os.path.dirname(eval_niah.__file__)
-    for path, seen in (f"{root}/experiments/ablations.py", "experiments/ablations.py"), ("/elsewhere/keynorm.py", "keynorm.py"):
+    for path, seen in (f"{root}/experiments/ablations.py", "-m experiments.ablations"), ("/elsewhere/keynorm.py", "keynorm.py"):
         monkeypatch.setattr(eval_niah.sys, "argv", [path, "--methods", "a b"])
         assert eval_niah.command_line(None, "eval_niah.py") == f"python {seen} --methods 'a b'"
         assert eval_niah.command_line(["--ckpt", "x"], "eval_niah.py") == "python eval_niah.py --ckpt x"

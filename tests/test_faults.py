@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 import data
-import files
+from infra import files
 from conftest import one_line, times
 from judge import ROOT
 
@@ -133,7 +133,7 @@ def test_a_second_run_in_the_same_folder_is_refused(script, flags, judged, place
 
 def test_the_lock_ends_with_whoever_holds_it(tmp_path):
     """A folder that stays locked for ever after a kill -9, or a lock that is no lock."""
-    holder = subprocess.Popen([sys.executable, "-c", "import files, sys, time\nwith files.only_one(sys.argv[1]): print('in', flush=True); time.sleep(99)",
+    holder = subprocess.Popen([sys.executable, "-c", "import sys, time\nfrom infra import files\nwith files.only_one(sys.argv[1]): print('in', flush=True); time.sleep(99)",
                                str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"in\n"
     with pytest.raises(ValueError) as refused:

@@ -13,17 +13,17 @@ import torch
 from conftest import DEVICE, assert_close, draw_tokens, times, tiny
 from torch import nn
 
-import backend
-import cache as cache_file
+from triton_ops import backend
+import engine as cache_file
 import memory
 import model as model_file
 import sparse
-from cache import LayerCache
+from engine import LayerCache
 from sparse import Compose, Dense, Dilated, MoBA, Quest, SnapKV, compose
 
 pytest.importorskip("triton", reason="there is nothing beside plain PyTorch")
-import kernels_hooks  # noqa: E402
-from kernels_sparse import block_bounds  # noqa: E402
+from triton_ops import selectors  # noqa: E402
+from triton_ops.quest import block_bounds  # noqa: E402
 
 SETTINGS = {"Dense": {}, "Quest": dict(budget=16, block_size=4), "MoBA": dict(budget=16, block_size=4),
             "SnapKV": dict(budget=16, window=4), "Dilated": dict(dilation=8, local=5, initial=2)}
@@ -169,7 +169,7 @@ EDITS = {
 def test_each_definition_is_tried():
     """A new name in CODE that no test makes perverse."""
     tried = {f"sparse.{name}" for name in (*OVERRIDES, *EDITS)} | {f"model.{name}" for name in MODEL_EDITS} | {
-        f"memory.{name}" for name in MEMORY_EDITS} | {f"cache.{name}" for name in CACHE_EDITS}
+        f"memory.{name}" for name in MEMORY_EDITS} | {f"engine.{name}" for name in CACHE_EDITS}
     assert tried == set(backend.CODE)
 
 
@@ -258,12 +258,12 @@ def test_a_subclass_that_changes_no_definition_keeps_the_kernels(monkeypatch):
         note: str = field(default="", compare=False)
 
     form = backend.hook(Mine(), "decode", x)
-    assert form.__func__ is kernels_hooks.quest_decode and kernels_hooks.in_graph(Mine())
+    assert form.__func__ is selectors.quest_decode and selectors.in_graph(Mine())
     other = own_class("Quest", "score", OVERRIDES["Quest.score"](Quest.score))
-    assert backend.hook(other(16, 4), "decode", x).__func__ is kernels_hooks.quest_decode_chosen, "attention stays with the kernel"
-    assert not kernels_hooks.in_graph(other(16, 4)), "Python code that a graph would run once"
+    assert backend.hook(other(16, 4), "decode", x).__func__ is selectors.quest_decode_chosen, "attention stays with the kernel"
+    assert not selectors.in_graph(other(16, 4)), "Python code that a graph would run once"
     other.in_graph = True
-    assert kernels_hooks.in_graph(other(16, 4))
+    assert selectors.in_graph(other(16, 4))
 
 
 def test_who_computes_is_told_once(both, capsys):

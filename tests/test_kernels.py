@@ -210,7 +210,7 @@ def test_decode_step_leaves_other_slots_and_blocks_alone():
 
 def test_decode_step_keeps_bounds_as_block_bounds_would_make_them():
     """A new block that inherits the bounds of what lay there before, or bounds of unrounded keys."""
-    from kernels_sparse import block_bounds
+    from triton_ops.quest import block_bounds
     k_cache, used = step_inputs(2, 4, 2, 16, BF16, seed=30)["k_cache"], torch.tensor([6, 13], device=DEVICE)
     low, high = block_bounds(k_cache, used, 8)
     for step in range(12):

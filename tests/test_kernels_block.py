@@ -6,7 +6,7 @@ import torch
 from conftest import DEVICE, assert_as_good, error, one_line
 from torch.nn import functional as F
 
-from kernels_block import add_norm, norm_rotate, products, swiglu_products, swiglu
+from triton_ops.block import add_norm, norm_rotate, products, swiglu_products, swiglu
 from model import rotate
 
 pytestmark = pytest.mark.usefixtures("poisoned")

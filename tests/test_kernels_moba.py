@@ -2,9 +2,9 @@
 import pytest
 import torch
 
-import kernels_moba
+from triton_ops import moba
 from conftest import DEVICE, assert_as_good, error
-from kernels_moba import moba_attend, moba_route
+from triton_ops.moba import moba_attend, moba_route
 from sparse import MoBA, attend, query_slots
 
 pytestmark = pytest.mark.usefixtures("poisoned", "plain_references")
@@ -134,7 +134,7 @@ def test_gradients_of_a_chunk_and_of_any_choice(monkeypatch):
     chosen = torch.rand(2, 2, 30, 9, generator=source).argsort(-1)[..., :4].int().to(DEVICE)
     chosen = torch.cat([chosen.where((chosen != 1) & (chosen < own), -1), own.expand(2, 2, 30, 1)], dim=-1)
     for chunk in 1, 8:
-        monkeypatch.setitem(kernels_moba.GRAD_FP32, "CHUNK", chunk)
+        monkeypatch.setitem(moba.GRAD_FP32, "CHUNK", chunk)
         assert_gradients(q, k, v, chosen, start, block_size, seed=17)
 
 
@@ -210,7 +210,7 @@ def test_wide_tiles_route_like_narrow_ones():
 
 def test_words_that_no_tile_wrote_are_not_read(monkeypatch):
     """A query in block 128: routed by a tile of 128 blocks, whose four words are all there is of it."""
-    monkeypatch.setattr(kernels_moba.torch, "empty", lambda *shape, **kwargs: torch.full(shape, 8, **kwargs))
+    monkeypatch.setattr(moba.torch, "empty", lambda *shape, **kwargs: torch.full(shape, 8, **kwargs))
     q, k, _ = draw(1, 8, 2, 1, 16, Tk=1080, seed=6)
     assert_routes(moba_route(q, k, slots(1024), 8, 6, True), q, k, slots(1024), 8, 6, True)
 
@@ -256,7 +256,7 @@ def test_groups_of_heads_share_one_buffer(monkeypatch):
 
     at_once = outputs()
     for heads in 2, 6:
-        monkeypatch.setattr(kernels_moba, "PARTIAL_BYTES", heads * 40 * 3 * 16 * 4)
+        monkeypatch.setattr(moba, "PARTIAL_BYTES", heads * 40 * 3 * 16 * 4)
         assert all(torch.equal(x, other) for x, other in zip(outputs(), at_once))
 
 
@@ -266,7 +266,7 @@ def test_lists_go_on_from_tile_to_tile(monkeypatch):
     chosen = moba_route(q, k, slots(0, 0), 4, 6, True)  # 38 blocks
     at_once = moba_attend(q, k, v, chosen, slots(0, 0), 4)
     for BLOCK_T in 16, 64:
-        monkeypatch.setitem(kernels_moba.LISTS, "BLOCK_T", BLOCK_T)
+        monkeypatch.setitem(moba.LISTS, "BLOCK_T", BLOCK_T)
         assert torch.equal(moba_attend(q, k, v, chosen, slots(0, 0), 4), at_once)
 
 
@@ -275,7 +275,7 @@ def test_long_lists_are_cut_into_chunks(monkeypatch):
     q, k, v = draw(1, 100, 4, 1, 16, seed=10)
     chosen = moba_route(q, k, slots(0), 16, 4, True)
     for chunk in 1, 2:
-        monkeypatch.setitem(kernels_moba.GATHER_FP32, "CHUNK", chunk)
+        monkeypatch.setitem(moba.GATHER_FP32, "CHUNK", chunk)
         assert_attends(moba_attend(q, k, v, chosen, slots(0), 16), q, k, v, mask_of(chosen, q, k, slots(0), 16))
 
 
@@ -313,9 +313,9 @@ def test_launchers_are_operators_that_compile_can_trace():
     chosen = moba_route(q, k, slots(0, 3), 8, 2, True)
     checks = "test_schema", "test_faketensor", "test_autograd_registration"
     torch.library.opcheck(moba_route, (q, k, slots(0, 3), 8, 2, True), test_utils=checks)
-    torch.library.opcheck(kernels_moba.moba_forward, (q, k, v, chosen, slots(0, 3), 8), test_utils=checks)
-    y, lse = kernels_moba.moba_forward(q, k, v, chosen, slots(0, 3), 8)
-    torch.library.opcheck(kernels_moba.moba_backward, (q, k, v, chosen, slots(0, 3), y, lse, y, 8), test_utils=checks)
+    torch.library.opcheck(moba.moba_forward, (q, k, v, chosen, slots(0, 3), 8), test_utils=checks)
+    y, lse = moba.moba_forward(q, k, v, chosen, slots(0, 3), 8)
+    torch.library.opcheck(moba.moba_backward, (q, k, v, chosen, slots(0, 3), y, lse, y, 8), test_utils=checks)
 
 
 def test_what_is_not_covered_is_refused():

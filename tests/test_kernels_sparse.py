@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import kernels_sparse
+from triton_ops import quest
 from conftest import DEVICE, assert_as_good, assert_close
-from kernels_sparse import block_bounds, quest_attend, quest_scores, select, snapkv_scores
+from triton_ops.quest import block_bounds, quest_attend, quest_scores, select, snapkv_scores
 from sparse import Quest, SnapKV, attend_to_slots
 
 pytestmark = pytest.mark.usefixtures("poisoned", "plain_references")
@@ -80,8 +80,8 @@ def test_select_of_ties_infinities_and_nan(N):
 
 def test_select_beyond_its_registers(monkeypatch):
     """A row of several tiles: a count of one tile only, ranks that restart, ties that are counted per tile."""
-    monkeypatch.setitem(kernels_sparse.SELECT, "max_kept", 128)
-    monkeypatch.setitem(kernels_sparse.SELECT, "max_scan", 32)
+    monkeypatch.setitem(quest.SELECT, "max_kept", 128)
+    monkeypatch.setitem(quest.SELECT, "max_scan", 32)
     scores = torch.stack([draw(150), draw(150).round(), torch.full((150,), 2.0, device=DEVICE)])
     scores[0, 20:130] = -inf
     for S in 60, 170:
@@ -149,7 +149,7 @@ def test_quest_scores_match_the_reference(H, KV, D, block_size, dtype, keep):
     (2, 1, 16, 128, torch.bfloat16)])
 def test_quest_attend_is_attention_over_the_slots_it_reports(H, KV, D, block_size, dtype, programs, monkeypatch):
     """A split weighed wrongly, a block of -1 or an unfilled slot read, a slot reported but not read, heads mixed up."""
-    monkeypatch.setitem(kernels_sparse.ATTEND, "programs", programs)
+    monkeypatch.setitem(quest.ATTEND, "programs", programs)
     Tk, used = 270, [270, 170, 5]
     q, k, v, used = draw_cache(used, Tk, H, KV, D, dtype)
     N = -(-Tk // block_size)

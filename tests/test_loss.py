@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import loss
+from infra import loss
 from conftest import DEVICE, assert_as_good, assert_close, draw_tokens, tiny
 
 

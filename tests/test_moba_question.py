@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny
 
-import backend
+from triton_ops import backend
 from experiments import moba_question
 from sparse import Dense, MoBA
 

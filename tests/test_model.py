@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
-import cost
+from infra import cost
 import model as model_file
 from conftest import FORMS, RATPLUS_FORM, assert_close, draw_tokens, error, official_names, one_line, randomize, save_pth, tiny
 from model import PRESETS, Config, Transformer, sample

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from conftest import DEVICE, assert_close, draw_tokens, error, times, tiny
 
 pytest.importorskip("triton", reason="half of this file is about the kernels")
-import backend  # noqa: E402
+from triton_ops import backend  # noqa: E402
 import kernels  # noqa: E402
-import kernels_block  # noqa: E402
-import kernels_dilated  # noqa: E402
-import kernels_moba  # noqa: E402
-import kernels_sparse  # noqa: E402
-from loss import chunk_loss, weighted_loss  # noqa: E402
+from triton_ops import block  # noqa: E402
+from triton_ops import dilated  # noqa: E402
+from triton_ops import moba  # noqa: E402
+from triton_ops import quest  # noqa: E402
+from infra.loss import chunk_loss, weighted_loss  # noqa: E402
 from memory import effective_length, memory_loop, memory_scan, memory_step  # noqa: E402
 from model import fresh, memory_tensors  # noqa: E402
 from sparse import NEVER, Dilated, MoBA, Quest, SnapKV, attend, parse  # noqa: E402
@@ -317,12 +317,12 @@ def test_attention_kernels_of_the_largest_values(signs, equal, dtype, monkeypatc
     slot = torch.arange(150, device=DEVICE)
     filled = (slot < used[:, None])[:, None, None].expand(2, 2, 1, 150)
     for programs in 1, 264:
-        monkeypatch.setitem(kernels_sparse.ATTEND, "programs", programs)
-        assert_attention(lambda *x: kernels_sparse.attend_slots(*x, used), q, k, v, filled, gradients=False)
+        monkeypatch.setitem(quest.ATTEND, "programs", programs)
+        assert_attention(lambda *x: quest.attend_slots(*x, used), q, k, v, filled, gradients=False)
         for block_size, blocks in (8, [0, 1, 5, 18]), (64, [0, 2]):  # indices as a tile, and one for a tile
             chosen = torch.tensor(blocks, dtype=torch.int32, device=DEVICE).expand(2, 2, -1).contiguous()
             read = filled & (slot // block_size == torch.tensor(blocks, device=DEVICE)[:, None]).any(0)
-            assert_attention(lambda *x: kernels_sparse.quest_attend(*x, chosen, used, block_size)[0], q, k, v, read, gradients=False)
+            assert_attention(lambda *x: quest.quest_attend(*x, chosen, used, block_size)[0], q, k, v, read, gradients=False)
 
     T, start = 70, torch.zeros(1, dtype=torch.long, device=DEVICE)
     q, k, v = draw_qkv(1, T, 2, 1, 16, dtype, seed=9, equal=equal)
@@ -330,18 +330,18 @@ def test_attention_kernels_of_the_largest_values(signs, equal, dtype, monkeypatc
     i = i[:, None]
     for pattern in (8, 5, 3), (8, 0, 0):
         keep = Dilated(*pattern).pattern(i, j).expand(1, 1, T, T)
-        assert_attention(lambda *x: kernels_dilated.dilated(*x, start, *pattern), q, k, v, keep)
+        assert_attention(lambda *x: dilated.dilated(*x, start, *pattern), q, k, v, keep)
     last = torch.tensor([T - 1], device=DEVICE)
-    assert_attention(lambda *x: kernels_dilated.dilated(*x, last, 8, 5, 3), q[:, -1:], k, v, Dilated(8, 5, 3).pattern(T - 1, j).expand(1, 1, 1, T),
+    assert_attention(lambda *x: dilated.dilated(*x, last, 8, 5, 3), q[:, -1:], k, v, Dilated(8, 5, 3).pattern(T - 1, j).expand(1, 1, 1, T),
                      gradients=False)
 
     for block_size in 16, 48:  # a block in one tile of keys, and longer than it
-        monkeypatch.setitem(kernels_moba.GATHER, "BLOCK_N", 32)
-        monkeypatch.setitem(kernels_moba.GATHER_LONG, "BLOCK_N", 32)
+        monkeypatch.setitem(moba.GATHER, "BLOCK_N", 32)
+        monkeypatch.setitem(moba.GATHER_LONG, "BLOCK_N", 32)
         own = i // block_size
         chosen = torch.cat([own * 0, own.where(own > 0, -1)], dim=1).view(1, 1, T, 2).int()  # the first and its own
         keep = ((j // block_size == own) | (j // block_size == 0)) & (j <= i)
-        assert_attention(lambda *x: kernels_moba.moba_attend(*x, chosen, start, block_size), q, k, v, keep.expand(1, 1, T, T))
+        assert_attention(lambda *x: moba.moba_attend(*x, chosen, start, block_size), q, k, v, keep.expand(1, 1, T, T))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
@@ -383,19 +383,19 @@ def test_blocks_of_the_largest_keys_are_selected_rightly(signs, dtype):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(backend, "choice", "torch")
             _, chosen = plain.prefill(q, k, torch.zeros_like(v), 0, None)
-        for what, chosen in ("plain", chosen), ("kernel", kernels_moba.moba_route(q, k, start, block_size, S, False)):
+        for what, chosen in ("plain", chosen), ("kernel", moba.moba_route(q, k, start, block_size, S, False)):
             n = chosen[0, 0].long()                                                          # (T, S)
             kept = exact.gather(1, n.clamp_min(0)).where((n >= 0) & (n < torch.arange(T, device=DEVICE)[:, None] // block_size), NEVER)
             kept = kept.sort(descending=True).values[:, :S - 1]
             assert torch.allclose(kept, best, rtol=0, atol=1e-4 * exact.abs().max().item()), f"{what}: {kept} for {best}"
 
-        low, high = kernels_sparse.block_bounds(k, used, block_size)
+        low, high = quest.block_bounds(k, used, block_size)
         keys = k[0, :T // block_size * block_size, 0].view(-1, block_size, 16)
         assert torch.equal(low[0, :len(keys), 0], keys.amin(1)) and torch.equal(high[0, :len(keys), 0], keys.amax(1))
         bounds = torch.maximum(q[:, -1, :, None].double() * low[0, :, 0], q[:, -1, :, None].double() * high[0, :, 0]).sum(-1).mean(1)[0]
         filled = torch.ones(1, T, dtype=torch.bool, device=DEVICE)
         assert_right(Quest(3 * block_size, block_size).score(q[:, -1:], k, filled)[0, 0, 0], bounds, FP32, "plain bounds")
-        assert_right(kernels_sparse.quest_scores(q[:, -1:], low, high, used, block_size, False, False)[0, 0], bounds, FP32, "bounds")
+        assert_right(quest.quest_scores(q[:, -1:], low, high, used, block_size, False, False)[0, 0], bounds, FP32, "bounds")
 
 
 def test_scores_at_the_end_of_the_range_fill_the_budget():
@@ -404,7 +404,7 @@ def test_scores_at_the_end_of_the_range_fill_the_budget():
     q, start = torch.zeros(1, 64, 1, 16, device=DEVICE), torch.zeros(1, dtype=torch.long, device=DEVICE)
     q[..., 0] = -3.3e38
     k[..., 1:] = 0
-    chosen = kernels_moba.moba_route(q, k, start, 8, 3, False)[0, 0]
+    chosen = moba.moba_route(q, k, start, 8, 3, False)[0, 0]
     own = torch.arange(64, device=DEVICE) // 8
     assert torch.equal((chosen >= 0).sum(1), (own + 1).clamp(max=3))
 
@@ -434,7 +434,7 @@ def layer(k, v, used):
     """A cache.LayerCache of k, v (B, Tk, KV, D) with `used` slots filled."""
     filled = torch.arange(k.shape[1], device=DEVICE) < used[:, None]
     return SimpleNamespace(k=k, v=v, used=used, ragged=True, positions=None, filled_slots=lambda: filled, positions_of=lambda slots: slots,
-                           bounds_of=lambda block_size: kernels_sparse.block_bounds(k, used, block_size))
+                           bounds_of=lambda block_size: quest.block_bounds(k, used, block_size))
 
 
 def lists(x):
@@ -579,16 +579,16 @@ def test_nan_in_a_blocks_kernels_stays_in_its_row():
     rand = lambda *shape: torch.randn(*shape, generator=source).to(DEVICE)
     x, y, weights, norm = rand(3, 1, 64), rand(3, 1, 64), [rand(48, 64), rand(32, 64)], rand(64)
     cos, sin = rand(3, 1, 1, 8), rand(3, 1, 1, 8)
-    f = lambda x, y: [*kernels_block.products(x, weights, rand(32) * 0 + 1, 1e-6), kernels_block.swiglu_products(x, rand(48, 64) * 0 + 1, weights[0]),
-                      kernels_block.add_norm(x, y, norm, 1e-6), kernels_block.norm_rotate(x.view(3, 1, 4, 16), norm, 1e-6, cos, sin),
-                      kernels_block.swiglu(x.clone(), y)]
+    f = lambda x, y: [*block.products(x, weights, rand(32) * 0 + 1, 1e-6), block.swiglu_products(x, rand(48, 64) * 0 + 1, weights[0]),
+                      block.add_norm(x, y, norm, 1e-6), block.norm_rotate(x.view(3, 1, 4, 16), norm, 1e-6, cos, sin),
+                      block.swiglu(x.clone(), y)]
     for out, ref in zip(f(spoil(x, 1), spoil(y, 1)), f(x, y), strict=True):
         assert torch.equal(rows_of(out, [0, 2]), rows_of(ref, [0, 2]))
 
 
 def test_what_does_not_count_does_not_reach_the_loss(monkeypatch):
     """A token of weight 0, a padded one say, whose NaN reaches the sum of losses or the head's gradient as 0 * NaN."""
-    monkeypatch.setattr("loss.CHUNK_LOGITS", 20 * 5)
+    monkeypatch.setattr("infra.loss.CHUNK_LOGITS", 20 * 5)
     source = torch.Generator().manual_seed(18)
     x, head, weight = torch.randn(17, 8, generator=source), torch.randn(20, 8, generator=source), torch.rand(17, generator=source)
     weight[::4], target = 0, torch.randint(20, (17,), generator=source)

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import parallel
-import weights
+from infra import checkpoint
+from infra import parallel
+from infra import weights
 from conftest import one_line, tiny
 from model import Transformer
 from test_checkpoint import BYTES, made, save
@@ -206,10 +206,10 @@ def test_the_tokenizer_goes_along_though_its_first_place_is_gone(tmp_path):
     assert len(list(run.iterdir())) == 2
 
 
-# ---------------------------------------------------------------- python checkpoint.py
+# ---------------------------------------------------------------- python -m infra.checkpoint
 
 def exported(run, to):
-    return subprocess.run([sys.executable, ROOT / "checkpoint.py", str(run), str(to)], capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-m", "infra.checkpoint", str(run), str(to)], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import parallel
+from infra import parallel
 from conftest import draw_tokens, tiny
 
 HERE = Path(__file__).parent
@@ -28,7 +28,7 @@ def start(tmp_path, code, *args, **env):
 
 
 GRADIENTS = """
-import parallel, weights
+from infra import parallel, weights
 from conftest import draw_tokens, tiny
 from model import Transformer
 from torch.profiler import ProfilerActivity, profile
@@ -85,7 +85,8 @@ def test_two_processes_have_the_gradients_of_one_however_a_batch_is_cut(tmp_path
 
 
 SUMS = """
-import torch, parallel
+import torch
+from infra import parallel
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 class Watched(parallel.SumAtOwner):
     dtypes = set()
@@ -155,7 +156,7 @@ def test_alive_knows_the_living_the_dead_and_the_undead():
 
 
 FAILS = """
-import parallel
+from infra import parallel
 with parallel.join("cpu") as us:
     with parallel.Stop(us, __import__("pathlib").Path("run")):
         if us.rank == 1:

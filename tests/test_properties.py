@@ -15,10 +15,10 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from torch.nn import functional as F
 
-import loss
+from infra import loss
 import model as model_file
 import sparse
-from cache import LayerCache
+from engine import LayerCache
 from conftest import RATPLUS_FORM, assert_close, draw_tokens, times, tiny
 from memory import arl_passes, effective_length, lengths_of, memory_loop, memory_scan, memory_step, scan
 from model import Transformer, sample

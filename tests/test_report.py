@@ -20,21 +20,21 @@ import torch
 from conftest import tiny
 from test_niah import Bytes
 
-import answers
-import cost
+from infra import answers
+from infra import cost
 import data
 import eval_niah
 import mutants
 import niah
-import record
-import reproduce
-import runs
+from infra import runlog
+from experiments import reproduce
+from experiments import runs
 import samples
 import sparse
 import train
 from memory import effective_length
 from model import PRESETS, Config
-from parallel import Processes
+from infra.parallel import Processes
 
 
 def test_every_planted_fault_still_applies():
@@ -426,7 +426,7 @@ def test_prompts_are_known_by_all_of_them():
 
 def a_log(folder, done=0, before=None, rank=0, **changes):
     given = dict(of_pass={"arl": 3e9, "dense": 6e9}, peak=1e10, tokens=120) | changes
-    return record.Log(folder, rank, done, before=before or {"seconds": 0.0, "skipped": 0}, **given)
+    return runlog.Log(folder, rank, done, before=before or {"seconds": 0.0, "skipped": 0}, **given)
 
 
 def numbers(*values):
@@ -499,7 +499,7 @@ def test_a_batch_that_counts_nothing_is_no_divergence(tmp_path):
 def test_the_log_goes_on_behind_the_checkpoint(tmp_path, monkeypatch):
     """Lines of steps that were lost, or seconds that begin at nought again."""
     clock = [1000.0]
-    monkeypatch.setattr(record.time, "time", lambda: clock[0])
+    monkeypatch.setattr(runlog.time, "time", lambda: clock[0])
     (tmp_path / "log.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in (1, 2, 3)))
     assert a_log(tmp_path, done=2, rank=1).close() == {}
     log = a_log(tmp_path, done=2, before={"seconds": 50.0, "skipped": 0})
@@ -522,7 +522,7 @@ def test_a_record_by_hand(monkeypatch):
     log = SimpleNamespace(tokens=120, of_pass={"arl": 3e9, "dense": 6e9}, peak=1e10, skipped=4,
                           seconds=lambda: 99.5)
     args = SimpleNamespace(device="cpu", lr=0.5)
-    told = record.record_of(args, 30, log, [50.0, 3.0, 2.0, 2.5, 4.0], SimpleNamespace(world=8),
+    told = runlog.record_of(args, 30, log, [50.0, 3.0, 2.0, 2.5, 4.0], SimpleNamespace(world=8),
                             "c0ffee", "print", {"from": {"step": 1}})
     wanted = {"step": 30, "settings": {"device": "cpu", "lr": 0.5}, "commit": "c0ffee",
               "processes": 8, "torch": torch.__version__, "seconds": 99.5,
@@ -530,14 +530,14 @@ def test_a_record_by_hand(monkeypatch):
               "first_sample": "print", "from": {"step": 1}}
     assert {key: told[key] for key in wanted} == wanted
     log.peak = None
-    assert record.record_of(args, 30, log, [1.0], SimpleNamespace(world=1), "", "",
+    assert runlog.record_of(args, 30, log, [1.0], SimpleNamespace(world=1), "", "",
                             {"from": None})["mfu"] is None
 
 
 def test_a_gpus_milliseconds_are_seconds():
     """Tokens a second that are a thousand times too many."""
     event = SimpleNamespace(elapsed_time=lambda end: end)
-    assert record.seconds_between(event, 2500.0) == 2.5 and record.seconds_between(1.5, 4.0) == 2.5
+    assert runlog.seconds_between(event, 2500.0) == 2.5 and runlog.seconds_between(1.5, 4.0) == 2.5
 
 
 def made_run(folder, flags, step, **more):
@@ -561,9 +561,9 @@ def test_a_run_does_not_go_on_with_other_flags(flag, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--preset=pico", "--memory=on", "--batch=4", "--device=cpu"]
     settings = made_run(tmp_path / "run", flags, 5)
-    assert record.step_of(tmp_path / "run" / "step_0000001", "run", settings) == 5
+    assert runlog.step_of(tmp_path / "run" / "step_0000001", "run", settings) == 5
     with pytest.raises(ValueError, match=flag.split("=")[0]):
-        record.step_of(tmp_path / "run" / "step_0000001", "run", train.parse([*flags, flag]))
+        runlog.step_of(tmp_path / "run" / "step_0000001", "run", train.parse([*flags, flag]))
 
 
 # ---------------------------------------------------------------- runs.py
@@ -585,7 +585,7 @@ def test_a_run_is_finished_only_of_the_model_that_is_there_now(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     flags = ["--init=first", "--steps=20", "--device=cpu"]
     made = {"settings": {}, "made": 1}
-    monkeypatch.setattr(record.eval_niah, "training_record", lambda path: made)
+    monkeypatch.setattr(runlog.eval_niah, "training_record", lambda path: made)
     made_run(tmp_path / "same", flags, 20, **{"from": made})
     assert runs.finished(tmp_path / "same", flags)
     for name, source in ("older", {"settings": {}, "made": 0}), ("unknown", None):
@@ -980,7 +980,7 @@ def test_a_steps_seconds_are_its_own(told, monkeypatch):
         return what
     clock = SimpleNamespace(time=lambda: time.time() + later[0], perf_counter=time.perf_counter)
     monkeypatch.setattr(train, "time", clock)
-    monkeypatch.setattr(record, "time", clock)
+    monkeypatch.setattr(runlog, "time", clock)
     waits = iter([500, 100, 200, 300])
     monkeypatch.setattr(train, "batches",
                         lambda *given: (takes(next(waits), batch) for batch in batches(*given)))

@@ -17,7 +17,7 @@ from test_niah import Bytes
 
 import eval_niah
 import niah
-import reproduce
+from experiments import reproduce
 import sample
 import sparse
 

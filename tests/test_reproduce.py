@@ -12,8 +12,8 @@ import pytest
 
 import eval_niah
 import niah
-import reproduce
-import runs
+from experiments import reproduce
+from experiments import runs
 import train
 from data import ByteTokenizer
 
@@ -143,7 +143,7 @@ def test_equal_differences_have_no_p(folder):
 
 def test_the_summary_that_lies_here_is_of_the_results_beside_it():
     """A rule that changed, and a table made by the old one."""
-    folder = Path(reproduce.__file__).parent / "results" / "reproduce"
+    folder = Path(reproduce.__file__).parent.parent / "results" / "reproduce"
     summary, found = summary_of(folder)
     assert (folder / "summary.md").read_text() == reproduce.markdown(summary, found)
     assert json.loads((folder / "summary.json").read_text())["scores"] == summary["scores"]

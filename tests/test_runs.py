@@ -10,7 +10,7 @@ import torch
 from conftest import tiny
 
 import eval_niah
-import runs
+from experiments import runs
 import train
 
 

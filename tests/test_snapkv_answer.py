@@ -1,21 +1,19 @@
 """experiments/snapkv_answer.py: the answer's queries choose among the prompt's entries, and nothing else differs."""
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
+
+from experiments import snapkv_answer
 from conftest import tiny
 from test_niah import Bytes
 
-import backend
+from triton_ops import backend
 import eval_niah
 import niah
 import sparse
 
-spec = importlib.util.spec_from_file_location("snapkv_answer", Path(__file__).parent.parent / "experiments" / "snapkv_answer.py")
-snapkv_answer = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(snapkv_answer)
 
 METHOD = sparse.SnapKV(budget=40, window=8, kernel=3)
 

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 import data
 import eval_niah
-import files
+from infra import files
 import samples
 import train
-import weights
+from infra import weights
 from conftest import ORACLE, draw_tokens
 from conftest import tiny as tiny_model
 from model import PRESETS, Config, Transformer

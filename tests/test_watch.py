@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import train
-import watch
+from infra import watch
 from model import PRESETS, Config
 
 

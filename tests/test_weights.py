@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import weights
+from infra import weights
 from conftest import FORMS, RATPLUS_FORM, draw_tokens, official_names, one_line, save_pth, tiny
 from model import Transformer
 
@@ -220,7 +220,7 @@ print(peak - before, sum(p.nbytes for p in model.parameters()) / 2**20)
 def test_loading_takes_little_more_memory_than_the_model(tmp_path):
     """A file read whole before it is copied: a 64 GB model would need 128."""
     save(tmp_path, width=512, n_head=8, n_kv_head=8, mlp_width=1536, n_layer=6, vocab_size=8000, memory=True)
-    root = Path(weights.__file__).parent
+    root = Path(weights.__file__).parent.parent
     result = subprocess.run([sys.executable, "-c", MEASURE, str(root), str(tmp_path)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     grown, size = map(float, result.stdout.split())

@@ -16,9 +16,9 @@ import time
 import torch
 
 import eval_niah
-import weights
-from answers import load
-from files import whole_or_nothing
+from infra import weights
+from infra.answers import load
+from infra.files import whole_or_nothing
 
 PATIENCE = 3  # steps in a row whose loss or gradient is not finite: then the run ends
 

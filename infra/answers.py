@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 import niah
-import weights
-from files import SEAL, opened_seal, parse_json, read_json, seal_of, sealed, whole_or_nothing
+from infra import weights
+from infra.files import SEAL, opened_seal, parse_json, read_json, seal_of, sealed, whole_or_nothing
 
 # ---------------------------------------------------------------- json files
 

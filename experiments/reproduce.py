@@ -23,7 +23,7 @@ Of one seed, attention, joint and memory see the same samples in the same order 
 index): seeds are the unit of a test, and differences are paired by them. A cell is bold if the p of a paired t test,
 corrected for the cells of its column (Holm), is below 0.05; three seeds seldom give that.
 
-`python reproduce.py` does all of it on all visible GPUs; --arms and --seeds do a part, and the summary is made of what is
+`python -m experiments.reproduce` does all of it on all visible GPUs; --arms and --seeds do a part, and the summary is made of what is
 there. --ship writes checkpoints/ from seed 0. Checked in tests/test_reproduce.py. Read runs.py first.
 """
 import argparse
@@ -37,10 +37,10 @@ import torch
 
 import eval_niah
 import niah
-import runs
+from experiments import runs
 import train
-import weights
-from files import whole_or_nothing
+from infra import weights
+from infra.files import whole_or_nothing
 from model import Transformer
 
 ARMS = {  # pretraining: flags of train.py; {seed} is filled in
@@ -353,7 +353,7 @@ def plots(found, folder):
     figure.savefig(folder / "hits.png", dpi=110)
 
 
-# ---------------------------------------------------------------- python reproduce.py
+# ---------------------------------------------------------------- python -m experiments.reproduce
 
 def ship(args):
     """checkpoints/: seed 0 of attention and memory in bf16, with train.json, which tells how they were made."""

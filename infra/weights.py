@@ -10,7 +10,7 @@ Read are:
     a directory written here: the same, of model_type nanorat if it is more than OLMo 2 (a memory, RAT+'s form)
     a run of train.py (out/NAME): its newest checkpoint, which is such a directory. If several GPUs trained, each wrote a
         file with its rows of every tensor (checkpoint.py); they are joined here, and
-        python checkpoint.py out/NAME DIR writes them as others read them
+        python -m infra.checkpoint out/NAME DIR writes them as others read them
     an official RAT+ checkpoint, one .pth file (arXiv 2602.18196, weights barpitf/ratplus)
 
 Parameters are named as in Hugging Face's OLMo 2, here without its prefix "model."; a memory's gate is
@@ -36,7 +36,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from files import SEAL, all_or_nothing, opened_seal, parse_json, read_json, regular, sealed, short
+from infra.files import SEAL, all_or_nothing, opened_seal, parse_json, read_json, regular, sealed, short
 
 SHARD_BYTES = 5 * 10**9  # a larger model is split into files of at most this size
 DTYPES = "F64", "F32", "F16", "BF16"  # of weights, as safetensors calls them

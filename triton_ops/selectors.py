@@ -10,7 +10,7 @@ what to read is a method's own (`choose`, `score`, `forced`), attention to what 
 the kernel.
 
 A form is a function of the method and of the hook's arguments. tests/test_backend.py checks each
-against the hook that it stands for, tests/test_hooks.py checks the rule. Read kernels_sparse.py next.
+against the hook that it stands for, tests/test_hooks.py checks the rule. Read quest.py next.
 
 Letters as in sparse.py: B batch, Tq queries, Tk slots, H query heads, KV key/value heads, D head
 width, N blocks, S selected.
@@ -23,10 +23,10 @@ from typing import NamedTuple
 import torch
 
 import sparse
-from backend import is_stock, triton_for
-from kernels_dilated import dilated
-from kernels_moba import MOST_BLOCKS, moba_attend, moba_route
-from kernels_sparse import attend_slots, quest_attend, quest_scores, select, snapkv_scores
+from triton_ops.backend import is_stock, triton_for
+from triton_ops.dilated import dilated
+from triton_ops.moba import MOST_BLOCKS, moba_attend, moba_route
+from triton_ops.quest import attend_slots, quest_attend, quest_scores, select, snapkv_scores
 
 
 class Form(NamedTuple):

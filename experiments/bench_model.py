@@ -83,7 +83,7 @@ def bytes_needed(model, method, B, T, new):
     tokens = min(B, max(1, TOGETHER // T)) * T
     work = tokens * config.width * DTYPE.itemsize * (7.1 if config.memory else 6)
     if isinstance(parts.prefill_by, sparse.MoBA):
-        from kernels_moba import PARTIAL_BYTES
+        from triton_ops.moba import PARTIAL_BYTES
         S = parts.prefill_by.budget // parts.prefill_by.block_size
         work += min(PARTIAL_BYTES, tokens * S * config.width * DTYPE.itemsize) + 3 * tokens * S * config.n_kv_head * 4
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -11,7 +11,7 @@ torch.distributed.checkpoint decides who writes and who reads which rows; Writer
 their content, and no pickle. One process writes whole tensors (model.safetensors): an OLMo 2 without memory opens in
 transformers as it is. model.Transformer.from_pretrained and eval_niah.py read all of them, and
 
-    python checkpoint.py out/NAME DIR --dtype=bfloat16
+    python -m infra.checkpoint out/NAME DIR --dtype=bfloat16
 
 writes what several GPUs have made as one model in Hugging Face's layout. The step is all that a checkpoint needs to know of
 data and chance: both are functions of (seed, step). Checked in tests/test_checkpoint.py and tests/test_train.py. Read record.py
@@ -35,9 +35,9 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-import weights
+from infra import weights
 from data import KINDS, ByteTokenizer, folder_of, tokenizer_of
-from files import sealed
+from infra.files import sealed
 from model import Transformer
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process on a CPU is no group, and needs none
@@ -232,7 +232,7 @@ def load(folder, model, optimizer, processes):
                          "move it away to go on from the one before") from None
 
 
-# ---------------------------------------------------------------- python checkpoint.py
+# ---------------------------------------------------------------- python -m infra.checkpoint
 
 def tokenizer_beside(source, vocab_size):
     """The tokenizer that goes with the model at `source`; None if there is none, as with weights that came alone."""

@@ -34,10 +34,10 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None  # Linux has wheels
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 CODE = {
-    "cache.Cache.put": "e1c3e8ce",
-    "cache.Cache.read": "3dacba1c",
-    "cache.Cache.step": "f4d4542f",
-    "cache.Cache.store": "b2d329ad",
+    "engine.Cache.put": "e1c3e8ce",
+    "engine.Cache.read": "3dacba1c",
+    "engine.Cache.step": "f4d4542f",
+    "engine.Cache.store": "b2d329ad",
     "memory.Recurrence.backward": "267af602",
     "memory.Recurrence.forward": "5cdaf0e3",
     "memory.memory_loop": "29444303",
@@ -46,17 +46,17 @@ CODE = {
     "memory.scan": "508c6457",
     "model.Attention.forward": "5e017177",
     "model.Attention.gate": "bafaf9bd",
-    "model.Attention.normed_and_rotated": "33a242a6",
+    "model.Attention.normed_and_rotated": "da07e489",
     "model.Attention.project": "ee51a3dc",
     "model.Attention.remember": "a942bcfb",
     "model.Block.forward": "8fd3dbe1",
-    "model.MLP.forward": "1981ea99",
-    "model.MLP.hidden": "4cfc4da9",
+    "model.MLP.forward": "1106c42a",
+    "model.MLP.hidden": "10111713",
     "model.Transformer.feed": "d9cbb689",
     "model.Transformer.forward": "1b9192b6",
     "model.Transformer.head": "3add356e",
     "model.Transformer.hidden": "40a4b83c",
-    "model.add_normed": "aaae6d68",
+    "model.add_normed": "8965513d",
     "model.product": "0a7111f8",
     "model.rotate": "4ded9bc3",
     "sparse.Dense.decode": "e8d8fe43",
@@ -132,7 +132,7 @@ def hook(method, phase, x):
 
 
 def in_graph(method):
-    """Whether a GPU may replay this method's decoding steps: kernels_hooks.in_graph."""
+    """Whether a GPU may replay this method's decoding steps: selectors.in_graph."""
     return hooks_for(None).in_graph(part_of(method, "decode"))
 
 
@@ -145,11 +145,11 @@ def part_of(method, phase):
 
 
 def hooks_for(x):
-    """kernels_hooks, which needs Triton."""
+    """triton_ops.selectors, which needs Triton."""
     if not HAS_TRITON:
         triton_for(x)  # says so
-    import kernels_hooks
-    return kernels_hooks
+    from triton_ops import selectors
+    return selectors
 
 
 def is_stock(name, found):

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-import backend
+from triton_ops import backend
 import sparse as methods
 
 LAYER_DICE = 0x9E3779B97F4A7D  # large and odd, gives each layer its own dice; times the number of layers it stays below 2**63
@@ -429,7 +429,7 @@ class Cache:
 
     def bounds_of(self, i, block_size):
         """Each block's least and greatest key, per channel: low, high (B, N, KV, D). From then on, step keeps them up to date."""
-        from kernels_sparse import block_bounds
+        from triton_ops.quest import block_bounds
         if self.bounded[i] != block_size:
             new, held = block_bounds(self.k[i], self.used, block_size), self.bounds[i] or {}
             if block_size in held:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loss import CHUNK_LOGITS
+from infra.loss import CHUNK_LOGITS
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12}  # a second, dense bf16, by data sheet
 EXPECTED_MFU = 0.45   # what a time is estimated by

@@ -29,11 +29,11 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-import cost
+from infra import cost
 import train
-from answers import load, save
+from infra.answers import load, save
 from eval_niah import commit, device_name
-from record import field
+from infra.runlog import field
 
 PAPER_TOKENS = 10e9  # of continued pretraining
 
@@ -106,7 +106,7 @@ def report(watch, log, world):
     speed = tokens / by_the_clock
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     starter = ["torchrun", f"--nproc_per_node={here}", *([f"--nnodes={world // here}"] if world > here else [])] if world > 1 else ["python"]
-    return {"command": shlex.join([*starter, "bench_train.py", *sys.argv[1:]]), "commit": commit(),
+    return {"command": shlex.join([*starter, "-m", "experiments.bench_train", *sys.argv[1:]]), "commit": commit(),
             "device": device_name(args.device), "gpus": world, "torch": torch.__version__, "parameters": cost.parameters(config)[0],
             "sequences_at_a_time": plan.device_batch, "parts": args.batch // world // plan.device_batch, "recomputed_layers": plan.recompute,
             "stays": plan.stays, "seconds": seconds, "mfu": {name: mfu(flops[name], seconds[name]) for name in flops},

@@ -24,12 +24,12 @@ import torch
 
 import eval_niah
 import niah
-import record
+from infra import runlog
 import train
 from data import tokenizer_of
 from model import PRESETS
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 OURS = "--recipe", "--preset", "--init", "--memory", "--seed", "--name", "--out", "--gate_start"
 
 
@@ -57,13 +57,13 @@ def stages(run, pretraining, seed, more):
 
 def finished(run, flags):
     """Whether the run has seen all its steps. ValueError if other flags made it, or another model than --init now is."""
-    settings, checkpoint = train.parse(flags), record.newest(run, resume=True)
+    settings, checkpoint = train.parse(flags), runlog.newest(run, resume=True)
     if checkpoint is None:
         return False
-    steps = record.step_of(checkpoint, run, settings)
+    steps = runlog.step_of(checkpoint, run, settings)
     if settings.init:
-        now = record.begun(settings, None)["from"]
-        if now is None or now != record.begun(settings, checkpoint)["from"]:
+        now = runlog.begun(settings, None)["from"]
+        if now is None or now != runlog.begun(settings, checkpoint)["from"]:
             raise ValueError(f"{run} did not start from {settings.init} as it is now: move {run} away")
     return steps == settings.steps
 
@@ -83,8 +83,13 @@ def spread(jobs, per_gpu=1):
     for gpu in (visible.split(",") if torch.cuda.is_available() else [None]) * per_gpu:
         gpus.put(gpu)
 
+    # a script in a folder finds what lies at the top
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path}
+
     def on_a_gpu(job):
         gpu = gpus.get()
+        on_gpu = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
 
         def call(command, log):
             if over.is_set():
@@ -93,8 +98,8 @@ def spread(jobs, per_gpu=1):
             print(f"{name}: python {shlex.join(command)}", flush=True)
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "a") as file:
-                process = subprocess.Popen([sys.executable, ROOT / script, *command[1:]], stdout=file, stderr=file,
-                                           env=os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}))
+                process = subprocess.Popen([sys.executable, ROOT / script, *command[1:]],
+                                           stdout=file, stderr=file, env=environment | on_gpu)
             running.add(process)
             if over.is_set():  # between the look above and now
                 process.terminate()

@@ -1,7 +1,7 @@
 """
 How training goes, while it goes or after: a table and a plot of what train.py writes to out/NAME/log.jsonl.
 
-    python watch.py out/NAME [out/OTHER ...] [--png FILE]        again and again: watch -n 60 python watch.py out/NAME
+    python -m infra.watch out/NAME [out/OTHER ...] [--png FILE]        again and again: watch -n 60 python -m infra.watch out/NAME
 
 The log has one JSON object per step. A pass is one forward, backward and optimizer step on the step's batch. A step has one,
 dense, or two: before it ARL's, through the memory alone (--arl), or one that sees a window alone (--joint).
