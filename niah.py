@@ -642,6 +642,30 @@ def training_sample(
     return tokens, weights
 
 
+class Needles:
+    """
+    Sample `index` of training_sample: tokens and loss weights (context_len + 1,).
+
+    The first `only_drills` samples are drills, which form retrieval; of the others 30 % are, lest it fade.
+    """
+
+    def __init__(self, args, tokenizer, seed, only_drills=0):
+        self.only_drills, self.later_drills = only_drills, 0.3 if only_drills else 0.0
+        self.haystack = read_haystack(args.haystack) if args.haystack else None
+        self.new_tokens = default_new_tokens(args.context_len, tokenizer)
+        fitting = fitting_tasks(args.context_len, tokenizer, args.protocol, max_new_tokens=self.new_tokens)
+        self.tasks = args.tasks or fitting
+        if not self.tasks or set(self.tasks) - set(fitting):
+            raise ValueError(f"--context_len {args.context_len} is too short for these tasks; it has room for "
+                             f"{', '.join(fitting) or 'none (512 bytes hold the simplest)'}")
+        self.args, self.tokenizer, self.seed = args, tokenizer, seed
+
+    def __getitem__(self, index):
+        args, drills = self.args, 1.0 if index < self.only_drills else self.later_drills
+        return training_sample(args.context_len, self.tokenizer, self.seed, index, self.tasks, args.many, self.haystack,
+                                    args.other_weight, args.protocol, self.new_tokens, drills)
+
+
 # ---------------------------------------------------------------- python niah.py
 
 MOST = 10**8  # tokens and examples: more is a slip of the keyboard, which would fill the memory

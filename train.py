@@ -38,13 +38,13 @@ import niah
 from infra import parallel
 import sparse
 from infra import weights
-from data import tokenizer_of
+from data import batches, fingerprint, hash_of, make_data, tokenizer_of, workers_told
 from eval_niah import usable_device
 from infra.files import only_one, told_to_end
 from memory import arl_passes, lengths_of
 from model import PRESETS, Transformer, config_of, fresh, memory_tensors
 from infra.runlog import PATIENCE, Log, begun, field, finite, mark, newest, record_of, step_of
-from samples import Needles, batches, fingerprint, hash_of, make_data, workers_told
+from niah import Needles
 from sparse import Dilated
 
 SMALL = 2e13      # FLOPs of a pass below which a GPU waits for launches: one GPU records such passes as CUDA graphs
@@ -427,7 +427,7 @@ def run_in(processes, stop, run, args):
     passes = passes_of(args)
     source = folder or (args.init and weights.resolve(args.init))
     tokenizer = tokenizer_of(source, config.vocab_size, args.tokenizer)
-    training, validation = make_data(args, tokenizer)
+    training, validation = make_data(args, tokenizer, Needles)
     first_sample = fingerprint(training)
     inputs = {"tokenizer": tokenizer.name, "haystack": hash_of(args.haystack)}
     done = step_of(folder, run, args, {"data": first_sample, **inputs}) if folder else 0

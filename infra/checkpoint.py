@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from infra import weights
-from data import KINDS, ByteTokenizer, folder_of, tokenizer_of
+from infra.tokenizers import KINDS, ByteTokenizer, folder_of, tokenizer_of
 from infra.files import sealed
 from model import Transformer
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
+from infra import shards  # noqa: E402
 
-encode_unit = data.encode_unit  # as it is before held takes its place
+encode_unit = shards.encode_unit  # as it is before held takes its place
 
 
 def held(unit):
-    first = 37 * unit.index if isinstance(unit, data.RowGroup) else int(unit[0].split()[0])
+    first = 37 * unit.index if isinstance(unit, shards.RowGroup) else int(unit[0].split()[0])
     while first >= 111 and os.path.exists(os.environ["HOLD"]):
         time.sleep(0.01)
     return encode_unit(unit)
@@ -22,6 +23,6 @@ def held(unit):
 
 if __name__ == "__main__":
     import held  # so that workers find it by name, however they are started
-    data.encode_unit = held.held
+    shards.encode_unit = held.held
     data.told_to_end()
     data.main()

@@ -29,9 +29,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from infra import answers  # noqa: E402
 from infra import checkpoint  # noqa: E402
-import data  # noqa: E402
 from infra import files  # noqa: E402
 import niah  # noqa: E402
+from data import Shards, get_tokenizer  # noqa: E402
+from infra.tokenizers import ByteTokenizer  # noqa: E402
 from infra import parallel  # noqa: E402
 from infra import runlog  # noqa: E402
 import train  # noqa: E402
@@ -85,19 +86,19 @@ def read_model(path):
 
 
 def read_tokenizer(path):
-    tokenizer = data.get_tokenizer(path)
+    tokenizer = get_tokenizer(path)
     ids = tokenizer.encode(TEXT)
     return ids, tokenizer.decode(ids) == TEXT, tokenizer.eos_id
 
 
 def read_shards(path):
-    splits = [data.Shards(path, 16, seed=0, split=split) for split in ("train", "val")]
+    splits = [Shards(path, 16, seed=0, split=split) for split in ("train", "val")]
     tokens = [shards.sample(i).tolist() for shards in splits for i in range(len(shards))]
     return splits[0].tokenizer, hashlib.sha256(repr(tokens).encode()).hexdigest()[:16]
 
 
 def read_ruler(path):
-    return [[e.index, e.prompt, e.answers, e.spans] for e in niah.read_jsonl(path, data.ByteTokenizer())]
+    return [[e.index, e.prompt, e.answers, e.spans] for e in niah.read_jsonl(path, ByteTokenizer())]
 
 
 def read_checkpoint(path):

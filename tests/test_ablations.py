@@ -16,7 +16,7 @@ import eval_niah
 import niah
 from experiments import runs
 import train
-from data import ByteTokenizer
+from infra.tokenizers import ByteTokenizer
 from memory import memory_loop
 from model import PRESETS, Attention, Config, Transformer
 from sparse import Dense

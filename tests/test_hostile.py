@@ -30,11 +30,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from infra import answers
-import data
+from infra import shards
 import judge
 import niah
 import train
 from infra import weights
+from infra.tokenizers import ByteTokenizer
 from conftest import official_names, save_pth, times, tiny
 from judge import ROOT
 from model import Config, Transformer
@@ -297,8 +298,8 @@ def originals(tmp_path_factory, ratplus):
     (root / "shards").mkdir()
     for n, length in enumerate((3000, 2000)):
         tokens = np.random.default_rng(n).integers(0, 257, length).astype("<u2")
-        data.save_shard(root / "shards" / f"{n:05d}.bin", [tokens.tobytes()], 257, "bytes", 0)
-    examples = [niah.make_example(task, 1024, data.ByteTokenizer(), 0, 0) for task in ("niah_single_1", "niah_single_1", "niah_single_2")]
+        shards.save_shard(root / "shards" / f"{n:05d}.bin", [tokens.tobytes()], 257, "bytes", 0)
+    examples = [niah.make_example(task, 1024, ByteTokenizer(), 0, 0) for task in ("niah_single_1", "niah_single_1", "niah_single_2")]
     niah.write_jsonl(root / "ruler" / "niah_single_1.jsonl", examples)
     flags = ["--memory=on", "--steps=1", "--batch=1", "--context_len=512", "--tasks", "niah_single_1", "--eval_every=0"]
     train.train(train.parse(["--preset=pico", "--device=cpu", f"--out={root}", "--name=checkpoint", *flags]))
@@ -495,7 +496,7 @@ def test_what_the_world_writes_is_not_refused(judged, tmp_path):
     (tmp_path / "niah_single_1.jsonl").write_text("\ufeff" + json.dumps(line))
     assert judged("ruler", tmp_path / "niah_single_1.jsonl") == {"loaded": [[0, "for a is: 7.", ["7"], [[10, 11]]]]}
     (tmp_path / "a.jsonl").write_text('{"text": "x", "score": NaN, "a": 1, "a": 2}\n')
-    assert [text for text, _ in data.documents([tmp_path / "a.jsonl"], "text")] == ["x"]
+    assert [text for text, _ in shards.documents([tmp_path / "a.jsonl"], "text")] == ["x"]
     foreign(tmp_path / "model", 1)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"eos_token_id": 50279}))

@@ -401,15 +401,15 @@ MARK = "\ufeff".encode()
     lambda a, b: MARK + b"\r\n" + a + b"\r\n" + b + b"\r\n", lambda a, b: b" " + a + b" \n" + b + b" "])
 def test_every_reader_of_lines_takes_the_same_files(tmp_path, content):
     """A blank line, or the mark that some editors begin a file with, that one script takes and another refuses."""
-    import data
+    from infra import shards
     rows = [{"index": i, "input": f"\u2028{i} for a is: 7.", "outputs": ["7"], "text": f"{i}\u2028"} for i in range(2)]
     file = tmp_path / "niah_single_1.jsonl"
     file.write_bytes(content(*(json.dumps(row, ensure_ascii=False).encode() for row in rows)))
     assert [e.prompt for e in niah.read_jsonl(file, Bytes())] == [row["input"] for row in rows]
-    assert [text for text, _ in data.documents([file], "text")] == [row["text"] for row in rows]
+    assert [text for text, _ in shards.documents([file], "text")] == [row["text"] for row in rows]
     number = file.read_bytes().count(b"\n") + 1
     file.write_bytes(file.read_bytes() + b"{")  # lines that are skipped are counted
-    for read in (lambda: niah.read_jsonl(file, Bytes())), (lambda: list(data.documents([file], "text"))):
+    for read in (lambda: niah.read_jsonl(file, Bytes())), (lambda: list(shards.documents([file], "text"))):
         with pytest.raises(ValueError, match=rf"line {number}: not JSON"):
             read()
 

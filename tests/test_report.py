@@ -26,10 +26,9 @@ import data
 import eval_niah
 import mutants
 import niah
-from infra import runlog
+from infra import runlog, shards
 from experiments import reproduce
 from experiments import runs
-import samples
 import sparse
 import train
 from memory import effective_length
@@ -192,15 +191,15 @@ def test_samples_are_of_the_kinds_that_the_flags_say(monkeypatch):
     forms later, and nobody knows why.
     """
     tokenizer = Bytes()
-    training, validation = samples.make_data(arguments("--drills=0.5", "--many=0.25"), tokenizer)
+    training, validation = data.make_data(arguments("--drills=0.5", "--many=0.25"), tokenizer, niah.Needles)
     made = kinds(monkeypatch, training, range(308))  # 2 of 4 steps of 4
     assert made[:8] == ["drill"] * 8 and len(made) == 308
     assert 90 - 32 < made[8:].count("drill") < 90 + 32
     assert 52 - 26 < made[8:].count("many") < 52 + 26  # 30 %, and 25 % of the rest: 4 sigma
     assert "drill" not in kinds(monkeypatch, validation, range(60))
-    assert "drill" not in kinds(monkeypatch, samples.make_data(arguments(), tokenizer)[0],
+    assert "drill" not in kinds(monkeypatch, data.make_data(arguments(), tokenizer, niah.Needles)[0],
                                 range(60))
-    only = lambda *flags: set(kinds(monkeypatch, samples.make_data(arguments(*flags), tokenizer)[0],
+    only = lambda *flags: set(kinds(monkeypatch, data.make_data(arguments(*flags), tokenizer, niah.Needles)[0],
                                     range(12)))
     assert only("--many=0") == {"one"} and only("--many=1") == {"many"}
 
@@ -217,11 +216,11 @@ def test_training_validation_and_test_share_no_needle():
     set that training has seen.
     """
     needles = lambda *flags: [numbers_in(dataset, range(40))
-                              for dataset in samples.make_data(arguments(*flags), Bytes())]
+                              for dataset in data.make_data(arguments(*flags), Bytes(), niah.Needles)]
     continued = train.parse(["--recipe=micro-sft", "--init=x", "--context_len=512", "--tasks",
                              "niah_single_1", "niah_single_2", "--device=cpu"])
     sets = [*needles(), *needles("--seed=1"),
-            *(numbers_in(dataset, range(40)) for dataset in samples.make_data(continued, Bytes()))]
+            *(numbers_in(dataset, range(40)) for dataset in data.make_data(continued, Bytes(), niah.Needles))]
     sets += [{answer for index in range(40)
               for answer in niah.make_example("niah_single_2", 512, Bytes(), seed, index,
                                               split=split, max_new_tokens=48).answers}
@@ -232,7 +231,7 @@ def test_training_validation_and_test_share_no_needle():
 def test_only_answers_count_in_validation_and_the_rest_as_told_in_training():
     """val_loss over whatever has a weight; other_weight that is dropped on its way."""
     for other in 0.0, 0.25, 1.0:
-        training, validation = samples.make_data(arguments(f"--other_weight={other}"), Bytes())
+        training, validation = data.make_data(arguments(f"--other_weight={other}"), Bytes(), niah.Needles)
         for index in range(4):
             tokens, weight = training[index]
             filled = np.flatnonzero(tokens != Bytes.eos_id)[-1] + 1
@@ -248,8 +247,8 @@ def test_only_answers_count_in_validation_and_the_rest_as_told_in_training():
 def test_tasks_protocol_and_haystack_are_those_of_the_flags(tmp_path):
     """A recipe for eight tasks trained on those that fit, or in the other protocol."""
     (tmp_path / "words.txt").write_text("Zebras yawn. " * 200)
-    dataset, _ = samples.make_data(arguments("--protocol=sft", "--many=0",
-                                             f"--haystack={tmp_path / 'words.txt'}"), Bytes())
+    dataset, _ = data.make_data(arguments("--protocol=sft", "--many=0",
+                                             f"--haystack={tmp_path / 'words.txt'}"), Bytes(), niah.Needles)
     texts = [Bytes().decode(dataset[index][0].tolist()) for index in range(12)]
     assert {"Zebras yawn" in text for text in texts} == {True, False}  # of one of the two tasks
     assert all("grass is green" in text or "Zebras yawn" in text for text in texts)
@@ -321,14 +320,14 @@ def test_each_process_takes_its_part_of_each_batch():
     Two GPUs that train on the same half; a resumed run that begins with the first samples again.
     """
     args = SimpleNamespace(steps=3, batch=4, workers=0, device="cpu")
-    indices = lambda done, rank, world: list(samples.Indices(args, done, Processes(rank, world)))
+    indices = lambda done, rank, world: list(data.Indices(args, done, Processes(rank, world)))
     assert indices(0, 0, 1) == list(range(12)) and indices(2, 0, 1) == [8, 9, 10, 11]
     assert indices(1, 0, 2) == [4, 5, 8, 9] and indices(1, 1, 2) == [6, 7, 10, 11]
     made = [(torch.tensor([n]), torch.tensor([0.5 * n])) for n in range(12)]
-    got = list(samples.batches(made, args, 1, Processes(1, 2)))
+    got = list(data.batches(made, args, 1, Processes(1, 2)))
     assert [tokens.flatten().tolist() for tokens, _ in got] == [[6, 7], [10, 11]]
     assert got[1][1].flatten().tolist() == [5.0, 5.5]
-    assert len(samples.Indices(args, 1, Processes(0, 2))) == 4
+    assert len(data.Indices(args, 1, Processes(0, 2))) == 4
 
 
 def test_text_is_validated_on_windows_that_are_not_trained_on(tmp_path):
@@ -337,10 +336,10 @@ def test_text_is_validated_on_windows_that_are_not_trained_on(tmp_path):
     nothing comes before it.
     """
     # 400 windows
-    data.save_shard(tmp_path / "00000.bin", [np.arange(40_001, dtype=np.uint16).tobytes()], 50_000,
+    shards.save_shard(tmp_path / "00000.bin", [np.arange(40_001, dtype=np.uint16).tobytes()], 50_000,
                     "bytes", 0)
-    training, validation = samples.make_data(arguments(f"--data={tmp_path}", "--context_len=100"),
-                                             Bytes())
+    training, validation = data.make_data(arguments(f"--data={tmp_path}", "--context_len=100"),
+                                             Bytes(), niah.Needles)
     first = lambda dataset, n: {dataset[index][0][0].item() for index in range(n)}
     trained, held_out = first(training, 396), first(validation, 4)
     assert len(trained) == 396
@@ -353,20 +352,20 @@ def test_text_is_validated_on_windows_that_are_not_trained_on(tmp_path):
 def test_a_run_is_known_by_its_samples(tmp_path):
     """A resume on other data that nobody notices: another token, another weight, a shard less."""
     tokens, weights = np.arange(5), np.ones(5, np.float32)
-    print_of = lambda *sample: samples.fingerprint([sample, None])
+    print_of = lambda *sample: data.fingerprint([sample, None])
     assert print_of(tokens, weights) == print_of(tokens.copy(), weights.copy())
     assert len({print_of(tokens, weights), print_of(tokens[::-1].copy(), weights),
                 print_of(tokens, weights * 0.5)}) == 3
     prints = set()
     for n in 2, 3:
         for shard in range(n):
-            data.save_shard(tmp_path / f"{shard:05d}.bin",
+            shards.save_shard(tmp_path / f"{shard:05d}.bin",
                             [np.arange(1001, dtype=np.uint16).tobytes()], 50_000, "bytes", 0)
-        dataset = samples.make_data(arguments(f"--data={tmp_path}", "--context_len=100"),
-                                    Bytes())[0]
-        prints.add(samples.fingerprint(dataset))
+        dataset = data.make_data(arguments(f"--data={tmp_path}", "--context_len=100"),
+                                    Bytes(), niah.Needles)[0]
+        prints.add(data.fingerprint(dataset))
         dataset.shards.sample = lambda index: tokens  # the first window may be the same
-        prints.add(samples.fingerprint(dataset))
+        prints.add(data.fingerprint(dataset))
     assert len(prints) == 4
 
 
@@ -885,7 +884,7 @@ def told(tmp_path, monkeypatch):
 
 def test_a_run_by_hand(told, monkeypatch, capsys):
     """Every field of log.jsonl and train.json that a table quotes, of a run of four steps."""
-    validate, update, sample = train.validate, train.update, samples.Needles.__getitem__
+    validate, update, sample = train.validate, train.update, niah.Needles.__getitem__
     validated, rates, seen = [], [], []
     monkeypatch.setattr(train, "validate",
                         lambda *given: validated.append(given) or validate(*given))
@@ -893,7 +892,7 @@ def test_a_run_by_hand(told, monkeypatch, capsys):
                         lambda optimizer,
                         *given: rates.append([group["lr"] for group in optimizer.param_groups])
                         or update(optimizer, *given))
-    monkeypatch.setattr(samples.Needles, "__getitem__",
+    monkeypatch.setattr(niah.Needles, "__getitem__",
                         lambda self, index: seen.append((self.seed, index)) or sample(self, index))
     log, made = told("--lr=0.01", "--memory_lr=0.03", "--min_lr=0.001", "--warmup=0.5")
     config = replace(PRESETS["pico"], memory=True)
@@ -936,7 +935,7 @@ def test_the_first_loss_is_that_of_a_new_model(flags, name, told):
     args = arguments("--batch=2", "--arl=16", "--drills=0.5", "--other_weight=0.25", *flags)
     log, _ = told("--save_every=0", "--eval_every=0", "--steps=2", *flags)
     model, dataset = train.make_model(*train.what_to_train(args),
-                                      args), samples.make_data(args, Bytes())[0]
+                                      args), data.make_data(args, Bytes(), niah.Needles)[0]
     tokens, weight = (torch.stack([torch.as_tensor(dataset[index][part]) for index in (0, 1)])
                       for part in (0, 1))
     with torch.no_grad():

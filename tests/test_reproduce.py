@@ -15,7 +15,7 @@ import niah
 from experiments import reproduce
 from experiments import runs
 import train
-from data import ByteTokenizer
+from infra.tokenizers import ByteTokenizer
 
 SIZED = [eval_niah.sized(method, 1024, ByteTokenizer()) for method in eval_niah.METHODS]  # of a shorter context, as tests are
 

@@ -17,6 +17,7 @@ from tokenizers import decoders, normalizers, pre_tokenizers
 
 import data
 import niah
+from infra.tokenizers import ByteTokenizer
 from test_data import NASTY, TEXT, train_bpe, train_sentencepiece
 from test_niah import Bytes, Pairs, cl100k
 
@@ -42,7 +43,7 @@ def hugging_face(normalizer=None, add_prefix_space=False):
 def made(name):
     bpe = lambda normalizer=None: data.get_tokenizer(train_bpe(Path(mkdtemp()), "gpt2", normalizer))
     make = {
-        "bytes": data.ByteTokenizer, "bpe": bpe, "bpe NFC": lambda: bpe(normalizers.NFC()),
+        "bytes": ByteTokenizer, "bpe": bpe, "bpe NFC": lambda: bpe(normalizers.NFC()),
         "sentencepiece": lambda: data.get_tokenizer(train_sentencepiece(Path(mkdtemp()))),
         "own bytes": Bytes, "own pairs": Pairs, "own cl100k": cl100k,
         "own bpe NFC": lambda: encode_and_decode(made("bpe NFC"), "own"),
@@ -169,8 +170,8 @@ def test_an_answer_that_the_tokenizer_cannot_write_is_said(tmp_path, name):
     file.write_text("\n" + json.dumps(row))
     with pytest.raises(ValueError, match=r"niah_single_1\.jsonl line 2: tokenizer .* cannot write"):
         niah.read_jsonl(file, made(name))
-    e, = niah.read_jsonl(file, data.ByteTokenizer())
-    assert data.ByteTokenizer().decode(e.ids[slice(*e.spans[0])]) == nfd
+    e, = niah.read_jsonl(file, ByteTokenizer())
+    assert ByteTokenizer().decode(e.ids[slice(*e.spans[0])]) == nfd
     file.write_text(unicodedata.normalize("NFC", json.dumps(row, ensure_ascii=False)), encoding="utf-8")
     e, = niah.read_jsonl(file, made(name))
     assert "café" in made(name).decode(e.ids[slice(*e.spans[0])])

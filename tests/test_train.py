@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 import data
 import eval_niah
-from infra import files
-import samples
+import niah
+from infra import files, shards, tokenizers
 import train
 from infra import weights
 from conftest import ORACLE, draw_tokens
@@ -144,8 +144,8 @@ def test_a_trial_without_checkpoints_leaves_its_log_alone(capsys):
 
 def test_a_lost_worker_is_one_line(monkeypatch, capsys):
     """A page of two processes' tracebacks, of which the last line is the news."""
-    sample = samples.Needles.__getitem__
-    monkeypatch.setattr(samples.Needles, "__getitem__", lambda self, index: sample(self, index) if index < 8 or not torch.utils.data.get_worker_info()
+    sample = niah.Needles.__getitem__
+    monkeypatch.setattr(niah.Needles, "__getitem__", lambda self, index: sample(self, index) if index < 8 or not torch.utils.data.get_worker_info()
                         else os.kill(os.getpid(), signal.SIGKILL))
     monkeypatch.setattr(sys, "argv", ["train.py", *BASE, "--name=lost", "--workers=1"])
     with pytest.raises(SystemExit) as stop:
@@ -156,8 +156,8 @@ def test_a_lost_worker_is_one_line(monkeypatch, capsys):
 
 def test_an_error_in_a_worker_is_one_line(monkeypatch, capsys):
     """A damaged shard, found hours into a run."""
-    sample = samples.Needles.__getitem__
-    monkeypatch.setattr(samples.Needles, "__getitem__", lambda self, index: sample(self, index) if index < 8 or not torch.utils.data.get_worker_info()
+    sample = niah.Needles.__getitem__
+    monkeypatch.setattr(niah.Needles, "__getitem__", lambda self, index: sample(self, index) if index < 8 or not torch.utils.data.get_worker_info()
                         else (_ for _ in ()).throw(ValueError("shards/00001.bin: token 9 is outside")))
     monkeypatch.setattr(sys, "argv", ["train.py", *BASE, "--name=lost", "--workers=1"])
     with pytest.raises(SystemExit) as stop:
@@ -319,7 +319,7 @@ def test_training_learns():
 def test_a_recipe_that_continues_a_model_has_samples_of_its_own():
     """Needles of the pretraining met again in the conversion, which has the same length and seed."""
     tokenizer = train.tokenizer_of(None, 257)
-    data = [train.make_data(train.parse([*flags, "--drills=0"]), tokenizer)[0]
+    data = [train.make_data(train.parse([*flags, "--drills=0"]), tokenizer, niah.Needles)[0]
             for flags in (["--recipe=micro"], ["--recipe=micro-convert", "--init=out/micro"])]
     assert all(len(dataset[0][0]) == 1025 for dataset in data) and (data[0][0][0] != data[1][0][0]).any()
 
@@ -335,13 +335,13 @@ def test_a_longer_context_is_written_to_the_model():
 
 def test_shards_train_and_are_checked_against_the_vocabulary():
     """Text from data.py trains through the same loop; a foreign vocabulary is refused before the first step."""
-    data.save_shard(Path("shards/000000.bin") if Path("shards").mkdir() is None else None,
+    shards.save_shard(Path("shards/000000.bin") if Path("shards").mkdir() is None else None,
                     [np.array([*b"to be or not to be. " * 20, 256], np.uint16).tobytes()] * 200, 257, "bytes", 0)
     _, last = run("--name=text", "--data=shards", "--context_len=64", "--arl=0", "--drills=0")
     assert last["val_loss"] < 5.5
     foreign = type("Tokenizer", (), {"name": "bpe"})
     with pytest.raises(ValueError, match="tokenizer bytes"):
-        samples.Text(train.parse([*BASE, "--data=shards", "--context_len=64"]), foreign, "train")
+        data.Text(train.parse([*BASE, "--data=shards", "--context_len=64"]), foreign, "train")
 
 
 def test_memory_is_added_to_a_trained_model_and_the_run_is_its_own():
@@ -584,12 +584,12 @@ def test_lesson_gives_the_attention_checkpoint_a_memory_and_shows_what_changed(m
 
 def weightless(monkeypatch, counts):
     """Samples of which counts(dataset, index) is false have weight 0 everywhere."""
-    sample = samples.Needles.__getitem__
+    sample = niah.Needles.__getitem__
 
     def changed(self, index):
         tokens, weight = sample(self, index)
         return tokens, weight * bool(counts(self, index))
-    monkeypatch.setattr(samples.Needles, "__getitem__", changed)
+    monkeypatch.setattr(niah.Needles, "__getitem__", changed)
 
 
 def test_a_batch_without_a_token_that_counts_learns_nothing_and_says_so(monkeypatch, capsys):
@@ -624,7 +624,7 @@ def test_the_largest_seeds_train(seed):
 def some_shards(folder, text=b"to be or not to be. "):
     Path(folder).mkdir(parents=True)
     document = np.array([*text * 20, 256], np.uint16).tobytes()
-    data.save_shard(Path(folder, "00000.bin"), [document] * 200, 257, "bytes", 0)
+    shards.save_shard(Path(folder, "00000.bin"), [document] * 200, 257, "bytes", 0)
 
 
 def test_a_run_goes_on_with_the_same_files_wherever_they_are(tmp_path):
@@ -663,7 +663,7 @@ def test_a_run_goes_on_with_the_same_files_wherever_they_are(tmp_path):
 
 def write_bpe(folder, *merges):
     """A byte-level BPE of our own: 256 bytes, these merges, an end of text. -> the folder"""
-    vocab = {character: byte for character, byte in data.byte_alphabet().items()}
+    vocab = {character: byte for character, byte in tokenizers.byte_alphabet().items()}
     for left, right in merges:
         vocab[left + right] = len(vocab)
     end = {"id": len(vocab), "content": "<|endoftext|>", "special": True, "lstrip": False, "rstrip": False, "single_word": False}
