@@ -19,15 +19,11 @@ vary less than a coin's, a little too wide. Differences of two models are paired
 what another training would give, only seeds tell (reproduce.py). Budgets as fractions are of --context_len, and no prompt
 may be longer. Checked in tests/test_eval_niah.py. Read sample.py for the whole in 60 lines.
 """
-import argparse
 import json
 import math
 import os
-import platform
 import re
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -44,6 +40,7 @@ from triton_ops import backend
 import niah
 import sparse
 from infra import weights
+from infra.cli import Progress, command, command_line, commit, device_name, flag_parser, natural, positive, seed, sized, usable_device  # noqa: F401
 from infra.answers import Line, Ranks, by_length, load, read_lines, refuse_others, save, unanswered, written
 from data import tokenizer_of
 from infra.files import only_one, told_to_end
@@ -431,24 +428,6 @@ def plot(results, path):
 
 # ---------------------------------------------------------------- what to evaluate
 
-def sized(text, context_len, tokenizer):
-    """
-    A method's text, with what suits the context and the tokens added where it has none of its own.
-
-    block_size (Quest, MoBA) and window (SnapKV): 1/64 of the context but 8 to 64. The paper's 4096 gives its 64; from 512
-    on a budget of 1/16 holds four blocks. SnapKV's kernel: the paper's 5, for a model of bytes 15, about as much text.
-    """
-    size, parts = min(64, max(8, context_len // 64)), []
-    for part in text.split("+"):
-        label, _, settings = part.partition(":")
-        defaults = {"quest": {"block_size": size}, "moba": {"block_size": size}, "snapkv": {"window": size}}.get(label, {})
-        if label == "snapkv" and tokenizer.name == "bytes":
-            defaults["kernel"] = 15
-        added = [f"{key}={value}" for key, value in defaults.items() if f"{key}=" not in settings]
-        parts.append(f"{label}:" + ",".join(filter(None, [settings, *added])) if added else part)
-    return "+".join(parts)
-
-
 def training_record(path):
     """What train.py wrote beside the model of its making (record.record_of), None if there is no such file."""
     file = weights.resolve(path) / "train.json"
@@ -471,92 +450,9 @@ def known_models(folder="out"):
     return [Path(os.path.relpath(path)) for path in SHIPPED] + [run for run in newest if task(run) == task(SHIPPED[0])]
 
 
-def commit():
-    """The commit of this code, "+dirty" if its files differ from it."""
-    git = lambda *words: subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True,
-                                        check=True).stdout.strip()
-    try:
-        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def command_line(argv, script):
-    """What is running, as a command: argv are flags with which Python called our script, None: the shell called some script."""
-    if argv is None:
-        path, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent
-        script, argv = path.relative_to(root) if path.is_relative_to(root) else path.name, sys.argv[1:]
-    script = Path(script)
-    if len(script.parts) > 1:  # in a folder: a module, by its dotted name
-        return shlex.join(["python", "-m", ".".join(script.with_suffix("").parts), *argv])
-    return shlex.join(["python", str(script), *argv])
-
-
-def device_name(device):
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
-
-
-class Progress:
-    """A line with the time left: the same one again on a terminal, elsewhere a new one every half minute."""
-
-    def __init__(self, total, there):
-        self.total, self.there, self.done, self.started, self.shown = total, there, there, time.time(), time.time()
-
-    def __call__(self, n):
-        self.done += n
-        now, again = time.time(), sys.stdout.isatty()
-        if now - self.shown > (0.5 if again else 30):
-            left = (now - self.started) / (self.done - self.there) * (self.total - self.done)
-            print(f"{self.done:.0f} of {self.total} answers, {left / 60:.1f} min left", end="  \r" if again else "\n", flush=True)
-            self.shown = now
-
-
-def positive(text):
-    """A flag's whole number, at least 1."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def natural(text):
-    """A flag's whole number, at least 0."""
-    if int(text) < 0:
-        raise ValueError
-    return int(text)
-
-
-def seed(text):
-    """A flag's seed: a whole number from 0 to 2**63 - 1, as torch's generators take it."""
-    if not 0 <= int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"{text}: a seed is a whole number from 0 to 2**63 - 1")
-    return int(text)
-
-
-def temperature(text):
-    """A flag's temperature: finite, and at least 0."""
-    if not 0 <= float(text) < math.inf:  # NaN is not
-        raise argparse.ArgumentTypeError(f"{text}: a temperature is a finite number, at least 0")
-    return float(text)
-
-
-def usable_device(text):
-    """A flag's device. Each process of torchrun has a GPU of its own: there cuda is cuda:LOCAL_RANK."""
-    try:
-        if text == "cuda" and "LOCAL_RANK" in os.environ:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from None
-    return text
-
-
 def flags():
-    parser = argparse.ArgumentParser(description="Accuracy of sparse methods on RULER's needle tasks; with no flags, of the "
-                                     "checkpoints that come with the code.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"eval_niah.py: {message}\n")
+    parser = flag_parser("eval_niah.py", "Accuracy of sparse methods on RULER's needle tasks; with no flags, of the "
+                         "checkpoints that come with the code.")
     add = parser.add_argument
     # what
     add("--ckpt", nargs="+", metavar="PATH", help="models that Transformer.from_pretrained loads, or runs of train.py; "
@@ -802,22 +698,10 @@ def report(args, call, labels, tokenizers, examples, texts):
     plot(results, Path(args.json).with_suffix(".png"))
 
 
-def command(parser, run, argv, interrupted):
-    """run(args); what a user can mend is one line and exit 2. interrupted: what ctrl-C says, with fields of args."""
-    args = parser.parse_args(argv)
-    args.argv = argv
-    try:
-        run(args)
-    except torch.OutOfMemoryError:
-        parser.error(f"the GPU has no room for --batch {args.batch}: lower it" if "batch" in args else "the GPU has no room for one prompt")
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(error)
-    except KeyboardInterrupt:
-        parser.exit(130, "\n" + interrupted.format(**vars(args)) + "\n" if os.environ.get("RANK", "0") == "0" else None)
-
-
 def main(argv=None):
-    command(flags(), run, argv, "eval_niah.py: interrupted; what is answered is kept, and the same command with --out {out} goes on")
+    args = flags().parse_args(argv)
+    args.argv = argv
+    command("eval_niah.py", lambda: run(args), args, "interrupted; what is answered is kept, and the same command with --out {out} goes on")
 
 
 if __name__ == "__main__":

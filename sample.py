@@ -7,8 +7,6 @@ With no flags: the newest model of train.py that does the task of checkpoints/, 
 needle in a haystack, densely and with the method.
 Checked in tests/test_sample.py. eval_niah.py is the same for many prompts, methods and models.
 """
-import argparse
-
 import torch
 
 from triton_ops import backend
@@ -16,14 +14,13 @@ import niah
 import sparse
 from infra import weights
 from data import tokenizer_of
-from eval_niah import PromptReads, Reads, command, known_models, note_if_beyond, positive, roomy, seed, sized, temperature, trained_with, usable_device
+from eval_niah import PromptReads, Reads, known_models, note_if_beyond, roomy, trained_with
+from infra.cli import command, flag_parser, positive, seed, sized, temperature, usable_device
 from model import Transformer
 
 
 def flags():
-    parser = argparse.ArgumentParser(description="Continue a prompt.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"sample.py: {message}\n")
+    parser = flag_parser("sample.py", "Continue a prompt.")
     add = parser.add_argument
     add("--ckpt", metavar="PATH", help="what Transformer.from_pretrained loads, or a run of train.py; None: the newest in out/ that does "
         "the task of checkpoints/, else checkpoints/memory")
@@ -91,7 +88,9 @@ def answer(model, tokenizer, ids, method, args):
 
 
 def main(argv=None):
-    command(flags(), run, argv, "sample.py: interrupted")
+    args = flags().parse_args(argv)
+    args.argv = argv
+    command("sample.py", lambda: run(args), args, "interrupted")
 
 
 if __name__ == "__main__":

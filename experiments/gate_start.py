@@ -12,7 +12,6 @@ For each g0: the loss of the dense pass and of ARL's, at the first step and as t
 long the memory is in the end, as losses can agree where one model remembers and the other does not. All see the same samples.
 Checked in tests/test_gate_start.py. Read experiments/ablations.py for the lengths.
 """
-import argparse
 import json
 import math
 import statistics
@@ -24,6 +23,7 @@ import eval_niah
 from experiments import runs
 import train
 from infra import weights
+from infra.cli import command, command_line, flag_parser, gate, positive, seed
 from experiments import ablations
 from model import Transformer
 
@@ -83,31 +83,24 @@ def run_all(args, rest):
     made = {g0: folder_of(g0, args) for g0 in args.g0}
     found = {g0: losses(run) for g0, run in made.items()}
     lengths = {g0: median_lengths(run, settings.device) for g0, run in made.items()}
-    eval_niah.save({"command": eval_niah.command_line(args.argv, "experiments/gate_start.py"), "losses": found, "lengths": lengths,
+    eval_niah.save({"command": command_line(args.argv, "experiments/gate_start.py"), "losses": found, "lengths": lengths,
                     "train": {g0: eval_niah.training_record(run) for g0, run in made.items()}}, args.json)
     print(f"\n{table(found, lengths)}\n\nresults in {args.json}")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Conversions of a trained model whose gates start at different values. Flags not named "
-                                     "here go to train.py.", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"gate_start.py: {message}\n")
+    parser = flag_parser("gate_start.py", "Conversions of a trained model whose gates start at different values. Flags not named here go to train.py.")
     add = parser.add_argument
     add("--init", required=True, metavar="PATH", help="a model without a memory, pretrained")
-    add("--g0", type=train.gate, nargs="+", default=[0.02, 0.1, 0.5, 0.9], metavar="G", help="gates to start from, above 0 and below 1")
-    add("--seed", type=eval_niah.seed, default=0, help="of the samples")
-    add("--per_gpu", type=eval_niah.positive, default=1, metavar="RUNS", help="conversions at a time on each GPU")
+    add("--g0", type=gate, nargs="+", default=[0.02, 0.1, 0.5, 0.9], metavar="G", help="gates to start from, above 0 and below 1")
+    add("--seed", type=seed, default=0, help="of the samples")
+    add("--per_gpu", type=positive, default=1, metavar="RUNS", help="conversions at a time on each GPU")
     add("--out", default="out/gate-start", metavar="DIR", help="folder of the runs; one that is there goes on")
     add("--json", default="results/gate-start.json", metavar="FILE", help="all losses and lengths")
     args, rest = parser.parse_known_args(argv)
     args.g0 = list(dict.fromkeys(args.g0))
     args.argv = argv
-    try:
-        run_all(args, rest)
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(error)
-    except KeyboardInterrupt:
-        parser.exit(130, "\ngate_start.py: interrupted; the same command goes on\n")
+    command("gate_start.py", lambda: run_all(args, rest), interrupted="interrupted; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 import eval_niah
 import sparse
 from experiments import ways
+from infra.cli import command, positive
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def compare(model, tokenizer, examples, method, question):
 
 def flags():
     parser = ways.flags("moba_question", "MoBA for the context alone, and for the question alone.", "moba:budget=1/8")
-    parser.add_argument("--question", type=eval_niah.positive, default=192, metavar="TOKENS", help="of the prompt, its last ones: the "
+    parser.add_argument("--question", type=positive, default=192, metavar="TOKENS", help="of the prompt, its last ones: the "
                         "question and an answer prefix (up to 150 bytes in protocol sft, 290 in base)")
     return parser
 
@@ -58,7 +59,9 @@ def run(args):
 
 
 def main(argv=None):
-    eval_niah.command(flags(), run, argv, "moba_question.py: interrupted; what this call finished, if anything, is in {json}")
+    args = flags().parse_args(argv)
+    args.argv = argv
+    command("moba_question.py", lambda: run(args), args, "interrupted; what this call finished, if anything, is in {json}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ corrected for the cells of its column (Holm), is below 0.05; three seeds seldom 
 `python -m experiments.reproduce` does all of it on all visible GPUs; --arms and --seeds do a part, and the summary is made of what is
 there. --ship writes checkpoints/ from seed 0. Checked in tests/test_reproduce.py. Read runs.py first.
 """
-import argparse
 import math
 import shlex
 import shutil
@@ -40,6 +39,7 @@ import niah
 from experiments import runs
 import train
 from infra import weights
+from infra.cli import command, flag_parser, positive, seed
 from infra.files import whole_or_nothing
 from model import Transformer
 
@@ -367,42 +367,39 @@ def ship(args):
         print(f"{source} in bf16: {folder}")
 
 
+def run(args):
+    do_all(args)
+    found = read_results(args.results)
+    if not found:
+        raise ValueError(f"{args.results} holds no finished run: name --arms to make some")
+    summary, folder = summarise(found), Path(args.results)
+    eval_niah.save(summary, folder / "summary.json")
+    text = markdown(summary, found)
+    whole_or_nothing(folder / "summary.md", lambda file: file.write_text(text))
+    print("\n" + text)
+    if args.ship:
+        ship(args)
+    plots(found, folder)
+
+
 def main():
-    parser = argparse.ArgumentParser(description="The paper's comparison from scratch.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"reproduce.py: {message}\n")
+    parser = flag_parser("reproduce.py", "The paper's comparison from scratch.")
     add = parser.add_argument
     add("--arms", nargs="*", choices=ARMS, default=list(ARMS), metavar="ARM", help="which to train and evaluate: " + ", ".join(ARMS) +
         "; none: only the summary of what is there")
-    add("--seeds", nargs="+", type=eval_niah.seed, default=[0, 1, 2], help="of weights and training data")
-    add("--samples", type=eval_niah.positive, default=200, help="examples per task; the same for all runs")
-    add("--eval_seed", type=eval_niah.seed, default=0, help="of the examples; who changes a recipe looks at another seed's until it is final")
-    add("--random", type=eval_niah.positive, default=1, metavar="SEEDS", help="H2: draws of a selection by chance, for each model")
-    add("--batch", type=eval_niah.positive, default=200, help="prompts at a time in the evaluation")
+    add("--seeds", nargs="+", type=seed, default=[0, 1, 2], help="of weights and training data")
+    add("--samples", type=positive, default=200, help="examples per task; the same for all runs")
+    add("--eval_seed", type=seed, default=0, help="of the examples; who changes a recipe looks at another seed's until it is final")
+    add("--random", type=positive, default=1, metavar="SEEDS", help="H2: draws of a selection by chance, for each model")
+    add("--batch", type=positive, default=200, help="prompts at a time in the evaluation")
     add("--train", type=shlex.split, default="", metavar="FLAGS", help="more flags of train.py, for both stages of every run: --train='--steps=2 --batch=2' "
         "--results=out/trial is a trial; delete out/reproduce after it")
-    add("--per_gpu", type=eval_niah.positive, default=1, metavar="RUNS", help="runs at a time on each GPU; 2 takes less time in all, but "
+    add("--per_gpu", type=positive, default=1, metavar="RUNS", help="runs at a time on each GPU; 2 takes less time in all, but "
         "then the tokens per second of one run mean little")
     add("--results", default="results/reproduce", metavar="DIR", help="where the JSON of each run and the summary go")
     add("--ship", action="store_true", help="at the end, write checkpoints/ from seed 0")
     args = parser.parse_args()
-    try:
-        do_all(args)
-        found = read_results(args.results)
-        if not found:
-            raise ValueError(f"{args.results} holds no finished run: name --arms to make some")
-        summary, folder = summarise(found), Path(args.results)
-        eval_niah.save(summary, folder / "summary.json")
-        text = markdown(summary, found)
-        whole_or_nothing(folder / "summary.md", lambda file: file.write_text(text))
-        print("\n" + text)
-        if args.ship:
-            ship(args)
-        plots(found, folder)
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(error)
-    except KeyboardInterrupt:
-        parser.exit(130, "\nreproduce.py: interrupted; what is finished is kept, and the same command goes on\n")
+    command("reproduce.py", lambda: run(args), interrupted="interrupted; what is finished is kept, and the same command goes on")
 
 
 if __name__ == "__main__":

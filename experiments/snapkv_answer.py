@@ -21,6 +21,7 @@ import eval_niah
 import niah
 import sparse
 from experiments import ways
+from infra.cli import command, positive
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def compare(model, tokenizer, examples, method, batch=16):
 
 def flags():
     parser = ways.flags("snapkv_answer", "SnapKV's choice by the question, and by the question and the gold answer.", "snapkv:budget=1/16")
-    parser.add_argument("--batch", type=eval_niah.positive, default=16, help="prompts at a time")
+    parser.add_argument("--batch", type=positive, default=16, help="prompts at a time")
     return parser
 
 
@@ -67,7 +68,9 @@ def run(args):
 
 
 def main(argv=None):
-    eval_niah.command(flags(), run, argv, "snapkv_answer.py: interrupted; what this call finished, if anything, is in {json}")
+    args = flags().parse_args(argv)
+    args.argv = argv
+    command("snapkv_answer.py", lambda: run(args), args, "interrupted; what this call finished, if anything, is in {json}")
 
 
 if __name__ == "__main__":

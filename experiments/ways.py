@@ -5,7 +5,6 @@ An experiment gives compare(model, tokenizer, examples, method) -> {way: [mean, 
 table and the JSON, with what a result needs to be compared with another, come from here. Plain PyTorch computes.
 Checked in tests/test_snapkv_answer.py and tests/test_moba_question.py.
 """
-import argparse
 from pathlib import Path
 
 import torch
@@ -14,19 +13,19 @@ from triton_ops import backend
 import eval_niah
 import niah
 import sparse
+from infra.cli import command_line, commit, device_name, flag_parser, positive, seed, usable_device
 from model import Transformer
 
 
 def flags(name, description, method):
     """Those of experiments/NAME.py; method: the one it asks if none is named."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{name}.py: {message}\n")
+    parser = flag_parser(f"{name}.py", description)
     add = parser.add_argument
     add("--ckpt", nargs="+", required=True, metavar="PATH", help="models, as eval_niah.py takes them")
     add("--method", "--methods", default=method, metavar="METHOD", help=f"a {method.split(':')[0]}, as eval_niah.py takes it")
-    add("--samples", type=eval_niah.positive, default=50, help="examples per task")
-    add("--seed", type=eval_niah.seed, default=0, help="of the examples")
-    add("--device", type=eval_niah.usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--samples", type=positive, default=50, help="examples per task")
+    add("--seed", type=seed, default=0, help="of the examples")
+    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--json", default=f"results/{name}.json", metavar="FILE", help="all results")
     return parser
 
@@ -34,8 +33,8 @@ def flags(name, description, method):
 def run(name, args, kind, wanted, compare):
     """Ask all models, and save after each. ValueError, with the words `wanted`, if --method is not of the class `kind`."""
     backend.use("torch")
-    report = {"command": eval_niah.command_line(args.argv, f"experiments/{name}.py"), "commit": eval_niah.commit(),
-              "device": eval_niah.device_name(args.device), "torch": torch.__version__, "settings": vars(args),
+    report = {"command": command_line(args.argv, f"experiments/{name}.py"), "commit": commit(),
+              "device": device_name(args.device), "torch": torch.__version__, "settings": vars(args),
               "train": {}, "methods": {}, "prompts": {}, "scores": {}}
     models = [prepare(path, args) for path in args.ckpt]  # all, so that a wrong path is known now
     if not all(isinstance(method, kind) for _, _, method in models):

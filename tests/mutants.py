@@ -569,6 +569,15 @@ MUTANTS = {
         ('f"--seed={args.eval_seed}"', '"--seed=0"',
          "report_tables::each_arm_is_asked_what_the_table_tells", "--eval_seed that is not heard"),
     ],
+    "infra/cli.py": [
+        ("min(64, max(8, context_len // 64))", "min(64, max(8, context_len // 32))",
+         "cli::blocks_and_windows_are_a_64th_of_the_context",
+         "blocks larger than the paper's"),
+        ('+ ("+dirty" if changed', '+ ("" if changed',
+         "cli::a_changed_tree_is_told", "a commit named that did not make the numbers"),
+        ("(now - self.started) / (self.done - self.there)", "(now - self.started) / self.done",
+         "cli::time_left_is_of_what_is_made_now", "time left of a run that others began"),
+    ],
     "eval_niah.py": [
         ("n, z = len(values), 1.96", "n, z = len(values), 1.645",
          "report_tables::intervals_are_those_published", "intervals of 90 % called 95 %"),
@@ -719,9 +728,6 @@ MUTANTS = {
         ('above.axhline(mean_of_tasks([row["ruler"] for row in dense])[0]',
          'above.axhline(mean_of_tasks([row["paper"] for row in dense])[0]',
          "report_tables::the_plot_shows_the_tables_numbers", "a dense line of the other score"),
-        ("min(64, max(8, context_len // 64))", "min(64, max(8, context_len // 32))",
-         "report_tables::blocks_and_windows_are_a_64th_of_the_context",
-         "blocks larger than the paper's"),
         ("niah.make_example(task, args.context_len, tokenizer, args.seed, index, args.protocol, "
          "haystack,",
          "niah.make_example(task, args.context_len, tokenizer, 0, index, args.protocol, "
@@ -784,8 +790,6 @@ MUTANTS = {
         ("mine, count = left[ranks.rank::ranks.n]", "mine, count = left[::ranks.n]",
          "eval_niah::two_processes_answer_like_one_and_go_on_where_one_was_stopped",
          "batches that no process takes"),
-        ('+ ("+dirty" if git("status"', '+ ("" if git("status"',
-         "report_tables::a_changed_tree_is_told", "a commit named that did not make the numbers"),
         ('args.protocol = args.protocol or trained_with(args.ckpt[0]).get("protocol", "base")',
          'args.protocol = args.protocol or "base"',
          "report_tables::what_is_not_given_is_the_models",

@@ -367,19 +367,6 @@ def test_best_heads_are_the_papers_fifty_of_1024():
 
 # ---------------------------------------------------------------- the command
 
-def test_block_sizes_suit_the_context_and_the_tokens():
-    """A default that cannot run at 512 tokens, or that is not the paper's at 4096; a given size that is changed."""
-    words = SimpleNamespace(name="dolma2")
-    assert eval_niah.sized("quest:budget=1/16", 4096, words) == "quest:budget=1/16,block_size=64"
-    assert eval_niah.sized("moba:block_size=16,budget=1/4+snapkv", 4096, words) == "moba:block_size=16,budget=1/4+snapkv:window=64"
-    assert eval_niah.sized("snapkv:budget=9", 4096, Bytes()) == "snapkv:budget=9,window=64,kernel=15"
-    assert eval_niah.sized("snapkv:kernel=5", 4096, Bytes()) == "snapkv:kernel=5,window=64"
-    assert eval_niah.sized("dense", 4096, Bytes()) == "dense"
-    for context_len in 256, 512, 1024, 2048, 4096, 32768:
-        for text in eval_niah.METHODS:
-            sparse.parse(eval_niah.sized(text, context_len, Bytes()), context_len)
-
-
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     """checkpoints/ as they come with the code, and out/ as train.py leaves it, with two runs."""
@@ -430,15 +417,6 @@ def test_on_a_cpu_it_takes_few_samples_of_long_prompts(runs, context_len, sample
     args = eval_niah.flags().parse_args(["--device=cpu", f"--context_len={context_len}"])
     eval_niah.prepare(args)
     assert args.samples == samples
-
-
-def test_a_report_names_the_command_that_made_it(runs, monkeypatch):
-    """`python train.py --ckpt ...`, where train.py called eval_niah.py; a path of the machine it ran on."""
-    root = os.path.dirname(eval_niah.__file__)
-    for path, seen in (f"{root}/experiments/ablations.py", "-m experiments.ablations"), ("/elsewhere/keynorm.py", "keynorm.py"):
-        monkeypatch.setattr(eval_niah.sys, "argv", [path, "--methods", "a b"])
-        assert eval_niah.command_line(None, "eval_niah.py") == f"python {seen} --methods 'a b'"
-        assert eval_niah.command_line(["--ckpt", "x"], "eval_niah.py") == "python eval_niah.py --ckpt x"
 
 
 def test_results_hold_what_a_reader_needs_to_repeat_them(runs, capsys):
@@ -524,8 +502,8 @@ def test_a_name_means_the_same_in_every_spelling(runs, capsys):
 @pytest.mark.parametrize("argv, words", [
     (["--frobnicate"], "--frobnicate"),
     (["--samples=0"], "--samples"),
-    (["--seed=-1"], "seed"),
-    (["--seed=9223372036854775808"], "seed"),
+    (["--seed=-2147483649"], "seed"),
+    (["--seed=2147483648"], "seed"),
     (["--words=none"], "--words"),
     (["--device=toaster"], "toaster"),
     (["--tasks", "niah_single_9"], "niah_single_9"),
@@ -843,15 +821,6 @@ def test_one_process_goes_on_where_two_were_killed(undisturbed):
     assert told(out)["results"] == undisturbed["results"] and (out / "answers-1.jsonl").read_bytes() == torn
 
 
-def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
-    """Eight models on the first."""
-    taken = []
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert [eval_niah.usable_device(text) for text in ("cuda", "cpu", "cuda:1")] == ["cuda", "cpu", "cuda:1"] and taken == [3]
-
-
 @pytest.mark.parametrize("batch, sizes", [(2, [2, 2, 2]), (4, [4, 4]), (16, [5])])
 def test_on_a_gpu_all_batches_are_of_one_size(monkeypatch, batch, sizes):
     """A CUDA graph of another number of rows; the answer of a row that fills up, in a table."""
@@ -866,13 +835,3 @@ def test_on_a_gpu_all_batches_are_of_one_size(monkeypatch, batch, sizes):
             lines.setdefault(device, []).extend(line._replace(told=line.told["text"]) for line in
                                                 eval_niah.ask(model, Bytes(), examples, todo, by_name, args, None)[0])
     assert seen[len(sizes):] == sizes and lines["cpu"] == lines["cuda"] and len(lines["cpu"]) == 5 * 2
-
-
-def test_time_left_is_of_what_is_made_now(monkeypatch, capsys):
-    """Answers of an earlier run that make this one look fast."""
-    clock = [0.0]
-    monkeypatch.setattr(eval_niah.time, "time", lambda: clock[0])
-    progress = eval_niah.Progress(100, there=60)
-    clock[0] = 60.0
-    progress(10)
-    assert "70 of 100 answers, 3.0 min left" in capsys.readouterr().out

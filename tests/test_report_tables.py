@@ -742,15 +742,6 @@ def test_examples_are_those_of_the_flags(tmp_path):
     assert make(max_new_tokens=40)[0].max_new_tokens == 40
 
 
-def test_blocks_and_windows_are_a_64th_of_the_context():
-    """Selection in blocks of another size than the tables say."""
-    sizes = [[eval_niah.sized(f"{kind}:budget=9", context_len,
-                              SimpleNamespace(name="other")).rpartition("=")[2]
-              for kind in ("quest", "moba", "snapkv")]
-             for context_len in (256, 1024, 2048, 4096, 65536)]
-    assert sizes == [["8"] * 3, ["16"] * 3, ["32"] * 3, ["64"] * 3, ["64"] * 3]
-
-
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
     """
@@ -816,16 +807,6 @@ def test_speed_is_of_the_last_process_to_finish(asked, tmp_path, monkeypatch):
     assert reports[1]["answers"] == 2
     assert reports[1]["seconds"] == 100
     assert reports[1]["seconds_of_loading"] == 50
-
-
-def test_a_changed_tree_is_told(monkeypatch):
-    """A commit named that did not make the numbers."""
-    said = {"rev-parse": "c0ffee\n", "status": ""}
-    monkeypatch.setattr(eval_niah.subprocess, "run",
-                        lambda command, **_: SimpleNamespace(stdout=said[command[3]]))
-    assert eval_niah.commit() == "c0ffee"
-    said["status"] = " M model.py\n"
-    assert eval_niah.commit() == "c0ffee+dirty"
 
 
 # ---------------------------------------------------------------- sample.py

@@ -111,8 +111,8 @@ def test_a_full_budget_writes_what_dense_writes(out, capsys):
     (["--temperature=nan"], "--temperature"),
     (["--temperature=inf"], "--temperature"),
     (["--temperature=1e999"], "--temperature"),
-    (["--seed=-1"], "--seed"),
-    (["--seed=9223372036854775808"], "--seed"),
+    (["--seed=-2147483649"], "--seed"),
+    (["--seed=2147483648"], "--seed"),
     (["--words=none"], "--words"),
     (["--context_len=64"], "64"),
 ])

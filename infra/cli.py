@@ -1,0 +1,192 @@
+"""
+What all scripts have in common: the types of their flags, and what they say of themselves.
+
+    whole, number, seed ...     types of flags: a bad value is one line that names flag and range
+    flag_parser, command        a script's parser; its main, whose errors are one line and exit 2
+    command_line, commit,       what made a result: it stands in every JSON, so that the same
+        device_name             command on the same code repeats it
+    sized                       a method of the command line, with what suits the context added
+    Progress                    a line with the time left
+
+Nothing here knows of models or tasks. Checked in tests/test_cli.py.
+"""
+import argparse
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from infra.files import short
+
+ROOT = Path(__file__).resolve().parents[1]  # of the project
+
+
+# ---------------------------------------------------------------- types of flags
+
+def whole(least, most):
+    """A flag's type: a whole number within these, both included."""
+    def of_flag(text):
+        # int() also takes "1_000", and needs seconds for a million digits
+        if not re.fullmatch(r"[+-]?\d{1,30}", text, re.ASCII) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{short(text)} is no whole number from {least:,} to "
+                                             f"{most:,}")
+        return int(text)
+    return of_flag
+
+
+def number(holds, what):
+    """A flag's type: a number of which holds(number) is true, and that fp32 has, squared too."""
+    def of_flag(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan  # of which nothing holds
+        if not (holds(value) and (value == 0 or 1e-18 <= value <= 1e18)):
+            raise argparse.ArgumentTypeError(f"{short(text)} is not {what}, or not within 1e-18 "
+                                             "and 1e18")
+        return value
+    return of_flag
+
+
+natural, positive = whole(0, 2**31 - 1), whole(1, 2**31 - 1)
+few = whole(1, 1_000_000)           # sequences: a list of them is made
+seed = whole(-2**31, 2**31 - 1)     # with step and process it must fit a generator's 64 bits
+
+above_0, at_least_0 = number(lambda x: x > 0, "above 0"), number(lambda x: x >= 0, "0 or above")
+share = number(lambda x: 0 <= x <= 1, "a share from 0 to 1")
+gate = number(lambda g: 0 < g < 1, "above 0 and below 1")  # where a memory's gate can start
+temperature = at_least_0
+
+
+def usable_device(text):
+    """A flag's device. Each process of torchrun has a GPU of its own: cuda is cuda:LOCAL_RANK."""
+    try:
+        if text == "cuda" and "LOCAL_RANK" in os.environ:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text}: {reason}") from None
+    return text
+
+
+def sized(text, context_len, tokenizer):
+    """
+    A method's text, with what suits the context and the tokens added where it has none of its own.
+
+    block_size (Quest, MoBA) and window (SnapKV): 1/64 of the context but 8 to 64. The paper's 4096
+    gives its 64; from 512 on a budget of 1/16 holds four blocks. SnapKV's kernel: the paper's 5,
+    for a model of bytes 15, about as much text.
+    """
+    size, parts = min(64, max(8, context_len // 64)), []
+    fitting = {"quest": {"block_size": size}, "moba": {"block_size": size},
+               "snapkv": {"window": size}}
+    if tokenizer.name == "bytes":
+        fitting["snapkv"]["kernel"] = 15
+    for part in text.split("+"):
+        label, _, given = part.partition(":")
+        added = [f"{key}={value}" for key, value in fitting.get(label, {}).items()
+                 if f"{key}=" not in given]
+        parts.append(f"{label}:" + ",".join(filter(None, [given, *added])) if added else part)
+    return "+".join(parts)
+
+
+# ---------------------------------------------------------------- a script
+
+def flag_parser(script, description):
+    """A parser whose --help tells the defaults, and whose errors are one line and exit 2."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{script}: {message}\n")
+    return parser
+
+
+def command(script, main, args=None, interrupted=None):
+    """
+    main() as the whole of a script: what a user can mend is one line and exit 2, ctrl-C exit 130.
+
+    interrupted: what ctrl-C says, with fields of `args` in braces; None: nothing. args: the flags,
+    if a GPU without room for --batch, or for one prompt, is to be one line too.
+    """
+    fields = vars(args) if args else {}
+    try:
+        main()
+    except torch.OutOfMemoryError:
+        if not args:
+            raise
+        asked = f"--batch {args.batch}: lower it" if "batch" in fields else "one prompt"
+        end(f"{script}: the GPU has no room for {asked}")
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
+        end(f"{script}: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        # of torchrun's processes one says it
+        if interrupted and os.environ.get("RANK", "0") == "0":
+            # the terminal has put ^C at the start of the line
+            print(f"\n{script}: {interrupted.format(**fields)}", file=sys.stderr)
+        sys.exit(130)
+
+
+def end(message):
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
+# ---------------------------------------------------------------- what made a result
+
+def commit():
+    """The commit of this code, "+dirty" if its files differ from it."""
+    def git(*words):
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True,
+                              check=True).stdout.strip()
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def command_line(argv, script):
+    """
+    What is running, as a command. argv: flags with which Python called our script; None: the shell
+    called some script, perhaps this one.
+    """
+    if argv is None:
+        path, argv = Path(sys.argv[0]).resolve(), sys.argv[1:]
+        script = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+    script = Path(script)
+    if len(script.parts) > 1:  # in a folder: a module, by its dotted name
+        return shlex.join(["python", "-m", ".".join(script.with_suffix("").parts), *argv])
+    return shlex.join(["python", str(script), *argv])
+
+
+def device_name(device):
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+
+
+class Progress:
+    """A line with the time left: on a terminal always the same, else a new one each half minute."""
+
+    def __init__(self, total, there):
+        self.total, self.there, self.done = total, there, there
+        self.started = self.shown = time.time()
+
+    def __call__(self, n):
+        self.done += n
+        now, again = time.time(), sys.stdout.isatty()
+        if now - self.shown <= (0.5 if again else 30):
+            return
+        # what was there before took no time of this run
+        each = (now - self.started) / (self.done - self.there)
+        left = each * (self.total - self.done) / 60
+        print(f"{self.done:.0f} of {self.total} answers, {left:.1f} min left",
+              end="  \r" if again else "\n", flush=True)
+        self.shown = now
