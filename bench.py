@@ -245,7 +245,7 @@ def bench_memory(table):
 
 def bench_step(table):
     """Its inputs are in L2, as where they have just been computed."""
-    from kernels import decode_step
+    from triton_ops.block import decode_step
     for B in 1, 8:
         sets = []
         for _ in range(8):
@@ -276,7 +276,8 @@ def bench_step(table):
 
 
 def bench_quest(table):
-    from triton_ops.quest import block_bounds, quest_attend, quest_scores, select
+    from triton_ops.quest import block_bounds, quest_attend, quest_scores
+    from triton_ops.topk import select
     block_size = 64
     compiled = torch.compile(plain_quest, dynamic=False)
     for B, T, goal in (8, 32768, "8.5x cuDNN, 2.1x compiled"), (1, 131072, "8x cuDNN"), (1, 32768, "5x cuDNN"), (16, 4096, None), (1, 4096, None):
@@ -329,7 +330,8 @@ def moba_entries(T, block_size, S):
 
 
 def bench_moba(table):
-    from triton_ops.moba import moba_attend, moba_route
+    from triton_ops.moba import moba_attend
+    from triton_ops.moba_route import moba_route
     start = torch.zeros(1, dtype=torch.long, device=DEVICE)
     for T, block_size, S, goal in (32768, 128, 32, "1.8x"), (65536, 128, 32, "2x"), (65536, 512, 8, "3.5x"), (65536, 128, 8, "5x"):
         q, k, v = (randn(1, T, H, D) for _ in "qkv")
@@ -366,7 +368,8 @@ def bench_moba(table):
 
 
 def bench_snapkv(table):
-    from triton_ops.quest import select, snapkv_scores
+    from triton_ops.snapkv import snapkv_scores
+    from triton_ops.topk import select
     T, W, budget = 32768, 64, 2048
     sets = [[randn(1, W, H, D), randn(1, T, H, D), randn(1, T, H, D)] for _ in range(4)]
     q, length = randn(1, T, H, D), torch.full((1,), T, device=DEVICE)

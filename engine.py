@@ -405,7 +405,7 @@ class Cache:
         The projections q (B, 1, H, D), k, v, gate (B, 1, KV, D) of a new token, through memory, QK-norm and RoPE, k and v
         into the cache: in one kernel, and in fp32 all the way. -> q, ready for attention.
         """
-        from kernels import decode_step
+        from triton_ops.block import decode_step
         i, config = attention.index, attention.config
         self.room(i, self.slots)
         norms = (attention.q_norm.weight, attention.k_norm.weight) if config.qk_norm else (None, None)

@@ -11,7 +11,7 @@ One recurrence in three forms, clearest first; tests/test_memory.py holds them e
 
     memory_loop   a Python loop over t. This is the definition; when in doubt it is right.
     memory_scan   all t at once in O(log T) steps, for training and prefill. In Triton: kernels.memory_scan.
-    memory_step   one t, for decoding, carrying the state from call to call. In Triton: kernels.decode_step, with more.
+    memory_step   one t, for decoding, carrying the state from call to call. In Triton: triton_ops.block.decode_step, with more.
 
 Then active recurrence learning (ARL), which teaches a model to use its memory, and effective_length, which measures how far
 back a trained memory reaches. Read model.py first; sparse.py, which selects among k~ and defines Dilated, is next.

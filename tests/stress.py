@@ -45,9 +45,12 @@ from torch.nn import functional as F  # noqa: E402
 from triton_ops import backend  # noqa: E402
 import kernels  # noqa: E402
 from triton_ops import block  # noqa: E402
-from triton_ops import dilated  # noqa: E402
+from triton_ops import dilated as patterns  # noqa: E402
 from triton_ops import moba  # noqa: E402
+from triton_ops import moba_route as routing  # noqa: E402
 from triton_ops import quest  # noqa: E402
+from triton_ops import snapkv  # noqa: E402
+from triton_ops import topk  # noqa: E402
 import test_kernels  # noqa: E402
 import test_kernels_dilated  # noqa: E402
 import test_kernels_moba  # noqa: E402
@@ -188,7 +191,7 @@ def decode_step(case, H, KV, D, block_size, slots, dtype, memory, norm, bounds):
 
     def run():
         step = {name: None for name in ("low", "high")} | {name: inputs[name].clone() for name in updated}
-        q = kernels.decode_step(**inputs | step, eps=1e-6, block_size=block_size, used=used)
+        q = block.decode_step(**inputs | step, eps=1e-6, block_size=block_size, used=used)
         return [q, *(step[name] for name in updated)]
 
     def check(outs):
@@ -354,7 +357,7 @@ def select(case, *N):
         best = best.where(rank.gather(-1, best) > -inf, N).sort(-1).values
         best = F.pad(best.where(best < N, -1), (0, S - best.shape[1]), value=-1)
         assert torch.equal(outs[0], best.int()), f"{(outs[0] != best).sum()} of {best.numel()} are others"
-    return lambda: [quest.select(scores, S)], check
+    return lambda: [topk.select(scores, S)], check
 
 
 @kernel("H KV D block_size Tk dtype", *CACHES)
@@ -401,7 +404,7 @@ def snapkv_scores(case, H, KV, D, W, kernel, Tk, dtype):
         assert torch.equal(scores.where(scores.isinf(), 0), ref.where(ref.isinf(), 0)), "another slot is forced"
         free = ref.isfinite()
         return worst(["scores"], [scores[free]], [plain[free]], [exact[free]], dtype) if free.any() else 0
-    return lambda: [quest.snapkv_scores(q, k, lengths, kernel)], check
+    return lambda: [snapkv.snapkv_scores(q, k, lengths, kernel)], check
 
 
 # ---------------------------------------------------------------- kernels_moba.py
@@ -435,7 +438,7 @@ def prompt_of(case, H, KV, D, T, dtype):
 def moba_route(case, H, KV, D, block_size, S, keep_first, T, dtype):
     q, k, _, start, k_clean, _ = prompt_of(case, H, KV, D, T, dtype)
     settings = start, block_size, S, keep_first
-    return (lambda: [moba.moba_route(q, k, *settings)],
+    return (lambda: [routing.moba_route(q, k, *settings)],
             lambda outs: test_kernels_moba.assert_routes(outs[0], q, k_clean, *settings))
 
 
@@ -501,7 +504,7 @@ def dilated_step(case, H, KV, D, pattern, Tk, dtype):
         if q.dtype != torch.float64:
             return method.prefill(q, k, v, start, None)[0]
         return attend(q, k, v, method.pattern((start[:, None] + slot[:Tq])[:, None, :, None], slot))
-    return lambda: [dilated.dilated(q, k, v, start, *pattern)], lambda outs: compare(outs[0], plain, q, *clean)
+    return lambda: [patterns.dilated(q, k, v, start, *pattern)], lambda outs: compare(outs[0], plain, q, *clean)
 
 
 # ---------------------------------------------------------------- running them

@@ -5,9 +5,10 @@ from torch.nn import functional as F
 
 import kernels
 from conftest import DEVICE, assert_as_good, assert_close, error
-from kernels import decode_step, memory_scan
+from kernels import memory_scan
 from memory import memory_loop, memory_step
 from memory import memory_scan as plain_scan
+from triton_ops.block import decode_step
 
 pytestmark = pytest.mark.usefixtures("poisoned", "plain_references")
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from triton_ops import dilated
+from triton_ops import dilated as file
 from conftest import DEVICE, assert_as_good, assert_close
 from triton_ops.dilated import dilated, dilated_forward
 from sparse import Dense, Dilated
@@ -102,7 +102,7 @@ def test_splitting_the_queries_changes_nothing(name, monkeypatch):
     tensors = draw(B=1, T=100, H=2, KV=1, D=16)
     results = []
     for programs in 1, 3, 50:
-        monkeypatch.setattr(dilated, "SPLIT_UP_TO", programs)
+        monkeypatch.setattr(file, "SPLIT_UP_TO", programs)
         results.append(forward_and_gradients(kernel(PATTERNS[name]), *tensors))
     for result in results[1:]:
         for a, b in zip(result, results[0]):

@@ -4,7 +4,8 @@ import torch
 
 from triton_ops import moba
 from conftest import DEVICE, assert_as_good, error
-from triton_ops.moba import moba_attend, moba_route
+from triton_ops.moba import moba_attend
+from triton_ops.moba_route import moba_route
 from sparse import MoBA, attend, query_slots
 
 pytestmark = pytest.mark.usefixtures("poisoned", "plain_references")
@@ -210,7 +211,7 @@ def test_wide_tiles_route_like_narrow_ones():
 
 def test_words_that_no_tile_wrote_are_not_read(monkeypatch):
     """A query in block 128: routed by a tile of 128 blocks, whose four words are all there is of it."""
-    monkeypatch.setattr(moba.torch, "empty", lambda *shape, **kwargs: torch.full(shape, 8, **kwargs))
+    monkeypatch.setattr(torch, "empty", lambda *shape, **kwargs: torch.full(shape, 8, **kwargs))
     q, k, _ = draw(1, 8, 2, 1, 16, Tk=1080, seed=6)
     assert_routes(moba_route(q, k, slots(1024), 8, 6, True), q, k, slots(1024), 8, 6, True)
 

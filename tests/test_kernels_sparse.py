@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from triton_ops import quest
+from triton_ops import quest, topk
 from conftest import DEVICE, assert_as_good, assert_close
-from triton_ops.quest import block_bounds, quest_attend, quest_scores, select, snapkv_scores
+from triton_ops.quest import block_bounds, quest_attend, quest_scores
+from triton_ops.snapkv import snapkv_scores
+from triton_ops.topk import select
 from sparse import Quest, SnapKV, attend_to_slots
 
 pytestmark = pytest.mark.usefixtures("poisoned", "plain_references")
@@ -80,8 +82,8 @@ def test_select_of_ties_infinities_and_nan(N):
 
 def test_select_beyond_its_registers(monkeypatch):
     """A row of several tiles: a count of one tile only, ranks that restart, ties that are counted per tile."""
-    monkeypatch.setitem(quest.SELECT, "max_kept", 128)
-    monkeypatch.setitem(quest.SELECT, "max_scan", 32)
+    monkeypatch.setitem(topk.SELECT, "max_kept", 128)
+    monkeypatch.setitem(topk.SELECT, "max_scan", 32)
     scores = torch.stack([draw(150), draw(150).round(), torch.full((150,), 2.0, device=DEVICE)])
     scores[0, 20:130] = -inf
     for S in 60, 170:

@@ -19,6 +19,7 @@ import kernels  # noqa: E402
 from triton_ops import block  # noqa: E402
 from triton_ops import dilated  # noqa: E402
 from triton_ops import moba  # noqa: E402
+from triton_ops import moba_route  # noqa: E402
 from triton_ops import quest  # noqa: E402
 from infra.loss import chunk_loss, weighted_loss  # noqa: E402
 from memory import effective_length, memory_loop, memory_scan, memory_step  # noqa: E402
@@ -42,13 +43,13 @@ def step_by_step(k, v, gate, state):
 
 
 def fused_steps(k, v, gate, state):
-    """kernels.decode_step over a whole sequence, without QK-norm and with RoPE's angles at 0: the memory is left."""
+    """block.decode_step over a whole sequence, without QK-norm and with RoPE's angles at 0: the memory is left."""
     B, T, KV, D = k.shape
     state, cos, sin = state.clone(), *(f(1, 1, 1, D // 2, device=DEVICE) for f in (torch.ones, torch.zeros))
     caches = [x.new_zeros(B, T, KV, D) for x in (k, v)]
     for t, (k_now, v_now, gate_now) in enumerate(zip(*(x.split(1, dim=1) for x in (k, v, gate)))):
         used = torch.full((B,), t + 1, device=DEVICE)
-        kernels.decode_step(k_now, k_now, v_now, gate_now, None, None, 1e-6, cos, sin, state, *caches, None, None, 1, used)
+        block.decode_step(k_now, k_now, v_now, gate_now, None, None, 1e-6, cos, sin, state, *caches, None, None, 1, used)
     return *caches, state
 
 
@@ -383,7 +384,7 @@ def test_blocks_of_the_largest_keys_are_selected_rightly(signs, dtype):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(backend, "choice", "torch")
             _, chosen = plain.prefill(q, k, torch.zeros_like(v), 0, None)
-        for what, chosen in ("plain", chosen), ("kernel", moba.moba_route(q, k, start, block_size, S, False)):
+        for what, chosen in ("plain", chosen), ("kernel", moba_route.moba_route(q, k, start, block_size, S, False)):
             n = chosen[0, 0].long()                                                          # (T, S)
             kept = exact.gather(1, n.clamp_min(0)).where((n >= 0) & (n < torch.arange(T, device=DEVICE)[:, None] // block_size), NEVER)
             kept = kept.sort(descending=True).values[:, :S - 1]
@@ -404,7 +405,7 @@ def test_scores_at_the_end_of_the_range_fill_the_budget():
     q, start = torch.zeros(1, 64, 1, 16, device=DEVICE), torch.zeros(1, dtype=torch.long, device=DEVICE)
     q[..., 0] = -3.3e38
     k[..., 1:] = 0
-    chosen = moba.moba_route(q, k, start, 8, 3, False)[0, 0]
+    chosen = moba_route.moba_route(q, k, start, 8, 3, False)[0, 0]
     own = torch.arange(64, device=DEVICE) // 8
     assert torch.equal((chosen >= 0).sum(1), (own + 1).clamp(max=3))
 

@@ -18,18 +18,154 @@ kernels.py has the memory, and what surrounds attention in a decoding step.
 Letters: B batch, T tokens, C width, R rows of x, K inputs and N outputs of a matrix, H heads, D head width.
 """
 import math
+from typing import Optional
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from kernels import load_halves, norm_and_rotate, store_halves
+from triton_ops.common import by_token, gates
 
 MOST_ROWS = 16  # of x: what one tile of the tensor cores takes
 # Tiles of W, chosen on an H100. One row is multiplied without tensor cores, and its tile is loaded at once; for several rows
 # they come in stages.
 ONE = dict(BLOCK_N=4, BLOCK_K=2048, STAGES=1, num_warps=4)
 FEW = dict(BLOCK_N=64, BLOCK_K=128, STAGES=6, num_warps=4)
+
+
+# ---------------------------------------------------------------- the decoding step
+
+@triton.jit
+def load_halves(ptr, n, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
+    """A token's n heads (n, 2 * HALF), side by side at ptr, as two fp32 tiles (BLOCK_H, HALF): what RoPE pairs."""
+    head, d = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, HALF)[None]
+    at = ptr + head * 2 * HALF + d
+    return tl.load(at, head < n, other=0).to(tl.float32), tl.load(at + HALF, head < n, other=0).to(tl.float32)
+
+
+@triton.jit
+def store_halves(ptr, left, right, n, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
+    head, d = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, HALF)[None]
+    at = ptr + head * 2 * HALF + d
+    tl.store(at, left, head < n)
+    tl.store(at + HALF, right, head < n)
+
+
+@triton.jit
+def remember_halves(left, right, gate_ptr, state_ptr, n, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Eq. 1 for one token of k or v, whose state (n, 2 * HALF) is updated in place."""
+    gate_left, gate_right = load_halves(gate_ptr, n, HALF, BLOCK_H)
+    state_left, state_right = load_halves(state_ptr, n, HALF, BLOCK_H)
+    g, rest = gates(gate_left)
+    left = g * state_left + rest * left
+    g, rest = gates(gate_right)
+    right = g * state_right + rest * right
+    store_halves(state_ptr, left, right, n, HALF, BLOCK_H)
+    return left, right
+
+
+@triton.jit
+def norm_and_rotate(left, right, weight_ptr, cos_ptr, sin_ptr, n, eps, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
+    """QK-norm over all n heads together (weight_ptr None: without), then RoPE: the halves of a head are pairs."""
+    if weight_ptr is not None:
+        scale = tl.rsqrt((tl.sum(left * left) + tl.sum(right * right)) / (n * 2 * HALF) + eps)
+        weight_left, weight_right = load_halves(weight_ptr, n, HALF, BLOCK_H)
+        left, right = left * scale * weight_left, right * scale * weight_right
+    d = tl.arange(0, HALF)[None]
+    cos, sin = tl.load(cos_ptr + d), tl.load(sin_ptr + d)
+    return left * cos - right * sin, right * cos + left * sin
+
+
+@triton.jit
+def decode_step_kernel(
+    q_ptr,                                 # (B, H, D)   projections of one token per row
+    k_ptr, v_ptr, gate_ptr,                # (B, KV, D)  gate None: no memory
+    q_weight_ptr, k_weight_ptr,            # (H * D), (KV * D)  of QK-norm, or None
+    cos_ptr, sin_ptr,                      # (1 or B, D / 2)  fp32
+    state_ptr,                             # (2, B, KV, D)  fp32, updated in place
+    k_cache_ptr, v_cache_ptr,              # (B, slots, KV, D)  written at the token's slot
+    low_ptr, high_ptr,                     # (B, N, KV, D)  Quest's bounds, updated in place, or None
+    used_ptr,                              # (B,)  slots filled per row, this token's included
+    q_out_ptr,                             # (B, H, D)
+    B, H, KV, eps,
+    q_stride, k_stride, v_stride, gate_stride, cos_stride, k_cache_stride, v_cache_stride, bounds_stride,  # from row to row
+    HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):
+    """
+    What surrounds attention in a decoding step: k, v -> memory; q, k -> QK-norm -> RoPE; k, v -> cache and block bounds.
+
+    reference: memory.memory_step, and model.Attention.forward without the projections
+    grid   (B, 3): one program each for q, k and v of a row: QK-norm needs all heads of a token together
+    bytes  some 100 KB a row at 32 heads of 128: the time is one launch and one trip to memory and back
+    dtype  fp32 from the projections to the cache
+    """
+    b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    D: tl.constexpr = 2 * HALF
+    slot = tl.load(used_ptr + b) - 1
+    if part == 0:
+        left, right = load_halves(q_ptr + b * q_stride, H, HALF, BLOCK_H)
+        left, right = norm_and_rotate(left, right, q_weight_ptr, cos_ptr + b * cos_stride, sin_ptr + b * cos_stride, H, eps, HALF, BLOCK_H)
+        store_halves(q_out_ptr + b * H * D, left, right, H, HALF, BLOCK_H)
+    elif part == 1:
+        left, right = load_halves(k_ptr + b * k_stride, KV, HALF, BLOCK_H)
+        if gate_ptr is not None:
+            left, right = remember_halves(left, right, gate_ptr + b * gate_stride, state_ptr + b * KV * D, KV, HALF, BLOCK_H)
+        left, right = norm_and_rotate(left, right, k_weight_ptr, cos_ptr + b * cos_stride, sin_ptr + b * cos_stride, KV, eps, HALF, BLOCK_H)
+        store_halves(k_cache_ptr + b * k_cache_stride + slot * KV * D, left, right, KV, HALF, BLOCK_H)
+        if low_ptr is not None:
+            block = b * bounds_stride + slot // BLOCK_SIZE * KV * D
+            new = slot % BLOCK_SIZE == 0
+            dtype: tl.constexpr = k_cache_ptr.dtype.element_ty  # as the cache holds them
+            left, right = left.to(dtype).to(tl.float32), right.to(dtype).to(tl.float32)
+            old_left, old_right = load_halves(low_ptr + block, KV, HALF, BLOCK_H)
+            store_halves(low_ptr + block, tl.where(new, left, tl.minimum(old_left, left)),
+                         tl.where(new, right, tl.minimum(old_right, right)), KV, HALF, BLOCK_H)
+            old_left, old_right = load_halves(high_ptr + block, KV, HALF, BLOCK_H)
+            store_halves(high_ptr + block, tl.where(new, left, tl.maximum(old_left, left)),
+                         tl.where(new, right, tl.maximum(old_right, right)), KV, HALF, BLOCK_H)
+    else:
+        left, right = load_halves(v_ptr + b * v_stride, KV, HALF, BLOCK_H)
+        if gate_ptr is not None:
+            left, right = remember_halves(left, right, gate_ptr + b * gate_stride, state_ptr + (B + b) * KV * D, KV, HALF, BLOCK_H)
+        store_halves(v_cache_ptr + b * v_cache_stride + slot * KV * D, left, right, KV, HALF, BLOCK_H)
+
+
+@torch.library.custom_op("nanorat::decode_step", mutates_args=("state", "k_cache", "v_cache", "low", "high"))
+def decode_step(
+    q: Tensor,                   # (B, 1, H, D)   projections of the new token
+    k: Tensor, v: Tensor,        # (B, 1, KV, D)
+    gate: Optional[Tensor],      # (B, 1, KV, D)  logits; None: a model without memory
+    q_weight: Optional[Tensor],  # (H * D,)       of QK-norm; None: without
+    k_weight: Optional[Tensor],  # (KV * D,)
+    eps: float,                  #                of QK-norm
+    cos: Tensor, sin: Tensor,    # (1 or B, 1, 1, D / 2)  fp32, of RoPE
+    state: Optional[Tensor],     # (2, B, KV, D)  fp32, contiguous; updated in place
+    k_cache: Tensor, v_cache: Tensor,  # (B, slots, KV, D)  written in place at slot used - 1
+    low: Optional[Tensor], high: Optional[Tensor],  # (B, N, KV, D)  Quest's bounds per block; updated in place
+    block_size: int,             #                of these blocks
+    used: Tensor,                # (B,)  int64    slots filled per row, the new token's included
+) -> Tensor:                     # q (B, 1, H, D), ready for attention
+    """All of a decoding step between the projections and attention, in one launch. See decode_step_kernel."""
+    B, _, H, D = q.shape
+    KV = k.shape[2]
+    assert D % 2 == 0 and D & D - 1 == 0, f"head width {D} is not a power of two"
+    q, k, v = (by_token(x) for x in (q, k, v))
+    gate = None if gate is None else by_token(gate)
+    for x in k_cache, v_cache, low, high:
+        assert x is None or x.stride()[1:] == (KV * D, D, 1), f"a cache's slots must lie side by side, not with strides {x.stride()}"
+    q_out = q.new_empty(B, 1, H, D)
+    decode_step_kernel[(B, 3)](
+        q, k, v, gate, q_weight, k_weight, cos, sin, state, k_cache, v_cache, low, high, used, q_out, B, H, KV, eps,
+        q.stride(0), k.stride(0), v.stride(0), 0 if gate is None else gate.stride(0), 0 if len(cos) == 1 else cos.stride(0),
+        k_cache.stride(0), v_cache.stride(0), 0 if low is None else low.stride(0),
+        HALF=D // 2, BLOCK_H=triton.next_power_of_2(max(H, KV)), BLOCK_SIZE=block_size, num_warps=8)
+    return q_out
+
+
+@decode_step.register_fake
+def _(q, k, v, gate, q_weight, k_weight, eps, cos, sin, state, k_cache, v_cache, low, high, block_size, used):
+    return q.new_empty(q.shape)
 
 
 # ---------------------------------------------------------------- a few rows times matrices

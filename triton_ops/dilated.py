@@ -39,9 +39,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import ROOM, SHRUNK, log_sum
-
-LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E), and exp2 is what the hardware has
+from triton_ops.common import LOG2E, ROOM, SHRUNK, log_sum
 
 # BLOCK_M rows and BLOCK_N keys of a tile. The pass is bound by memory: 64 rows of 128 bf16 are 16 KB per tensor, few
 # enough that two or three programs share an SM and one's loads hide another's arithmetic.

@@ -25,8 +25,11 @@ import torch
 import sparse
 from triton_ops.backend import is_stock, triton_for
 from triton_ops.dilated import dilated
-from triton_ops.moba import MOST_BLOCKS, moba_attend, moba_route
-from triton_ops.quest import attend_slots, quest_attend, quest_scores, select, snapkv_scores
+from triton_ops.moba import moba_attend
+from triton_ops.moba_route import MOST_BLOCKS, moba_route
+from triton_ops.quest import attend_slots, quest_attend, quest_scores
+from triton_ops.snapkv import snapkv_scores
+from triton_ops.topk import select
 
 
 class Form(NamedTuple):

@@ -1,0 +1,52 @@
+"""
+What the kernels share: the gate, a softmax that cannot overflow, and what their launchers check.
+"""
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x * LOG2E), and exp2 is what the hardware has
+
+# The attention kernels carry a softmax's running maximum as 20 more than it is (in base 2). So each exponential is at most
+# 2**-20, and a sum of up to 2**20 values overflows no sooner than their mean, whatever they are. Powers of two cost no bits.
+ROOM, SHRUNK = tl.constexpr(20.0), tl.constexpr(2.0 ** -20)
+
+
+@triton.jit
+def log_sum(peak, total):
+    """log2(total * exp2(peak)), for a peak with ROOM: what that added is taken away before it rounds anything off."""
+    return peak - ROOM + tl.log2(total * (1 / SHRUNK))
+
+
+@triton.jit
+def gates(logit):
+    """
+    g = sigmoid(logit) and 1 - g = sigmoid(-logit), the smaller one to full relative precision, also where the other
+    rounds to 1, and down to 0. Spelled for few instructions: a square of rsqrt is the hardware's shortest reciprocal.
+    """
+    odds = tl.exp2(tl.minimum(logit, -logit) * 1.4426950408889634)  # of the smaller one: at most 1, so nothing overflows
+    root = tl.rsqrt(1 + odds)
+    small = odds * root * root
+    rest = tl.where(logit > 0, small, 1 - small)
+    return tl.where(logit > 0, 1 - small, small), rest
+
+
+def by_token(x):
+    """(B, T, KV, D) -> (B, T, W) with channels side by side: a view if they are."""
+    x = x.flatten(2)
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def check_heads(H, KV, D):
+    assert H % KV == 0, f"{H=} query heads cannot share {KV=} heads"
+    assert 16 <= D <= 128 and D & (D - 1) == 0, f"{D=} must be a power of two from 16 to 128"
+
+
+def check_tensors(*tensors):
+    """Layouts and dtypes that every kernel relies on. Leading dims may have any stride."""
+    for x in tensors:
+        assert x.dtype in (torch.bfloat16, torch.float32), f"{x.dtype} is neither bfloat16 nor float32"
+        assert x.dtype == tensors[0].dtype, f"{x.dtype} beside {tensors[0].dtype}"
+        assert x.stride(-1) == 1, f"the last dim of a {tuple(x.shape)} tensor has stride {x.stride(-1)}, not 1"
