@@ -17,7 +17,7 @@ from model import PRESETS, Transformer
 GB = 1e9
 WITH = {name: replace(PRESETS[name], memory=True) for name in ("olmo2-1b", "olmo2-7b")}
 
-# torch.cuda.max_memory_allocated after a few steps, GB; T = 4096. README.md names devices and commands
+# torch.cuda.max_memory_allocated after a few steps, GB; T = 4096. docs/speed.md names devices and commands
 MEASURED = [
     # config, GPUs, sequences at a time, parts, layers anew, what stays, peak
     (PRESETS["olmo2-1b"], 1, 4, 4, 0, "weights", 54.34),
@@ -101,9 +101,9 @@ def test_a_model_too_large_for_this_machine_is_refused_before_it_is_made(monkeyp
 
 
 def test_lines_are_those_of_the_readme():
-    """README's prediction for the paper's recipe, which nobody has run."""
+    """What docs/training.md says of the paper's recipe, which nobody has run."""
     args = argparse.Namespace(batch=768, context_len=4096, steps=3179, device="cuda", arl=64, joint=0, adapt=None)
-    config, readme = WITH["olmo2-7b"], (Path(__file__).parent.parent / "README.md").read_text()
+    config, readme = WITH["olmo2-7b"], (Path(__file__).parent.parent / "docs/training.md").read_text()
     of_pass = {name: 768 * 4096 * cost.flops_per_token(config, reads) for name, reads in (("arl", 4096 / 2 / 64), ("dense", 4096 / 2))}
     lines = list(cost.lines(config, cost.plan(config, 96, 4096, 8, 76.5 * GB), args, of_pass, 989e12, 8))
     assert len(lines) == 4
