@@ -20,10 +20,7 @@ what another training would give, only seeds tell (reproduce.py). Budgets as fra
 may be longer. Checked in tests/test_eval_niah.py. Read sample.py for the whole in 60 lines.
 """
 import json
-import math
 import os
-import re
-import statistics
 import sys
 import time
 from contextlib import nullcontext
@@ -41,13 +38,14 @@ import niah
 import sparse
 from infra import weights
 from infra.cli import Progress, command, command_line, commit, device_name, flag_parser, natural, positive, seed, sized, usable_device  # noqa: F401
-from infra.answers import Line, Ranks, by_length, load, read_lines, refuse_others, save, unanswered, written
+from infra.answers import Line, Ranks, by_length, read_lines, refuse_others, unanswered, written
 from data import tokenizer_of
-from infra.files import only_one, told_to_end
+from infra.files import load, only_one, save, told_to_end
+from infra.report import best_heads, interval, mean, plot, table, table_random  # noqa: F401
+from infra.runlog import SHIPPED, known_models, trained_with, training_record  # noqa: F401
 from model import Transformer
 
 BUDGETS = "1/4", "1/8", "1/16"
-SHIPPED = [Path(__file__).parent / "checkpoints" / name for name in ("attention", "memory")]
 METHODS = [f"{label}:budget={budget}" for label in ("quest", "moba", "snapkv") for budget in BUDGETS]
 
 
@@ -197,34 +195,6 @@ def evaluate(model, tokenizer, examples, methods, batch=16, progress=None):
 
 # ---------------------------------------------------------------- scores
 
-def interval(values):
-    """Mean of values in 0..1 and Wilson's 95 % interval, in percent: never of width 0, unlike mean +- 1.96 std errors."""
-    n, z = len(values), 1.96
-    p = sum(values) / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [round(100 * x, 2) for x in (p, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n))]
-
-
-def difference(a, b, paired):
-    """
-    Mean of b - a, the scores in 0..1 of two models, and its 95 % interval, in percent: Newcombe's, of the two Wilson intervals
-    (Statistics in Medicine 17, 1998, p. 2635, method 10). Paired, of the same prompts, what is hard for both counts less.
-    """
-    (p, p_low, p_high), (q, q_low, q_high) = interval(b), interval(a)
-    r = correlation(a, b) if paired else 0.0
-    half = lambda x, y: math.sqrt(max(0.0, x * x - 2 * r * x * y + y * y))
-    return [p - q, p - q - half(p - p_low, q_high - q), p - q + half(p_high - p, q - q_low)]
-
-
-def correlation(a, b):
-    """Of scores in 0..1, with Newcombe's correction: without it few prompts that both find, or miss, would seem to prove all."""
-    n, spread = len(a), statistics.pstdev(a) * statistics.pstdev(b)
-    together = statistics.fmean(x * y for x, y in zip(a, b, strict=True)) - statistics.fmean(a) * statistics.fmean(b)
-    if together > 0:
-        together = max(0.0, together - 1 / (2 * n))
-    return together / spread if spread else 0.0
-
-
 def ruler_scores(predictions, examples):
     """RULER's score of each, 0 to 1."""
     return [niah.score_ruler(text, e.answers) for text, e in zip(predictions, examples, strict=True)]
@@ -235,12 +205,6 @@ def scores(predictions, examples):
     kinds = {"ruler": niah.score_ruler, "paper": niah.score_paper}
     return {name: interval([score(text, e.answers) for text, e in zip(predictions, examples, strict=True)])
             for name, score in kinds.items()}
-
-
-def mean(values):
-    """Of those that are not None; None if there is none."""
-    values = [x for x in values if x is not None]
-    return statistics.fmean(values) if values else None
 
 
 def by_depth(predictions, examples):
@@ -311,144 +275,7 @@ def hits(model, cache, gold, method):
     return hit
 
 
-def best_heads(rates):
-    """Mean of the best 5 % of hit rates (layers, KV): the paper's top 50 of 1,024."""
-    return float(rates.flatten().topk(max(1, round(0.05 * rates.numel()))).values.mean())
-
-
-# ---------------------------------------------------------------- tables and plot
-
-def mean_of_tasks(cells):
-    """Of [mean, low, high] of each task: the mean, and half its 95 % interval."""
-    halves = [(high - low) / 2 for _, low, high in cells]
-    return statistics.fmean(mean for mean, *_ in cells), math.sqrt(sum(h * h for h in halves)) / len(cells)
-
-
-def lookup(results):
-    """{(checkpoint, method): its rows, one per task}, without the random ones."""
-    found = {}
-    for row in results:
-        if row["random"] is None:
-            found.setdefault((row["checkpoint"], row["method"]), []).append(row)
-    return found
-
-
-def table(results, by_prompt):
-    """
-    The paper's Table 3 as text, beside it entries read and H1's hits; below, how later checkpoints differ from the first.
-    by_prompt: {(checkpoint, method, task): ruler_scores}
-    """
-    found = lookup(results)
-    left, right = max(len(c) for c, _ in found) + 3, max(len(m) for _, m in found)
-    line = lambda checkpoint, method, cells, end: f"{checkpoint:{left}}{method:{right}}" + "".join(f"{c:>7}" for c in cells) + end
-    number = lambda x: "-" if x is None else f"{x:.1f}"
-    tasks = [niah.TASKS[row["task"]].short for row in next(iter(found.values()))]
-    above = f"{'RULER score, %':>{7 * len(tasks) + 14}}{'paper':>7}{'read by a token of':>20}{'H1: best':>10}"
-    lines = [" " * (left + right) + above,
-             line("", "", tasks, f"{'mean':>14}{'mean':>7}{'prompt':>11}{'answer':>9}{'heads, %':>10}")]
-    for (checkpoint, method), rows in found.items():
-        (ruler, half), (paper, _) = (mean_of_tasks([row[score] for row in rows]) for score in ("ruler", "paper"))
-        best = 100 * best_heads(torch.tensor([row["hits"] for row in rows]).mean(0)) if rows[0]["hits"] else None
-        prompt_read, read = mean(row["prompt_read"] for row in rows), mean(row["read"] for row in rows)
-        lines.append(line(checkpoint, method, [f"{row['ruler'][0]:.1f}" for row in rows],
-                          f"{ruler:8.1f} ±{half:4.1f}{paper:7.1f}{number(prompt_read):>11}{number(read):>9}{number(best):>10}"))
-    first, *others = dict.fromkeys(checkpoint for checkpoint, _ in found)
-    for other in others:
-        same = all(a["prompts"] == b["prompts"] for a, b in zip(found[first, "dense"], found[other, "dense"]))
-        how = "each prompt asked of both, so ± of paired differences" if same else "of other prompts, as their tokens differ"
-        lines.append(f"\n{other} - {first}, {how}")
-        for method in (method for checkpoint, method in found if checkpoint == other):
-            cells = [difference(by_prompt[first, method, row["task"]], by_prompt[other, method, row["task"]], same)
-                     for row in found[other, method]]
-            gain, half = mean_of_tasks(cells)
-            lines.append(line("", method, [f"{cell[0]:+.1f}" for cell in cells], f"{gain:+8.1f} ±{half:4.1f}"))
-    lines.append("\n±: half a 95 % interval, over prompts alone. Models that differ in nothing but their training's seed often differ by "
-                 "more: whether a recipe gains, several seeds of it must tell (reproduce.py)")
-    return "\n".join(lines)
-
-
-def table_random(results):
-    found = {}
-    for row in results:
-        if row["random"] is not None:
-            found.setdefault((row["checkpoint"], row["method"]), {}).setdefault(row["task"], []).append(row["ruler"][0])
-    n = max(len(x) for by_task in found.values() for x in by_task.values())
-    lines = [f"H2: scores drawn by chance, RULER's score, %: mean and sample standard deviation over draws ({n}), models and prompts the same"]
-    for (checkpoint, method), by_task in found.items():
-        spread = lambda x: f" ±{statistics.stdev(x):.1f}" if len(x) > 1 else ""
-        cells = [f"{niah.TASKS[task].short} {statistics.fmean(x):.1f}{spread(x)}" for task, x in by_task.items()]
-        lines.append(f"{checkpoint}   {method}   " + "  ".join(cells))
-    return "\n".join(lines)
-
-
-def plot(results, path):
-    """The paper's Figure 1, accuracy by budget for each method; below, accuracy by needle depth at the least budget."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: pip install matplotlib")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    found = lookup(results)
-    kinds = {}  # a method but for its budget: {budget: method}
-    for (_, method), rows in found.items():
-        if rows[0]["budget"]:
-            kind = re.sub("budget=[^,]*,?", "", method).rstrip(",:")
-            kinds.setdefault(kind, {})[rows[0]["budget"]] = method
-    if not kinds:
-        return
-    figure, axes = plt.subplots(2, len(kinds), figsize=(4 * len(kinds), 6.5), sharey=True, squeeze=False)
-
-    def depths(rows):  # -> percent found in each tenth of the prompt, over all tasks
-        tenths = [[cell for cell in cells if cell[0]] for cells in zip(*(row["by_depth"] for row in rows))]
-        return [sum(n * p for n, p in cells) / sum(n for n, _ in cells) if cells else math.nan for cells in tenths]
-
-    for (kind, methods), (above, below) in zip(kinds.items(), axes.T):
-        budgets = sorted(methods)
-        for i, checkpoint in enumerate(dict.fromkeys(checkpoint for checkpoint, _ in found)):
-            dense, least, color = found[checkpoint, "dense"], found[checkpoint, methods[budgets[0]]], f"C{i}"
-            means, halves = zip(*(mean_of_tasks([row["ruler"] for row in found[checkpoint, methods[budget]]]) for budget in budgets))
-            above.errorbar(budgets, means, halves, marker="o", capsize=3, color=color, label=checkpoint)
-            above.axhline(mean_of_tasks([row["ruler"] for row in dense])[0], color=color, linestyle="--", linewidth=1)
-            below.plot(range(5, 100, 10), depths(least), marker="o", color=color)
-            below.plot(range(5, 100, 10), depths(dense), color=color, linestyle="--", linewidth=1)
-        above.set(title=kind, xlabel="budget, tokens", xscale="log", ylim=(-3, 103))
-        above.set_xticks(budgets, budgets)
-        above.minorticks_off()
-        below.set(title=methods[budgets[0]], xlabel="depth of the needle, %")
-    axes[0, 0].set_ylabel("RULER's score, mean of tasks, %\n(bars: 95 %, over prompts)")
-    axes[1, 0].set_ylabel("answers found, %")
-    axes[0, 0].legend(title="dense: dashed")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    print(f"plot in {path}")
-
-
 # ---------------------------------------------------------------- what to evaluate
-
-def training_record(path):
-    """What train.py wrote beside the model of its making (record.record_of), None if there is no such file."""
-    file = weights.resolve(path) / "train.json"
-    return load(file, "settings") if file.exists() else None
-
-
-def trained_with(path):
-    """The flags of train.py that made the model, {} if it is not of ours."""
-    record = training_record(path)
-    return record["settings"] if record else {}
-
-
-def known_models(folder="out"):
-    """The two checkpoints that come with the code, and the newest run of train.py if it does the same task."""
-    def task(path):
-        settings, flags = weights.read(path, without_tensors=True)[0], trained_with(path)
-        return settings["context_len"], settings["vocab_size"], flags.get("protocol"), flags.get("tokenizer")
-    made = {run: weights.resolve(run) / "train.json" for run in Path(folder).glob("*") if weights.checkpoints(run)}
-    newest = sorted(made, key=lambda run: made[run].stat().st_mtime)[-1:]
-    return [Path(os.path.relpath(path)) for path in SHIPPED] + [run for run in newest if task(run) == task(SHIPPED[0])]
-
 
 def flags():
     parser = flag_parser("eval_niah.py", "Accuracy of sparse methods on RULER's needle tasks; with no flags, of the "
@@ -605,7 +432,7 @@ def run_in(args, ranks, labels, tokenizers, methods):
     device = (f"{ranks.n} x " if ranks.n > 1 else "") + device_name(args.device)
     call = {"command": command_line(args.argv, "eval_niah.py"), "commit": commit(), "device": device, "torch": torch.__version__}
     if ranks.rank == 0:  # if it refuses, torchrun ends the others, which wait below
-        refuse_others(args, labels, tokenizers, examples, call)
+        refuse_others(args, labels, tokenizers, examples, niah.prompt_hash, call)
         tell_lengths(args, labels, longest)
     left = list(unanswered(examples, by_name, args.batch, read_lines(args.out)))
     ranks.meet("all have read what is there")  # before any writes
@@ -688,9 +515,10 @@ def report(args, call, labels, tokenizers, examples, texts):
     calls = load(Path(args.out) / "asked.json", "calls")["calls"]  # more than one if it was stopped, or methods were added
     save({**call, "calls": calls, "settings": vars(args), "finished": True, "results": results}, args.json)
 
-    print("\n" + table(results, by_prompt))
+    names = {task: kind.short for task, kind in niah.TASKS.items()}
+    print("\n" + table(results, by_prompt, names))
     if args.random:
-        print("\n" + table_random(results))
+        print("\n" + table_random(results, names))
     speed = call["speed"]
     rate = f", {speed['answers'] / speed['seconds']:.3g} a second" if speed["seconds"] else ""
     print(f"\n{speed['answers']:,} answers in {speed['seconds']:.1f} s{rate}; loading took {speed['seconds_of_loading']:.1f} s")

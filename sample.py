@@ -14,8 +14,9 @@ import niah
 import sparse
 from infra import weights
 from data import tokenizer_of
-from eval_niah import PromptReads, Reads, known_models, note_if_beyond, roomy, trained_with
+from eval_niah import PromptReads, Reads, note_if_beyond, roomy
 from infra.cli import command, flag_parser, positive, seed, sized, temperature, usable_device
+from infra.runlog import known_models, trained_with
 from model import Transformer
 
 

@@ -43,7 +43,7 @@ from eval_niah import usable_device
 from infra.files import only_one, told_to_end
 from memory import arl_passes, lengths_of
 from model import PRESETS, Transformer, config_of, fresh, memory_tensors
-from infra.runlog import PATIENCE, Log, begun, field, finite, mark, newest, record_of, step_of
+from infra.runlog import PATIENCE, SHIPPED, Log, begun, field, finite, mark, newest, record_of, step_of
 from niah import Needles
 from sparse import Dilated
 
@@ -543,7 +543,7 @@ def line_of(entry, passes, step_seconds, training, args):
 
 def lesson():
     """The attention checkpoint that comes with the code is given a memory and trained on; then both are asked for needles."""
-    attention = os.path.relpath(eval_niah.SHIPPED[0])
+    attention = os.path.relpath(SHIPPED[0])
     args = parse(["--recipe=micro-convert", f"--init={attention}", "--name=converted", "--resume", *LESSON])
     print("checkpoints/attention, trained without a memory, gets one (Eq. 1 on its keys and values) and is trained on: each batch "
           "once through the memory alone (ARL), once dense. Ctrl-C stops; the same command goes on.\n")

@@ -349,7 +349,7 @@ def flags():
     add("--lm_loss", nargs="+", metavar="CKPT", help="these models' loss on Python's docstrings, in nats per token, also in lm-loss.json")
     # of what
     add("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=f"{', '.join(VARIANTS)}; none: only the table")
-    add("--seeds", nargs="+", type=eval_niah.seed, default=[0], help="of weights and training data; the evaluation's examples are always the same")
+    add("--seeds", nargs="+", type=eval_niah.natural, default=[0], help="of weights and training data; the evaluation's examples are always the same")
     add("--samples", type=eval_niah.positive, default=100, help="examples per task")
     add("--eval_batch", type=eval_niah.positive, default=64, help="prompts at a time in the evaluation")
     add("--per_gpu", type=eval_niah.positive, default=1, metavar="RUNS", help="runs at a time on each GPU")

@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from infra import cost
 import train
-from infra.answers import load, save
+from infra.files import load, save
 from eval_niah import commit, device_name
 from infra.runlog import field
 

@@ -19,10 +19,9 @@ from pathlib import Path
 
 import torch
 
-import eval_niah
 from experiments import runs
 import train
-from infra import weights
+from infra import files, runlog, weights
 from infra.cli import command, command_line, flag_parser, gate, positive, seed
 from experiments import ablations
 from model import Transformer
@@ -75,7 +74,7 @@ def run_all(args, rest):
         raise ValueError("--arl=0: without ARL there is no loss to compare")
     if weights.read(args.init)[0].get("memory"):
         raise ValueError(f"--init {args.init} has a memory already: there is nothing to start")
-    if eval_niah.training_record(args.init) is None:
+    if runlog.training_record(args.init) is None:
         raise ValueError(f"--init {args.init}: it has no train.json, by which a second call would know it again")
     jobs = [lambda call, g0=g0: call(["train.py", *flags_of(g0, args, rest)], Path(f"{folder_of(g0, args)}.log"))
             for g0 in args.g0 if not runs.finished(folder_of(g0, args), flags_of(g0, args, rest))]
@@ -83,8 +82,8 @@ def run_all(args, rest):
     made = {g0: folder_of(g0, args) for g0 in args.g0}
     found = {g0: losses(run) for g0, run in made.items()}
     lengths = {g0: median_lengths(run, settings.device) for g0, run in made.items()}
-    eval_niah.save({"command": command_line(args.argv, "experiments/gate_start.py"), "losses": found, "lengths": lengths,
-                    "train": {g0: eval_niah.training_record(run) for g0, run in made.items()}}, args.json)
+    files.save({"command": command_line(args.argv, "experiments/gate_start.py"), "losses": found, "lengths": lengths,
+                    "train": {g0: runlog.training_record(run) for g0, run in made.items()}}, args.json)
     print(f"\n{table(found, lengths)}\n\nresults in {args.json}")
 
 

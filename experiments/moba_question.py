@@ -15,7 +15,6 @@ question picks blocks by mean keys that do not show the needle, and the first by
 Plain PyTorch computes, one prompt at a time. Checked in tests/test_moba_question.py.
 """
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 

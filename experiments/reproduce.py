@@ -38,9 +38,10 @@ import eval_niah
 import niah
 from experiments import runs
 import train
-from infra import weights
-from infra.cli import command, flag_parser, positive, seed
-from infra.files import whole_or_nothing
+from infra import runlog, weights
+from infra.cli import command, flag_parser, natural, positive, seed
+from infra.files import load, save, whole_or_nothing
+from infra.report import best_heads
 from model import Transformer
 
 ARMS = {  # pretraining: flags of train.py; {seed} is filled in
@@ -52,7 +53,7 @@ ARMS = {  # pretraining: flags of train.py; {seed} is filled in
     "continued": "--recipe=micro-convert --init=out/reproduce/attention-{seed}-pretrained --memory=off --arl=0",
 }
 LATER = "converted", "continued"  # arms that start from attention's pretraining
-# The paper's settings at its context of 4,096, but for SnapKV's kernel: 15 bytes (eval_niah.sized), as much text as its 5 tokens
+# The paper's settings at its context of 4,096, but for SnapKV's kernel: 15 bytes (cli.sized), as much text as its 5 tokens
 NINE = eval_niah.METHODS
 OTHERS = ["quest:budget=1/64,block_size=16", "moba:budget=1/4,block_size=128", "moba:budget=1/8,block_size=128",
           *(f"dilated:dilation={d},local=64,initial=4" for d in (4, 16, 64)),
@@ -81,20 +82,20 @@ def do(arm, seed, prompts, args, call):
     files = {part: results / f"{run.name}{part}.json" for part in parts}
     # a folder that cannot be made and a damaged file are known before the training
     results.mkdir(parents=True, exist_ok=True)
-    there, model_of = {part: read(file) for part, file in files.items()}, eval_niah.load(record) if record.exists() else None
+    there, model_of = {part: read(file) for part, file in files.items()}, load(record) if record.exists() else None
     if arm in LATER:
         source, flags = next(iter(stages_of("attention", seed, args).items()))
         if not runs.finished(source, flags):
             raise ValueError(f"{run.name} starts from {source}, which is not trained to its end: --arms attention {arm}")
     for flags in [flags for folder, flags in stages_of(arm, seed, args).items() if not runs.finished(folder, flags)]:
         call(["train.py", *flags], log)
-    made = eval_niah.training_record(run)
+    made = runlog.training_record(run)
     if made != model_of:
         there = {}  # of another model
         for part, file in files.items():
             file.unlink(missing_ok=True)
             shutil.rmtree(run / f"niah{part}", ignore_errors=True)
-        eval_niah.save(made, record)
+        save(made, record)
     for part, methods in parts.items():
         flags = ["--ckpt", str(run), f"--samples={args.samples}", f"--seed={args.eval_seed}", f"--batch={args.batch}",
                  f"--out={run}/niah{part}", f"--json={files[part]}", "--methods", *methods]
@@ -124,7 +125,7 @@ def do_all(args):
 
 def read(file):
     """A report of eval_niah.py that ran to its end, else None."""
-    report = eval_niah.load(file, "finished", "settings", "results") if file.exists() else None
+    report = load(file, "finished", "settings", "results") if file.exists() else None
     return report if report and report["finished"] else None
 
 
@@ -147,7 +148,7 @@ def read_results(folder):
         more = read(file.with_stem(f"{file.stem}-more"))
         if more and all(more["settings"][key] == report["settings"][key] for key in ("samples", "seed")):
             report["results"] += [row for row in more["results"] if row["method"] != "dense"]
-        report["train"] = eval_niah.load(file.with_stem(f"{file.stem}-train"), "settings", "step", "seconds", "device", "commit")
+        report["train"] = load(file.with_stem(f"{file.stem}-train"), "settings", "step", "seconds", "device", "commit")
         asked = {}  # {method: {(task, n, prompts)}}
         for row in report["results"]:
             asked.setdefault(row["method"], set()).add((row["task"], row["n"], row["prompts"]))
@@ -234,7 +235,7 @@ def summarise(found):
     over_seeds = lambda of: {arm: transpose([of(report) for report in reports.values()]) for arm, reports in found.items()}
     chosen = lambda report, chance: {m: x for m, x in means(report).items() if m.endswith(BY_CHANCE) == chance}
     kinds = {"scores": over_seeds(lambda report: chosen(report, False)), "by_chance": over_seeds(lambda report: chosen(report, True)),
-             "hits": over_seeds(lambda report: {m: 100 * float(eval_niah.best_heads(rates)) for m, rates in hit_rates(report).items()})}
+             "hits": over_seeds(lambda report: {m: 100 * float(best_heads(rates)) for m, rates in hit_rates(report).items()})}
     against = {kind: {arm: column(of_arm, of["attention"], (list(found[arm]), list(found["attention"])))
                       for arm, of_arm in of.items() if arm != "attention" and "attention" in of} for kind, of in kinds.items()}
     made = {arm: {seed: {"train": report["train"], "eval": {key: report[key] for key in ("command", "commit", "device", "torch")}}
@@ -357,7 +358,7 @@ def plots(found, folder):
 
 def ship(args):
     """checkpoints/: seed 0 of attention and memory in bf16, with train.json, which tells how they were made."""
-    for folder in eval_niah.SHIPPED:
+    for folder in runlog.SHIPPED:
         run, flags = list(stages_of(folder.name, 0, args).items())[-1]
         if not runs.finished(run, flags):
             raise ValueError(f"{run} is not trained to its end: --ship needs seed 0 of attention and memory")
@@ -373,7 +374,7 @@ def run(args):
     if not found:
         raise ValueError(f"{args.results} holds no finished run: name --arms to make some")
     summary, folder = summarise(found), Path(args.results)
-    eval_niah.save(summary, folder / "summary.json")
+    save(summary, folder / "summary.json")
     text = markdown(summary, found)
     whole_or_nothing(folder / "summary.md", lambda file: file.write_text(text))
     print("\n" + text)
@@ -387,7 +388,7 @@ def main():
     add = parser.add_argument
     add("--arms", nargs="*", choices=ARMS, default=list(ARMS), metavar="ARM", help="which to train and evaluate: " + ", ".join(ARMS) +
         "; none: only the summary of what is there")
-    add("--seeds", nargs="+", type=seed, default=[0, 1, 2], help="of weights and training data")
+    add("--seeds", nargs="+", type=natural, default=[0, 1, 2], help="of weights and training data")
     add("--samples", type=positive, default=200, help="examples per task; the same for all runs")
     add("--eval_seed", type=seed, default=0, help="of the examples; who changes a recipe looks at another seed's until it is final")
     add("--random", type=positive, default=1, metavar="SEEDS", help="H2: draws of a selection by chance, for each model")

@@ -13,7 +13,6 @@ lacks to dense attention is the budget's fault. No method may do this; it takes 
 Plain PyTorch computes, as the scores are exchanged inside SnapKV.compress. Checked in tests/test_snapkv_answer.py.
 """
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -21,6 +20,7 @@ import eval_niah
 import niah
 import sparse
 from experiments import ways
+from infra.answers import by_length
 from infra.cli import command, positive
 
 
@@ -46,7 +46,7 @@ def answer_scores(model, tokenizer, examples, method):
 def compare(model, tokenizer, examples, method, batch=16):
     """RULER's score of the examples in percent, mean and 95 % interval: {"dense": [3], "question": [3], "answer": [3]}"""
     texts = {name: [None] * len(examples) for name in ("dense", "question", "answer")}
-    for rows in eval_niah.by_length(examples, batch):
+    for rows in by_length(examples, batch):
         some = [examples[i] for i in rows]
         told = Told(method.budget, method.window, method.kernel, scores=answer_scores(model, tokenizer, some, method))
         cache, logits, _ = eval_niah.prefill(model, some, sparse.Dense(), some[0].max_new_tokens, method.window)

@@ -5,15 +5,15 @@ An experiment gives compare(model, tokenizer, examples, method) -> {way: [mean, 
 table and the JSON, with what a result needs to be compared with another, come from here. Plain PyTorch computes.
 Checked in tests/test_snapkv_answer.py and tests/test_moba_question.py.
 """
-from pathlib import Path
-
 import torch
 
 from triton_ops import backend
 import eval_niah
 import niah
 import sparse
+from infra import files, runlog
 from infra.cli import command_line, commit, device_name, flag_parser, positive, seed, usable_device
+from infra.report import mean
 from model import Transformer
 
 
@@ -47,10 +47,10 @@ def run(name, args, kind, wanted, compare):
             prompts[task] = {"hash": niah.prompt_hash(examples), "keys_from": examples[0].keys_from, "haystack_from": examples[0].haystack_from}
             scores[task] = compare(model, tokenizer, examples, method)
             print(line(niah.TASKS[task].short, {way: score[0] for way, score in scores[task].items()}), flush=True)
-        print(line("mean", {way: eval_niah.mean([of[way][0] for of in scores.values()]) for way in scores[task]}), flush=True)
-        for key, of_model in ("train", eval_niah.training_record(path)), ("methods", sparse.name(method)), ("prompts", prompts), ("scores", scores):
+        print(line("mean", {way: mean([of[way][0] for of in scores.values()]) for way in scores[task]}), flush=True)
+        for key, of_model in ("train", runlog.training_record(path)), ("methods", sparse.name(method)), ("prompts", prompts), ("scores", scores):
             report[key][path] = of_model
-        eval_niah.save(report, args.json)
+        files.save(report, args.json)
     print(f"results in {args.json}")
 
 

@@ -19,28 +19,8 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-import niah
 from infra import weights
-from infra.files import SEAL, opened_seal, parse_json, read_json, seal_of, sealed, whole_or_nothing
-
-# ---------------------------------------------------------------- json files
-
-def save(report, path):
-    """Write a report as JSON, in a folder that is made if need be; whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole_or_nothing(path, lambda file: file.write_text(json.dumps(report, indent=1)))
-
-
-def load(path, *fields, remedy="move it away"):
-    """What save wrote. ValueError, which names the file, if it has not all these fields, or is no JSON, or was sealed and then changed."""
-    report = read_json(path, remedy, most=1 << 30)
-    if not isinstance(report, dict):
-        raise ValueError(f"{path} is damaged, or not of ours (it is no object): {remedy}")
-    if lacking := [field for field in fields if field not in report]:
-        raise ValueError(f"{path} is damaged, or not of ours (it has no field {lacking[0]!r}): {remedy}")
-    return opened_seal(report, path, remedy)
-
+from infra.files import SEAL, load, parse_json, save, seal_of, sealed
 
 # ---------------------------------------------------------------- what is answered, and what is left
 
@@ -129,10 +109,10 @@ def cause(before, now):
     return "; ".join(differ) or "all that they are made of is the same, so the code that makes them is not: take the commit in asked.json"
 
 
-def refuse_others(args, labels, tokenizers, examples, call):
+def refuse_others(args, labels, tokenizers, examples, prompt_hash, call):
     """
     ValueError if --out holds answers to other questions, or of other models. More methods are no other question. call: what is
-    running, kept beside those that made the answers there.
+    running, kept beside those that made the answers there. prompt_hash: niah's.
     """
     now = {"--ckpt": list(labels), "--tasks": list(next(iter(examples.values()))), "--tokenizer": [t.name for t in tokenizers.values()]}
     now |= {f"--{name}": getattr(args, name) for name in ("samples", "seed", "context_len", "max_new_tokens", "protocol", "haystack",
@@ -142,7 +122,7 @@ def refuse_others(args, labels, tokenizers, examples, call):
         path = weights.resolve(path)
         files = sorted([path / "config.json", *path.glob("model*")]) if path.is_dir() else [path]
         now[f"--ckpt {label} (a hash of its files)"] = hash_of(files)
-        prompts |= {f"what is asked in {task} (a hash of {label}'s prompts)": niah.prompt_hash(e) for task, e in examples[label].items()}
+        prompts |= {f"what is asked in {task} (a hash of {label}'s prompts)": prompt_hash(e) for task, e in examples[label].items()}
     made, file = made_of(args, examples), Path(args.out) / "asked.json"
 
     def refuse(name, was, value, why=""):

@@ -6,6 +6,7 @@ What we take from a disk and leave on it: files may come from strangers, and our
     lines_of                    the lines of a .jsonl, counted alike by every reader
     sealed, opened_seal         JSON of ours that carries a hash of itself, so that any change is found
     all_or_nothing              several files appear under their names together, or none does
+    save, load                  a report as JSON, with the fields that its reader needs
     only_one                    a folder that one run writes into refuses a second
     told_to_end                 SIGTERM, by which schedulers end us, is ctrl-C
 
@@ -155,6 +156,26 @@ def all_or_nothing(files):
 def whole_or_nothing(file, save):
     """all_or_nothing for one file."""
     all_or_nothing({file: save})
+
+
+def save(report, path):
+    """Write a report as JSON, in a folder that is made if need be; whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole_or_nothing(path, lambda file: file.write_text(json.dumps(report, indent=1)))
+
+
+def load(path, *fields, remedy="move it away"):
+    """
+    What save wrote. ValueError, which names the file, if it has not all these fields, or is no
+    JSON, or was sealed and then changed.
+    """
+    report = read_json(path, remedy, most=1 << 30)
+    if not isinstance(report, dict):
+        raise ValueError(f"{path} is damaged, or not of ours (it is no object): {remedy}")
+    if lacking := [field for field in fields if field not in report]:
+        raise ValueError(f"{path} is damaged, or not of ours (it has no field {lacking[0]!r}): {remedy}")
+    return opened_seal(report, path, remedy)
 
 
 HELD = set()  # locks of this process. Not of its children, which may outlive it

@@ -12,14 +12,15 @@ import math
 import os
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
-import eval_niah
 from infra import weights
-from infra.answers import load
-from infra.files import whole_or_nothing
+from infra.cli import ROOT, command_line, device_name
+from infra.files import load, whole_or_nothing
 
+SHIPPED = [ROOT / "checkpoints" / name for name in ("attention", "memory")]
 PATIENCE = 3  # steps in a row whose loss or gradient is not finite: then the run ends
 
 # flags that --resume may give otherwise
@@ -67,7 +68,7 @@ def same_file(key, saved, args, inputs):
         return inputs[key] == saved["first_sample" if key == "data" else key]
     if not (then and now):
         return False
-    if key == "init" and saved.get("from") and saved["from"] == eval_niah.training_record(now):
+    if key == "init" and saved.get("from") and saved["from"] == training_record(now):
         return True
     return os.path.realpath(str(then)) == os.path.realpath(now)
 
@@ -79,7 +80,7 @@ def begun(args, folder):
     """
     if folder:
         return {"skipped": 0} | load(folder / "train.json")
-    return {"seconds": 0.0, "skipped": 0, "from": eval_niah.training_record(args.init) if args.init else None}
+    return {"seconds": 0.0, "skipped": 0, "from": training_record(args.init) if args.init else None}
 
 
 def record_of(args, step, log, step_seconds, processes, commit, first_sample, before,
@@ -89,12 +90,36 @@ def record_of(args, step, log, step_seconds, processes, commit, first_sample, be
     fingerprint's; before: begun's; tokenizer: its name; haystack: a hash of the file.
     """
     seconds = statistics.median(step_seconds)
-    return {"step": step, "settings": vars(args), "command": eval_niah.command_line(None, "train.py"), "commit": commit,
-            "device": eval_niah.device_name(args.device), "processes": processes.world, "torch": torch.__version__,
+    return {"step": step, "settings": vars(args), "command": command_line(None, "train.py"), "commit": commit,
+            "device": device_name(args.device), "processes": processes.world, "torch": torch.__version__,
             "seconds": log.seconds(), "step_seconds": round(seconds, 5), "tokens_per_second": round(log.tokens / seconds),
             "mfu": log.peak and round(sum(log.of_pass.values()) / seconds / log.peak, 4),
             "skipped": log.skipped, "first_sample": first_sample, "tokenizer": tokenizer,
             "haystack": haystack, "from": before["from"]}
+
+
+# ---------------------------------------------------------------- models that are there
+
+def training_record(path):
+    """What train.py wrote beside the model of its making (record_of), None if there is no such file."""
+    file = weights.resolve(path) / "train.json"
+    return load(file, "settings") if file.exists() else None
+
+
+def trained_with(path):
+    """The flags of train.py that made the model, {} if it is not of ours."""
+    record = training_record(path)
+    return record["settings"] if record else {}
+
+
+def known_models(folder="out"):
+    """The two checkpoints that come with the code, and the newest run of train.py if it does the same task."""
+    def task(path):
+        settings, flags = weights.read(path, without_tensors=True)[0], trained_with(path)
+        return settings["context_len"], settings["vocab_size"], flags.get("protocol"), flags.get("tokenizer")
+    made = {run: weights.resolve(run) / "train.json" for run in Path(folder).glob("*") if weights.checkpoints(run)}
+    newest = sorted(made, key=lambda run: made[run].stat().st_mtime)[-1:]
+    return [Path(os.path.relpath(path)) for path in SHIPPED] + [run for run in newest if task(run) == task(SHIPPED[0])]
 
 
 # ---------------------------------------------------------------- log.jsonl

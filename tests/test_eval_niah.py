@@ -16,15 +16,16 @@ import torch
 from conftest import tiny
 from test_niah import Bytes, tokenizer_of
 
-from infra import answers
 import eval_niah
 import niah
 import sparse
-from infra import weights
+from infra import answers, cli, files, runlog, weights
+from infra.report import best_heads, difference, interval, table, table_random
 from model import Transformer
 
 CONTEXT = 512
-METHODS = [sparse.parse(eval_niah.sized(text, CONTEXT, Bytes()), CONTEXT) for text in (
+NAMES = {task: kind.short for task, kind in niah.TASKS.items()}
+METHODS = [sparse.parse(cli.sized(text, CONTEXT, Bytes()), CONTEXT) for text in (
     "dense", "quest:budget=1/4", "moba:budget=1/4", "snapkv:budget=1/4", "moba:budget=1/4+snapkv:budget=1/4+quest:budget=1/8",
     "dilated:local=32")]
 
@@ -72,9 +73,9 @@ def test_a_gold_answer_scores_100_and_an_empty_one_0_in_every_task(protocol):
 
 def test_interval_is_wilsons():
     """A 100 +- 0 of few samples; figures from Wilson's formula worked by hand (R: prop.test without correction)."""
-    assert eval_niah.interval([0.0] * 10) == [0.0, 0.0, 27.75]
-    assert eval_niah.interval([1.0] * 10) == [100.0, 72.25, 100.0]
-    assert eval_niah.interval([1.0] * 5 + [0.0] * 5) == [50.0, 23.66, 76.34]
+    assert interval([0.0] * 10) == [0.0, 0.0, 27.75]
+    assert interval([1.0] * 10) == [100.0, 72.25, 100.0]
+    assert interval([1.0] * 5 + [0.0] * 5) == [50.0, 23.66, 76.34]
 
 
 def coin(rng, p, q, r):
@@ -89,10 +90,10 @@ def test_the_interval_of_a_difference_covers_it(n, p, q, r):
     rng, inside, widths = random.Random(0), 0, []
     for _ in range(600):
         a, b = zip(*(coin(rng, p, q, r) for _ in range(n)))
-        gain, low, high = eval_niah.difference(a, b, paired=True)
+        gain, low, high = difference(a, b, paired=True)
         assert gain == pytest.approx(100 * (sum(b) - sum(a)) / n, abs=0.02) and low < high
         inside += low <= 100 * (q - p) <= high
-        widths.append((high - low) / (eval_niah.difference(a, b, paired=False)[2] - eval_niah.difference(a, b, paired=False)[1]))
+        widths.append((high - low) / (difference(a, b, paired=False)[2] - difference(a, b, paired=False)[1]))
     assert inside / 600 > 0.93
     # paired, what is hard for both counts once: the more they share, the narrower
     assert max(widths) < 1.6 and (sum(widths) / 600 < 0.85 if r >= 0.5 and n >= 30 and p > 0.1 else True)
@@ -100,19 +101,19 @@ def test_the_interval_of_a_difference_covers_it(n, p, q, r):
 
 def test_a_difference_by_hand():
     """b - a, not a - b; both ends. Where the models' successes are as unlike as can be, pairs are wider than strangers."""
-    assert eval_niah.difference([0.0] * 9 + [1.0], [1.0] * 10, True)[0] == pytest.approx(90)
+    assert difference([0.0] * 9 + [1.0], [1.0] * 10, True)[0] == pytest.approx(90)
     a, b = [1.0, 0.0] * 20, [0.0, 1.0] * 20
-    paired, apart = eval_niah.difference(a, b, True), eval_niah.difference(a, b, False)
-    half = 100 * 0.5 - eval_niah.interval(a)[1]
+    paired, apart = difference(a, b, True), difference(a, b, False)
+    half = 100 * 0.5 - interval(a)[1]
     assert paired == pytest.approx([0, -2 * half, 2 * half]) and apart == pytest.approx([0, -2**0.5 * half, 2**0.5 * half])
-    same = eval_niah.difference(a, a, True)
+    same = difference(a, a, True)
     assert same == pytest.approx([0, -half * (2 - 2 * 0.95) ** 0.5, half * (2 - 2 * 0.95) ** 0.5])  # r = 1 - 2 / n, corrected
 
 
 def rows_of(checkpoint, by_task, prompts="p", random=None):
     """Result rows of one method, and what table takes beside them; by_task: {task: scores}"""
     rows = [{"checkpoint": checkpoint, "method": "dense", "random": random, "task": task, "prompts": prompts, "hits": None, "read": None,
-             "prompt_read": None, "ruler": eval_niah.interval(scores), "paper": eval_niah.interval(scores)} for task, scores in by_task.items()]
+             "prompt_read": None, "ruler": interval(scores), "paper": interval(scores)} for task, scores in by_task.items()]
     return rows, {(checkpoint, "dense", task): scores for task, scores in by_task.items()}
 
 
@@ -122,20 +123,20 @@ def test_table_pairs_differences_and_says_what_its_intervals_cover():
     tasks = {"niah_single_1": a, "niah_single_2": a}
     for prompts, paired, words in ("p", True, "each prompt asked of both"), ("other", False, "of other prompts"):
         (first, one), (second, two) = rows_of("first", tasks), rows_of("second", {"niah_single_1": b, "niah_single_2": b}, prompts)
-        text = eval_niah.table(first + second, one | two)
-        cell = eval_niah.difference(a, b, paired)
+        text = table(first + second, one | two, NAMES)
+        cell = difference(a, b, paired)
         half = (cell[2] - cell[1]) / 2 / 2**0.5  # of two tasks
         assert f"second - first, {words}" in text and f"+1.0   +1.0    +1.0 ±{half:4.1f}" in text, text
         assert "prompts alone" in text and "seed" in text.splitlines()[-1]
-    assert half > 9.5 and eval_niah.difference(a, b, True)[2] < 4
+    assert half > 9.5 and difference(a, b, True)[2] < 4
 
 
 def test_h2_tells_the_spread_of_draws():
     """The deviation of the draws taken for all there are: a third too small for two."""
     rows = [row for score in (40, 50) for row in rows_of("m", {"niah_single_1": [score / 100]}, random=score)[0]]
-    text = eval_niah.table_random(rows)
+    text = table_random(rows, NAMES)
     assert "S-1 45.0 ±7.1" in text and "sample standard deviation over draws (2)" in text
-    assert "S-1 40.0" in eval_niah.table_random(rows[:1]) and "±" not in eval_niah.table_random(rows[:1])
+    assert "S-1 40.0" in table_random(rows[:1], NAMES) and "±" not in table_random(rows[:1], NAMES)
 
 
 # ---------------------------------------------------------------- answers
@@ -256,7 +257,7 @@ class Keeps(sparse.SnapKV):
 
 def rates(model, examples, method, batch):
     """The share of answers that each head hits, (layers, KV)."""
-    found = [eval_niah.answer(model, Bytes(), [examples[i] for i in rows], [], None, [method])[1] for rows in eval_niah.by_length(examples, batch)]
+    found = [eval_niah.answer(model, Bytes(), [examples[i] for i in rows], [], None, [method])[1] for rows in answers.by_length(examples, batch)]
     hit = torch.stack([heads for of_batch in found for of_row in of_batch[method] for heads in of_row.values()])
     return hit.float().mean(0)
 
@@ -282,7 +283,7 @@ def test_hits_do_not_depend_on_the_batch():
     """Answers of different lengths: a row that is done and still fed."""
     model, examples, half = small(memory=True), make("niah_single_3", 2) + make("niah_single_2", 2), CONTEXT // 2
     for text in f"quest:budget={half}", f"snapkv:budget={half}", f"moba:budget={half}+snapkv:budget={half}+quest:budget={half // 4 * 3}":
-        method = sparse.parse(eval_niah.sized(text, CONTEXT, Bytes()), CONTEXT)
+        method = sparse.parse(cli.sized(text, CONTEXT, Bytes()), CONTEXT)
         together, alone = (rates(model, examples, method, batch) for batch in (4, 1))
         assert torch.equal(together, alone) and 0 < together.mean() < 1
 
@@ -295,7 +296,7 @@ def test_one_prefill_serves_all_that_prefill_alike(monkeypatch):
     by_name = {f"H1 {sparse.name(m)}": m for m in selecting} | {sparse.name(m): m for m in asked}
     prefill, args = model.prefill, SimpleNamespace(device="cpu", batch=3)
     monkeypatch.setattr(model, "prefill", lambda *given, **more: prefills.append(given[3]) or prefill(*given, **more))
-    batch, = eval_niah.unanswered(examples, by_name, 3, {})
+    batch, = answers.unanswered(examples, by_name, 3, {})
     lines, _ = eval_niah.ask(model, Bytes(), examples, batch, by_name, args, None)
     assert len(prefills) == len({sparse.phases(method).prefill_by for method in asked}) == 3  # dense, MoBA, Dilated
     assert {line.method for line in lines} == by_name.keys()
@@ -311,7 +312,7 @@ def test_hits_of_what_is_missing_alone_are_counted(monkeypatch):
     by_name, args = {f"H1 {sparse.name(quest)}": quest}, SimpleNamespace(device="cuda", batch=4)
     told = []
     for there in {}, {0: None}, {0: None, 2: None}:
-        batch, = eval_niah.unanswered(examples, by_name, 4, {("m", "niah_single_2", *by_name): there})
+        batch, = answers.unanswered(examples, by_name, 4, {("m", "niah_single_2", *by_name): there})
         (line,), _ = eval_niah.ask(model, Bytes(), examples, batch, by_name, args, None)
         assert line.examples == [i for i in range(3) if i not in there] and line.told["answers"] == len(line.examples)
         told.append(torch.tensor(line.told["hits"]))
@@ -361,8 +362,8 @@ def test_best_heads_are_the_papers_fifty_of_1024():
     """The mean of all heads, or of the worst."""
     rates = torch.zeros(32, 32)
     rates.view(-1)[torch.randperm(1024)[:51]] = torch.cat([torch.ones(50), torch.tensor([0.5])])
-    assert eval_niah.best_heads(rates) == pytest.approx((50 + 0.5) / 51)  # 5 % of 1,024 is 51
-    assert eval_niah.best_heads(torch.tensor([[0.25, 0.75]])) == 0.75
+    assert best_heads(rates) == pytest.approx((50 + 0.5) / 51)  # 5 % of 1,024 is 51
+    assert best_heads(torch.tensor([[0.25, 0.75]])) == 0.75
 
 
 # ---------------------------------------------------------------- the command
@@ -371,7 +372,7 @@ def test_best_heads_are_the_papers_fifty_of_1024():
 def runs(tmp_path, monkeypatch):
     """checkpoints/ as they come with the code, and out/ as train.py leaves it, with two runs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(eval_niah, "SHIPPED", [tmp_path / "checkpoints" / name for name in ("attention", "memory")])
+    monkeypatch.setattr(runlog, "SHIPPED", [tmp_path / "checkpoints" / name for name in ("attention", "memory")])
     settings = {"protocol": "base", "tokenizer": None}
     made = [("checkpoints/attention", False), ("checkpoints/memory", True),
             *((f"out/{run}/step_000000{step}", True) for run in ("old", "mine") for step in (1, 2))]
@@ -385,25 +386,25 @@ def runs(tmp_path, monkeypatch):
 
 def test_with_no_checkpoint_it_compares_what_comes_with_the_code_and_the_newest_run(runs, monkeypatch):
     """An old experiment beside them, or one's own run of another task or length, whose scores would mean nothing there."""
-    assert [path.name for path in eval_niah.known_models()] == ["attention", "memory", "mine"]
+    assert [path.name for path in runlog.known_models()] == ["attention", "memory", "mine"]
     for file, old, new in ("train.json", "base", "sft"), ("config.json", f'"context_len": {CONTEXT}', '"context_len": 256'):
         file = runs / "out/mine/step_0000002" / file
         text = file.read_text()
         others = json.dumps({name: value for name, value in json.loads(text).items() if name != "sha256"})
         file.write_text(others.replace(old, new))
-        assert others != file.read_text() and [path.name for path in eval_niah.known_models()] == ["attention", "memory"]
+        assert others != file.read_text() and [path.name for path in runlog.known_models()] == ["attention", "memory"]
         file.write_text(text)
     read = weights.read  # a vocabulary of other tokens, which the shapes of the weights would not match
     monkeypatch.setattr(weights, "read", lambda path, **more: (read(path)[0] | ({"vocab_size": 1000} if "mine" in str(path) else {}), {}))
-    assert [path.name for path in eval_niah.known_models()] == ["attention", "memory"]
+    assert [path.name for path in runlog.known_models()] == ["attention", "memory"]
 
 
 def test_the_checkpoints_that_come_with_the_code_find_a_needle():
     """A file that is missing from the repository, or not the model that its train.json tells of."""
-    attention, memory = eval_niah.SHIPPED
-    assert sum(file.stat().st_size for folder in eval_niah.SHIPPED for file in folder.iterdir()) < 25e6
+    attention, memory = runlog.SHIPPED
+    assert sum(file.stat().st_size for folder in runlog.SHIPPED for file in folder.iterdir()) < 25e6
     for folder, has_memory in (attention, False), (memory, True):
-        model, made = Transformer.from_pretrained(folder), eval_niah.training_record(folder)
+        model, made = Transformer.from_pretrained(folder), runlog.training_record(folder)
         assert model.config.memory == has_memory and made["settings"]["recipe"] == "micro-sft" and made["step"] == made["settings"]["steps"]
         assert made["from"]["settings"]["memory"] == ("on" if has_memory else "off")
         examples = [niah.make_example("niah_single_2", 4096, Bytes(), seed=3, index=0, protocol="sft", max_new_tokens=12)]
@@ -472,7 +473,7 @@ def test_budgets_are_fractions_of_what_is_asked(runs, capsys):
     assert f"4 prompts of {min(lengths):,} to {max(lengths):,} tokens" in out or f"6 prompts of {min(lengths):,} to {max(lengths):,} tokens" in out
     notes = err.splitlines()  # once for each model, though it is asked in many batches
     assert [note.split()[1] for note in notes] == ["attention", "memory", "mine"] and all("512 tokens" in note for note in notes), err
-    rows = eval_niah.load("a/results.json")["results"]
+    rows = files.load("a/results.json")["results"]
     assert {row["budget"] for row in rows} == {None, 256} and all(0.1 < row["read_share"] <= 1 for row in rows)
 
 
@@ -494,7 +495,7 @@ def test_a_name_means_the_same_in_every_spelling(runs, capsys):
     few = ["--ckpt", "out/mine", "--samples=1", "--max_new_tokens=12", "--device=cpu", "--out=a"]
     eval_niah.main([*few, "--tasks", "S-1", "niah_single_2", "--method", "quest:budget=1/4", "--method", "moba:budget=1/4"])
     eval_niah.main([*few, "--tasks", "s-1", "S-2", "--methods", "quest:budget=1/4", "moba:budget=1/4"])  # nothing is left to ask
-    report = eval_niah.load("a/results.json")
+    report = files.load("a/results.json")
     assert report["settings"]["tasks"] == ["niah_single_1", "niah_single_2"] and report["speed"]["answers"] == 0
     assert [text.split(":")[0] for text in report["settings"]["methods"]] == ["dense", "quest", "moba"]
 
@@ -537,7 +538,7 @@ N_BATCHES = 2 * 2 * 3
 
 def told(out="eval"):
     """The report in a folder, but for the time it took; and what its predictions are."""
-    report = eval_niah.load(Path(out) / "results.json")
+    report = files.load(Path(out) / "results.json")
     assert report.pop("speed")["seconds"] >= 0
     for row in report["results"]:
         del row["seconds"]
@@ -666,7 +667,7 @@ def test_what_is_installed_meanwhile_changes_no_prompt(undisturbed, capsys, monk
         eval_niah.main([*ASKED, "--out=whole"])
     niah.word_lists.cache_clear()
     eval_niah.main([*ASKED, "--out=whole"])
-    assert eval_niah.load("whole/results.json")["speed"]["answers"] == 0
+    assert files.load("whole/results.json")["speed"]["answers"] == 0
     without(monkeypatch, "wonderwords")
     with pytest.raises(SystemExit):
         eval_niah.main([*ASKED, "--words=wonderwords", "--out=eval"])
@@ -677,7 +678,7 @@ def test_what_is_installed_meanwhile_changes_no_prompt(undisturbed, capsys, monk
 
 def test_other_prompts_are_refused_with_their_cause(undisturbed, capsys, monkeypatch):
     """Two hashes, and nothing about what made them differ."""
-    asked = eval_niah.load("whole/asked.json", "made_of")
+    asked = files.load("whole/asked.json", "made_of")
     assert asked["made_of"]["--words"] == "built-in" and asked["made_of"]["words of keys"] == ["built-in words"]
     if importlib.util.find_spec("wonderwords"):
         line = refused(capsys, "--words=wonderwords")
@@ -701,7 +702,7 @@ def test_a_file_is_the_same_however_its_path_is_spelled(runs):
     for flag, file in ("--haystack", "words.txt"), ("--jsonl", "niah_single_2.jsonl"):
         for spelled in file, f"./{file}", str(Path(file).resolve()), f"out/../{file}":
             eval_niah.main([*few, f"--out=a{flag}", *(["--tasks", "S-2"] if flag == "--haystack" else []), flag, spelled])
-        assert len(eval_niah.load(f"a{flag}/asked.json")["calls"]) == 4
+        assert len(files.load(f"a{flag}/asked.json")["calls"]) == 4
 
 
 def test_blank_lines_and_a_byte_order_mark_are_no_damage(undisturbed, monkeypatch):
@@ -743,7 +744,7 @@ def test_hash_of_files_tells_models_apart(tmp_path):
 
 def test_the_speed_told_is_of_the_answers_of_this_run(undisturbed, monkeypatch):
     """A rate that counts answers which were there before, or the loading."""
-    again = lambda: (eval_niah.main([*ASKED, "--out=whole"]), eval_niah.load("whole/results.json")["speed"])[1]
+    again = lambda: (eval_niah.main([*ASKED, "--out=whole"]), files.load("whole/results.json")["speed"])[1]
     load, ask, clock = eval_niah.Transformer.from_pretrained, eval_niah.ask, [0.0]
     tick = lambda seconds: clock.__setitem__(0, clock[0] + seconds)
     monkeypatch.setattr(eval_niah.time, "time", lambda: clock[0])
@@ -830,7 +831,7 @@ def test_on_a_gpu_all_batches_are_of_one_size(monkeypatch, batch, sizes):
     monkeypatch.setattr(eval_niah, "answer", lambda m, t, some, *rest: seen.append(len(some)) or answer(m, t, some, *rest))
     lines = {}
     for device in "cpu", "cuda":
-        for todo in eval_niah.unanswered(examples, by_name, batch, {}):
+        for todo in answers.unanswered(examples, by_name, batch, {}):
             args = SimpleNamespace(device=device, batch=batch)
             lines.setdefault(device, []).extend(line._replace(told=line.told["text"]) for line in
                                                 eval_niah.ask(model, Bytes(), examples, todo, by_name, args, None)[0])

@@ -584,7 +584,7 @@ def test_a_run_is_finished_only_of_the_model_that_is_there_now(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     flags = ["--init=first", "--steps=20", "--device=cpu"]
     made = {"settings": {}, "made": 1}
-    monkeypatch.setattr(runlog.eval_niah, "training_record", lambda path: made)
+    monkeypatch.setattr(runlog, "training_record", lambda path: made)
     made_run(tmp_path / "same", flags, 20, **{"from": made})
     assert runs.finished(tmp_path / "same", flags)
     for name, source in ("older", {"settings": {}, "made": 0}), ("unknown", None):
@@ -701,7 +701,8 @@ def asked(tmp_path):
     of_both = lambda *prompts: {name: {task: examples_of(n) for task, n in zip("ST", prompts)}
                                 for name in labels}
     names = lambda name="bytes": dict.fromkeys(labels, SimpleNamespace(name=name))
-    answers.refuse_others(args, labels, names(), of_both(1, 2), {"command": "first"})
+    answers.refuse_others(args, labels, names(), of_both(1, 2), niah.prompt_hash,
+                          {"command": "first"})
     (tmp_path / "out" / "answers-0.jsonl").write_text("some")
     return args, labels, names, of_both
 
@@ -711,7 +712,8 @@ def test_answers_of_other_questions_or_models_are_refused(asked, tmp_path):
     args, labels, names, of_both = asked
 
     def again(args=args, labels=labels, names=names(), prompts=of_both(1, 2), call="second"):
-        answers.refuse_others(args, labels, names, prompts, {"command": call})
+        answers.refuse_others(args, labels, names, prompts, niah.prompt_hash,
+                              {"command": call})
     again(), again(), again(call="third")
     calls = answers.load(tmp_path / "out" / "asked.json")["calls"]
     assert [call["command"] for call in calls] == ["first", "second", "third"]

@@ -17,9 +17,13 @@ from test_niah import Bytes
 
 import eval_niah
 import niah
-from experiments import reproduce
 import sample
 import sparse
+from experiments import reproduce
+from infra import answers, files
+from infra.report import best_heads, difference, interval, mean, plot, table, table_random
+
+NAMES = {task: kind.short for task, kind in niah.TASKS.items()}
 
 
 def drawn(monkeypatch):
@@ -214,7 +218,7 @@ def test_each_arm_is_asked_what_the_table_tells(tmp_path, monkeypatch):
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduce.runs, "finished", lambda run, flags: True)
-    monkeypatch.setattr(reproduce.eval_niah, "training_record", lambda run: {"step": 1})
+    monkeypatch.setattr(reproduce.runlog, "training_record", lambda run: {"step": 1})
     args, calls = SimpleNamespace(results="results", random=4, samples=7, eval_seed=3, batch=9,
                                   train=[]), []
     for arm in "memory", "long":
@@ -319,7 +323,7 @@ def test_intervals_are_those_published(found, n, low, high):
     Newcombe, Statistics in Medicine 17 (1998), p. 857, table I, method 3. An interval of another
     level, or of another n.
     """
-    p, *ends = eval_niah.interval([1.0] * found + [0.0] * (n - found))
+    p, *ends = interval([1.0] * found + [0.0] * (n - found))
     assert p == pytest.approx(100 * found / n, abs=0.006)
     assert ends == pytest.approx([low, high], abs=0.011)
 
@@ -338,7 +342,7 @@ def test_intervals_of_differences_are_those_published(both, second, first, neith
         b = [1.0] * both + [1.0] * second + [0.0] * first + [0.0] * neither
     else:
         a, b, gain, low, high = [1.0] * 48 + [0.0] * 32, [1.0] * 56 + [0.0] * 14, 20, 5.24, 33.39
-    assert eval_niah.difference(a, b, paired) == pytest.approx([gain, low, high], abs=0.02)
+    assert difference(a, b, paired) == pytest.approx([gain, low, high], abs=0.02)
 
 
 def told_examples(*answers, depths=None):
@@ -356,8 +360,8 @@ def test_scores_are_means_over_examples():
     unlike many.
     """
     examples, texts = told_examples(["11", "22"], ["33"], ["44"]), ["11, 22.", "x33", "55"]
-    assert eval_niah.scores(texts, examples) == {"ruler": eval_niah.interval([1, 1, 0]),
-                                                 "paper": eval_niah.interval([0.5, 0, 0])}
+    assert eval_niah.scores(texts, examples) == {"ruler": interval([1, 1, 0]),
+                                                 "paper": interval([0.5, 0, 0])}
     assert eval_niah.scores(texts, examples)["ruler"][0] == 66.67
     assert eval_niah.scores(texts, examples)["paper"][0] == 16.67
     assert eval_niah.ruler_scores(texts, examples) == [1, 1, 0]
@@ -373,9 +377,9 @@ def test_answers_are_counted_in_the_tenth_where_their_needle_is():
 
 def test_what_nobody_told_is_in_no_mean():
     """None taken for 0: reads too low where a prefill gave the end at once."""
-    assert eval_niah.mean([1, None, 4]) == 2.5
-    assert eval_niah.mean([None]) is None
-    assert eval_niah.mean([0.0]) == 0
+    assert mean([1, None, 4]) == 2.5
+    assert mean([None]) is None
+    assert mean([0.0]) == 0
 
 
 # ---------------------------------------------------------------- eval_niah.py: what was read
@@ -532,8 +536,8 @@ def test_what_snapkv_has_left_is_what_was_read():
 
 def test_best_heads_are_the_mean_of_the_best_twentieth():
     """H1 of the best head, or of all."""
-    assert eval_niah.best_heads(torch.arange(40.0).view(4, 10)) == 38.5  # two of 40
-    assert eval_niah.best_heads(torch.tensor([[0.25, 0.5]])) == 0.5
+    assert best_heads(torch.arange(40.0).view(4, 10)) == 38.5  # two of 40
+    assert best_heads(torch.tensor([[0.25, 0.5]])) == 0.5
 
 
 # ---------------------------------------------------------------- eval_niah.py: tables, plot,
@@ -567,7 +571,7 @@ BY_PROMPT = {(of["checkpoint"], of["method"], of["task"]): [1.0] * int(of["ruler
 
 def test_table_by_hand():
     """Means, ±, reads, H1 and differences: each in its column, of its method, with its sign."""
-    lines = [line.split() for line in eval_niah.table(RESULTS, BY_PROMPT).splitlines() if line]
+    lines = [line.split() for line in table(RESULTS, BY_PROMPT, NAMES).splitlines() if line]
     assert lines[1] == "S-1 MV mean mean prompt answer heads, %".split()
     # halves 3 and 4, of two tasks: 5 / 2
     assert lines[2:6] == ["attention dense 90.0 70.0 80.0 ± 2.5 60.0 51.0 102.0 -".split(),
@@ -575,7 +579,7 @@ def test_table_by_hand():
                           "memory dense 95.0 60.0 77.5 ± 2.5 60.0 51.0 102.0 -".split(),
                           "memory quest 100.0 50.0 75.0 ± 2.5 25.0 51.0 11.0 -".split()]
     assert lines[6][:3] == ["memory", "-", "attention,"] and "paired" in lines[6]
-    cells = {method: [eval_niah.difference(BY_PROMPT["attention", method, task],
+    cells = {method: [difference(BY_PROMPT["attention", method, task],
                                            BY_PROMPT["memory", method, task], True)
                       for task in ("niah_single_1", "niah_multivalue")]
              for method in ("dense", "quest")}
@@ -586,8 +590,8 @@ def test_table_by_hand():
     assert lines[7:9] == [["dense", "+5.0", "-10.0", "-2.5", *said(half["dense"])],
                           ["quest", "+40.0", "+30.0", "+35.0", *said(half["quest"])]]
     others = [of | {"prompts": "other"} if of["checkpoint"] == "memory" else of for of in RESULTS]
-    lines = [line.split() for line in eval_niah.table(others, BY_PROMPT).splitlines() if line]
-    apart = [eval_niah.difference(BY_PROMPT["attention", "dense", task],
+    lines = [line.split() for line in table(others, BY_PROMPT, NAMES).splitlines() if line]
+    apart = [difference(BY_PROMPT["attention", "dense", task],
                                   BY_PROMPT["memory", "dense", task], False)
              for task in ("niah_single_1", "niah_multivalue")]
     assert "paired" not in lines[6]
@@ -596,7 +600,7 @@ def test_table_by_hand():
 
 def test_table_of_draws_by_hand():
     """H2's spread of 0, or of a population; a mean of two tasks."""
-    text = eval_niah.table_random(RESULTS)
+    text = table_random(RESULTS, NAMES)
     assert "S-1 7.0 ±2.8" in text
     assert "MV 1.0 ±0.0" in text
     assert "draws (2)" in text
@@ -616,7 +620,7 @@ def test_the_plot_shows_the_tables_numbers(monkeypatch, tmp_path):
              for t, task in enumerate(("niah_single_1", "niah_multivalue"))]
     found[0]["by_depth"] = found[2]["by_depth"] = [[1, 0]] * 10  # dense, and the larger budget
     figures = drawn(monkeypatch)
-    eval_niah.plot(found, tmp_path / "plot.png")
+    plot(found, tmp_path / "plot.png")
     (above,), (below,) = figures[0]
     assert numbers(above.errorbar.call_args.args) == [[256, 1024], [45, 75], [2.5, 2.5]]
     assert above.axhline.call_args.args == (85,)
@@ -635,22 +639,22 @@ def test_results_by_hand(tmp_path, monkeypatch, capsys):
     tables = []
     monkeypatch.setattr(eval_niah, "plot", lambda results, path: None)
     monkeypatch.setattr(eval_niah, "table",
-                        lambda results, by_prompt: tables.append(by_prompt) or "the table")
-    monkeypatch.setattr(eval_niah, "table_random", lambda results: "of draws")
+                        lambda results, by_prompt, names: tables.append(by_prompt) or "the table")
+    monkeypatch.setattr(eval_niah, "table_random", lambda results, names: "of draws")
     monkeypatch.setattr(eval_niah.weights, "resolve", lambda path: path)
     examples = told_examples(["11", "22"], ["33"], ["44"], depths=[[0, 95], [50], [55]])
     dense, quest = sparse.Dense(), sparse.Quest(16, 8)
     chance = sparse.randomized(quest, 3)
     told = {dense: [("11,22", 100.0, 50.0, 1.0), ("x33", None, 52.0, 2.0), ("", 104.0, None, 3.0)],
             quest: [("11", 8.0, None, 1.0)] * 3, chance: [("44", 16.0, None, 0.5)] * 3}
-    line = lambda method, of, told: eval_niah.written(eval_niah.Line("m", "niah_multivalue", method,
+    line = lambda method, of, told: answers.written(answers.Line("m", "niah_multivalue", method,
                                                                      of, told))
     lines = [line(sparse.name(method), [i], eval_niah.Told(*of_one)._asdict()) for method,
              of in told.items() for i, of_one in enumerate(of)]
     lines += [line(f"H1 {sparse.name(quest)}", [0, 2], {"hits": [[3, 0]], "answers": 3}),
               line(f"H1 {sparse.name(quest)}", [1], {"hits": [[0, 1]], "answers": 1})]
     (tmp_path / "answers-0.jsonl").write_bytes(b"".join(lines))
-    eval_niah.save({"calls": ["first", "second"]}, tmp_path / "asked.json")
+    files.save({"calls": ["first", "second"]}, tmp_path / "asked.json")
     args = SimpleNamespace(out=str(tmp_path), json=str(tmp_path / "results.json"), hits=True,
                            random=1, context_len=64)
     call = {"commit": "c", "speed": {"answers": 9, "seconds": 4.5, "seconds_of_loading": 2.0}}
@@ -668,7 +672,7 @@ def test_results_by_hand(tmp_path, monkeypatch, capsys):
               "keys_from": "words", "haystack_from": "text"}
     assert all(of[key] == value for of in report["results"] for key, value in common.items())
     wanted = {"method": "dense", "random": None, "budget": None,
-              "ruler": eval_niah.interval([1, 1, 0]), "paper": eval_niah.interval([1, 0, 0]),
+              "ruler": interval([1, 1, 0]), "paper": interval([1, 0, 0]),
               "read": 102, "read_share": 102 / 64, "prompt_read": 51, "prompt_read_share": 51 / 64,
               "hits": None, "seconds": 6}
     assert {key: first[key] for key in wanted} == wanted
@@ -676,13 +680,13 @@ def test_results_by_hand(tmp_path, monkeypatch, capsys):
     assert first["by_depth"][5] == [2, 50]
     assert first["by_depth"][9] == [1, 100]
     wanted = {"method": "quest:budget=1/4", "random": None, "budget": 16,
-              "ruler": eval_niah.interval([0.5, 0, 0]), "read": 8, "read_share": 0.125,
+              "ruler": interval([0.5, 0, 0]), "read": 8, "read_share": 0.125,
               "prompt_read": None,
               # of four answers, not a mean of two batches
               "prompt_read_share": None, "hits": [[0.75, 0.25]], "seconds": 3}
     assert {key: second[key] for key in wanted} == wanted
     wanted = {"method": "quest:budget=1/4", "random": 3, "budget": 16,
-              "ruler": eval_niah.interval([0, 0, 1]), "read": 16, "hits": None, "seconds": 1.5}
+              "ruler": interval([0, 0, 1]), "read": 16, "hits": None, "seconds": 1.5}
     assert {key: third[key] for key in wanted} == wanted
     assert tables == [{("m", "dense", "niah_multivalue"): [1, 1, 0],
                        ("m", "quest:budget=1/4", "niah_multivalue"): [0.5, 0, 0]}]
@@ -799,8 +803,8 @@ def test_speed_is_of_the_last_process_to_finish(asked, tmp_path, monkeypatch):
     assert reports == [{"answers": 3, "seconds": 14.0, "seconds_of_loading": 50.0}]
     lines = (tmp_path / "out" / "answers-0.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "out" / "answers-0.jsonl").write_bytes(lines[0])
-    meet = eval_niah.Ranks.meet  # another process that took longer to answer
-    monkeypatch.setattr(eval_niah.Ranks, "meet",
+    meet = answers.Ranks.meet  # another process that took longer to answer
+    monkeypatch.setattr(answers.Ranks, "meet",
                         lambda self, place, word="": meet(self, place, word)
                         + ["[100, 3]"] * (place == "all have written"))
     eval_niah.main([*flags, "--samples=3", "--max_new_tokens=12"])

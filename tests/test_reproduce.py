@@ -15,9 +15,10 @@ import niah
 from experiments import reproduce
 from experiments import runs
 import train
+from infra import cli
 from infra.tokenizers import ByteTokenizer
 
-SIZED = [eval_niah.sized(method, 1024, ByteTokenizer()) for method in eval_niah.METHODS]  # of a shorter context, as tests are
+SIZED = [cli.sized(method, 1024, ByteTokenizer()) for method in eval_niah.METHODS]  # of a shorter context, as tests are
 
 
 def report(score, n_hit):

@@ -12,6 +12,7 @@ from conftest import tiny
 import eval_niah
 from experiments import runs
 import train
+from infra import files
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_prompts_of_a_model_not_yet_made_are_those_it_is_asked(tmp_path, monkeyp
     monkeypatch.setattr(eval_niah, "evaluate", lambda *asked: {m: eval_niah.Outcome([""] * len(asked[2]), [], [], 0.0) for m in asked[3]})
     for samples, seed in (2, 0), (2, 1), (1, 0):
         eval_niah.main(["--ckpt=model", f"--samples={samples}", f"--seed={seed}", "--methods=dense", "--device=cpu", "--json=a.json"])
-        asked = {row["task"]: row["prompts"] for row in eval_niah.load("a.json")["results"]}
+        asked = {row["task"]: row["prompts"] for row in files.load("a.json")["results"]}
         assert runs.prompts_of(settings, samples, seed) == asked
     runs.refuse_others({"a.json": asked}, asked)
     for theirs in asked | {"niah_single_1": "x"}, asked | {"another": "x"}, {}:

@@ -10,13 +10,14 @@ import eval_niah
 import niah
 import sample
 import sparse
+from infra import runlog
 
 
 @pytest.fixture
 def out(tmp_path, monkeypatch):
     """out/ with one trained run, which does the task of what comes with the code."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(eval_niah, "SHIPPED", [tmp_path / "out" / "demo"])
+    monkeypatch.setattr(runlog, "SHIPPED", [tmp_path / "out" / "demo"])
     folder = tmp_path / "out" / "demo" / "step_0000001"
     tiny(vocab_size=257, context_len=512, memory=True).save_pretrained(folder)
     (folder / "train.json").write_text('{"settings": {}}')

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import data
 import eval_niah
 import niah
-from infra import files, shards, tokenizers
+from infra import files, runlog, shards, tokenizers
 import train
 from infra import weights
 from conftest import ORACLE, draw_tokens
@@ -568,7 +568,7 @@ def test_a_checkpoint_tells_how_it_was_made():
 def test_lesson_gives_the_attention_checkpoint_a_memory_and_shows_what_changed(monkeypatch, capsys, tmp_path):
     """`python train.py` without a flag, in small: it ends with a table, and again without training."""
     monkeypatch.setattr(eval_niah, "SHIPPED", [tmp_path / "checkpoints" / "attention"])
-    Transformer(replace(TINY, context_len=1024)).save_pretrained(eval_niah.SHIPPED[0])
+    Transformer(replace(TINY, context_len=1024)).save_pretrained(runlog.SHIPPED[0])
     monkeypatch.setattr(train, "LESSON", ["--steps=2", "--batch=1", "--device_batch=1", "--workers=0"])
     monkeypatch.setattr(eval_niah.niah, "default_new_tokens", lambda context_len, tokenizer: 12)
     for _ in range(2):
