@@ -1,18 +1,26 @@
 """
 One model on one GPU, on many, on many nodes: the same script, started by python or by torchrun.
 
-    a parameter    fp32 on the GPU that keeps its rows, 1/world of them: what the optimizer changes (fully_shard, FSDP2)
-    a layer        gathers its parameters in bf16 just before it computes, and drops them, or keeps them where there is room
-                   (cost.Plan.stays); the next layer's come meanwhile
-    a gradient     bf16 where it is made, summed in fp32, over parts of a batch and over GPUs, kept by the owner of the rows
-    activations    kept for backward, or computed anew from a layer's input (checkpointing), for as many layers as must be
+    a parameter    fp32 on the GPU that keeps its rows, 1/world of them: what the optimizer changes
+                   (fully_shard, FSDP2)
+    a layer        gathers its parameters in bf16 just before it computes, while the layer before
+                   it does, and drops them, or keeps them where there is room (cost.Plan.stays)
+    a gradient     is made in bf16, summed in fp32 over the parts of a batch and over GPUs, and kept
+                   by the owner of the rows
+    activations    are kept for backward, or computed anew from a layer's input (checkpointing), for
+                   as many layers as must be
 
-So numbers do not depend on how many GPUs there are, but for the order of sums. On a CPU all is fp32. A model so small that
-launches cost more than arithmetic takes another way on one GPU: train.py records its passes as CUDA graphs, in bf16 by
-autocast, with norms and residuals in fp32; on several it is spread like any other, and its numbers are a little coarser.
-cost.py predicts the memory all this takes. Checked with two gloo processes in tests/test_parallel.py. Another parallelism,
-of tensors say, belongs into spread, with a mesh of its own dimension. Read checkpoint.py next.
+So numbers do not depend on how many GPUs there are, but for the order of sums. On a CPU all is
+fp32. A model so small that launches cost more than arithmetic takes another way on one GPU: its
+passes are recorded as CUDA graphs (graphed), in bf16 by autocast, with norms and residuals in fp32.
+On several GPUs it is spread like any other, and its numbers are a little coarser.
+
+In this order: the processes, the model among them, one pass of a training step, and how a run is
+stopped or one of its processes lost. cost.py predicts the memory that all this takes. Another
+parallelism, of tensors say, belongs into spread, with a mesh of its own dimension. Checked with two
+gloo processes in tests/test_parallel.py. Read checkpoint.py next.
 """
+import gc
 import os
 import signal
 import socket
@@ -27,24 +35,31 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
 from torch.utils.checkpoint import checkpoint
 
-# else the memory of a GPU that is nearly full falls into pieces. Read when the first tensor is made there
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and torch.cuda.is_available():  # the older name, the one that counts before torch 2.11
-    newer = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
-    os.environ.setdefault("PYTORCH_ALLOC_CONF" if newer else "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+from infra import weights
 
+# Else the memory of a GPU that is nearly full falls into pieces. The setting is read when the first
+# tensor is made there. Before torch 2.11 only its older name counts.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and torch.cuda.is_available():
+    newer = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+    os.environ.setdefault("PYTORCH_ALLOC_CONF" if newer else "PYTORCH_CUDA_ALLOC_CONF",
+                          "expandable_segments:True")
+
+
+# ---------------------------------------------------------------- the processes
 
 @dataclass
 class Processes:
     """Those that train together; each has one GPU, or a share of the CPU."""
     rank: int = 0
     world: int = 1
-    mesh: DeviceMesh | None = None               # None: nothing is spread, by one process on a CPU or with a small model
-    background: dist.ProcessGroup | None = None  # talks over the CPU, beside what the GPUs say to each other: for checkpoints
-    store: dist.Store | None = None              # outlives each of them, if torchrun keeps it
-    here: dict = field(default_factory=dict)     # {rank: pid} of the others on this machine
+    mesh: DeviceMesh | None = None   # None: nothing is spread, on one CPU or of a small model
+    background: dist.ProcessGroup | None = None  # over the CPU, beside what GPUs say to each other
+    store: dist.Store | None = None  # outlives each of them, if torchrun keeps it
+    here: dict = field(default_factory=dict)  # {rank: pid} of the others on this machine
 
     def sum(self, tensor):
         """Over all processes, in place."""
@@ -64,7 +79,8 @@ class Processes:
         return [rank for rank, pid in self.here.items() if not alive(pid)]
 
     def fail(self, line, code):
-        """End this process, as one of several, with a line for all of them: the first to fail knows why, the others follow."""
+        """End this process, as one of several, with one line for all of them."""
+        # The first to fail knows why. The others follow, and their errors would only bury its.
         try:
             if self.store.add("failed", 1) == 1:
                 print(f"train.py: {line}", file=sys.stderr, flush=True)
@@ -81,11 +97,12 @@ def is_first():
 def alive(pid):
     try:
         os.kill(pid, 0)
-        with open(f"/proc/{pid}/stat") as file:  # a dead one that nobody has asked after yet is a zombie, Z
+        # A dead process that nobody has asked after yet is a zombie, Z.
+        with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except ProcessLookupError:
         return False
-    except OSError:  # another user's, or no /proc
+    except OSError:  # it is another user's, or there is no /proc
         return True
 
 
@@ -96,7 +113,8 @@ def join(device):
     if world == 1 and not on_gpu:
         yield Processes()
         return
-    if world == 1:
+
+    if world == 1:  # fully_shard wants a group also where there is one process
         store, rank = dist.HashStore(), 0
     else:
         store, rank, world = next(dist.rendezvous("env://"))
@@ -104,14 +122,20 @@ def join(device):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world)
     background = dist.new_group(backend="gloo")
-    all_of_us = [None] * world
-    dist.all_gather_object(all_of_us, (socket.gethostname(), os.getpid()), background)
-    here = {other: pid for other, (host, pid) in enumerate(all_of_us) if host == all_of_us[rank][0] and other != rank}
-    us = Processes(rank, world, init_device_mesh("cuda" if on_gpu else "cpu", (world,)), background, store, here)
+
+    places = [None] * world
+    dist.all_gather_object(places, (socket.gethostname(), os.getpid()), background)
+    my_host, _ = places[rank]
+    here = {other: pid for other, (host, pid) in enumerate(places)
+            if host == my_host and other != rank}
+    mesh = init_device_mesh("cuda" if on_gpu else "cpu", (world,))
+    us = Processes(rank, world, mesh, background, store, here)
+
     try:
         yield us
     except BaseException as error:
-        if world > 1:  # leave at once: NCCL's good order would be to wait for the others, who wait for us
+        # Leave at once. NCCL's good order would be to wait for the others, who wait for us.
+        if world > 1:
             if not isinstance(error, (ValueError, FloatingPointError, OSError)):
                 traceback.print_exc()
             us.fail(" ".join(str(error).split()) or type(error).__name__, 2)
@@ -121,32 +145,56 @@ def join(device):
     dist.destroy_process_group()
 
 
-# ---------------------------------------------------------------- the model
+# ---------------------------------------------------------------- the model among them
+
+def make_model(make, config, tensors, args, processes=Processes(), stays="nothing"):
+    """
+    make(config), the model to train, in fp32; each process has its rows. tensors: as weights.fill
+    takes them; None leaves the model unset, for a checkpoint to fill. stays: cost.Plan's.
+    """
+    # Shapes without storage: no process ever holds all of a large model.
+    with torch.device("meta"):
+        model = make(config)
+    spread(model, processes, stays)
+    if tensors is None:
+        model.to_empty(device=args.device)
+    else:
+        weights.fill(model, tensors, args.init, torch.float32, args.device)
+    return model
+
 
 def spread(model, processes, stays="nothing"):
     """
-    Each process keeps its rows of every parameter of the model, which may be on the meta device still. bf16 where there are
-    GPUs. Transformer.loss and score gather parameters as forward does. stays: cost.Plan's; see before_part.
+    Each process keeps its rows of every parameter of the model, which may be on the meta device
+    still. bf16 where there are GPUs. stays: cost.Plan's; see before_part.
     """
     if processes.mesh is None:
         return model
-    on_gpu, one_machine = processes.mesh.device_type == "cuda", processes.world == 1 + len(processes.here)
-    # inputs as they are: token weights and RoPE's angles stay fp32
-    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if on_gpu else MixedPrecisionPolicy()
+    on_gpu = processes.mesh.device_type == "cuda"
+    precision = MixedPrecisionPolicy()
+    if on_gpu:  # inputs as they are: token weights and RoPE's angles stay fp32
+        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+
+    # Where gradients travel for each part of a batch, on one machine, they do so in bf16. Where
+    # they stay until the last part, they are sums in fp32 by then, and travel as such.
+    one_machine = processes.world == 1 + len(processes.here)
+    halves = on_gpu and processes.world > 1 and one_machine and stays != "all"
     for module in *model.layers, model:
-        fully_shard(module, mesh=processes.mesh, mp_policy=precision, reshard_after_forward=stays == "nothing" and module is not model)
-        if on_gpu and processes.world > 1 and one_machine and stays != "all":  # else they travel in fp32, added up over parts
+        drops = stays == "nothing" and module is not model
+        fully_shard(module, mesh=processes.mesh, mp_policy=precision, reshard_after_forward=drops)
+        if halves:
             module.set_custom_reduce_scatter(SumAtOwner())
-    for method in "loss", "score":
+    for method in "loss", "score":  # they gather parameters as forward does
         register_fsdp_forward_method(model, method)
     return model
 
 
 class SumAtOwner:
     """
-    fully_shard's sum of gradients with half its bytes. NCCL's reduce-scatter adds up on the way, so what it sums in fp32 must
-    travel in fp32. Here each process sends its bf16 rows to their owners, who add them up in fp32: the same numbers, but for
-    the order of a sum. (Between machines adding up on the way is less: a sum leaves each, not eight summands.)
+    fully_shard's sum of gradients with half its bytes. NCCL's reduce-scatter adds up on the way, so
+    what it sums in fp32 must travel in fp32. Here each process sends its bf16 rows to their owners,
+    who add them up in fp32: the same numbers, but for the order of a sum. (Between machines adding
+    up on the way is less: a sum leaves each, not eight summands.)
     """
 
     sends = False
@@ -171,22 +219,75 @@ class SumAtOwner:
 
 def recompute_and_compile(model, recompute=0, compiled=False):
     """
-    recompute: of the first so many layers backward computes the activations anew, from their input. compiled: each layer by
-    torch.compile, which fuses what surrounds products and attention. Hooks of fully_shard stay outside of both.
+    recompute: of the first so many layers backward computes the activations anew, from their input.
+    compiled: each layer by torch.compile, which fuses what surrounds products and attention.
     """
+    # Both wrap a layer's forward, so that the hooks of fully_shard stay outside.
     for number, layer in enumerate(model.layers):
-        if compiled:
-            layer.forward = torch.compile(layer.forward, dynamic=False)  # few shapes, each worth kernels of its own
+        if compiled:  # few shapes, each worth kernels of its own
+            layer.forward = torch.compile(layer.forward, dynamic=False)
         if number < recompute:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
+                                    preserve_rng_state=False)
     return model
+
+
+# ---------------------------------------------------------------- one pass of a training step
+
+class Loss(torch.nn.Module):
+    """The model's loss of one pass as a module: what make_graphed_callables takes."""
+
+    def __init__(self, model, method, autocast, compiled):
+        super().__init__()
+        self.model, self.method = model, method
+        self.autocast, self.compiled = autocast, compiled
+
+    def forward(self, tokens, weight):
+        with self.autocast:
+            return self.model.loss(tokens, weight, self.method, self.compiled)
+
+
+def graphed(losses, args):
+    """
+    The same losses, whose forward and backward are a CUDA graph each: two launches instead of
+    hundreds, for which a small model's GPU would wait. For batches that are not split: the next
+    replay writes where this one's gradients are.
+    """
+    gc.collect()  # graphs of an earlier run in this process hold each other, and much memory
+    pool = torch.cuda.graph_pool_handle()
+    shape = args.batch, args.context_len + 1
+    sample = (torch.zeros(shape, dtype=torch.long, device=args.device),
+              torch.ones(shape, device=args.device))
+    return [torch.cuda.make_graphed_callables(loss, sample, pool=pool) for loss in losses]
+
+
+def one_pass(loss_of, model, optimizer, parts, weight_sum, processes, stays, clip):
+    """
+    A batch's forward and backward, and one update. parts: (tokens, weight) of this process, one
+    after the other; weight_sum: of the whole batch; stays: cost.Plan's. -> this process's share of
+    the loss; the gradient's norm; both on the device. If no token counts both are 0/0, and update
+    does nothing.
+    """
+    loss = 0.0
+    for number, (tokens, weight) in enumerate(parts, start=1):
+        before_part(model, last=number == len(parts), stays=stays)
+        # Each part is divided by the weights of the whole batch: a mean of the parts' own means
+        # would let a token count more where fewer answers are.
+        of_part = loss_of(tokens, weight) / weight_sum
+        # fully_shard averages gradients over the processes, and we want their sum.
+        (of_part * processes.world).backward()
+        loss += of_part.detach()
+    norm = gradient_norm(model)
+    update(optimizer, norm, clip)
+    return loss, norm
 
 
 def before_part(model, last, stays):
     """
-    To be called before each part of a batch. stays, until the last part, on each GPU: "all", the weights in bf16 and the gradients
-    of all rows in fp32, so that they travel once a batch; "weights" alone, and gradients are summed for each part; or "nothing",
-    and weights are gathered for each part's forward and again for its backward.
+    To be called before each part of a batch. stays, until the last part, on each GPU:
+        "all"       the weights in bf16 and the gradients of all rows in fp32, which travel once
+        "weights"   they alone; gradients are summed for each part
+        "nothing"   weights are gathered for each part's forward and again for its backward
     """
     if hasattr(model, "set_requires_gradient_sync"):  # by fully_shard
         model.set_requires_gradient_sync(last or stays != "all")
@@ -195,24 +296,42 @@ def before_part(model, last, stays):
 
 def gradient_norm(model):
     """Over all parameters and processes, on the device."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-# ---------------------------------------------------------------- a signal to stop, a process that is no more
+def update(optimizer, norm, clip):
+    """
+    A step on gradients divided by max(1, norm / clip), so that their norm is at most clip; and
+    nothing at all if norm is not finite.
+    """
+    # The fused optimizer can do both, for the sake of mixed precision's scaling, and on the device:
+    # nobody waits for the norm.
+    assert getattr(optimizer, "_step_supports_amp_scaling", False), (
+        f"{type(optimizer).__name__} would neither clip nor skip: do both here")
+    optimizer.grad_scale = (norm / clip).clamp_min(1)
+    optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# ---------------------------------------------------------------- to be stopped, or lost
 
 class Stop:
     """
-    Ctrl-C, the signal to terminate, and a file out/NAME/stop become a wish, which the loop asks for after each step, so that it
-    ends with a checkpoint.
+    Ctrl-C, the signal to terminate, and a file out/NAME/stop become a wish, which the loop asks for
+    after each step, so that it ends with a checkpoint.
 
-    torchrun also sends that signal when one of the processes is lost. Then the others wait for it for ever, inside of a call
-    where Python hears nothing. So it is a thread that listens; if a process is gone, it says so and ends this one. (torchrun
-    kills what has not ended 30 seconds after its own signal. A step may take longer: then the file is the way.)
+    torchrun also sends that signal when one of the processes is lost. Then the others wait for it
+    for ever, inside of a call where Python hears nothing. So it is a thread that listens; if a
+    process is gone, it says so and ends this one. (torchrun kills what has not ended 30 seconds
+    after its own signal. A step may take longer: then the file is the way.)
     """
 
     def __init__(self, processes, run):
-        self.processes, self.file, self.wished, self.over = processes, run / "stop", False, False
+        self.processes, self.file = processes, run / "stop"
+        self.wished = self.over = False
 
     def __enter__(self):
         if self.processes.rank == 0:
@@ -221,9 +340,11 @@ class Stop:
         self.theirs.setblocking(False)
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
+            # Python writes each signal's number into the socket, wherever it is stuck itself. The
+            # handlers are there so that it does not end the process instead.
             self.before = signal.set_wakeup_fd(self.theirs.fileno(), warn_on_full_buffer=False)
-            ends = signal.SIGINT, signal.SIGTERM
-            self.handlers = {number: signal.signal(number, lambda *_: None) for number in ends}
+            self.handlers = {number: signal.signal(number, lambda *_: None)
+                             for number in (signal.SIGINT, signal.SIGTERM)}
         elif self.processes.rank == 0:
             print(f"note: only a program's main thread hears signals, and this is another: "
                   f"make a file {self.file} to stop", file=sys.stderr)
@@ -239,13 +360,16 @@ class Stop:
             signal.signal(number, handler)
         if self.handlers:
             signal.set_wakeup_fd(self.before)
-        self.theirs.shutdown(socket.SHUT_WR)  # the thread reads the end, and leaves. A child may hold a copy, so close is no end
+        # The thread reads the end, and leaves. A child may hold a copy of the socket, so that
+        # closing ours would be no end.
+        self.theirs.shutdown(socket.SHUT_WR)
         self.theirs.close()
-        # before us: were it the last to hold a process group, it would take that apart while Python ends, which aborts
+        # It must leave before us. Were it the last to hold a process group, it would take that
+        # apart while Python ends, which aborts.
         self.thread.join()
 
     def asked(self):
-        """Whether this process was told to stop; the first one for all."""
+        """Whether this process is wished to stop; the first one hears of the file for all."""
         return self.wished or (self.processes.rank == 0 and self.file.exists())
 
     def listen(self):
@@ -256,7 +380,10 @@ class Stop:
         self.ours.close()
 
     def end_if_alone(self):
-        time.sleep(0.5)  # its end may still be on the way
-        if (gone := self.processes.gone()) and not self.over:  # once all is done, they may go
-            self.processes.fail(f"process {', '.join(map(str, gone))} is gone, killed by someone or for want of memory: the last checkpoint is "
-                                "whole, go on with the same command and --resume", 1)
+        time.sleep(0.5)  # the other's end may still be on the way
+        gone = self.processes.gone()
+        if gone and not self.over:  # once all is done, they may go
+            ranks = ", ".join(map(str, gone))
+            self.processes.fail(
+                f"process {ranks} is gone, killed by someone or for want of memory: the last "
+                "checkpoint is whole, go on with the same command and --resume", 1)

@@ -10,7 +10,7 @@ Read are:
     a directory written here: the same, of model_type nanorat if it is more than OLMo 2 (a memory, RAT+'s form)
     a run of train.py (out/NAME): its newest checkpoint, which is such a directory. If several GPUs trained, each wrote a
         file with its rows of every tensor (checkpoint.py); they are joined here, and
-        python -m infra.checkpoint out/NAME DIR writes them as others read them
+        python -m experiments.export out/NAME DIR writes them as others read them
     an official RAT+ checkpoint, one .pth file (arXiv 2602.18196, weights barpitf/ratplus)
 
 Parameters are named as in Hugging Face's OLMo 2, here without its prefix "model."; a memory's gate is

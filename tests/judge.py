@@ -109,7 +109,7 @@ def read_checkpoint(path):
     config, tensors = train.what_to_train(args, folder)
     train.settle(args, config)
     step, before = runlog.step_of(folder, path, args), runlog.begun(args, folder)
-    model = train.make_model(config, tensors, args)
+    model = parallel.make_model(Transformer, config, tensors, args)
     optimizer = train.make_optimizer(model, args)
     checkpoint.load(folder, model, optimizer, parallel.Processes())
     return step, before["seconds"], asdict(config), digest(checkpoint.state_of(model, optimizer))

@@ -211,7 +211,7 @@ def test_a_variant_is_trained_once_as_itself_and_evaluated(small_run, monkeypatc
     assert list(record["scores"]) == ["dense", "quest:budget=1/4,block_size=8", "snapkv:budget=1/4,window=8,kernel=15"]
     assert record["scores"]["dense"]["tasks"].keys() == {"niah_single_1"} == record["prompts"].keys()
     assert record["median_length"] == pytest.approx(1)  # of lengths 1 and 16, the lower
-    model, new = Transformer.from_pretrained(run), train.make_model(*train.what_to_train(args := train.parse(["--memory=on", "--recipe=micro", *RUN])), args)
+    model, new = Transformer.from_pretrained(run), train.parallel.make_model(Transformer, *train.what_to_train(args := train.parse(["--memory=on", "--recipe=micro", *RUN])), args)
     trained, untrained = model.layers[0].self_attn, new.layers[0].self_attn
     # lr * weight decay alone, of two steps of two passes, and two steps of one in fine-tuning, which has no ARL
     shrunk = math.prod(1 - lr * 0.1 for lr in (2e-3, 2e-3, 1e-3, 1e-3, 1e-3, 5e-4))

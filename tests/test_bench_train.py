@@ -49,7 +49,7 @@ def test_times_and_speeds_are_of_the_steps_between(monkeypatch):
     assert run["mfu"]["dense"] == pytest.approx(flops / 5 / 2 / 989e12) and run["mfu_of_step"] == pytest.approx(flops / 6 / 2 / 989e12)
     assert run["tokens_per_second"] == pytest.approx(4 * 64 / 6) == 2 * run["tokens_per_second_per_gpu"]
     assert run["hours_for_10B_tokens"] == pytest.approx(1e10 / (4 * 64 / 6) / 3600)
-    assert (run["peak_gb"], run["predicted_gb"]) == (3.0, 2.5) and "peak 3.0 GB, predicted 2.5 GB" in "\n".join(bench_train.told(run))
+    assert (run["peak_gb"], run["predicted_gb"]) == (3.0, 2.5) and "peak 3.0 GB, predicted 2.5 GB" in "\n".join(bench_train.lines_of(run))
 
 
 def test_the_last_steps_passes_are_traced_in_their_order(monkeypatch):
@@ -63,10 +63,10 @@ def test_the_last_steps_passes_are_traced_in_their_order(monkeypatch):
 
     monkeypatch.setattr(bench_train, "profile", Trace)
     monkeypatch.setattr(bench_train.torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(bench_train.train, "one_pass", lambda number, *_: traced.append((number, list(running))) or number)
+    monkeypatch.setattr(bench_train.parallel, "one_pass", lambda number, *_: traced.append((number, list(running))) or number)
     monkeypatch.setattr(cost, "plan", cost.plan)  # so that both are put back
     watch, args.device = bench_train.Watch(args), "cuda"
-    calls = [bench_train.train.one_pass(number, None, None, None, None, bench_train.train.parallel.Processes(), "nothing", 1.0) for number in range(10)]
+    calls = [bench_train.parallel.one_pass(number, None, None, None, None, bench_train.parallel.Processes(), "nothing", 1.0) for number in range(10)]
     assert calls == list(range(10)) and [number for number, by in traced if by] == [8, 9]
     assert watch.traces == [by[0] for number, by in traced if by]
 

@@ -138,7 +138,7 @@ def test_one_writes_two_read_and_write_one_reads(tmp_path):
         assert torch.equal(a, b), name
 
     # and it is exported, by the command of README.md
-    command = [sys.executable, "-m", "infra.checkpoint", str(tmp_path / "two"), str(tmp_path / "plain"), "--dtype=bfloat16"]
+    command = [sys.executable, "-m", "experiments.export", str(tmp_path / "two"), str(tmp_path / "plain"), "--dtype=bfloat16"]
     assert "is now" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert torch.equal(Transformer.from_pretrained(tmp_path / "plain").lm_head.weight, ours[0].lm_head.weight.bfloat16())
     again = subprocess.run(command, capture_output=True, text=True)

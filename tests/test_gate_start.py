@@ -6,7 +6,7 @@ import pytest
 
 import train
 from experiments import gate_start
-from model import Transformer
+from model import PRESETS, Transformer
 
 TRIAL = ["--steps=2", "--batch=2", "--device_batch=2", "--context_len=512", "--device=cpu", "--compile=off", "--arl=16"]
 
@@ -49,8 +49,8 @@ def test_all_are_made_once_and_told(source, capsys):
 @pytest.mark.parametrize("flags, words", [(["--g0=1"], "--g0"), (["--init=nowhere"], "nowhere"), (["--steps=none"], "--steps"),
                                           (["--arl=0"], "--arl=0"), (["--name=other"], "--name"), (["--init=plain"], "train.json"), (["--init=with"], "memory already")])
 def test_errors_are_one_line(source, flags, words, capsys):
-    Transformer(train.PRESETS["pico"]).save_pretrained("plain")
-    Transformer(replace(train.PRESETS["pico"], memory=True)).save_pretrained("with")
+    Transformer(PRESETS["pico"]).save_pretrained("plain")
+    Transformer(replace(PRESETS["pico"], memory=True)).save_pretrained("with")
     with pytest.raises(SystemExit) as end:
         gate_start.main([f"--init={source}", *TRIAL, *flags])
     line = capsys.readouterr().err

@@ -206,10 +206,10 @@ def test_the_tokenizer_goes_along_though_its_first_place_is_gone(tmp_path):
     assert len(list(run.iterdir())) == 2
 
 
-# ---------------------------------------------------------------- python -m infra.checkpoint
+# ---------------------------------------------------------------- python -m experiments.export
 
 def exported(run, to):
-    return subprocess.run([sys.executable, "-m", "infra.checkpoint", str(run), str(to)], capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-m", "experiments.export", str(run), str(to)], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -239,7 +239,7 @@ def test_an_export_after_a_full_disk_goes_through(tmp_path, monkeypatch):
 def test_an_export_goes_through_once_there_is_room(tmp_path):
     """The same on a disk that is really full."""
     tiny(memory=True, width=128, vocab_size=1000).save_pretrained(tmp_path / "model")
-    export = f"{sys.executable} {ROOT}/checkpoint.py model out/to"
+    export = f"{sys.executable} -m experiments.export model out/to"
     result = on_a_disk(tmp_path, f"""
         mkdir out; mount -t tmpfs -o size=200k none out
         {export}; echo "status $?" >&2

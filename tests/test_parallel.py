@@ -176,7 +176,7 @@ def test_one_that_fails_says_why_and_the_others_follow_in_silence(tmp_path):
 TRAIN = """
 import model, train, test_train
 model.PRESETS["pico"] = test_train.TINY
-victim, first, calls, forward = os.environ.get("VICTIM"), time.time(), [], train.Loss.forward
+victim, first, calls, forward = os.environ.get("VICTIM"), time.time(), [], train.parallel.Loss.forward
 def newer():
     return any(folder.stat().st_mtime > first for folder in __import__("pathlib").Path("out/broken").glob("step_*"))
 def killed(*args):  # once it has made ten passes and a checkpoint, whenever that is; a save waits for the one before
@@ -184,7 +184,7 @@ def killed(*args):  # once it has made ten passes and a checkpoint, whenever tha
     if victim == os.environ.get("RANK") and len(calls) > 10 and newer():
         os.kill(os.getpid(), signal.SIGKILL)
     return forward(*args)
-train.Loss.forward = killed
+train.parallel.Loss.forward = killed
 train.main()
 """
 FLAGS = ["--preset=pico", "--memory=on", "--arl=16", "--tasks", "niah_single_1", "--steps=60", "--batch=4", "--log_every=10", "--eval_every=0",

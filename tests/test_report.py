@@ -26,13 +26,13 @@ import data
 import eval_niah
 import mutants
 import niah
-from infra import runlog, shards
+from infra import parallel, runlog, shards, watch
 from experiments import reproduce
 from experiments import runs
 import sparse
 import train
 from memory import effective_length
-from model import PRESETS, Config
+from model import PRESETS, Config, Transformer
 from infra.parallel import Processes
 
 
@@ -830,11 +830,11 @@ def test_a_batchs_loss_is_that_of_its_weights(monkeypatch):
     parts = [(torch.stack([a[0], b[0]]), torch.stack([a[1], b[1]])), (c[0][None], c[1][None])]
     weight_sum = sum(weight[:, 1:].sum() for _, weight in parts)
     updates = []
-    monkeypatch.setattr(train, "update",
+    monkeypatch.setattr(parallel, "update",
                         lambda optimizer, norm, clip: updates.append((norm.item(), clip)))
-    loss_of = train.Loss(model, None, train.nullcontext(), False)
-    loss, norm = train.one_pass(loss_of, model, None, parts, weight_sum, Processes(), "nothing",
-                                0.5)
+    loss_of = parallel.Loss(model, None, train.nullcontext(), False)
+    loss, norm = parallel.one_pass(loss_of, model, None, parts, weight_sum, Processes(), "nothing",
+                                   0.5)
     expected = 0.0
     for tokens, weight in parts:
         logits = model(tokens[:, :-1]).double().log_softmax(-1)
@@ -846,8 +846,8 @@ def test_a_batchs_loss_is_that_of_its_weights(monkeypatch):
     assert norm.item() == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in gradient)),
                                         rel=1e-4)
     model.zero_grad()
-    assert train.one_pass(loss_of, model, None, parts, weight_sum, Alone(0, 2), "nothing",
-                          0.5)[1].item() == pytest.approx(2 * norm.item(), rel=1e-5)
+    assert parallel.one_pass(loss_of, model, None, parts, weight_sum, Alone(0, 2), "nothing",
+                             0.5)[1].item() == pytest.approx(2 * norm.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("norm", [math.inf, math.nan])
@@ -858,7 +858,7 @@ def test_an_infinite_norm_is_skipped_too(norm):
     before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    train.update(optimizer, torch.tensor(norm), 1.0)
+    parallel.update(optimizer, torch.tensor(norm), 1.0)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     assert all(state["step"] == 0 for state in optimizer.state.values())
 
@@ -886,11 +886,11 @@ def told(tmp_path, monkeypatch):
 
 def test_a_run_by_hand(told, monkeypatch, capsys):
     """Every field of log.jsonl and train.json that a table quotes, of a run of four steps."""
-    validate, update, sample = train.validate, train.update, niah.Needles.__getitem__
+    validate, update, sample = train.validate, parallel.update, niah.Needles.__getitem__
     validated, rates, seen = [], [], []
     monkeypatch.setattr(train, "validate",
                         lambda *given: validated.append(given) or validate(*given))
-    monkeypatch.setattr(train, "update",
+    monkeypatch.setattr(parallel, "update",
                         lambda optimizer,
                         *given: rates.append([group["lr"] for group in optimizer.param_groups])
                         or update(optimizer, *given))
@@ -936,8 +936,8 @@ def test_the_first_loss_is_that_of_a_new_model(flags, name, told):
     """A loss per sample instead of per token's weight; ARL's under the dense pass's name."""
     args = arguments("--batch=2", "--arl=16", "--drills=0.5", "--other_weight=0.25", *flags)
     log, _ = told("--save_every=0", "--eval_every=0", "--steps=2", *flags)
-    model, dataset = train.make_model(*train.what_to_train(args),
-                                      args), data.make_data(args, Bytes(), niah.Needles)[0]
+    model, dataset = parallel.make_model(Transformer, *train.what_to_train(args),
+                                         args), data.make_data(args, Bytes(), niah.Needles)[0]
     tokens, weight = (torch.stack([torch.as_tensor(dataset[index][part]) for index in (0, 1)])
                       for part in (0, 1))
     with torch.no_grad():
@@ -1023,9 +1023,10 @@ def test_what_is_printed_of_a_step_by_hand():
     args = SimpleNamespace(batch=4, context_len=250, steps=130)
     entry = {"step": 10, "loss": 1.2345, "arl_loss": None, "lr": 0.001, "grad_norm": 0.5,
              "mfu": 0.451, "val_loss": 0.5, "val_accuracy": 0.987}
-    line = train.line_of(entry, {"arl": None, "dense": None}, [9.0] * 150 + [2.0] * 100, None, args)
+    line = watch.line_of(entry, {"arl": None, "dense": None}, [9.0] * 150 + [2.0] * 100, args,
+                         "tokens")
     assert line == ("step    10  loss 1.234  arl none  validation 0.500, 98.7% of tokens right  "
                     # 120 steps of 2 s
                     "lr 1.0e-03  norm 0.50  500 tokens/s  MFU 45.1%  4.0 min left")
-    assert train.line_of(entry, {"dense": None}, [100.0], None,
-                         args).endswith("10 tokens/s  MFU 45.1%  3.3 h left")
+    assert watch.line_of(entry, {"dense": None}, [100.0], args,
+                         "tokens").endswith("10 tokens/s  MFU 45.1%  3.3 h left")

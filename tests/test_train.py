@@ -95,8 +95,8 @@ def test_recipes_are_the_papers(recipe):
 
 def test_adaptation_trains_and_validates_through_the_pattern(monkeypatch):
     """A model adapted to its pattern in name only."""
-    seen, forward, score = set(), train.Loss.forward, Transformer.score
-    monkeypatch.setattr(train.Loss, "forward", lambda self, *args: seen.add(self.method) or forward(self, *args))
+    seen, forward, score = set(), train.parallel.Loss.forward, Transformer.score
+    monkeypatch.setattr(train.parallel.Loss, "forward", lambda self, *args: seen.add(self.method) or forward(self, *args))
     monkeypatch.setattr(Transformer, "score", lambda self, tokens, weight, method: seen.add(("score", method)) or score(self, tokens, weight, method))
     run("--name=adapt", "--arl=0", "--adapt=dilated:dilation=16,local=32,initial=4", "--steps=2")
     pattern = Dilated(dilation=16, local=32, initial=4)
@@ -125,12 +125,12 @@ def test_a_finished_run_may_be_resumed_and_nothing_happens():
 
 
 def test_a_full_disk_under_the_log_is_one_line_that_names_it(monkeypatch):
-    write = train.Log.write
+    write = runlog.Log.write
 
     def full(log, entry):
         log.file = open("/dev/full", "w")
         write(log, entry)
-    monkeypatch.setattr(train.Log, "write", full)
+    monkeypatch.setattr(runlog.Log, "write", full)
     if Path("/dev/full").exists():
         with pytest.raises(OSError, match="/dev/full: not written .No space left on device.*--resume"):
             run("--name=full")
@@ -195,14 +195,14 @@ def test_killed_run_goes_on_as_if_nothing_had_happened():
 
 def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(capsys, monkeypatch):
     """An interrupted run must keep its last step, end with status 130 and a line, and restore the handlers."""
-    original, calls = train.Loss.forward, []
+    original, calls = train.parallel.Loss.forward, []
 
     def interrupt(*args):
         calls.append(1)
         if len(calls) == 5:  # in step 3 of 4: two passes each
             os.kill(os.getpid(), signal.SIGINT)
         return original(*args)
-    monkeypatch.setattr(train.Loss, "forward", interrupt)
+    monkeypatch.setattr(train.parallel.Loss, "forward", interrupt)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as stop:
         run("--name=stopped")
@@ -241,8 +241,8 @@ def two_processes(*flags, change=""):
 
 def test_a_file_stops_a_run_and_the_next_one_is_not_stopped_by_it(monkeypatch):
     """The way to stop several processes whose step takes longer than torchrun waits."""
-    original, calls = train.Loss.forward, []
-    monkeypatch.setattr(train.Loss, "forward", lambda *args: (calls.append(1), len(calls) == 5 and Path("out/file/stop").touch(), original(*args))[2])
+    original, calls = train.parallel.Loss.forward, []
+    monkeypatch.setattr(train.parallel.Loss, "forward", lambda *args: (calls.append(1), len(calls) == 5 and Path("out/file/stop").touch(), original(*args))[2])
     with pytest.raises(SystemExit) as stop:
         run("--name=file")
     assert stop.value.code == 130 and weights.resolve("out/file").name == "step_0000003"
@@ -251,13 +251,13 @@ def test_a_file_stops_a_run_and_the_next_one_is_not_stopped_by_it(monkeypatch):
 
 
 INTERRUPT = """
-original, calls = train.Loss.forward, []
+original, calls = train.parallel.Loss.forward, []
 def interrupt(*args):
     calls.append(1)
     if os.environ["RANK"] == "1" and len(calls) == 5:  # in step 3: two passes each
         os.kill(os.getpid(), signal.SIGINT)
     return original(*args)
-train.Loss.forward = interrupt
+train.parallel.Loss.forward = interrupt
 """
 
 
@@ -293,7 +293,7 @@ def test_two_processes_train_like_one():
 def test_two_groups_learn_at_their_own_rates(monkeypatch):
     """A gate in the wrong group would stall or spike in continued pretraining."""
     args = train.parse([*BASE, "--lr=1e-4", "--memory_lr=1e-2"])
-    model = train.make_model(*train.what_to_train(args), args)
+    model = train.parallel.make_model(Transformer, *train.what_to_train(args), args)
     optimizer = train.make_optimizer(model, args)
     peak = {id(p): group["peak"] for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
@@ -458,7 +458,7 @@ def test_fresh_weights_are_those_of_a_new_model():
 
 
 def test_update_clips_as_torch_does():
-    """A gradient scaled twice or not at all: train.update leaves clipping to the fused AdamW. A gradient below the norm is as it is."""
+    """A gradient scaled twice or not at all: parallel.update leaves clipping to the fused AdamW. A gradient below the norm is as it is."""
     for clip in 0.5, 1e9:
         models = [tiny_model(memory=True), tiny_model(memory=True)]
         for model in models:
@@ -468,7 +468,7 @@ def test_update_clips_as_torch_does():
                 norm = train.parallel.gradient_norm(model)
                 assert 0.5 < norm < 1e9
                 if model is models[0]:
-                    train.update(optimizer, norm, clip)
+                    train.parallel.update(optimizer, norm, clip)
                 else:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
                     optimizer.step()
@@ -527,8 +527,8 @@ def test_steps_whose_numbers_are_told_late_are_logged_all_the_same():
 def test_a_run_whose_samples_have_changed_is_not_resumed(monkeypatch):
     """Half a run on other data: of a newer version, another Python's help pages, or shards made again."""
     run("--name=changed", "--steps=2")
-    sample = train.niah.training_sample
-    monkeypatch.setattr(train.niah, "training_sample", lambda *args: (sample(*args)[0] // 2, sample(*args)[1]))
+    sample = niah.training_sample
+    monkeypatch.setattr(niah, "training_sample", lambda *args: (sample(*args)[0] // 2, sample(*args)[1]))
     with pytest.raises(ValueError, match="the samples of out/changed are others by now"):
         run("--name=changed", "--steps=2", "--resume")
 
@@ -567,7 +567,7 @@ def test_a_checkpoint_tells_how_it_was_made():
 
 def test_lesson_gives_the_attention_checkpoint_a_memory_and_shows_what_changed(monkeypatch, capsys, tmp_path):
     """`python train.py` without a flag, in small: it ends with a table, and again without training."""
-    monkeypatch.setattr(eval_niah, "SHIPPED", [tmp_path / "checkpoints" / "attention"])
+    monkeypatch.setattr(runlog, "SHIPPED", [tmp_path / "checkpoints" / "attention"])
     Transformer(replace(TINY, context_len=1024)).save_pretrained(runlog.SHIPPED[0])
     monkeypatch.setattr(train, "LESSON", ["--steps=2", "--batch=1", "--device_batch=1", "--workers=0"])
     monkeypatch.setattr(eval_niah.niah, "default_new_tokens", lambda context_len, tokenizer: 12)
@@ -709,8 +709,8 @@ def test_train_in_another_thread_says_what_it_does_not_hear_and_stops_by_a_file(
         thread.start(), thread.join()
     assert [end[1]["step"] for end in ends] == [2, 2] and signal.getsignal(signal.SIGINT) == before
     assert capsys.readouterr().err.count("make a file out/thread/stop") == 2
-    forward = train.Loss.forward
-    monkeypatch.setattr(train.Loss, "forward", lambda *args: (Path("out/other/stop").touch(), forward(*args))[1])
+    forward = train.parallel.Loss.forward
+    monkeypatch.setattr(train.parallel.Loss, "forward", lambda *args: (Path("out/other/stop").touch(), forward(*args))[1])
     thread = threading.Thread(target=go, args=["--name=other"])
     thread.start(), thread.join()
     assert isinstance(ends[-1], SystemExit) and ends[-1].code == 130
