@@ -1,17 +1,20 @@
 """
-What we take from a disk and leave on it: files may come from strangers, and ours must outlive whatever happens to us.
+What we take from a disk and leave on it: files may come from strangers, and ours must outlive
+whatever happens to us.
 
-    regular                     a file is a file: no pipe that never ends, no pointer of git-lfs
-    read_json, parse_json       JSON that has one meaning: no key twice, no number that is not finite
-    lines_of                    the lines of a .jsonl, counted alike by every reader
-    sealed, opened_seal         JSON of ours that carries a hash of itself, so that any change is found
-    all_or_nothing              several files appear under their names together, or none does
-    save, load                  a report as JSON, with the fields that its reader needs
-    only_one                    a folder that one run writes into refuses a second
-    told_to_end                 SIGTERM, by which schedulers end us, is ctrl-C
+    regular                   a file is a file: no pipe that never ends, no pointer of git-lfs
+    read_json, parse_json     JSON that has one meaning: no key twice, no number that is not finite
+    lines_of, write_lines     the lines of a .jsonl, counted alike by every reader
+    sealed, opened_seal       JSON of ours that carries a hash of itself, so any change is found
+    all_or_nothing            several files appear under their names together, or none does
+    save, load                a report as JSON, with the fields that its reader needs
+    only_one                  a folder that one run writes into refuses a second
+    told_to_end               SIGTERM, by which schedulers end us, is ctrl-C
 
-No pickle is read, and nothing in a file is ever called. Errors are one line: ValueError or OSError, with the file, what is wrong and
-what to do. Checked in tests/test_hostile.py and tests/test_faults.py. weights.py reads models, data.py token shards.
+No pickle is read, and nothing in a file is ever called. Errors are one line: ValueError or OSError
+with the file, what is wrong and what to do. Checked in tests/test_hostile.py, where files are
+changed at random, and in tests/test_faults.py, where scripts are killed. weights.py reads models by
+these rules, shards.py token shards.
 """
 import hashlib
 import json
@@ -29,8 +32,8 @@ except ImportError:  # Windows
 
 POINTER = b"version https://git-lfs.github.com/spec/"  # what a clone without git-lfs begins with
 BOM = b"\xef\xbb\xbf"  # what some editors put in front of UTF-8
-SEAL = "sha256"       # the field of sealed JSON
-MOST_JSON = 1 << 20   # bytes, where no more is expected: Python's objects take up to 25 times as much
+SEAL = "sha256"        # the field of sealed JSON
+MOST_JSON = 1 << 20    # bytes, where no more is expected: Python's objects take up to 25 times that
 
 
 # ---------------------------------------------------------------- reading
@@ -53,10 +56,11 @@ def regular(path):
 
 
 def read_json(path, remedy="fetch it again", most=MOST_JSON):
-    """What a JSON file of at most so many bytes holds, by parse_json. ValueError, with the remedy, if it holds anything else."""
+    """What a JSON file of at most `most` bytes holds. ValueError, with the remedy, for others."""
     size = regular(path).stat().st_size
     if size > most:
-        raise ValueError(f"{path} has {size:,} bytes, and no such file has more than {most:,}: {remedy}")
+        raise ValueError(f"{path} has {size:,} bytes, and no such file has more than {most:,}: "
+                         f"{remedy}")
     try:
         return parse_json(Path(path).read_bytes())
     except ValueError as error:
@@ -64,27 +68,20 @@ def read_json(path, remedy="fetch it again", most=MOST_JSON):
 
 
 def parse_json(text):
-    """json.loads of UTF-8 bytes. ValueError also for what readers understand differently: a key that comes twice, NaN, 1e999."""
+    """
+    json.loads of UTF-8 bytes. ValueError also for what other readers understand differently: a key
+    that comes twice, NaN, 1e999.
+    """
     try:
-        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=once, parse_constant=refuse_number, parse_float=finite_number)
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=distinct_keys,
+                          parse_constant=refuse_number, parse_float=finite_number)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from None
 
 
-def lines_of(file):
-    """
-    (number, bytes) of the lines of an open file that are not blank. They end at \\n alone: a text
-    may hold U+2028. The mark that some editors put at a file's start is no part of its first line.
-    """
-    for number, line in enumerate(file, 1):
-        line = line.removeprefix(BOM) if number == 1 else line
-        if line.strip():
-            yield number, line
-
-
-def once(pairs):
+def distinct_keys(pairs):
     found = {}
     for key, value in pairs:
         if key in found:
@@ -101,6 +98,16 @@ def finite_number(text):
     return float(text) if math.isfinite(float(text)) else refuse_number(text[:20])
 
 
+def lines_of(file):
+    """(number, bytes) of the lines of an open file that are not blank. Those that are count too."""
+    # Iterating over bytes ends lines at \n alone: a text may hold U+2028, where str.splitlines ends
+    # one. An editor's mark at the start of a file is no part of its first line.
+    for number, line in enumerate(file, 1):
+        line = line.removeprefix(BOM) if number == 1 else line
+        if line.strip():
+            yield number, line
+
+
 def short(value):
     """What a message may show of something from a file: printable, and not much."""
     text = ascii(value)
@@ -114,18 +121,23 @@ def seal_of(content):
 
 
 def sealed(content):
-    """A dictionary with one field more: the hash of the others. It must survive JSON (strings as keys, no tuples) to be found unchanged."""
+    """A dictionary with one field more, the hash of the others."""
+    # The hash is of what comes back from a file, where keys are strings and tuples are lists.
     content = json.loads(json.dumps(content))
     return content | {SEAL: seal_of(content)}
 
 
 def opened_seal(found, path, remedy="restore it from a copy"):
-    """The content of what sealed made; what has no hash is taken as it is. ValueError, which names `path`, if it was changed."""
+    """
+    The content of what `sealed` made; what has no hash is taken as it is. ValueError, which names
+    `path`, if it was changed.
+    """
     if SEAL not in found:
         return found
     content = {name: value for name, value in found.items() if name != SEAL}
     if found[SEAL] != seal_of(content):
-        raise ValueError(f"{path} was changed: its content does not match its hash; {remedy}, or delete the field {SEAL!r} if you meant to")
+        raise ValueError(f"{path} was changed: its content does not match its hash; {remedy}, or "
+                         f"delete the field {SEAL!r} if you meant to")
     return content
 
 
@@ -133,19 +145,21 @@ def opened_seal(found, path, remedy="restore it from a copy"):
 
 def all_or_nothing(files):
     """
-    files: {file: function that writes it to another path}. Renamed only once all are written: an interrupted or failed
-    save leaves what was there before, and never the shards of two models side by side. What kill -9 leaves of one under its
-    temporary name, the next one writes over.
+    files: {file: function that writes it to another path}. They are renamed only once all are
+    written, so an interrupted or failed save leaves what was there before, and never the shards of
+    two models side by side. The next save writes over what kill -9 leaves under a temporary name.
     """
     temporary = {file: file.with_name(f".{file.name}.tmp") for file in files}
     unchanged = "what was there is unchanged; is the disk full?"
     try:
         for file, save in files.items():
-            temporary[file].unlink(missing_ok=True)  # it might be a link
+            # A link under this name would be followed, to a file that is none of ours.
+            temporary[file].unlink(missing_ok=True)
             save(temporary[file])
         for file in files:
             os.replace(temporary[file], file)
-            unchanged = "those written before it are new, it and those after it are not: write them again"
+            unchanged = ("those written before it are new, it and those after it are not: write "
+                         "them again")
     except OSError as error:
         raise OSError(f"could not write {file} ({error}): {unchanged}") from None
     finally:
@@ -174,11 +188,24 @@ def load(path, *fields, remedy="move it away"):
     if not isinstance(report, dict):
         raise ValueError(f"{path} is damaged, or not of ours (it is no object): {remedy}")
     if lacking := [field for field in fields if field not in report]:
-        raise ValueError(f"{path} is damaged, or not of ours (it has no field {lacking[0]!r}): {remedy}")
+        raise ValueError(f"{path} is damaged, or not of ours (it has no field {lacking[0]!r}): "
+                         f"{remedy}")
     return opened_seal(report, path, remedy)
 
 
-HELD = set()  # locks of this process. Not of its children, which may outlive it
+def write_lines(files):
+    """{path: rows} as .jsonl, one row a line. All of them are there in the end, or none is."""
+    def writer(rows):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        return lambda path: path.write_text(text, encoding="utf-8")
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    all_or_nothing({path: writer(rows) for path, rows in files.items()})
+
+
+# Handles of the locks that this process holds. A child would inherit them and might outlive it,
+# so it closes them: only the process that took a lock keeps it.
+HELD = set()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: [os.close(HELD.pop()) for _ in range(len(HELD))])
 
@@ -186,29 +213,33 @@ if hasattr(os, "register_at_fork"):
 @contextmanager
 def only_one(folder):
     """
-    Inside, no other process on this machine may enter with the same folder; nor on others, where the disk passes locks on.
-    ValueError if one has. The lock is the kernel's: it leaves no file, and ends with the process however that ends.
+    Inside, no other process on this machine may enter with the same folder; nor one on another,
+    where the disk passes locks on. ValueError if one has.
     """
     if fcntl is None:
-        print(f"note: this system does not keep two runs from writing to {folder}: see to it", file=sys.stderr)
+        print(f"note: this system does not keep two runs from writing to {folder}: see to it",
+              file=sys.stderr)
         yield
         return
+    # The lock is the kernel's: it leaves no file, and it ends with the process however that ends.
     handle = os.open(folder, os.O_RDONLY)
     HELD.add(handle)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder} is being written to by another run: wait for it, end it, or choose another folder") from None
+            raise ValueError(f"{folder} is being written to by another run: wait for it, end it, "
+                             "or choose another folder") from None
         except OSError as error:
-            print(f"note: the disk of {folder} knows no locks ({error.strerror}): see that no two runs write there", file=sys.stderr)
+            print(f"note: the disk of {folder} knows no locks ({error.strerror}): see that no two "
+                  "runs write there", file=sys.stderr)
         yield
     finally:
-        if handle in HELD:  # not in a child
+        if handle in HELD:  # not in a child, which has closed it already
             HELD.remove(handle)
             os.close(handle)
 
 
 def told_to_end():
-    """From now on SIGTERM is what ctrl-C is: KeyboardInterrupt, so that files are closed and the script says how to go on."""
+    """SIGTERM becomes KeyboardInterrupt, so files are closed and the script says how to go on."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -654,7 +654,7 @@ def test_a_damaged_row_group_stops_the_run_and_once_mended_it_goes_on(tmp_path, 
     with pytest.raises(SystemExit) as e:
         run_main(monkeypatch, *command)
     err = capsys.readouterr().err
-    assert e.value.code == 2 and err.startswith(f"data.py: error: {source}: ") and err.count("\n") == 1
+    assert e.value.code == 2 and err.startswith(f"data.py: {source}: ") and err.count("\n") == 1
     assert sorted(read_shards(out)) == [f"{n:05d}.bin" for n in range(5)]  # 629 rows come before, 1,000 tokens are 104 to 112 of them
     source.write_bytes(whole)
     run_main(monkeypatch, *command)
@@ -680,7 +680,7 @@ def test_a_killed_worker_is_one_line_and_the_run_goes_on(tmp_path, monkeypatch, 
         patch.setattr(on_disk, "encode_unit", killed_in_row_group_17)
         run_main(patch, *command)
     err = capsys.readouterr().err
-    assert e.value.code == 2 and err.startswith("data.py: error: a worker was killed") and err.count("\n") == 1
+    assert e.value.code == 2 and err.startswith("data.py: a worker was killed") and err.count("\n") == 1
     assert len(read_shards(tmp_path / "out")) == 5
     run_main(monkeypatch, *command)
     write_plainly(docs, [tmp_path / "in.parquet"], tmp_path / "plain", data.get_tokenizer("bytes"), 1000)
@@ -698,7 +698,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, monkeypatch, caps
         patch.setattr(os, "fsync", full)
         run_main(patch, *command)
     err = capsys.readouterr().err
-    assert e.value.code == 2 and err.startswith("data.py: error: ") and err.count("\n") == 1
+    assert e.value.code == 2 and err.startswith("data.py: ") and err.count("\n") == 1
     assert f"{tmp_path / 'out' / '00000.bin'}: not written (No space left on device)" in err
     assert not read_shards(tmp_path / "out")
     run_main(monkeypatch, *command)
@@ -753,7 +753,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, name):
         run_main(monkeypatch, "--input", tmp_path / name, "--output", tmp_path / "out", "--workers=1")
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.count("\n") == 1
-    assert err.startswith("data.py: error:") and message in err
+    assert err.startswith("data.py: ") and message in err
     assert name in err or name.startswith(("empty", "blank"))
     assert not list((tmp_path / "out").glob("*.bin"))
 

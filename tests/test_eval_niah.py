@@ -19,7 +19,7 @@ from test_niah import Bytes, tokenizer_of
 import eval_niah
 import niah
 import sparse
-from infra import answers, cli, files, runlog, weights
+from infra import answers, cli, files, runlog, weights, words
 from infra.report import best_heads, difference, interval, table, table_random
 from model import Transformer
 
@@ -656,7 +656,7 @@ def test_a_folder_of_other_settings_is_refused(undisturbed, capsys, monkeypatch)
 
 def without(monkeypatch, package):
     """As if it were not installed."""
-    monkeypatch.setattr(niah.resources, "files", lambda name: (_ for _ in ()).throw(ModuleNotFoundError(package)))
+    monkeypatch.setattr(words.resources, "files", lambda name: (_ for _ in ()).throw(ModuleNotFoundError(package)))
     niah.word_lists.cache_clear()
 
 

@@ -35,6 +35,7 @@ import judge
 import niah
 import train
 from infra import weights
+from infra.files import write_lines
 from infra.tokenizers import ByteTokenizer
 from conftest import official_names, save_pth, times, tiny
 from judge import ROOT
@@ -452,7 +453,7 @@ def test_memory_is_at_most_twice_the_files_and_time_is_short(what, judged, tmp_p
     verdict, message = next(iter(judged("model", folder).items()))
     if what == "keys":
         asked = [{"index": 0, "input": "x" * 10**6 + " a", "outputs": ["a"] * 100_000}]
-        niah.write_lines(tmp_path / "niah_single_1.jsonl", asked)
+        write_lines({tmp_path / "niah_single_1.jsonl": asked})
         assert "refused" in judged("ruler", tmp_path / "niah_single_1.jsonl")
     assert verdict == ("loaded" if what in ("honest", "ours") else "refused"), message
 

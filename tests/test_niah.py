@@ -542,7 +542,7 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(niah, "make_example", interrupted)
     with pytest.raises(SystemExit) as raised:
         run_main(monkeypatch, f"--output={tmp_path / 'a.jsonl'}")
-    assert raised.value.code == 130 and capsys.readouterr().err == "niah.py: interrupted; nothing was written\n"
+    assert raised.value.code == 130 and capsys.readouterr().err == "\nniah.py: interrupted; nothing was written\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -17,9 +17,14 @@ from tokenizers import decoders, normalizers, pre_tokenizers
 
 import data
 import niah
-from infra.tokenizers import ByteTokenizer
+from infra.tokenizers import ByteTokenizer, pieces
 from test_data import NASTY, TEXT, train_bpe, train_sentencepiece
 from test_niah import Bytes, Pairs, cl100k
+
+
+def byte_ends(tokenizer, ids):
+    """How many bytes of text come before each token, and in all."""
+    return [0, *accumulate(map(len, pieces(tokenizer, ids)))]
 
 
 def encode_and_decode(tokenizer, name):
@@ -93,8 +98,8 @@ def test_spans_hold_in_any_text(name, before, after, answer):
     ids = tokenizer.encode(text)
     (start, end), = niah.token_spans(text, ids, [(len(before), len(before) + len(answer))], tokenizer)
     assert answer in tokenizer.decode(ids[start:end])
-    ends = niah.byte_ends(tokenizer, ids)
-    raw = b"".join(niah.pieces(tokenizer, ids))
+    ends = byte_ends(tokenizer, ids)
+    raw = b"".join(pieces(tokenizer, ids))
     high = raw.index(b"is: " + answer.encode() + b".", max(0, ends[start] - 4)) + 4 + len(answer)
     assert ends[start] <= high - len(answer) < ends[start + 1] and ends[end - 1] < high <= ends[end]
 
@@ -106,7 +111,7 @@ def test_byte_ends_count_what_decode_gives(name, text):
     """A length that is a count of characters, or of half characters; one that goes back; an end token that counts."""
     tokenizer = made(name)
     ids = tokenizer.encode(text)
-    ends = niah.byte_ends(tokenizer, ids)
+    ends = byte_ends(tokenizer, ids)
     assert len(ends) == len(ids) + 1 and ends[0] == 0 and ends == sorted(ends)
     assert ends[-1] == len(tokenizer.decode(ids).encode())
     for n, end in enumerate(ends):
@@ -123,7 +128,7 @@ def test_encode_and_decode_alone_tell_the_bytes_of_each_token(name, text):
     """Without pieces() ends are those with it, but inside characters, where they stay inside the same."""
     tokenizer = made(name)
     ids = tokenizer.encode(text)
-    told, known = (niah.byte_ends(t, ids) for t in (encode_and_decode(tokenizer, "own"), tokenizer))
+    told, known = (byte_ends(t, ids) for t in (encode_and_decode(tokenizer, "own"), tokenizer))
     decoded = tokenizer.decode(ids)
     borders = {0, *accumulate(len(c.encode()) for c in decoded)}
     of_character = lambda end: max(border for border in borders if border <= end)
@@ -138,14 +143,14 @@ def test_end_tokens_and_unknown_ids_stand_for_no_bytes():
         tokenizer = made(name)
         ids = tokenizer.encode("one two")
         odd = [tokenizer.eos_id, *ids, tokenizer.n_vocab + 5, tokenizer.eos_id]
-        ends = niah.byte_ends(tokenizer, ids)
-        assert niah.byte_ends(tokenizer, odd) == [0, *ends, ends[-1], ends[-1]]
-        assert niah.byte_ends(encode_and_decode(tokenizer, "own"), odd) == [0, *ends, ends[-1], ends[-1]]
-        assert niah.byte_ends(tokenizer, []) == [0]
+        ends = byte_ends(tokenizer, ids)
+        assert byte_ends(tokenizer, odd) == [0, *ends, ends[-1], ends[-1]]
+        assert byte_ends(encode_and_decode(tokenizer, "own"), odd) == [0, *ends, ends[-1], ends[-1]]
+        assert byte_ends(tokenizer, []) == [0]
         # sentencepiece's decode gives up a character that an end token cuts
         ids = tokenizer.encode("one two 🙂 three" if name != "sentencepiece" else "one two three")
         odd = [id for pair in zip(ids, 2 * len(ids) * [tokenizer.eos_id]) for id in 3 * pair[1:] + pair[:1]]
-        known, told = (niah.byte_ends(t, odd) for t in (tokenizer, encode_and_decode(tokenizer, "own")))
+        known, told = (byte_ends(t, odd) for t in (tokenizer, encode_and_decode(tokenizer, "own")))
         face = range(known[-1] - 9, known[-1] - 6)  # 🙂 has four bytes: three places inside it
         assert all(one == other or one in face and other in face for one, other in zip(known, told)) and told == sorted(told)
 
@@ -159,7 +164,7 @@ def test_a_tokenizer_whose_tokens_cannot_be_told_apart_is_refused(decode):
     """A decode that changes a token because of its neighbours: wrong places, rather than one line and the remedy."""
     tokenizer = SimpleNamespace(name="mine", encode=lambda text: list(text.encode()), decode=decode)
     with pytest.raises(ValueError, match="tokenizer mine .*give it pieces"):
-        niah.byte_ends(tokenizer, list(b"one . Two . three"))
+        byte_ends(tokenizer, list(b"one . Two . three"))
 
 
 @pytest.mark.parametrize("name", ["bpe NFC", "hf NFC"])
