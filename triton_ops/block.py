@@ -1,21 +1,30 @@
 """
-The rest of a transformer block in Triton, for inference: what its attention and its large matrix products leave.
+The model's block in Triton, for inference: all but attention itself and a prompt's large products.
 
-    products          y_i = W_i x for a few rows x and several matrices, in one launch: a decoding step's projections
-    swiglu_products   silu(W_gate x) * W_up x, likewise
-    add_norm          x + RMSNorm(y): OLMo 2's residual
-    norm_rotate       QK-norm and RoPE of a prompt's q or k
-    swiglu            silu(gate) * up, of a prompt
+    a decoding step of few rows
+        decode_step       memory, QK-norm, RoPE and the write into the cache, between the
+                          projections and attention
+        products          y_i = W_i x for a few rows x and several matrices: the projections
+        swiglu_products   silu(W_gate x) * W_up x, likewise
+    a prompt, and steps of more rows
+        norm_rotate       QK-norm and RoPE of q or k
+        swiglu            silu(gate) * up
+    both
+        add_norm          x + RMSNorm(y): OLMo 2's residual
 
-A decoding step of few rows reads every weight once and computes next to nothing: 14 GB at 7B, 4.6 ms at an H100's copy
-speed. So a product is a pass over W, several share a launch (each costs 2 to 3 microseconds), and their neighbours'
-arithmetic is done on the way. More rows go to cuBLAS, and so do a prompt's products. What lies between those is bound by
-memory: here it reads and writes each tensor once.
+A decoding step of few rows reads every weight once and computes next to nothing: 14 GB at 7B, which
+take 4.6 ms at an H100's copy speed. So a product is one pass over W, several share a launch, which
+costs 2 to 3 microseconds, and their neighbours' arithmetic is done on the way. With more rows the
+products go to cuBLAS, as a prompt's do. What lies between the products is bound by memory: here it
+reads and writes each tensor once.
 
-Each output is one program's sum, in a fixed order: the same inputs give the same bits. No gradients: training compiles the plain forms of model.py. They are the references in tests/test_kernels_block.py.
-kernels.py has the memory, and what surrounds attention in a decoding step.
+The references are the plain forms of model.py and memory.memory_step; tests/test_kernels.py and
+tests/test_kernels_block.py hold the kernels to them. Each output is one program's sum in a fixed
+order, so the same inputs give the same bits. There are no gradients: training compiles the plain
+forms. kernels.py explains how a kernel is written here.
 
-Letters: B batch, T tokens, C width, R rows of x, K inputs and N outputs of a matrix, H heads, D head width.
+Letters: B batch, T tokens, C width, R rows of x, K inputs and N outputs of a matrix, H query heads,
+KV key/value heads, D head width, HALF = D // 2.
 """
 import math
 from typing import Optional
@@ -28,20 +37,26 @@ from torch import Tensor
 from triton_ops.common import by_token, gates
 
 MOST_ROWS = 16  # of x: what one tile of the tensor cores takes
-# Tiles of W, chosen on an H100. One row is multiplied without tensor cores, and its tile is loaded at once; for several rows
-# they come in stages.
+
+# Tiles of W, chosen on an H100. One row is multiplied without tensor cores, and its tile is loaded
+# at once; for several rows the tiles come in stages.
 ONE = dict(BLOCK_N=4, BLOCK_K=2048, STAGES=1, num_warps=4)
 FEW = dict(BLOCK_N=64, BLOCK_K=128, STAGES=6, num_warps=4)
 
 
-# ---------------------------------------------------------------- the decoding step
+# ---------------------------------------------------------------- a token's heads
 
 @triton.jit
 def load_halves(ptr, n, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
-    """A token's n heads (n, 2 * HALF), side by side at ptr, as two fp32 tiles (BLOCK_H, HALF): what RoPE pairs."""
+    """
+    A token's n heads (n, 2 * HALF), side by side at ptr, as two fp32 tiles (BLOCK_H, HALF), its
+    left and its right half: RoPE rotates a channel of one with the same channel of the other.
+    """
     head, d = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, HALF)[None]
     at = ptr + head * 2 * HALF + d
-    return tl.load(at, head < n, other=0).to(tl.float32), tl.load(at + HALF, head < n, other=0).to(tl.float32)
+    left = tl.load(at, head < n, other=0).to(tl.float32)
+    right = tl.load(at + HALF, head < n, other=0).to(tl.float32)
+    return left, right
 
 
 @triton.jit
@@ -53,7 +68,9 @@ def store_halves(ptr, left, right, n, HALF: tl.constexpr, BLOCK_H: tl.constexpr)
 
 
 @triton.jit
-def remember_halves(left, right, gate_ptr, state_ptr, n, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
+def remember_halves(
+    left, right, gate_ptr, state_ptr, n, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
+):
     """Eq. 1 for one token of k or v, whose state (n, 2 * HALF) is updated in place."""
     gate_left, gate_right = load_halves(gate_ptr, n, HALF, BLOCK_H)
     state_left, state_right = load_halves(state_ptr, n, HALF, BLOCK_H)
@@ -66,10 +83,13 @@ def remember_halves(left, right, gate_ptr, state_ptr, n, HALF: tl.constexpr, BLO
 
 
 @triton.jit
-def norm_and_rotate(left, right, weight_ptr, cos_ptr, sin_ptr, n, eps, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
-    """QK-norm over all n heads together (weight_ptr None: without), then RoPE: the halves of a head are pairs."""
+def norm_and_rotate(
+    left, right, weight_ptr, cos_ptr, sin_ptr, n, eps, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
+):
+    """QK-norm over all n heads together (weight_ptr None: without), then RoPE."""
     if weight_ptr is not None:
-        scale = tl.rsqrt((tl.sum(left * left) + tl.sum(right * right)) / (n * 2 * HALF) + eps)
+        squares = tl.sum(left * left) + tl.sum(right * right)
+        scale = tl.rsqrt(squares / (n * 2 * HALF) + eps)
         weight_left, weight_right = load_halves(weight_ptr, n, HALF, BLOCK_H)
         left, right = left * scale * weight_left, right * scale * weight_right
     d = tl.arange(0, HALF)[None]
@@ -77,46 +97,58 @@ def norm_and_rotate(left, right, weight_ptr, cos_ptr, sin_ptr, n, eps, HALF: tl.
     return left * cos - right * sin, right * cos + left * sin
 
 
+# ---------------------------------------------------------------- the decoding step
+
 @triton.jit
 def decode_step_kernel(
-    q_ptr,                                 # (B, H, D)   projections of one token per row
-    k_ptr, v_ptr, gate_ptr,                # (B, KV, D)  gate None: no memory
-    q_weight_ptr, k_weight_ptr,            # (H * D), (KV * D)  of QK-norm, or None
-    cos_ptr, sin_ptr,                      # (1 or B, D / 2)  fp32
-    state_ptr,                             # (2, B, KV, D)  fp32, updated in place
-    k_cache_ptr, v_cache_ptr,              # (B, slots, KV, D)  written at the token's slot
-    low_ptr, high_ptr,                     # (B, N, KV, D)  Quest's bounds, updated in place, or None
-    used_ptr,                              # (B,)  slots filled per row, this token's included
-    q_out_ptr,                             # (B, H, D)
+    q_ptr,                        # (B, H, D)   projections of one token per row
+    k_ptr, v_ptr, gate_ptr,       # (B, KV, D)  gate None: no memory
+    q_weight_ptr, k_weight_ptr,   # (H * D), (KV * D)  of QK-norm, or None
+    cos_ptr, sin_ptr,             # (1 or B, D / 2)  fp32
+    state_ptr,                    # (2, B, KV, D)  fp32, updated in place
+    k_cache_ptr, v_cache_ptr,     # (B, slots, KV, D)  written at the token's slot
+    low_ptr, high_ptr,            # (B, N, KV, D)  Quest's bounds, updated in place, or None
+    used_ptr,                     # (B,)  slots filled per row, this token's included
+    q_out_ptr,                    # (B, H, D)
     B, H, KV, eps,
-    q_stride, k_stride, v_stride, gate_stride, cos_stride, k_cache_stride, v_cache_stride, bounds_stride,  # from row to row
+    q_stride, k_stride, v_stride, gate_stride, cos_stride,  # from row to row
+    k_cache_stride, v_cache_stride, bounds_stride,
     HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):
     """
-    What surrounds attention in a decoding step: k, v -> memory; q, k -> QK-norm -> RoPE; k, v -> cache and block bounds.
+    What surrounds attention in a decoding step.
 
-    reference: memory.memory_step, and model.Attention.forward without the projections
-    grid   (B, 3): one program each for q, k and v of a row: QK-norm needs all heads of a token together
-    bytes  some 100 KB a row at 32 heads of 128: the time is one launch and one trip to memory and back
+        k, v -> memory;   q, k -> QK-norm -> RoPE;   k, v -> cache;   k -> its block's bounds
+    reference: memory.memory_step, and the model's attention between its projections and attend
+    grid   (B, 3): one program each for q, k and v of a row: QK-norm needs a token's heads together
+    tile   the heads of q, k or v, in halves [BLOCK_H, HALF]
+    bytes  some 100 KB a row at 32 heads of 128: the time is one launch and one trip to memory
     dtype  fp32 from the projections to the cache
     """
     b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     D: tl.constexpr = 2 * HALF
     slot = tl.load(used_ptr + b) - 1
+    angle = b * cos_stride
     if part == 0:
         left, right = load_halves(q_ptr + b * q_stride, H, HALF, BLOCK_H)
-        left, right = norm_and_rotate(left, right, q_weight_ptr, cos_ptr + b * cos_stride, sin_ptr + b * cos_stride, H, eps, HALF, BLOCK_H)
+        left, right = norm_and_rotate(
+            left, right, q_weight_ptr, cos_ptr + angle, sin_ptr + angle, H, eps, HALF, BLOCK_H)
         store_halves(q_out_ptr + b * H * D, left, right, H, HALF, BLOCK_H)
     elif part == 1:
         left, right = load_halves(k_ptr + b * k_stride, KV, HALF, BLOCK_H)
         if gate_ptr is not None:
-            left, right = remember_halves(left, right, gate_ptr + b * gate_stride, state_ptr + b * KV * D, KV, HALF, BLOCK_H)
-        left, right = norm_and_rotate(left, right, k_weight_ptr, cos_ptr + b * cos_stride, sin_ptr + b * cos_stride, KV, eps, HALF, BLOCK_H)
-        store_halves(k_cache_ptr + b * k_cache_stride + slot * KV * D, left, right, KV, HALF, BLOCK_H)
+            left, right = remember_halves(
+                left, right, gate_ptr + b * gate_stride, state_ptr + b * KV * D, KV, HALF, BLOCK_H)
+        left, right = norm_and_rotate(
+            left, right, k_weight_ptr, cos_ptr + angle, sin_ptr + angle, KV, eps, HALF, BLOCK_H)
+        at = k_cache_ptr + b * k_cache_stride + slot * KV * D
+        store_halves(at, left, right, KV, HALF, BLOCK_H)
         if low_ptr is not None:
+            # The bounds are of the keys as the cache holds them, rounded. The first key of a block
+            # is its bounds: what lies there may be of an older prompt.
             block = b * bounds_stride + slot // BLOCK_SIZE * KV * D
             new = slot % BLOCK_SIZE == 0
-            dtype: tl.constexpr = k_cache_ptr.dtype.element_ty  # as the cache holds them
+            dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
             left, right = left.to(dtype).to(tl.float32), right.to(dtype).to(tl.float32)
             old_left, old_right = load_halves(low_ptr + block, KV, HALF, BLOCK_H)
             store_halves(low_ptr + block, tl.where(new, left, tl.minimum(old_left, left)),
@@ -127,11 +159,17 @@ def decode_step_kernel(
     else:
         left, right = load_halves(v_ptr + b * v_stride, KV, HALF, BLOCK_H)
         if gate_ptr is not None:
-            left, right = remember_halves(left, right, gate_ptr + b * gate_stride, state_ptr + (B + b) * KV * D, KV, HALF, BLOCK_H)
-        store_halves(v_cache_ptr + b * v_cache_stride + slot * KV * D, left, right, KV, HALF, BLOCK_H)
+            state_ptr += (B + b) * KV * D  # v's half of it lies behind k's
+            left, right = remember_halves(
+                left, right, gate_ptr + b * gate_stride, state_ptr, KV, HALF, BLOCK_H)
+        at = v_cache_ptr + b * v_cache_stride + slot * KV * D
+        store_halves(at, left, right, KV, HALF, BLOCK_H)
 
 
-@torch.library.custom_op("nanorat::decode_step", mutates_args=("state", "k_cache", "v_cache", "low", "high"))
+UPDATED = "state", "k_cache", "v_cache", "low", "high"
+
+
+@torch.library.custom_op("nanorat::decode_step", mutates_args=UPDATED)
 def decode_step(
     q: Tensor,                   # (B, 1, H, D)   projections of the new token
     k: Tensor, v: Tensor,        # (B, 1, KV, D)
@@ -142,49 +180,58 @@ def decode_step(
     cos: Tensor, sin: Tensor,    # (1 or B, 1, 1, D / 2)  fp32, of RoPE
     state: Optional[Tensor],     # (2, B, KV, D)  fp32, contiguous; updated in place
     k_cache: Tensor, v_cache: Tensor,  # (B, slots, KV, D)  written in place at slot used - 1
-    low: Optional[Tensor], high: Optional[Tensor],  # (B, N, KV, D)  Quest's bounds per block; updated in place
+    low: Optional[Tensor],       # (B, N, KV, D)  Quest's bounds per block; updated in place
+    high: Optional[Tensor],
     block_size: int,             #                of these blocks
     used: Tensor,                # (B,)  int64    slots filled per row, the new token's included
 ) -> Tensor:                     # q (B, 1, H, D), ready for attention
-    """All of a decoding step between the projections and attention, in one launch. See decode_step_kernel."""
+    """All of a decoding step between the projections and attention, in one launch."""
     B, _, H, D = q.shape
     KV = k.shape[2]
     assert D % 2 == 0 and D & D - 1 == 0, f"head width {D} is not a power of two"
     q, k, v = (by_token(x) for x in (q, k, v))
     gate = None if gate is None else by_token(gate)
     for x in k_cache, v_cache, low, high:
-        assert x is None or x.stride()[1:] == (KV * D, D, 1), f"a cache's slots must lie side by side, not with strides {x.stride()}"
+        assert x is None or x.stride()[1:] == (KV * D, D, 1), \
+            f"a cache's slots must lie side by side, not with strides {x.stride()}"
+
     q_out = q.new_empty(B, 1, H, D)
     decode_step_kernel[(B, 3)](
-        q, k, v, gate, q_weight, k_weight, cos, sin, state, k_cache, v_cache, low, high, used, q_out, B, H, KV, eps,
-        q.stride(0), k.stride(0), v.stride(0), 0 if gate is None else gate.stride(0), 0 if len(cos) == 1 else cos.stride(0),
+        q, k, v, gate, q_weight, k_weight, cos, sin, state, k_cache, v_cache, low, high, used,
+        q_out, B, H, KV, eps, q.stride(0), k.stride(0), v.stride(0),
+        0 if gate is None else gate.stride(0), 0 if len(cos) == 1 else cos.stride(0),
         k_cache.stride(0), v_cache.stride(0), 0 if low is None else low.stride(0),
         HALF=D // 2, BLOCK_H=triton.next_power_of_2(max(H, KV)), BLOCK_SIZE=block_size, num_warps=8)
     return q_out
 
 
 @decode_step.register_fake
-def _(q, k, v, gate, q_weight, k_weight, eps, cos, sin, state, k_cache, v_cache, low, high, block_size, used):
+def _(q, k, v, gate, q_weight, k_weight, eps, cos, sin, state, k_cache, v_cache, low, high,
+      block_size, used):
     return q.new_empty(q.shape)
 
 
 # ---------------------------------------------------------------- a few rows times matrices
 
 @triton.jit
-def times(x_ptr, w_ptr, n, N, K, R, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr):
+def times(
+    x_ptr, w_ptr, n, N, K, R,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
+):
     """x (R, K) times rows n to n + BLOCK_N - 1 of W (N, K): [BLOCK_N, BLOCK_R] in fp32"""
     offs_n, offs_k = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    w_ptr += offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]                               # [BLOCK_N, BLOCK_K]
+    w_ptr += offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]    # [BLOCK_N, BLOCK_K]
     if BLOCK_R == 1:
         partial = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for k in range(0, K, BLOCK_K):
             mask_k = (k + offs_k < K)[None, :]
             w = tl.load(w_ptr + k, mask=(offs_n < N)[:, None] & mask_k, other=0).to(tl.float32)
-            partial += w * tl.load(x_ptr + k + offs_k[None, :], mask=mask_k, other=0).to(tl.float32)
+            x = tl.load(x_ptr + k + offs_k[None, :], mask=mask_k, other=0).to(tl.float32)
+            partial += w * x
         return tl.sum(partial, axis=1)[:, None]
     else:
         offs_r = tl.arange(0, BLOCK_R)
-        x_ptr += offs_r[None, :] * K + offs_k[:, None]                                        # [BLOCK_K, BLOCK_R]
+        x_ptr += offs_r[None, :] * K + offs_k[:, None]             # [BLOCK_K, BLOCK_R]
         total = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             mask_k = k + offs_k < K
@@ -200,19 +247,27 @@ def mean_squares(x_ptr, K, R, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
     offs_k, offs_r = tl.arange(0, BLOCK_K)[:, None], tl.arange(0, BLOCK_R)[None, :]
     total = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     for k in range(0, K, BLOCK_K):
-        x = tl.load(x_ptr + offs_r * K + k + offs_k, mask=(k + offs_k < K) & (offs_r < R), other=0).to(tl.float32)
+        mask = (k + offs_k < K) & (offs_r < R)
+        x = tl.load(x_ptr + offs_r * K + k + offs_k, mask=mask, other=0).to(tl.float32)
         total += x * x
     return tl.sum(total, axis=0)[None, :] / K
 
 
 @triton.jit
 def products_kernel(
-    x_ptr, w_ptrs, sizes, bias_ptr, y_ptr, K, R, eps,
+    x_ptr,     # (R, K)
+    w_ptrs,    # of the matrices (sizes[i], K)
+    sizes,     # of these, in rows
+    bias_ptr,  # (sizes[-1],), or None
+    y_ptr,     # (R, sum(sizes))
+    K, R, eps,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):
     """
-    y = W_0 x, W_1 x, ... side by side, W_i of sizes[i] rows. The bias is the last one's. With eps, that is W x / rms(x) + bias:
-    the memory's gate, which reads the block's input at RMS 1 (the product of a scaled x is the scaled product).
+    y = W_0 x, W_1 x, ... side by side, W_i of sizes[i] rows.
+
+    The bias is the last one's. With eps, the last one is W x / rms(x) + bias: the memory's gate,
+    which reads the block's input at RMS 1 (the product of a scaled x is the scaled product).
 
     reference: F.linear
     grid   a program for each BLOCK_N rows of all matrices
@@ -221,43 +276,53 @@ def products_kernel(
     dtype  any; sums in fp32
     """
     n = tl.program_id(0) * BLOCK_N
-    w_ptr, N, first, start = w_ptrs[0], sizes[0], 0, 0  # the program's matrix, its rows, and those of all before it
+    # the program's matrix, its rows, and those of all before it
+    w_ptr, N, first, start = w_ptrs[0], sizes[0], 0, 0
     for i in tl.static_range(len(w_ptrs)):
         if n >= start:
             w_ptr, N, first = w_ptrs[i], sizes[i], start
         start += sizes[i]
-    y = times(x_ptr, tl.multiple_of(w_ptr, 16), n - first, N, K, R, BLOCK_N, BLOCK_K, BLOCK_R, STAGES)
+    y = times(x_ptr, tl.multiple_of(w_ptr, 16), n - first, N, K, R,
+              BLOCK_N, BLOCK_K, BLOCK_R, STAGES)
     offs_n, offs_r = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
     if bias_ptr is not None:
         if n >= start - sizes[len(w_ptrs) - 1]:
             if eps is not None:  # tiles of 512 at least: small ones would each wait for L2
                 y *= tl.rsqrt(mean_squares(x_ptr, K, R, max(BLOCK_K, 512), BLOCK_R) + eps)
-            y += tl.load(bias_ptr + offs_n - first, mask=offs_n < start, other=0).to(tl.float32)[:, None]
-    where = offs_r.to(tl.int64)[None, :] * start + offs_n[:, None]                            # [BLOCK_N, BLOCK_R]
-    tl.store(y_ptr + where, y.to(y_ptr.dtype.element_ty), mask=(offs_n < start)[:, None] & (offs_r < R)[None, :])
+            bias = tl.load(bias_ptr + offs_n - first, mask=offs_n < start, other=0)
+            y += bias.to(tl.float32)[:, None]
+    where = offs_r.to(tl.int64)[None, :] * start + offs_n[:, None]  # [BLOCK_N, BLOCK_R]
+    tl.store(y_ptr + where, y.to(y_ptr.dtype.element_ty),
+             mask=(offs_n < start)[:, None] & (offs_r < R)[None, :])
 
 
 def tiles(R, K):
     """Constants for R rows of x."""
     tile = ONE if R == 1 else FEW
-    return tile | dict(BLOCK_R=1 if R == 1 else MOST_ROWS, BLOCK_K=max(16, min(tile["BLOCK_K"], triton.next_power_of_2(K))))
+    BLOCK_K = max(16, min(tile["BLOCK_K"], triton.next_power_of_2(K)))
+    return tile | dict(BLOCK_R=1 if R == 1 else MOST_ROWS, BLOCK_K=BLOCK_K)
 
 
 def products(
     x,          # (B, T, K)  B * T at most MOST_ROWS, contiguous
     weights,    # matrices (N_i, K), N_i a multiple of 16 in all but the last
     bias=None,  # (N_last)   of the last product
-    eps=None,   #            a number: the last one is with x / rms(x), and this is the eps of that
+    eps=None,   #            a number: the last product is of x / rms(x), and this is RMSNorm's eps
 ):              # -> [y_i (B, T, N_i)], side by side in memory
     K, R, sizes = x.shape[-1], x.shape[0] * x.shape[1], [len(w) for w in weights]
-    assert R <= MOST_ROWS and x.is_contiguous(), f"products takes up to {MOST_ROWS} rows, contiguous, not {tuple(x.shape)}"
-    assert all(w.shape[1] == K and w.is_contiguous() and w.dtype == x.dtype for w in weights), "matrices do not fit x, or are views"
+    assert R <= MOST_ROWS and x.is_contiguous(), \
+        f"products takes up to {MOST_ROWS} rows, contiguous, not {tuple(x.shape)}"
+    assert all(w.shape[1] == K and w.is_contiguous() and w.dtype == x.dtype for w in weights), \
+        "matrices do not fit x, or are views"
     constants = tiles(R, K)
     # a program has rows of one matrix only
     constants["BLOCK_N"] = math.gcd(constants["BLOCK_N"], *sizes[:-1])
-    assert constants["BLOCK_N"] in (4, 16, 32, 64), f"{sizes=}: all but the last must be multiples of 16"
+    assert constants["BLOCK_N"] in (4, 16, 32, 64), \
+        f"{sizes=}: all but the last must be multiples of 16"
+
     y = x.new_empty(*x.shape[:2], sum(sizes))
-    products_kernel[(triton.cdiv(sum(sizes), constants["BLOCK_N"]),)](x, tuple(weights), tuple(sizes), bias, y, K, R, eps, **constants)
+    products_kernel[(triton.cdiv(sum(sizes), constants["BLOCK_N"]),)](
+        x, tuple(weights), tuple(sizes), bias, y, K, R, eps, **constants)
     return y.split(sizes, dim=-1)
 
 
@@ -268,16 +333,24 @@ def silu(x):
 
 @triton.jit
 def swiglu_products_kernel(
-    x_ptr, gate_ptr, up_ptr, y_ptr, N, K, R,
+    x_ptr,             # (R, K)
+    gate_ptr, up_ptr,  # (N, K)
+    y_ptr,             # (R, N)
+    N, K, R,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """y = silu(W_gate x) * W_up x. As products_kernel, a program with the same rows of both matrices."""
+    """
+    y = silu(W_gate x) * W_up x.      reference: F.silu(F.linear(x, W_gate)) * F.linear(x, W_up)
+
+    As products_kernel; a program has the same rows of both matrices.
+    """
     n = tl.program_id(0) * BLOCK_N
     gate = times(x_ptr, gate_ptr, n, N, K, R, BLOCK_N, BLOCK_K, BLOCK_R, STAGES)
     up = times(x_ptr, up_ptr, n, N, K, R, BLOCK_N, BLOCK_K, BLOCK_R, STAGES)
     offs_n, offs_r = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
-    where = offs_r.to(tl.int64)[None, :] * N + offs_n[:, None]                                # [BLOCK_N, BLOCK_R]
-    tl.store(y_ptr + where, (silu(gate) * up).to(y_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_r < R)[None, :])
+    where = offs_r.to(tl.int64)[None, :] * N + offs_n[:, None]      # [BLOCK_N, BLOCK_R]
+    tl.store(y_ptr + where, (silu(gate) * up).to(y_ptr.dtype.element_ty),
+             mask=(offs_n < N)[:, None] & (offs_r < R)[None, :])
 
 
 def swiglu_products(
@@ -285,21 +358,32 @@ def swiglu_products(
     w_gate, w_up,  # (N, K)
 ):                 # -> (B, T, N)
     (N, K), R = w_gate.shape, x.shape[0] * x.shape[1]
-    assert x.shape[2] == K and w_up.shape == (N, K), f"{tuple(x.shape)} with {tuple(w_gate.shape)} and {tuple(w_up.shape)}"
-    assert R <= MOST_ROWS and x.is_contiguous(), f"swiglu_products takes up to {MOST_ROWS} rows, contiguous, not {tuple(x.shape)}"
+    assert x.shape[2] == K and w_up.shape == (N, K), \
+        f"{tuple(x.shape)} with {tuple(w_gate.shape)} and {tuple(w_up.shape)}"
+    assert R <= MOST_ROWS and x.is_contiguous(), \
+        f"swiglu_products takes up to {MOST_ROWS} rows, contiguous, not {tuple(x.shape)}"
     y, constants = x.new_empty(*x.shape[:2], N), tiles(R, K)
     if R > 1:  # two matrices' tiles come in stages
         constants["BLOCK_N"] //= 2
-    swiglu_products_kernel[(triton.cdiv(N, constants["BLOCK_N"]),)](x, w_gate, w_up, y, N, K, R, **constants)
+    swiglu_products_kernel[(triton.cdiv(N, constants["BLOCK_N"]),)](
+        x, w_gate, w_up, y, N, K, R, **constants)
     return y
 
 
 # ---------------------------------------------------------------- between the products
 
 @triton.jit
-def add_norm_kernel(x_ptr, y_ptr, weight_ptr, out_ptr, C, eps, BLOCK_C: tl.constexpr):
+def add_norm_kernel(
+    x_ptr, y_ptr,  # (tokens, C)
+    weight_ptr,    # (C,)
+    out_ptr,       # (tokens, C)
+    C, eps, BLOCK_C: tl.constexpr,
+):
     """
-    out = x + weight * y / rms(y), one token per program.     reference: x + nn.RMSNorm(y)
+    out = x + weight * y / rms(y)                                  reference: x + nn.RMSNorm(y)
+
+    grid   (tokens,): one token per program
+    tile   the token's channels [BLOCK_C]
     bytes  x, y and out once: 3 * C elements a token
     dtype  any; in fp32 between reading and writing
     """
@@ -317,29 +401,37 @@ def add_norm(
     weight,  # (C)
     eps,
 ):           # -> (B, T, C)
-    assert x.shape == y.shape and x.is_contiguous() and y.is_contiguous(), f"{tuple(x.shape)} and {tuple(y.shape)}, contiguous"
+    assert x.shape == y.shape and x.is_contiguous() and y.is_contiguous(), \
+        f"{tuple(x.shape)} and {tuple(y.shape)}, contiguous"
     out, C = torch.empty_like(x), x.shape[-1]
-    add_norm_kernel[(x.numel() // C,)](x, y, weight, out, C, eps, BLOCK_C=triton.next_power_of_2(C), num_warps=min(8, max(1, triton.next_power_of_2(C) // 512)))
+    BLOCK_C = triton.next_power_of_2(C)
+    add_norm_kernel[(x.numel() // C,)](
+        x, y, weight, out, C, eps, BLOCK_C=BLOCK_C, num_warps=min(8, max(1, BLOCK_C // 512)))
     return out
 
 
 @triton.jit
 def norm_rotate_kernel(
-    x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, T, H, eps, stride_b, stride_t, cos_stride,
-    HALF: tl.constexpr, BLOCK_H: tl.constexpr,
+    x_ptr,             # (B, T, H, D)  with strides for b and t
+    weight_ptr,        # (H * D,), or None
+    cos_ptr, sin_ptr,  # (1 or B, T, D / 2)  fp32
+    out_ptr,           # (B, T, H, D)  contiguous
+    T, H, eps, stride_b, stride_t, cos_stride, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
 ):
     """
-    out = RoPE(weight * x / rms(x)), the norm over all heads of a token together; weight None: RoPE alone.
+    out = RoPE(weight * x / rms(x)), the norm over all heads of a token; weight None: RoPE alone.
 
     reference: model.rotate(q_norm(x))
     grid   (T, B): one token per program
     tile   its heads' left and right halves [BLOCK_H, HALF], which RoPE pairs
     bytes  x and out once: 2 * H * D elements a token
+    dtype  any; in fp32 between reading and writing
     """
     t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     angle = b * cos_stride + t * HALF
     left, right = load_halves(x_ptr + b * stride_b + t * stride_t, H, HALF, BLOCK_H)
-    left, right = norm_and_rotate(left, right, weight_ptr, cos_ptr + angle, sin_ptr + angle, H, eps, HALF, BLOCK_H)
+    left, right = norm_and_rotate(
+        left, right, weight_ptr, cos_ptr + angle, sin_ptr + angle, H, eps, HALF, BLOCK_H)
     store_halves(out_ptr + (b * T + t) * H * 2 * HALF, left, right, H, HALF, BLOCK_H)
 
 
@@ -350,17 +442,25 @@ def norm_rotate(
     cos, sin,  # (1 or B, T, 1, D / 2)  fp32, contiguous
 ):             # -> (B, T, H, D)
     B, T, H, D = x.shape
-    assert x.stride()[2:] == (D, 1) and cos.is_contiguous() and sin.is_contiguous(), f"norm_rotate: strides {x.stride()}, {cos.stride()}"
+    assert x.stride()[2:] == (D, 1) and cos.is_contiguous() and sin.is_contiguous(), \
+        f"norm_rotate: strides {x.stride()}, {cos.stride()}"
     out = x.new_empty(B, T, H, D)
+    cos_stride = 0 if len(cos) == 1 else cos.stride(0)
     norm_rotate_kernel[(T, B)](
-        x, weight, cos, sin, out, T, H, eps, x.stride(0), x.stride(1), 0 if len(cos) == 1 else cos.stride(0),
+        x, weight, cos, sin, out, T, H, eps, x.stride(0), x.stride(1), cos_stride,
         HALF=D // 2, BLOCK_H=triton.next_power_of_2(H), num_warps=4)
     return out
 
 
 @triton.jit
 def swiglu_kernel(gate_ptr, up_ptr, out_ptr, size, BLOCK: tl.constexpr):
-    """out = silu(gate) * up: 3 elements' bytes each.     reference: F.silu(gate) * up"""
+    """
+    out = silu(gate) * up, elementwise                             reference: F.silu(gate) * up
+
+    grid   (cdiv(size, BLOCK),)
+    bytes  gate, up and out once
+    dtype  any; in fp32 between reading and writing
+    """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
     gate = tl.load(gate_ptr + offs, mask=mask, other=0).to(tl.float32)
@@ -370,6 +470,8 @@ def swiglu_kernel(gate_ptr, up_ptr, out_ptr, size, BLOCK: tl.constexpr):
 
 def swiglu(gate, up):
     """(..., N), (..., N) -> (..., N), written over gate: a prompt's is large."""
-    assert gate.shape == up.shape and gate.is_contiguous() and up.is_contiguous(), f"{tuple(gate.shape)}, {tuple(up.shape)}, contiguous"
-    swiglu_kernel[(triton.cdiv(gate.numel(), 4096),)](gate, up, gate, gate.numel(), BLOCK=4096, num_warps=8)
+    assert gate.shape == up.shape and gate.is_contiguous() and up.is_contiguous(), \
+        f"{tuple(gate.shape)}, {tuple(up.shape)}, contiguous"
+    grid = (triton.cdiv(gate.numel(), 4096),)
+    swiglu_kernel[grid](gate, up, gate, gate.numel(), BLOCK=4096, num_warps=8)
     return gate

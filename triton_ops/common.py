@@ -1,5 +1,12 @@
 """
-What the kernels share: the gate, a softmax that cannot overflow, and what their launchers check.
+What several kernels share; kernels.py explains how a kernel is written here.
+
+    gates             the memory's g and 1 - g, each to full precision
+    ROOM, log_sum     a softmax whose sums cannot overflow
+    by_token          a layout with a token's channels side by side
+    check_heads, check_tensors    what the launchers of topk, quest and snapkv refuse
+
+tests/test_numbers.py has what the first two are for: saturated gates, the largest numbers.
 """
 import math
 
@@ -7,26 +14,34 @@ import torch
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x * LOG2E), and exp2 is what the hardware has
+LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x * LOG2E), and exp2 is one instruction
 
-# The attention kernels carry a softmax's running maximum as 20 more than it is (in base 2). So each exponential is at most
-# 2**-20, and a sum of up to 2**20 values overflows no sooner than their mean, whatever they are. Powers of two cost no bits.
+# The attention kernels carry a softmax's running maximum as 20 more than it is (in base 2). So each
+# exponential is at most 2**-20, and a sum of up to 2**20 values overflows no sooner than their mean
+# does, whatever they are. Powers of two cost no bits.
 ROOM, SHRUNK = tl.constexpr(20.0), tl.constexpr(2.0 ** -20)
 
 
 @triton.jit
 def log_sum(peak, total):
-    """log2(total * exp2(peak)), for a peak with ROOM: what that added is taken away before it rounds anything off."""
+    """
+    log2(total * exp2(peak)), for a peak with ROOM: what that added is taken away before it rounds
+    anything off.
+    """
     return peak - ROOM + tl.log2(total * (1 / SHRUNK))
 
 
 @triton.jit
 def gates(logit):
     """
-    g = sigmoid(logit) and 1 - g = sigmoid(-logit), the smaller one to full relative precision, also where the other
-    rounds to 1, and down to 0. Spelled for few instructions: a square of rsqrt is the hardware's shortest reciprocal.
+    g = sigmoid(logit) and 1 - g = sigmoid(-logit).
+
+    The smaller one has full relative precision, also where the other rounds to 1, and down to 0: a
+    memory of a million tokens has a 1 - g of a millionth. Spelled for few instructions: a square of
+    rsqrt is the hardware's shortest reciprocal.
     """
-    odds = tl.exp2(tl.minimum(logit, -logit) * 1.4426950408889634)  # of the smaller one: at most 1, so nothing overflows
+    # exp of the smaller logit, at most 1, so that nothing overflows
+    odds = tl.exp2(tl.minimum(logit, -logit) * 1.4426950408889634)
     root = tl.rsqrt(1 + odds)
     small = odds * root * root
     rest = tl.where(logit > 0, small, 1 - small)
@@ -47,6 +62,8 @@ def check_heads(H, KV, D):
 def check_tensors(*tensors):
     """Layouts and dtypes that every kernel relies on. Leading dims may have any stride."""
     for x in tensors:
-        assert x.dtype in (torch.bfloat16, torch.float32), f"{x.dtype} is neither bfloat16 nor float32"
+        assert x.dtype in (torch.bfloat16, torch.float32), \
+            f"{x.dtype} is neither bfloat16 nor float32"
         assert x.dtype == tensors[0].dtype, f"{x.dtype} beside {tensors[0].dtype}"
-        assert x.stride(-1) == 1, f"the last dim of a {tuple(x.shape)} tensor has stride {x.stride(-1)}, not 1"
+        assert x.stride(-1) == 1, \
+            f"the last dim of a {tuple(x.shape)} tensor has stride {x.stride(-1)}, not 1"

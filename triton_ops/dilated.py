@@ -1,36 +1,47 @@
 """
-Dilated attention in Triton, forward and backward: sparse.Dilated, whose pattern is a formula, so that no index is read.
+Dilated attention, forward and backward: a pattern that is a formula, so that no index is read.
 
     key j for query i:  j <= i and (i - j <= local or j < initial or (j + 1) % dilation == 0)
 
 A query's keys come from three sources that share no key, so nothing counts twice:
 
-    own     j = i                             a product of two rows. Each query has it: the softmax starts there
-    band    i - local <= j < i                neighbouring queries read neighbouring keys: tiles of consecutive slots
+    own     j = i                             a product of two rows. Each query has it, so the
+                                              softmax starts there
+    band    i - local <= j < i                neighbouring queries read neighbouring keys: tiles of
+                                              consecutive slots
     shared  j < i - local and (j < initial or (j + 1) % dilation == 0)
-                                              the same few slots for all later queries: tiles gathered with a stride
+                                              the same few slots for all later queries: tiles
+                                              gathered with a stride
 
-ARL's training pass (dilation=64, local=0, initial=0) has no band and 1/64 of the keys: it costs what it takes to read
-q, k, v and write y. RAT+'s inference has all three, dilation=None (StreamingLLM) no chunk ends.
+ARL's training pass (dilation=64, local=0, initial=0) has no band and 1/64 of the keys: it costs
+what it takes to read q, k, v and write y. RAT+'s inference has all three. With dilation=None
+(StreamingLLM) no chunk ends.
 
-    forward_kernel     y and lse                                          one program per tile of queries
-    query_grad_kernel  dq and delta; dk, dv as far as they are each key's own
-    key_grad_kernel    dk, dv of the band and of the shared keys, added   one program per tile of keys
+    forward_kernel     y and lse                                    a program per tile of queries
+    query_grad_kernel  dq and delta; dk, dv as far as they are      a program per tile of queries
+                       each key's own
+    key_grad_kernel    dk, dv of the band and of the shared keys,   a program per tile of keys
+                       added
 
-The G query heads of a KV head read the same keys, so they are rows of one tile. Row r is query t = r // GP, head
-r % GP of the group, with GP = G rounded up to a power of two:
+The G query heads of a KV head read the same keys, so they are rows of one tile. Row r is query
+t = r // GP, head r % GP of the group, with GP = G rounded up to a power of two:
 
     r   0     1     2     3     4     5     6     7
     t   0     0     0     0     1     1     1     1          G = 3, GP = 4
     g   0     1     2     -     0     1     2     -          rows of - are masked
 
-The shared slots in order, entry m -> slot: the first `initial` tokens, then the ends of the chunks after them.
+The shared slots in order, entry m -> slot: the first `initial` tokens, then the ends of the chunks
+after them.
 
     dilation 4, initial 2:   slot  0  1  2  3  4  5  6  7  8  9 10 11
                              m     0  1     2           3           4          first_end = 3
 
-The same inputs give the same bits: nothing is added atomically, and parts are summed in their order.
-Truth: sparse.Dilated, in tests/test_kernels_dilated.py. Letters as in sparse.py; a slot is a place in k and v.
+reference: sparse.Dilated; tests/test_kernels_dilated.py holds `dilated` to it, in values and in
+gradients. The same inputs give the same bits: nothing is added atomically, and parts are summed in
+their order. kernels.py explains how a kernel is written here.
+
+Letters as in sparse.py: B batch, Tq queries, Tk slots (T where both are the same), H query heads,
+KV key/value heads, G = H // KV, D head width. A slot is a place in k and v.
 """
 from typing import Optional
 
@@ -41,21 +52,27 @@ from torch import Tensor
 
 from triton_ops.common import LOG2E, ROOM, SHRUNK, log_sum
 
-# BLOCK_M rows and BLOCK_N keys of a tile. The pass is bound by memory: 64 rows of 128 bf16 are 16 KB per tensor, few
-# enough that two or three programs share an SM and one's loads hide another's arithmetic.
+# BLOCK_M rows and BLOCK_N keys of a tile. The pass is bound by memory: 64 rows of 128 bf16 are 16
+# KB per tensor, few enough that two or three programs share an SM and one's loads hide another's
+# arithmetic.
 TILES = {
-    "step": dict(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=3),           # decoding: at most 16 rows
-    "forward": dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=1),        # no second tile of keys
-    "forward_long": dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),   # several, or a band
-    "query_grad": dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2, maxnreg=128),  # two on an SM
-    "query_grad_groups": dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),        # sums over heads need more
+    # decoding: at most 16 rows
+    "step": dict(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=3),
+    # a single tile of keys; several, or a band
+    "forward": dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=1),
+    "forward_long": dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+    # two programs on an SM; sums over the heads of a group need more registers
+    "query_grad": dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2, maxnreg=128),
+    "query_grad_groups": dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
     "key_grad": dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
-    "fp32": dict(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1),           # no tensor cores, so registers are short
+    # no tensor cores, so registers are short
+    "fp32": dict(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1),
 }
-SPLIT_UP_TO = 132  # programs, one for each SM of an H100: fewer key tiles than that are split among the queries
+# Programs, one for each SM of an H100: fewer tiles of keys than that are split among the queries.
+SPLIT_UP_TO = 132
 
 
-# ---------------------------------------------------------------- what the kernels share
+# ---------------------------------------------------------------- the pattern
 
 @triton.jit
 def dot(a, b):
@@ -115,54 +132,67 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """
-    Each query's own key, then the shared keys before its window, then the band, through one online softmax.
+    Each query's own key, then the shared keys before its window, then the band, through one online
+    softmax.
 
         y = sum_j p_j v_j,  p = softmax(q k^T / sqrt(D)),  lse = log2 sum_j exp(q k_j / sqrt(D))
                                                                reference: sparse.Dilated.prefill
-    grid   (cdiv(Tq * GP, BLOCK_M), KV, B): neighbouring tiles read the same shared keys, which stay in L2
-    tile   q [BLOCK_M, D] with its own k and v in registers, shared and band keys stream past as [BLOCK_N, D]
-    bytes  ARL: q, k, v read, y written once. B8 T4096 H32 D128 bf16: 4 x 268 MB, 0.36 ms at 3.0 TB/s
+    grid   (cdiv(Tq * GP, BLOCK_M), KV, B): neighbouring tiles read the same shared keys, which stay
+           in L2
+    tile   q [BLOCK_M, D] with its own k and v in registers, shared and band keys stream past as
+           [BLOCK_N, D]
+    bytes  ARL: q, k, v read, y written once. B8 T4096 H32 D128 bf16: 4 x 268 MB, 0.36 ms at 3 TB/s
     dtype  bf16 or fp32 in; scores, softmax and sums in fp32
     """
     H: tl.constexpr = KV * G
     BLOCK_T: tl.constexpr = BLOCK_M // GP
-    tile, h_kv, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    tile, h_kv = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
     t0 = (tile * BLOCK_T).to(tl.int64)
-    t, g = tl.arange(0, BLOCK_M) // GP, tl.arange(0, BLOCK_M) % GP       # [BLOCK_M]  query, from t0 on; its head
+    # [BLOCK_M]  query of each row, from t0 on; its head
+    t, g = tl.arange(0, BLOCK_M) // GP, tl.arange(0, BLOCK_M) % GP
     mask_t = (t < Tq - t0) & (g < G)
     offs_d, offs_n = tl.arange(0, D)[None, :], tl.arange(0, BLOCK_N)
     offs_t, offs_g = t[:, None], g[:, None]
-    first = tl.load(start_ptr + b) + t0                                  # slot of the first query
-    i = (first + t).to(tl.int32)                                         # [BLOCK_M]  of each query
-    # what lies behind it may be anything, and 0 * NaN is NaN; padding may be past it
+    first = tl.load(start_ptr + b) + t0                                 # slot of the first query
+    i = (first + t).to(tl.int32)                                        # [BLOCK_M]  of each query
+    # The last slot that is read. What lies behind it may be anything, and 0 * NaN is NaN; padding
+    # may stand behind it.
     last = tl.minimum(first + tl.minimum(BLOCK_T, Tq - t0), Tk).to(tl.int32) - 1
     q_ptr += b * q_b + t0 * q_t + h_kv * G * q_h
     k_ptr += b * k_b + h_kv * k_h + offs_d
     v_ptr += b * v_b + h_kv * v_h + offs_d
 
-    q = tl.load(q_ptr + offs_t * q_t + offs_g * q_h + offs_d, mask=mask_t[:, None], other=0.0)       # [BLOCK_M, D]
+    # The query's own key. The softmax starts with it, in full fp32: top is then finite.
+    q_at = q_ptr + offs_t * q_t + offs_g * q_h + offs_d
+    q = tl.load(q_at, mask=mask_t[:, None], other=0.0)                                # [BLOCK_M, D]
     own = tl.minimum(offs_t, (Tk - 1 - first).to(tl.int32))
-    k_own = tl.load(k_ptr + first * k_t + own * k_t, mask=mask_t[:, None], other=0.0)                # [BLOCK_M, D]
-    v_own = tl.load(v_ptr + first * v_t + own * v_t, mask=mask_t[:, None], other=0.0)                # [BLOCK_M, D]
-    top = tl.sum(q.to(tl.float32) * k_own.to(tl.float32), 1) * scale + ROOM                          # [BLOCK_M]
+    k_own = tl.load(k_ptr + first * k_t + own * k_t, mask=mask_t[:, None], other=0.0)
+    v_own = tl.load(v_ptr + first * v_t + own * v_t, mask=mask_t[:, None], other=0.0)
+    top = tl.sum(q.to(tl.float32) * k_own.to(tl.float32), 1) * scale + ROOM           # [BLOCK_M]
     total = tl.full((BLOCK_M,), SHRUNK, tl.float32)
-    y = v_own.to(tl.float32) * SHRUNK                                                                # [BLOCK_M, D]
+    y = v_own.to(tl.float32) * SHRUNK                                                 # [BLOCK_M, D]
 
+    # The shared keys, and the band.
     for m in range(0, shared_before(last - LOCAL, initial, first_end, dilation), BLOCK_N):
-        j = shared_slot(m + offs_n, initial, first_end, dilation)                                    # [BLOCK_N]
+        j = shared_slot(m + offs_n, initial, first_end, dilation)                     # [BLOCK_N]
         row = j.to(tl.int64)[:, None]
         keep = j[None, :] < i[:, None] - LOCAL
-        top, total, y = online_softmax(q, k_ptr + row * k_t, v_ptr + row * v_t, j <= last, keep, top, total, y, scale)
+        top, total, y = online_softmax(
+            q, k_ptr + row * k_t, v_ptr + row * v_t, j <= last, keep, top, total, y, scale)
     if LOCAL > 0:
         for n in range(tl.maximum(first.to(tl.int32) - LOCAL, 0), last, BLOCK_N):
             j = n + offs_n
             row = j.to(tl.int64)[:, None]
-            keep = (j[None, :] < i[:, None]) & (j[None, :] >= i[:, None] - LOCAL) & (j <= last)[None, :]
-            top, total, y = online_softmax(q, k_ptr + row * k_t, v_ptr + row * v_t, j <= last, keep, top, total, y, scale)
+            keep = (j[None, :] < i[:, None]) & (j[None, :] >= i[:, None] - LOCAL)
+            keep = keep & (j <= last)[None, :]
+            top, total, y = online_softmax(
+                q, k_ptr + row * k_t, v_ptr + row * v_t, j <= last, keep, top, total, y, scale)
 
     y = y / total[:, None]
     y_ptr += ((b * Tq + t0) * H + h_kv * G) * D
-    tl.store(y_ptr + (offs_t * H + offs_g) * D + offs_d, y.to(y_ptr.dtype.element_ty), mask=mask_t[:, None])
+    tl.store(y_ptr + (offs_t * H + offs_g) * D + offs_d, y.to(y_ptr.dtype.element_ty),
+             mask=mask_t[:, None])
     lse_ptr += (b * H + h_kv * G) * Tq + t0
     tl.store(lse_ptr + g * Tq + t, log_sum(top, total), mask=mask_t)
 
@@ -179,43 +209,50 @@ def query_grad(
     scale,                 # D ** -0.5
 ):
     """One more tile of keys."""
-    k = tl.load(k_ptr, mask=mask_j[:, None], other=0.0)                                         # [BLOCK_N, D]
-    v = tl.load(v_ptr, mask=mask_j[:, None], other=0.0)                                         # [BLOCK_N, D]
-    p = tl.where(keep, tl.exp2(dot(q, tl.trans(k)) * (scale * LOG2E) - lse[:, None]), 0.0)      # [BLOCK_M, BLOCK_N]
+    k = tl.load(k_ptr, mask=mask_j[:, None], other=0.0)                         # [BLOCK_N, D]
+    v = tl.load(v_ptr, mask=mask_j[:, None], other=0.0)                         # [BLOCK_N, D]
+    s = dot(q, tl.trans(k)) * (scale * LOG2E)                                   # [BLOCK_M, BLOCK_N]
+    p = tl.where(keep, tl.exp2(s - lse[:, None]), 0.0)
     ds = p * (dot(dy, tl.trans(v)) - delta[:, None])
     return dq + dot(ds.to(k.dtype), k)
 
 
 @triton.jit
 def query_grad_kernel(
-    q_ptr, k_ptr, v_ptr,           # (B, T, H, D), (B, T, KV, D) with strides
-    y_ptr, lse_ptr,                # (B, T, H, D), (B, H, T) contiguous
-    dy_ptr,                        # (B, T, H, D) with strides
-    dq_ptr, dk_ptr, dv_ptr,        # contiguous
-    delta_ptr,                     # (B, H, T) contiguous
+    q_ptr, k_ptr, v_ptr,     # (B, T, H, D), (B, T, KV, D) with strides
+    y_ptr, lse_ptr,          # (B, T, H, D), (B, H, T) contiguous
+    dy_ptr,                  # (B, T, H, D) with strides
+    dq_ptr, dk_ptr, dv_ptr,  # contiguous
+    delta_ptr,               # (B, H, T) contiguous
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dy_b, dy_t, dy_h,
     T, initial, first_end, dilation, scale,
     KV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, LOCAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """
-    All of dq, and what a query's own key and value gain from it; the other queries' share comes from key_grad_kernel.
+    All of dq, and what a query's own key and value gain from it; the other queries' share comes
+    from key_grad_kernel.
 
-        delta = dy . y,   ds = p * (dy . v - delta),   dq = sum_j ds_j k_j,   dk_own = ds_own q,   dv_own = p_own dy
-                          (dq and dk also / sqrt(D))           reference: autograd of sparse.Dilated.prefill
+        delta = dy . y,   ds = p * (dy . v - delta)
+        dq = sum_j ds_j k_j,   dk_own = ds_own q,   dv_own = p_own dy     (dq and dk also / sqrt(D))
+                                                   reference: autograd of sparse.Dilated.prefill
     grid   (cdiv(T * GP, BLOCK_M), KV, B)
-    tile   q, y, dy [BLOCK_M, D] with their own k and v; shared and band keys stream past as [BLOCK_N, D]
-    bytes  ARL: q, k, v, y, dy read, dq, dk, dv written once. B8 T4096 H32 D128 bf16: 8 x 268 MB, 0.71 ms at 3.0 TB/s
+    tile   q, y, dy [BLOCK_M, D] with their own k and v; shared and band keys stream past as
+           [BLOCK_N, D]
+    bytes  ARL: q, k, v, y, dy read, dq, dk, dv written once. B8 T4096 H32 D128 bf16: 8 x 268 MB,
+           0.71 ms at 3 TB/s
     dtype  bf16 or fp32 in; p, ds and sums in fp32, ds in the input's dtype for its product with k
     """
     H: tl.constexpr = KV * G
     BLOCK_T: tl.constexpr = BLOCK_M // GP
-    tile, h_kv, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    first = tile * BLOCK_T                                               # the first query, and its slot
+    tile, h_kv = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    first = tile * BLOCK_T                                              # first query, and its slot
     t0 = first.to(tl.int64)
-    t, g = tl.arange(0, BLOCK_M) // GP, tl.arange(0, BLOCK_M) % GP       # [BLOCK_M]  query, from t0 on; its head
+    # [BLOCK_M]  query of each row, from t0 on; its head
+    t, g = tl.arange(0, BLOCK_M) // GP, tl.arange(0, BLOCK_M) % GP
     mask_t = (t < T - first) & (g < G)
-    i = first + t                                                        # [BLOCK_M]  slot of each query
+    i = first + t                                                       # [BLOCK_M]  slot of each
     last = tl.minimum(first + BLOCK_T, T) - 1
     offs_d, offs_n = tl.arange(0, D)[None, :], tl.arange(0, BLOCK_N)
     offs_t, offs_g = t[:, None], g[:, None]
@@ -228,70 +265,81 @@ def query_grad_kernel(
     first_lse = (b * H + h_kv * G) * T + t0
     offs_lse = g * T + t
 
-    q = tl.load(q_ptr + offs_t * q_t + offs_g * q_h + offs_d, mask=mask_t[:, None], other=0.0)      # [BLOCK_M, D]
-    dy = tl.load(dy_ptr + offs_t * dy_t + offs_g * dy_h + offs_d, mask=mask_t[:, None], other=0.0)  # [BLOCK_M, D]
-    k_own = tl.load(k_ptr + t0 * k_t + offs_t * k_t, mask=mask_t[:, None], other=0.0)               # [BLOCK_M, D]
-    v_own = tl.load(v_ptr + t0 * v_t + offs_t * v_t, mask=mask_t[:, None], other=0.0)               # [BLOCK_M, D]
-    y = tl.load(y_ptr + first_y + offs_y, mask=mask_t[:, None], other=0.0)                          # [BLOCK_M, D]
-    lse = tl.load(lse_ptr + first_lse + offs_lse, mask=mask_t, other=0.0)                           # [BLOCK_M]
+    mask = mask_t[:, None]
+    q = tl.load(q_ptr + offs_t * q_t + offs_g * q_h + offs_d, mask=mask, other=0.0)   # [BLOCK_M, D]
+    dy = tl.load(dy_ptr + offs_t * dy_t + offs_g * dy_h + offs_d, mask=mask, other=0.0)
+    k_own = tl.load(k_ptr + t0 * k_t + offs_t * k_t, mask=mask, other=0.0)
+    v_own = tl.load(v_ptr + t0 * v_t + offs_t * v_t, mask=mask, other=0.0)
+    y = tl.load(y_ptr + first_y + offs_y, mask=mask, other=0.0)
+    lse = tl.load(lse_ptr + first_lse + offs_lse, mask=mask_t, other=0.0)             # [BLOCK_M]
 
-    delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)                                         # [BLOCK_M]
+    # The query's own key, in full fp32 as in forward_kernel. No other program writes to its dk and
+    # dv before key_grad_kernel, so they start with this.
+    delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)                           # [BLOCK_M]
     tl.store(delta_ptr + first_lse + offs_lse, delta, mask=mask_t)
-    p = tl.exp2(tl.sum(q.to(tl.float32) * k_own.to(tl.float32), 1) * (scale * LOG2E) - lse)         # [BLOCK_M]
-    ds = p * (tl.sum(dy.to(tl.float32) * v_own.to(tl.float32), 1) - delta)                          # [BLOCK_M]
+    p = tl.exp2(tl.sum(q.to(tl.float32) * k_own.to(tl.float32), 1) * (scale * LOG2E) - lse)
+    ds = p * (tl.sum(dy.to(tl.float32) * v_own.to(tl.float32), 1) - delta)            # [BLOCK_M]
     t_own = tl.arange(0, BLOCK_T)[:, None]
     first_own = ((b * T + t0) * KV + h_kv) * D
-    offs_own = t_own * KV * D + offs_d                                                              # [BLOCK_T, D]
-    dv = sum_heads(p[:, None] * dy.to(tl.float32), GP)                                              # [BLOCK_T, D]
+    offs_own = t_own * KV * D + offs_d                                                # [BLOCK_T, D]
+    dv = sum_heads(p[:, None] * dy.to(tl.float32), GP)                                # [BLOCK_T, D]
     tl.store(dv_ptr + first_own + offs_own, dv.to(dv_ptr.dtype.element_ty), mask=t_own < T - first)
-    dk = sum_heads((ds * scale)[:, None] * q.to(tl.float32), GP)                                    # [BLOCK_T, D]
+    dk = sum_heads((ds * scale)[:, None] * q.to(tl.float32), GP)                      # [BLOCK_T, D]
     tl.store(dk_ptr + first_own + offs_own, dk.to(dk_ptr.dtype.element_ty), mask=t_own < T - first)
-    dq = ds[:, None] * k_own.to(tl.float32)                                                         # [BLOCK_M, D]
+    dq = ds[:, None] * k_own.to(tl.float32)                                           # [BLOCK_M, D]
 
+    # The shared keys, and the band.
     for m in range(0, shared_before(last - LOCAL, initial, first_end, dilation), BLOCK_N):
-        j = shared_slot(m + offs_n, initial, first_end, dilation)                                   # [BLOCK_N]
+        j = shared_slot(m + offs_n, initial, first_end, dilation)                     # [BLOCK_N]
         row = j.to(tl.int64)[:, None]
         keep = j[None, :] < i[:, None] - LOCAL
-        dq = query_grad(q, dy, k_ptr + row * k_t, v_ptr + row * v_t, j < T, keep, lse, delta, dq, scale)
+        dq = query_grad(
+            q, dy, k_ptr + row * k_t, v_ptr + row * v_t, j < T, keep, lse, delta, dq, scale)
     if LOCAL > 0:
         for n in range(tl.maximum(first - LOCAL, 0), last, BLOCK_N):
             j = n + offs_n
             row = j.to(tl.int64)[:, None]
             keep = (j[None, :] < i[:, None]) & (j[None, :] >= i[:, None] - LOCAL)
-            dq = query_grad(q, dy, k_ptr + row * k_t, v_ptr + row * v_t, j < T, keep, lse, delta, dq, scale)
-    tl.store(dq_ptr + first_y + offs_y, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask_t[:, None])
+            dq = query_grad(
+                q, dy, k_ptr + row * k_t, v_ptr + row * v_t, j < T, keep, lse, delta, dq, scale)
+    tl.store(dq_ptr + first_y + offs_y, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def key_grad_kernel(
-    q_ptr, k_ptr, v_ptr,           # (B, T, H, D), (B, T, KV, D) with strides
-    lse_ptr, delta_ptr,            # (B, H, T) contiguous
-    dy_ptr,                        # (B, T, H, D) with strides
-    dk_ptr, dv_ptr,                # (B, T, KV, D) contiguous, added to
-    part_ptr,                      # (2, SPLITS, B, M, KV, D) fp32 contiguous, written instead if SPLITS > 1
+    q_ptr, k_ptr, v_ptr,  # (B, T, H, D), (B, T, KV, D) with strides
+    lse_ptr, delta_ptr,   # (B, H, T) contiguous
+    dy_ptr,               # (B, T, H, D) with strides
+    dk_ptr, dv_ptr,       # (B, T, KV, D) contiguous, added to
+    part_ptr,             # (2, SPLITS, B, M, KV, D) fp32 contiguous, written instead if SPLITS > 1
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dy_b, dy_t, dy_h,
     T, M, initial, first_end, dilation, scale, local,
-    KV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BAND: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    KV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BAND: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """
-    dk and dv of a tile of keys from the later queries that read them: those within `local` (BAND, of any key), or
-    those beyond (of the M shared keys). Added to what the kernels before it, in stream order, left there.
+    dk and dv of a tile of keys from the later queries that read them: those within `local` (BAND,
+    of any key), or those beyond (of the M shared keys). Added to what the kernels before it, in
+    stream order, left there.
 
-        dk_j = sum_i ds_ij q_i / sqrt(D),   dv_j = sum_i p_ij dy_i         reference: autograd of sparse.Dilated.prefill
-    grid   (cdiv(M, BLOCK_N) * SPLITS, KV, B); with few keys each takes 1 / SPLITS of the queries, and writes its part
+        dk_j = sum_i ds_ij q_i / sqrt(D),   dv_j = sum_i p_ij dy_i
+                                                   reference: autograd of sparse.Dilated.prefill
+    grid   (cdiv(M, BLOCK_N) * SPLITS, KV, B); with few keys each program takes 1 / SPLITS of the
+           queries, and writes its part
     tile   k, v and their gradients [BLOCK_N, D] stay, q and dy stream past as [BLOCK_M, D]
-    bytes  shared, ARL: q and dy read once. B8 T4096 H32 D128 bf16: 2 x 268 MB, 0.18 ms at 3.0 TB/s
+    bytes  shared, ARL: q and dy read once. B8 T4096 H32 D128 bf16: 2 x 268 MB, 0.18 ms at 3 TB/s
     dtype  bf16 or fp32 in; sums in fp32, p and ds in the input's dtype for their products
     """
     H: tl.constexpr = KV * G
     BLOCK_T: tl.constexpr = BLOCK_M // GP
-    split, h_kv, b = tl.program_id(0) % SPLITS, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    split, h_kv = tl.program_id(0) % SPLITS, tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
     n = tl.program_id(0) // SPLITS * BLOCK_N
-    entry = n + tl.arange(0, BLOCK_N)                                                               # [BLOCK_N]
+    entry = n + tl.arange(0, BLOCK_N)                                                 # [BLOCK_N]
+    # the tile's slots, and the queries that may read one of them
     if BAND:
         j = entry
-        begin, end = n + 1, tl.minimum(n + BLOCK_N + local, T)           # the queries that may read them
+        begin, end = n + 1, tl.minimum(n + BLOCK_N + local, T)
     else:
         j = shared_slot(entry, initial, first_end, dilation)
         begin, end = shared_slot(n, initial, first_end, dilation) + local + 1, T
@@ -300,14 +348,15 @@ def key_grad_kernel(
     row = j.to(tl.int64)[:, None]
     k_ptr += b * k_b + h_kv * k_h + offs_d
     v_ptr += b * v_b + h_kv * v_h + offs_d
-    k = tl.load(k_ptr + row * k_t, mask=mask_j[:, None], other=0.0)                                 # [BLOCK_N, D]
-    v = tl.load(v_ptr + row * v_t, mask=mask_j[:, None], other=0.0)                                 # [BLOCK_N, D]
+    k = tl.load(k_ptr + row * k_t, mask=mask_j[:, None], other=0.0)                   # [BLOCK_N, D]
+    v = tl.load(v_ptr + row * v_t, mask=mask_j[:, None], other=0.0)                   # [BLOCK_N, D]
     dk = tl.zeros((BLOCK_N, D), tl.float32)
     dv = tl.zeros((BLOCK_N, D), tl.float32)
 
-    t, g = tl.arange(0, BLOCK_M) // GP, tl.arange(0, BLOCK_M) % GP       # [BLOCK_M]  query, from t0 on; its head
-    q_ptr += b * q_b + h_kv * G * q_h + t[:, None] * q_t + g[:, None] * q_h + offs_d                # [BLOCK_M, D]
-    dy_ptr += b * dy_b + h_kv * G * dy_h + t[:, None] * dy_t + g[:, None] * dy_h + offs_d           # [BLOCK_M, D]
+    # [BLOCK_M]  query of each row, from t0 on; its head
+    t, g = tl.arange(0, BLOCK_M) // GP, tl.arange(0, BLOCK_M) % GP
+    q_ptr += b * q_b + h_kv * G * q_h + t[:, None] * q_t + g[:, None] * q_h + offs_d
+    dy_ptr += b * dy_b + h_kv * G * dy_h + t[:, None] * dy_t + g[:, None] * dy_h + offs_d
     first_lse = (b * H + h_kv * G) * T
     offs_lse = g * T + t
     tiles = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_T)
@@ -315,23 +364,24 @@ def key_grad_kernel(
     for tile in range(split * per_split, tl.minimum((split + 1) * per_split, tiles)):
         t0 = begin + tile * BLOCK_T
         mask_t = (t < end - t0) & (g < G)
-        q = tl.load(q_ptr + t0.to(tl.int64) * q_t, mask=mask_t[:, None], other=0.0)                 # [BLOCK_M, D]
-        dy = tl.load(dy_ptr + t0.to(tl.int64) * dy_t, mask=mask_t[:, None], other=0.0)              # [BLOCK_M, D]
-        lse = tl.load(lse_ptr + first_lse + t0 + offs_lse, mask=mask_t, other=0.0)                  # [BLOCK_M]
-        delta = tl.load(delta_ptr + first_lse + t0 + offs_lse, mask=mask_t, other=0.0)              # [BLOCK_M]
-        distance = (t0 + t)[:, None] - j[None, :]                                                   # [BLOCK_M, BLOCK_N]
+        q = tl.load(q_ptr + t0.to(tl.int64) * q_t, mask=mask_t[:, None], other=0.0)   # [BLOCK_M, D]
+        dy = tl.load(dy_ptr + t0.to(tl.int64) * dy_t, mask=mask_t[:, None], other=0.0)
+        lse = tl.load(lse_ptr + first_lse + t0 + offs_lse, mask=mask_t, other=0.0)    # [BLOCK_M]
+        delta = tl.load(delta_ptr + first_lse + t0 + offs_lse, mask=mask_t, other=0.0)
+        distance = (t0 + t)[:, None] - j[None, :]                           # [BLOCK_M, BLOCK_N]
         if BAND:
             keep = (distance > 0) & (distance <= local) & mask_t[:, None]
         else:
             keep = (distance > local) & mask_t[:, None]
-        p = tl.where(keep, tl.exp2(dot(q, tl.trans(k)) * (scale * LOG2E) - lse[:, None]), 0.0)
+        s = dot(q, tl.trans(k)) * (scale * LOG2E)                           # [BLOCK_M, BLOCK_N]
+        p = tl.where(keep, tl.exp2(s - lse[:, None]), 0.0)
         dv += dot(tl.trans(p.to(dy.dtype)), dy)
         ds = p * (dot(dy, tl.trans(v)) - delta[:, None])
         dk += dot(tl.trans(ds.to(q.dtype)), q)
     dk *= scale
 
     if SPLITS == 1:
-        offs = ((b * T + j) * KV + h_kv)[:, None] * D + offs_d                                      # [BLOCK_N, D]
+        offs = ((b * T + j) * KV + h_kv)[:, None] * D + offs_d                        # [BLOCK_N, D]
         dk += tl.load(dk_ptr + offs, mask=mask_j[:, None], other=0.0).to(tl.float32)
         dv += tl.load(dv_ptr + offs, mask=mask_j[:, None], other=0.0).to(tl.float32)
         tl.store(dk_ptr + offs, dk.to(dk_ptr.dtype.element_ty), mask=mask_j[:, None])
@@ -346,7 +396,10 @@ def key_grad_kernel(
 # ---------------------------------------------------------------- launchers
 
 def shared_keys(T, dilation, initial):
-    """(dilation, first_end, M) of T slots: the M shared ones are those < initial, then first_end, + dilation, ..."""
+    """
+    (dilation, first_end, M) of T slots: the M shared ones are those < initial, then first_end,
+    first_end + dilation, ...
+    """
     dilation = min(dilation or T + 1, T + 1)  # none: no chunk is ever complete
     initial = min(initial, T)
     first_end = initial + (dilation - 1 - initial) % dilation
@@ -358,7 +411,8 @@ def group(q, k):
     B, _, H, D = q.shape
     KV, G = k.shape[2], H // k.shape[2]
     assert D in (16, 32, 64, 128), f"dilated: heads of {D} channels, not 16, 32, 64 or 128"
-    assert G * KV == H and G <= 16, f"dilated: {H} query heads on {KV} KV heads, not a multiple of up to 16"
+    assert G * KV == H and G <= 16, \
+        f"dilated: {H} query heads on {KV} KV heads, not a multiple of up to 16"
     return dict(KV=KV, G=G, GP=triton.next_power_of_2(G), D=D)
 
 
@@ -367,7 +421,10 @@ def tile_of(name, q):
 
 
 def rows(x):
-    """x with channels side by side in memory, as kernels read them: expanded or transposed ones are copied."""
+    """
+    x with channels side by side in memory, as kernels read them: expanded or transposed ones are
+    copied.
+    """
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -381,7 +438,8 @@ def dilated_forward(
 ) -> tuple[Tensor, Tensor]:  # y (B, Tq, H, D), lse (B, H, Tq) in fp32, to base 2
     B, Tq, H, D = q.shape
     Tk = k.shape[1]
-    assert k.shape == v.shape and k.shape[0] == B and start.shape == (B,), f"{k.shape=} {v.shape=} {start.shape=} {B=}"
+    assert k.shape == v.shape and k.shape[0] == B and start.shape == (B,), \
+        f"{k.shape=} {v.shape=} {start.shape=} {B=}"
     assert q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float32), \
         f"dilated: all bf16 or all fp32, not {q.dtype}, {k.dtype}, {v.dtype}"
     q, k, v, start = rows(q), rows(k), rows(v), start.contiguous()
@@ -389,11 +447,17 @@ def dilated_forward(
     lse = torch.empty(B, H, Tq, device=q.device, dtype=torch.float32)
     dims = group(q, k)
     dilation, first_end, M = shared_keys(Tk, dilation, initial)
-    one_tile = local == 0 and M <= TILES["forward"]["BLOCK_N"]
-    tile = tile_of("step" if Tq * dims["GP"] <= 16 else "forward" if one_tile else "forward_long", q)
+
+    if Tq * dims["GP"] <= 16:
+        tile = tile_of("step", q)
+    elif local == 0 and M <= TILES["forward"]["BLOCK_N"]:
+        tile = tile_of("forward", q)
+    else:
+        tile = tile_of("forward_long", q)
     forward_kernel[triton.cdiv(Tq * dims["GP"], tile["BLOCK_M"]), dims["KV"], B](
         q, k, v, start, y, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        Tq, Tk, min(initial, Tk), first_end, dilation, D ** -0.5 * LOG2E.value, **dims, LOCAL=min(local, Tk), **tile)
+        Tq, Tk, min(initial, Tk), first_end, dilation, D ** -0.5 * LOG2E.value,
+        **dims, LOCAL=min(local, Tk), **tile)
     return y, lse
 
 
@@ -405,12 +469,18 @@ def _(q, k, v, start, dilation, local, initial):
 
 @torch.library.custom_op("nanorat::dilated_backward", mutates_args=())
 def dilated_backward(
-    q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, dy: Tensor,
+    q: Tensor,    # (B, T, H, D)
+    k: Tensor,    # (B, T, KV, D)
+    v: Tensor,    # (B, T, KV, D)
+    y: Tensor,    # (B, T, H, D)
+    lse: Tensor,  # (B, H, T)
+    dy: Tensor,   # (B, T, H, D)
     dilation: Optional[int], local: int, initial: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # dq, dk, dv
     B, T, H, D = q.shape
     # with a slot for each query and no more, every start is 0
-    assert k.shape[1] == T, f"dilated: gradients need as many keys as queries, not {k.shape[1]} and {T}"
+    assert k.shape[1] == T, \
+        f"dilated: gradients need as many keys as queries, not {k.shape[1]} and {T}"
     q, k, v, dy = rows(q), rows(k), rows(v), rows(dy)
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
     delta = torch.empty_like(lse)
@@ -420,24 +490,28 @@ def dilated_backward(
     initial, local = min(initial, T), min(local, T)
     pattern = initial, first_end, dilation, D ** -0.5
 
-    # sum_heads leaves a sum with several threads, which all write it; fused, each would add the others' to its own unrounded
-    # product, and which of their last bits stays would be chance
-    tile = tile_of("query_grad" if dims["G"] == 1 else "query_grad_groups", q) | dict(enable_fp_fusion=dims["GP"] == 1)
+    # sum_heads leaves a sum with several threads, which all write it. With fused multiply-adds each
+    # would add the others' to its own unrounded product, and which of their last bits stays would
+    # be chance.
+    tile = tile_of("query_grad" if dims["G"] == 1 else "query_grad_groups", q)
     query_grad_kernel[triton.cdiv(T * dims["GP"], tile["BLOCK_M"]), dims["KV"], B](
-        q, k, v, y, lse, dy, dq, dk, dv, delta, *strides, T, *pattern, **dims, LOCAL=local, **tile)
+        q, k, v, y, lse, dy, dq, dk, dv, delta, *strides, T, *pattern,
+        **dims, LOCAL=local, enable_fp_fusion=dims["GP"] == 1, **tile)
 
     tile = tile_of("key_grad", q)
     grid = lambda M, splits: (triton.cdiv(M, tile["BLOCK_N"]) * splits, dims["KV"], B)
     if local > 0:
         no_parts = lse  # a pointer that is not used
-        key_grad_kernel[grid(T, 1)](q, k, v, lse, delta, dy, dk, dv, no_parts, *strides, T, T, *pattern, local,
-                                    **dims, BAND=True, SPLITS=1, **tile)
+        key_grad_kernel[grid(T, 1)](
+            q, k, v, lse, delta, dy, dk, dv, no_parts, *strides, T, T, *pattern, local,
+            **dims, BAND=True, SPLITS=1, **tile)
     if M > 0:
         splits = SPLIT_UP_TO // (triton.cdiv(M, tile["BLOCK_N"]) * dims["KV"] * B)
         splits = max(1, min(splits, triton.cdiv(T * dims["GP"], tile["BLOCK_M"])))
         part = torch.empty(2, splits, B, M, dims["KV"], D, device=q.device, dtype=torch.float32)
-        key_grad_kernel[grid(M, splits)](q, k, v, lse, delta, dy, dk, dv, part, *strides, T, M, *pattern, local,
-                                         **dims, BAND=False, SPLITS=splits, **tile)
+        key_grad_kernel[grid(M, splits)](
+            q, k, v, lse, delta, dy, dk, dv, part, *strides, T, M, *pattern, local,
+            **dims, BAND=False, SPLITS=splits, **tile)
         if splits > 1:
             for dx, x in zip((dk, dv), part.sum(1)):  # (B, M, KV, D)
                 dx[:, :initial] += x[:, :initial]
@@ -450,7 +524,7 @@ def _(q, k, v, y, lse, dy, dilation, local, initial):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-def save(ctx, inputs, output):
+def save_for_backward(ctx, inputs, output):
     q, k, v, _, *ctx.pattern = inputs
     ctx.save_for_backward(q, k, v, *output)
     ctx.mark_non_differentiable(output[1])
@@ -460,8 +534,10 @@ def backward(ctx, dy, _):
     return *dilated_backward(*ctx.saved_tensors, dy, *ctx.pattern), None, None, None, None
 
 
-dilated_forward.register_autograd(backward, setup_context=save)
+dilated_forward.register_autograd(backward, setup_context=save_for_backward)
 
+
+# ---------------------------------------------------------------- the function
 
 def dilated(
     q,         # (B, Tq, H, D)   bf16 or fp32, D a power of two from 16 to 128
@@ -471,5 +547,8 @@ def dilated(
     local,     # int             tokens before the query
     initial,   # int             first tokens
 ):             # -> y (B, Tq, H, D)
-    """sparse.Dilated(dilation, local, initial).prefill; also a decoding step, with Tq = 1 and start = used - 1."""
+    """
+    sparse.Dilated(dilation, local, initial).prefill; also a decoding step, with Tq = 1 and
+    start = used - 1.
+    """
     return dilated_forward(q, k, v, start, dilation, local, initial)[0]

@@ -1,18 +1,32 @@
 """
-Eq. 3's TopK in Triton, for every method that selects.
+Eq. 3's TopK: the S best of a row of scores, by counting instead of sorting.
+
+    cut   = the largest number with count(score >= cut) >= S
+    taken = score > cut, and the first of those equal to cut, until there are S
+
+reference: sparse.top, sorted by index; tests/test_kernels_sparse.py holds `select` to it. Quest
+selects blocks by it and SnapKV entries; the random methods of H2 draw their scores in PyTorch and
+meet the kernels here. MoBA, which needs a choice for every query of a prompt, has a search of its
+own: moba_route.py.
+
+Letters: N scores of a row, S selected.
 """
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-SELECT = dict(max_kept=32768, keys_per_thread=16, max_warps=32,     # a row of up to max_kept keys stays in registers
-              max_scan=4096)                                        # keys per tile when the indices are written
+# Looked up at each launch. A row of up to max_kept keys stays in registers; writing the indices
+# takes smaller tiles, of at most max_scan keys, as a running sum needs more registers.
+SELECT = dict(max_kept=32768, keys_per_thread=16, max_warps=32, max_scan=4096)
 
 
 @triton.jit
 def load_keys(scores_ptr, offs, N):
-    """Scores as unsigned integers of the same order: 0 for -inf (and past the end), 1 for NaN, equal zeros."""
+    """
+    Scores as unsigned integers of the same order: 0 for -inf (and past the end), 1 for NaN; -0 and
+    0 are equal.
+    """
     x = tl.load(scores_ptr + offs, mask=offs < N, other=float("-inf"))
     bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)
     # a positive float grows with its bits, a negative one falls
@@ -22,20 +36,25 @@ def load_keys(scores_ptr, offs, N):
 
 @triton.jit
 def select_kernel(
-    scores_ptr, index_ptr, N, S, KEPT: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
+    scores_ptr,  # (rows, N)  fp32
+    index_ptr,   # (rows, S)  int32
+    N, S, KEPT: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
 ):
     """
     TopK by the S-th largest score, found bit by bit; no sorting.
 
-        cut   = the largest integer with count(key >= cut) >= S: 32 rounds of one count, fewer if a count is S exactly
+        cut   = the largest integer with count(key >= cut) >= S: 32 rounds of one count each, fewer
+                if a count is S exactly
         taken = key > cut, and of those equal to cut the first ones, until there are S
-    The key of a score is an integer that orders as the score does (load_keys). An index is written at its rank, the
-    number of taken ones before it, so the list comes out ascending.
-    reference: sparse.top, sorted by index. There, torch leaves open which of equal scores it takes, and takes NaN first
+    The key of a score is an integer that orders as the score does (load_keys). An index is written
+    at its rank, the number of taken ones before it, so the list comes out ascending.
+    reference: sparse.top, sorted by index. There, torch leaves open which of equal scores it takes,
+    and takes NaN first
     grid   (rows,)
-    tile   KEPT: the row's keys [BLOCK], in registers for all rounds; else tile by tile, from L2 each round. Writing
-           takes smaller tiles [SCAN]: a running sum needs more registers
-    bytes  4 * N per row, twice if KEPT. What counts is the rounds' latency: a count is a sum over the whole program
+    tile   KEPT: the row's keys [BLOCK], in registers for all rounds; else tile by tile, from L2 in
+           each round. The indices are written in tiles [SCAN]
+    bytes  4 * N per row, twice if KEPT. What counts is the rounds' latency: a count is a sum over
+           the whole program
     dtype  exact on fp32
     """
     row = tl.program_id(0).to(tl.int64)
@@ -45,6 +64,7 @@ def select_kernel(
     if KEPT:
         kept = load_keys(scores_ptr, offs, N)
 
+    # The cut, from its highest bit to its lowest: a bit stays if enough keys still reach the cut.
     cut = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
     count = N + S  # those >= cut, once that is less than all
@@ -62,6 +82,7 @@ def select_kernel(
         bit = bit >> 1
     cut = tl.maximum(cut, 1)  # 0 is not to be selected: fewer than S are
 
+    # How many of the keys that equal the cut are taken: what the larger ones leave of S.
     if KEPT:
         above = tl.sum((kept > cut).to(tl.int32))
     else:
@@ -69,47 +90,55 @@ def select_kernel(
         for start in range(0, N, BLOCK):
             hits += (load_keys(scores_ptr, start + offs, N) > cut).to(tl.int32)
         above = tl.sum(hits)
-    room = S - above  # for scores at the cut
+    room = S - above
 
+    # The indices, each at its rank.
     larger, equal = 0, 0  # in the tiles before
     offs = tl.arange(0, SCAN)
     for start in range(0, N, SCAN):
         keys = load_keys(scores_ptr, start + offs, N)
         # one running sum for two counts: the larger in the low 16 bits, the equal in the high ones
         both = (keys > cut).to(tl.uint32) + ((keys == cut).to(tl.uint32) << 16)
-        upto = tl.cumsum(both, axis=0)                                                        # [SCAN], itself included
+        upto = tl.cumsum(both, axis=0)                       # [SCAN], itself included
         larger_upto = larger + (upto & 0xFFFF).to(tl.int32)
         equal_upto = equal + (upto >> 16).to(tl.int32)
         taken = (keys > cut) | ((keys == cut) & (equal_upto <= room))
-        tl.store(index_ptr + larger_upto + tl.minimum(equal_upto, room) - 1, start + offs, mask=taken)
+        at = index_ptr + larger_upto + tl.minimum(equal_upto, room) - 1
+        tl.store(at, start + offs, mask=taken)
         total = tl.sum(both)
         larger += (total & 0xFFFF).to(tl.int32)
         equal += (total >> 16).to(tl.int32)
+
+    # -1 behind them, if scores of -inf left fewer than S.
     found = larger + tl.minimum(equal, room)
     for start in range(0, S, SCAN):
         rank = start + offs
-        tl.store(index_ptr + rank, tl.full((SCAN,), -1, tl.int32), mask=(rank >= found) & (rank < S))
+        none = tl.full((SCAN,), -1, tl.int32)
+        tl.store(index_ptr + rank, none, mask=(rank >= found) & (rank < S))
 
 
 @torch.library.custom_op("nanorat::select", mutates_args=())
 def select(
     scores: Tensor,  # (..., N)  fp32
     S: int,
-) -> Tensor:         # (..., S)  int32: the S best, ascending, -1 at the end where fewer than S are above -inf
+) -> Tensor:         # (..., S)  int32: the S best, ascending, -1 at the end where fewer than S
+                     #           are above -inf
     """
-    Of equal scores the first ones. NaN is below all numbers, but above -inf: a row of NaNs selects as many entries as
-    any other row, and a NaN displaces no forced one.
+    Of equal scores the first ones. NaN is below all numbers, but above -inf: a row of NaNs selects
+    as many entries as any other row, and a NaN displaces no forced one.
     """
     N = scores.shape[-1]
     assert scores.dtype == torch.float32, f"scores are {scores.dtype}, not float32"
     assert N > 0 and S > 0, f"cannot select {S=} of {N=}"
     scores = scores.contiguous()
     index = scores.new_empty(*scores.shape[:-1], S, dtype=torch.int32)
+
     KEPT = N <= SELECT["max_kept"]
     BLOCK = max(32, triton.next_power_of_2(N)) if KEPT else SELECT["max_kept"] // 2
     num_warps = min(max(1, BLOCK // (32 * SELECT["keys_per_thread"])), SELECT["max_warps"])
     select_kernel[scores.numel() // N,](
-        scores, index, N, S, KEPT=KEPT, BLOCK=BLOCK, SCAN=min(BLOCK, SELECT["max_scan"]), num_warps=num_warps)
+        scores, index, N, S, KEPT=KEPT, BLOCK=BLOCK, SCAN=min(BLOCK, SELECT["max_scan"]),
+        num_warps=num_warps)
     return index
 
 
