@@ -1,441 +1,476 @@
 """
-What a model keeps of the tokens it has read: keys and values of each layer, and the memory's state.
+The engine: the same model with a cache, sooner. What it gives is what model.py gives, token by
+token.
 
-    prompt    cache.attend stores its k and v, and attends through the method's prefill
-    compress  a method that drops entries does so once: layer by layer as the prompt comes (model.generate), else before the
-              first decoding step. The kept entries move together, and what they leave is given back
-    step      cache.step, cache.read: one token per row. As all tensors stay in place, a GPU can replay it as a CUDA graph
+    prefill   A prompt, or a chunk of one, of rows that may differ in length; a few rows at a time
+              where it is long.
+    step      One token per row. On a GPU it is replayed as one CUDA graph.
+    decode    Steps, each with the token that the one before has drawn, until all rows have ended.
+    generate  All three.
 
-A prompt that fails, in a layer or behind them, leaves the cache as it was. A step that fails leaves it unusable, and every
-later call says so: what a step changes in place is not kept twice.
+cache.py keeps what was read. Where Triton computes, the blocks of model.py run in a few fused
+kernels (triton_ops/block.py), as long as they are the blocks of model.py: a layer that a fork has
+edited, overridden, wrapped or hooked is computed as it is written, and a run says so once.
 
-One prefill serves many settings: one after the other in its `turn` (this cache `rewinding`, or a `compressed` copy of what the
-method keeps), or all at once, each in a `fork`, an independent copy. model.py calls all this; the methods of sparse.py see a
-LayerCache. Checked in tests/test_model.py and tests/test_cache.py.
+model.Transformer inherits Inference. Checked in tests/test_cache.py and tests/test_hooks.py. Read
+cache.py next.
 
-Letters: B batch, T tokens, H query heads, KV key/value heads, D head width, W window, S kept entries, L layers.
+Letters: B batch, T tokens, C model width, H query heads, KV key/value heads, D head width, V
+vocabulary.
 """
-import copy
-from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+from contextlib import nullcontext
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
+import memory
+from cache import Cache, Feed
+from sparse import Dense, Dilated, dice_of, drops, layer_dice, name, phases, window_of
 from triton_ops import backend
-import sparse as methods
 
-LAYER_DICE = 0x9E3779B97F4A7D  # large and odd, gives each layer its own dice; times the number of layers it stays below 2**63
-
-
-@dataclass
-class LayerCache:
-    """One layer's cache as a decoding step sees it."""
-    k: torch.Tensor                 # (B, Tk, KV, D)  slots, at least up to the fullest row's newest entry, the query's own
-    v: torch.Tensor
-    used: torch.Tensor              # (B,)            slots filled per row: its newest entry is in slot used - 1
-    ragged: bool                    # some slot of k and v may not be filled
-    dice: torch.Tensor              # (B, 1)
-    positions: torch.Tensor | None  # (B, Tk, KV)     int32, true position of each slot; None: the slot itself
-    bounds_of: Callable = None      # block size -> low, high (B, N, KV, D) of its blocks' keys, which the cache keeps for Triton
-
-    def filled_slots(self):
-        """(B, Tk) True where a slot holds an entry."""
-        return torch.arange(self.k.shape[1], device=self.used.device) < self.used[:, None]
-
-    def positions_of(self, slots):
-        """Slots (B, KV, S), -1 for none -> true positions, likewise."""
-        if self.positions is None:
-            return slots
-        return self.positions.transpose(1, 2).gather(2, slots.clamp_min(0)).where(slots >= 0, -1)
+TOGETHER = 32768  # tokens of a prompt that go through a layer at a time: more save no time
 
 
-class Cache:
+class Inference:
+    """What model.Transformer does with a cache."""
+
+    def new_cache(self, B, max_len, window=64):
+        """An empty cache for B rows of at most max_len tokens. window: queries kept for SnapKV."""
+        weight = self.embed_tokens.weight
+        return Cache(self.config, B, max_len, window, device=weight.device, dtype=weight.dtype)
+
+    def head(self, x):
+        """(..., C), normalised -> logits (..., V)"""
+        in_triton = not torch.is_grad_enabled() and backend.triton_for(self.probe())
+        if in_triton and is_few(x):
+            from triton_ops.block import products
+            return products(x, [self.head_weight])[0]
+        return F.linear(x, self.head_weight)
+
+    def probe(self):
+        """An empty tensor like the model's heads: backend asks what computes its like."""
+        weight = self.embed_tokens.weight
+        return torch.empty(0, self.config.head_width, dtype=weight.dtype, device=weight.device)
+
+    def feed(self, tokens, lengths, cache, sparse=None, whole=False, watch=None, head=False):
+        """
+        Tokens (B, T) through the layers, into the cache: (B, T, C), normalised, or with `head`
+        logits (B, T, V). The arguments are those of model.forward and of prefill.
+        """
+        self.check_tokens(tokens)
+        cache.check_rows(len(tokens))
+        sparse = sparse or Dense()
+        decoding = tokens.shape[1] == 1 and lengths is None
+        by = phases(sparse).decode_by if decoding else phases(sparse).prefill_by
+        if cache.positions[0] is not None and isinstance(by, Dilated):
+            raise ValueError(f"{name(sparse)} cannot go on after {name(cache.kept_by)}: its "
+                             "pattern needs every position")
+        if whole and drops(sparse):
+            cache.check_may_drop()
+
+        unharmed = cache.prefilling
+        if decoding:
+            unharmed = cache.stepping
+            cache.check_room(cache.filled + 1)
+            cache.compress(sparse)  # once, and only if the method drops entries
+            if cache.stepped != sparse:
+                # a graph of another method need not have kept Quest's bounds up to date
+                cache.bounded = [None for _ in cache.bounded]
+
+        with unharmed():
+            by_kernels = self.by_kernels()
+            static = decoding and by_kernels and backend.in_graph(sparse) and self.is_unhooked()
+            cache.now = self.described(tokens, lengths, cache, sparse, decoding, static,
+                                       whole and drops(sparse), watch)
+            try:
+                if by_kernels:
+                    x = fused(self, tokens, cache)
+                else:
+                    x = self.hidden(tokens, sparse, cache)
+            finally:
+                cache.now = None
+            cache.stepped = sparse if decoding else None
+            cache.decoding = cache.decoding or decoding
+            cache.weights = self.places() if static else None
+            return self.head(x) if head else x
+
+    def described(self, tokens, lengths, cache, sparse, decoding, static, whole, watch):
+        """The Feed of these tokens, for which the cache makes room."""
+        B, T = tokens.shape
+        # full rows are not padded. One token with lengths stays a prompt: only without is it a step
+        if lengths is not None and T > 1 and bool((lengths == T).all()):
+            lengths = None
+        index = torch.arange(T, device=tokens.device)
+        real = None if lengths is None else index < lengths[:, None]
+        position = cache.lengths[cache.part, None] + index  # (B, T)
+        start = cache.grow(T, lengths)
+
+        dice = dice_of(tokens, position, cache.token_hash[cache.part, None], real)
+        cache.token_hash[cache.part] = dice[:, -1]
+        prefill = backend.hook(sparse, "prefill", self.probe())
+        return Feed(sparse, prefill, position, start, lengths, real, dice, decoding, static, whole,
+                    watch)
+
+    @torch.no_grad()
+    def prefill(self, tokens, lengths=None, cache=None, sparse=None, whole=False, watch=None):
+        """
+        Feed a prompt; the logits (B, V) of the token to follow each row. Rows of long prompts go
+        through the layers a few at a time, so that memory for one of them is enough.
+
+        whole: the prompt ends here and the cache is empty. A method that drops entries then does so
+        in each layer as soon as it is done, so that one layer's k and v are all that is ever whole:
+        SnapKV's cache is small from the start.
+        watch: called after each layer of each part of the batch, with the layer, what the method
+        selected, and which tokens are real (B, T), None: all; T is the longest row's.
+        A row may have no tokens in a later chunk of a prompt. It has no logits there: those of its
+        last chunk hold.
+        """
+        B, T = tokens.shape
+        if T == 0:
+            raise ValueError("the prompt has no tokens")
+        if cache is None and (whole or watch):
+            raise ValueError("prefill(whole=True) and watch need a cache")
+        if whole and cache.filled:
+            raise ValueError("prefill(whole=True) takes a whole prompt, and this cache holds some "
+                             "of it already")
+        if cache is not None:
+            cache.check_whole()
+            cache.check_rows(B)
+        if lengths is not None:
+            least, most = map(int, lengths.aminmax())
+            before = 0 if cache is None else cache.used
+            if not (len(lengths) == B and least >= 0 and 0 < most <= T
+                    and bool((before + lengths > 0).all())):
+                raise ValueError(f"lengths={lengths.tolist()}: each of {B} rows must have 1 to {T} "
+                                 "tokens, or 0 if it has had some")
+            tokens, T = tokens[:, :most], most  # what pads all rows is left out
+        elif T == 1:  # without lengths it would be a decoding step
+            lengths = torch.ones(B, dtype=torch.long, device=tokens.device)
+        if cache is not None:  # for all parts, before the first is fed
+            after = cache.filled + T if lengths is None else int((cache.used + lengths).max())
+            cache.check_room(after)
+
+        rows = max(1, TOGETHER // T)
+        parts = [slice(first, first + rows) for first in range(0, B, rows)]
+        if cache is None or len(parts) == 1:
+            views = [cache] * len(parts)
+        else:
+            views = [cache.rows(part) for part in parts]
+        logits = []
+        with nullcontext() if cache is None else cache.prefilling():
+            for part, view in zip(parts, views):
+                some = None if lengths is None else lengths[part]
+                if view is None:
+                    x = self.hidden(tokens[part], sparse)
+                else:
+                    x = self.feed(tokens[part], some, view, sparse, whole, watch)
+                last = -1 if some is None else some - 1
+                row = torch.arange(len(x), device=x.device)
+                logits.append(self.head(x[row, last][:, None])[:, 0])
+            if cache is not None and len(parts) > 1:
+                cache.joined(views)
+        return torch.cat(logits)
+
+    @torch.no_grad()
+    def step(self, token, cache, sparse=None):
+        """
+        One decoding step: token (B,) -> logits (B, V), which the next step may write over.
+
+        With the kernels on a GPU, steps of one method that follow each other are replays of one
+        CUDA graph, so that Python costs nothing. The first of them runs as it is (it may drop
+        entries, and sums up Quest's blocks); the graph is captured at the second, once for a cache
+        and a method. Code that is not ours is run at each step, as it is: whether there is any is
+        asked at the first step after a prompt.
+        """
+        sparse = sparse or Dense()
+        may_replay = token.is_cuda and cache.weights and len(token) == cache.B
+        if not may_replay or cache.stepped != sparse:
+            return self(token[:, None], cache=cache, sparse=sparse)[:, -1]
+        if sparse not in cache.graphs or cache.graphs[sparse].of != (self, cache.weights):
+            cache.graphs[sparse] = Graph(self, cache, sparse)
+        return cache.graphs[sparse].replay(token, cache)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        logits,          # (B, V)  from prefill
+        cache,
+        max_new_tokens,
+        sparse=None,
+        temperature=0,   # 0 takes the likeliest token; above, tokens are drawn,
+        top_k=None,      # from the top_k likeliest if given,
+        eos_id=None,
+        seed=None,       # and the same seed draws the same
+        watch=None,      # called with the cache after each step, e.g. to look at cache.selected
+    ):                   # -> new tokens (B, <= max_new_tokens)
+        """
+        Continue each row of a filled cache. A row that has written eos_id repeats it; when all
+        have, generation ends.
+
+        Afterwards the cache holds of each row all but its last token, eos_id where it has written
+        that: a next turn of the row begins with this token. ValueError, before the first step, if
+        the cache has no room for so many.
+        """
+        too_few = max_new_tokens < 1 or (top_k is not None and top_k < 1)
+        if too_few or not 0 <= temperature < math.inf:
+            raise ValueError(f"{max_new_tokens=}, {temperature=}, {top_k=}: at least 1 token, a "
+                             "temperature of 0 or more, top_k of 1 or more")
+        cache.check_room(cache.filled + max_new_tokens - 1)
+        source = None
+        if temperature > 0:
+            source = torch.Generator(logits.device)
+            source.manual_seed(seed) if seed is not None else source.seed()
+
+        new, n_done = [], 0
+        done = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        with cache.ending() as end:
+            for n in range(max_new_tokens):
+                token = draw(logits.float(), temperature, top_k, source)  # (B,)
+                if eos_id is not None:
+                    token = token.masked_fill(done, eos_id)
+                    ended, done = (token == eos_id) & ~done, done | (token == eos_id)
+                    n_before, n_done = n_done, int(done.sum())
+                new.append(token)
+                if n + 1 == max_new_tokens or n_done == len(done):
+                    break
+                if eos_id is not None and n_done > n_before:
+                    # as the first step does, but for what a row that has ended holds
+                    cache.compress(sparse or Dense())
+                    end(ended)  # the steps that other rows still take are not theirs
+                logits = self.step(token, cache, sparse)
+                if watch:
+                    watch(cache)
+        return torch.stack(new, dim=1)
+
+    def generate(self, tokens, max_new_tokens, lengths=None, sparse=None, **settings):
+        """
+        Prompts (B, T), right-padded to T where lengths (B,) says so -> new tokens alone. settings:
+        temperature, top_k, eos_id, seed and watch, as in decode.
+        """
+        room = tokens.shape[1] + max_new_tokens
+        cache = self.new_cache(len(tokens), room, window_of(sparse))
+        logits = self.prefill(tokens, lengths, cache, sparse, whole=True)
+        return self.decode(logits, cache, max_new_tokens, sparse, **settings)
+
+    # ----------------------------------------------------------- whether the kernels know the model
+
+    def by_kernels(self):
+        """
+        Whether this is inference in Triton, block by block: the kernels take the weights out of the
+        modules, and go around what these do in PyTorch. So they must be the modules of model.py,
+        and plain ones of torch.
+        """
+        if torch.is_grad_enabled() or not backend.triton_for(self.probe()):
+            return False
+        found = [backend.is_stock("model.Transformer.hidden", self.hidden)]
+        found += [is_stock(layer, self.config) for layer in self.layers]
+        return all(found)
+
+    def is_unhooked(self):
+        """Whether no Python would be missed: a graph calls it once, and then never again."""
+        code = {"model.Transformer.forward": self.forward, "engine.Inference.feed": self.feed,
+                "engine.Inference.described": self.described, "engine.Inference.head": self.head}
+        plain_calls = not any(has_hooks(module) for module in self.modules())
+        return plain_calls and all([backend.is_stock(*named) for named in code.items()])
+
+    def places(self):
+        """Where the weights are: a graph reads there, whatever the model's are by then."""
+        return tuple(parameter.data_ptr() for parameter in self.parameters())
+
+
+def draw(logits, temperature, top_k, source):
+    """The next tokens: (B, V) -> (B,)"""
+    if temperature == 0:
+        return logits.argmax(-1)
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    # From the likeliest one's down, and never by 0, which is what fp32 makes of 1e-50: no inf -
+    # inf, no 0 / 0.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
+    return torch.multinomial(logits.softmax(-1), 1, generator=source).squeeze(1)
+
+
+class Graph:
     """
-    Keys and values (after memory, QK-norm and RoPE) of B rows of tokens, and the memory's state, for all layers.
-
-    A token's slot is its position, until a method drops prompt entries and closes the gaps; `positions` then tells which
-    token a slot holds. Rows may differ in length: row b fills the slots below used[b]; what lies behind may be anything, such as
-    tokens that were forgotten. Tensors are made when their layer's first tokens come, and then updated in place.
+    A decoding step of one cache and method as a CUDA graph: what is launched is recorded once, then
+    launched as one.
     """
 
-    def __init__(self, config, B, max_len, window, device, dtype):
-        self.config, self.B, self.max_len, self.window, self.device, self.dtype = config, B, max_len, window, device, dtype
-        state, self.state = (config.n_layer, 2, B, config.n_kv_head, config.head_width), [None] * config.n_layer
-        if config.memory:
-            self.state = torch.zeros(state, device=device, dtype=torch.float32)  # of the memory, one after the other layer's
-        rows = lambda: torch.zeros(B, dtype=torch.long, device=device)
-        self.lengths = rows()     # tokens fed per row: the next position
-        self.used = rows()        # slots filled per row
-        self.token_hash = rows()  # of all tokens fed, for the random selectors
-        self.part = slice(None)   # the rows that are fed: all but in a view of some (`rows`)
-        self.empty()
-        self.clear()
+    def __init__(self, model, cache, sparse):
+        self.of, filled = (model, cache.weights), cache.filled
+        self.token, self.graph = torch.zeros_like(cache.used), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):  # records, and computes nothing
+            self.logits = model(self.token[:, None], cache=cache, sparse=sparse)[:, -1]
+        cache.filled, self.selected = filled, list(cache.selected)
 
-    def empty(self):
-        """Without tensors."""
-        none = lambda: [None] * self.config.n_layer
-        self.k, self.v = none(), none()  # (B, slots, KV, D)
-        self.positions = none()          # (B, slots, KV), once compressed
-        self.bounds = none()             # {block size: (low, high)} of Quest's kernels, (B, N, KV, D) each
-        self.recent_q = none()           # (B, W, H, D): each row's last queries, the newest at the end, for SnapKV
-        self.selected = none()           # what the last decoding step read, in the words of sparse.py
-        self.slots = self.max_len        # places for entries in a row
-        self.compact = {}                # method -> what `compressed` made for it
-        self.graphs = {}                 # method -> its decoding step, captured (model.Transformer.step)
-        self.weights = None              # where a graph finds the model's weights, if the last step may be captured
-        self.feeding = False             # a prompt is on its way (`prefilling`)
-        self.rewound = False             # what is fed will be forgotten (`rewinding`)
-        self.kept_by = None              # the method whose compress chose the entries, once compressed
+    def replay(self, token, cache):
+        cache.check_room(cache.filled + 1)
+        with cache.stepping():
+            cache.filled, cache.selected = cache.filled + 1, list(self.selected)
+            self.token.copy_(token)
+            self.graph.replay()
+        return self.logits
 
-    def clear(self):
-        """Forget all tokens. A cache that was not compressed keeps its tensors, and so its graphs."""
-        if self.positions[0] is not None:
-            self.empty()
-        self.recent_q = [None for _ in self.recent_q]
-        for x in self.lengths, self.used, self.token_hash, *self.state, *self.k, *self.v:  # a NaN would outlive its row: 0 * NaN is NaN
-            if x is not None:
-                x.zero_()
-        self.filled = 0           # the largest of `used`, known without asking the GPU
-        self.ragged = False       # rows may differ in `used`
-        self.stepped = None       # the method, if the last thing to happen was a decoding step of it
-        self.decoding = False     # a decoding step has happened
-        self.bounded = [None] * self.config.n_layer   # the block size whose bounds are up to date
-        self.spoiled = False      # a step was not completed
 
-    # ---------------------------------------------------------------- one prefill, many settings
+# ---------------------------------------------------------------- Transformer.hidden in kernels
 
-    def fork(self):
-        """An independent copy."""
-        clone = lambda x: (x.clone() if isinstance(x, torch.Tensor) else tuple(map(clone, x)) if isinstance(x, tuple) else
-                           {key: clone(value) for key, value in x.items()} if isinstance(x, dict) else x)
-        fork = object.__new__(Cache)
-        for field, value in vars(self).items():
-            if field not in ("graphs", "compact", "selected"):
-                setattr(fork, field, [clone(x) for x in value] if isinstance(value, list) else clone(value))
-        fork.graphs, fork.compact, fork.selected = {}, {}, [None for _ in self.selected]
-        fork.rewound = False
-        return fork
+def fused(model, tokens, cache):
+    """model.Transformer.hidden for tokens (B, T) that are fed to a cache: (B, T, C)"""
+    rope = model.rope(cache.now.position)
+    x = cache.without_padding(model.embed_tokens(tokens))
+    for index, layer in enumerate(model.layers):
+        x = fused_block(layer, x, rope, layer_dice(cache.now.dice, index), cache)
+    return model.norm(x)
 
-    def noted(self):
-        """
-        How things stand, as a function that brings them back: what was fed and decoded since is
-        forgotten. Nothing large is copied.
-        """
-        recent_q = list(self.recent_q)
-        tensors = [x for x in (self.lengths, self.used, self.token_hash, *self.state, *recent_q) if x is not None]
-        before, filled, ragged, decoding = [x.clone() for x in tensors], self.filled, self.ragged, self.decoding
 
-        def forget():
-            for x, old in zip(tensors, before):
-                x.copy_(old)
-            self.filled, self.ragged, self.decoding, self.recent_q = filled, ragged, decoding, recent_q
-            self.stepped, self.bounded, self.spoiled = None, [None for _ in self.bounded], False
-        return forget
+def fused_block(block, x, rope, dice, cache):
+    """model.Block.forward: the sums with the norms that follow them are one kernel."""
+    from triton_ops.block import add_norm
+    if block.pre_norm:
+        x = x + fused_attention(block.self_attn, block.input_layernorm(x), rope, dice, cache)
+        return x + fused_mlp(block.mlp, block.pre_feedforward_layernorm(x))
+    attn_norm, mlp_norm = block.post_attention_layernorm, block.post_feedforward_layernorm
+    attended = fused_attention(block.self_attn, x, rope, dice, cache)
+    x = add_norm(x, attended, attn_norm.weight, attn_norm.eps)
+    return add_norm(x, fused_mlp(block.mlp, x), mlp_norm.weight, mlp_norm.eps)
 
-    @contextmanager
-    def rewinding(self):
-        """What is fed and decoded within is forgotten at its end."""
-        self.check_whole()
-        forget, before, self.rewound = self.noted(), self.rewound, True
-        try:
-            yield self
-        finally:
-            self.spoiled = True  # until all is forgotten
-            forget()
-            self.rewound = before
 
-    def compressed(self, sparse):
-        """
-        A cache of what `sparse` keeps of this one, which stays as it is. The next call for the same method, or for one that
-        differs by its seed alone, writes to the same tensors, so that a graph of it serves again. ValueError unless this cache
-        holds a prompt, whole, and nothing more.
-        """
-        self.check_whole()
-        if self.filled == 0 or self.positions[0] is not None:
-            raise ValueError(f"{methods.name(sparse)} chooses from a whole prompt, and this cache " +
-                             ("has none" if self.filled == 0 else "has dropped entries already: fork it before"))
-        self.check_not_decoding(sparse)
-        like = methods.unseeded(sparse)
-        if like not in self.compact:
-            self.compact[like] = Cache(self.config, self.B, self.max_len, self.window, self.device, self.dtype)
-        kept = self.compact[like]
-        for x, mine in zip((kept.lengths, kept.token_hash, *kept.state), (self.lengths, self.token_hash, *self.state)):
-            if x is not None:
-                x.copy_(mine)
-        kept.keep_of(self, sparse)
-        kept.stepped, kept.decoding, kept.spoiled = None, False, False
-        return kept
+def fused_attention(attention, x, rope, dice, cache):
+    """model.Attention.forward: of a step all between projections and attention is one kernel."""
+    config, index = attention.config, attention.index
+    q, k, v, gate, output_gate = projections(attention, x)
+    if cache.now.decoding:
+        q = cache.step(attention, q, k, v, gate, rope)
+        y = cache.read(index, q, dice)
+    else:
+        from triton_ops.block import norm_rotate
+        if gate is not None:
+            k, v = cache.remember(index, attention.memory.average, gate, k, v)
+        norms = (None, None)
+        if config.qk_norm:
+            norms = attention.q_norm.weight, attention.k_norm.weight
+        q = norm_rotate(q, norms[0], config.norm_eps, *rope)
+        k = norm_rotate(k, norms[1], config.norm_eps, *rope)
+        y = cache.attend(index, q, k, v, dice)
+    y = y.flatten(2)  # (B, T, C)
+    if output_gate is not None:
+        y = y * torch.sigmoid(output_gate)
+    return product(attention.o_proj, y)
 
-    @contextmanager
-    def turn(self, sparse):
-        """The cache that a method (None: dense) may decode from, in its turn: the next one finds this cache as it was."""
-        if methods.drops(sparse):
-            yield self.compressed(sparse)
+
+def projections(attention, x):
+    """
+    (B, T, C) -> q (B, T, H, D), k, v and the memory's gate (B, T, KV, D), output gate (B, T, C);
+    None: not in this model.
+    """
+    from triton_ops.block import products
+    config, own = attention.config, attention.memory
+    heads = lambda y: y.unflatten(2, (-1, config.head_width))
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj]
+    if attention.output_gate is not None:
+        linears.append(attention.output_gate)
+
+    gate = None
+    if is_few(x):  # all in one launch, the gate's norm included
+        weights, bias = [linear.weight for linear in linears], None
+        if own is not None:
+            weights, bias = [*weights, own.proj.weight], own.proj.bias
+        normed = None if config.pre_norm else config.norm_eps
+        q, k, v, *rest = products(x, weights, bias, normed)
+        if own is not None:
+            gate = heads(rest.pop())
+    else:
+        q, k, v, *rest = (linear(x) for linear in linears)
+        if own is not None:
+            gate = own.gate(attention.at_rms_1(x))
+    return heads(q), heads(k), heads(v), gate, rest[0] if rest else None
+
+
+def fused_mlp(mlp, x):
+    """model.MLP.forward"""
+    from triton_ops.block import swiglu, swiglu_products
+    if is_few(x) and mlp.gate_proj is not None:
+        hidden = swiglu_products(x, mlp.gate_proj.weight, mlp.up_proj.weight)
+        return product(mlp.down_proj, hidden)
+    out = []
+    # a part of a long prompt at a time: its hidden vectors are large
+    for part in x.flatten(0, 1).split(TOGETHER // 2):
+        if mlp.gate_proj is None:
+            hidden = F.gelu(mlp.up_proj(part))
         else:
-            with self.rewinding():
-                yield self
+            hidden = swiglu(mlp.gate_proj(part), mlp.up_proj(part))
+        out.append(mlp.down_proj(hidden))
+    return torch.cat(out).view(x.shape)
 
-    def rows(self, part):
-        """A view of the rows `part`, a slice. Feed it prompts, then tell the whole cache by `joined`."""
-        view = copy.copy(self)
-        view.part = part
-        if self.ragged:
-            view.filled = int(self.used[part].max())
-        return view
 
-    def joined(self, views):
-        """Know what was fed to views of all rows."""
-        self.ragged = any(view.ragged for view in views) or len({view.filled for view in views}) > 1
-        self.filled, self.slots, self.kept_by = max(view.filled for view in views), views[0].slots, views[0].kept_by
-        self.stepped = None
+def product(linear, x):
+    """linear(x), which has no bias"""
+    if not is_few(x):
+        return linear(x)
+    from triton_ops.block import products
+    return products(x, [linear.weight])[0]
 
-    # ---------------------------------------------------------------- what may fail
 
-    def check_whole(self):
-        if self.spoiled:
-            raise ValueError("a step with this cache failed half-way, and nobody knows what it holds: "
-                             "clear it, or go on with a fork that was made before")
+def is_few(x):
+    """
+    Whether x (B, T, C) is so few rows that reading the weights is all that a product costs:
+    triton_ops/block.py does that best.
+    """
+    from triton_ops.block import MOST_ROWS
+    return x.shape[0] * x.shape[1] <= MOST_ROWS
 
-    def check_may_drop(self):
-        if self.rewound:
-            raise ValueError("dropping entries cannot be undone when what was fed is forgotten: let the method have `compressed`")
 
-    @contextmanager
-    def prefilling(self):
-        """A prompt, or a chunk of one, is fed within. If that fails, the cache is as it was before. Within another one: nothing."""
-        if self.feeding:
-            yield
-            return
-        self.check_whole()
-        before, rewound = self.noted() if self.filled else None, self.rewound
-        self.feeding = self.spoiled = True
-        try:
-            yield
-        except BaseException:
-            if before:
-                before()
-            else:  # it held nothing
-                self.empty()
-                self.clear()
-            self.feeding, self.rewound = False, rewound
-            raise
-        self.feeding = self.spoiled = False
+# ---------------------------------------------------------------- whether the kernels know a layer
 
-    @contextmanager
-    def stepping(self):
-        """A decoding step is taken within. If that fails, the cache is spoiled."""
-        self.check_whole()
-        self.spoiled = True
-        yield
-        self.spoiled = False
+LINEAR, RMS_NORM = nn.Linear.forward, nn.RMSNorm.forward  # torch's
 
-    @contextmanager
-    def ending(self):
-        """
-        Yields end(rows), rows (B,) bool: at the end of the block, what was decoded after this call
-        is forgotten of these rows.
-        """
-        ended = []
 
-        def end(rows):
-            rows = rows.nonzero().squeeze(1)
-            tensors = [(x, x[rows]) for x in (self.lengths, self.used, self.token_hash)]
-            state = self.state[:, :, rows] if self.config.memory else None  # (L, 2, rows, KV, D)
-            ended.append((rows, tensors, state))
-        try:
-            yield end
-        finally:
-            whole, self.spoiled = not self.spoiled, True  # until all is forgotten
-            for rows, tensors, state in ended:
-                for x, before in tensors:
-                    x[rows] = before
-                if state is not None:
-                    self.state[:, :, rows] = state
-            if ended:
-                self.ragged, self.stepped, self.filled = True, None, int(self.used.max())
-            self.spoiled = not whole
+def is_stock(layer, config):
+    """Whether fused_block may compute this layer: it is the one that the kernels stand for."""
+    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    code = {"model.Block.forward": layer.forward, "memory.remember": memory.remember,
+            "memory.memory_loop": memory.memory_loop, "memory.memory_step": memory.memory_step}
+    code |= {f"cache.Cache.{method}": getattr(Cache, method)
+             for method in ("attend", "store", "put", "read", "step", "remember")}
+    parts = {"model.Attention": (attention, ("forward", "remember", "at_rms_1", "rotate")),
+             "model.MLP": (mlp, ("forward",))}
+    if getattr(attention, "memory", None) is not None:
+        parts["memory.Decay"] = attention.memory, ("forward", "gate", "average")
+    for kind, (part, methods) in parts.items():
+        code |= {f"{kind}.{method}": getattr(part, method, None) for method in methods}
+    if not all([backend.is_stock(*named) for named in code.items()]):
+        return False
 
-    # ---------------------------------------------------------------- tokens in
+    known = [is_known(name, module, config) for name, module in layer.named_modules()]
+    return all(known)
 
-    def grow(self, T, lengths):
-        """
-        Claim slots for T more tokens per row, of which lengths (B,) are real (None: all). -> the first one's slot, int or (B,)
-        """
-        used, start = self.used[self.part], self.filled
-        filled = self.filled + T if lengths is None else int((used + lengths).max())
-        self.check_room(filled)
-        if self.ragged:
-            start = used.clone()
-        new, self.filled = T if lengths is None else lengths, filled
-        self.ragged = self.ragged or lengths is not None
-        self.lengths[self.part] += new
-        used += new
-        return start
 
-    def check_rows(self, B):
-        if B != len(self.used[self.part]):
-            raise ValueError(f"{B} rows of tokens for a cache of {len(self.used[self.part])}: ask new_cache for as many")
+def is_known(name, module, config):
+    """
+    Whether the kernels know all of a module of a stock layer: they take its weight, of the memory's
+    projection the bias too, and config's eps. If they do not, a run says so once.
+    """
+    kind, own = type(module), name.rpartition(".")[2]
+    if kind is nn.Linear:
+        known = kind.forward is LINEAR and (module.bias is None or name == "self_attn.memory.proj")
+    elif own in ("q_norm", "k_norm") and not config.qk_norm:
+        known = kind is nn.Identity
+    elif own.endswith("norm"):
+        known = (kind is nn.RMSNorm and kind.forward is RMS_NORM and module.weight is not None
+                 and module.eps == config.norm_eps)
+    else:  # the layer itself, self_attn, mlp or memory, whose code is known; or a stranger
+        known = name in ("", "self_attn", "mlp", "self_attn.memory")
+    if not known or has_hooks(module):
+        backend.tell(f"note: {name or 'a layer'} is a {kind.__name__} with more to it than the "
+                     "Triton kernels know: the model's layers are computed as they are written")
+    return known and not has_hooks(module)
 
-    def check_room(self, filled):
-        if filled > self.slots:
-            raise ValueError(f"the cache has room for {self.slots} entries a row and would need {filled}: "
-                             "ask new_cache for a larger max_len")
 
-    def room(self, i, slots):
-        """Tensors for layer i's entries."""
-        if self.k[i] is None or self.k[i].shape[1] < slots:
-            if self.k[i] is not None and self.part != slice(None):
-                raise ValueError("a method's compress must keep equally many entries (B, KV, S) of each part of a batch: S may follow "
-                                 "from k's length and the budget alone")
-            entries = self.B, slots, self.config.n_kv_head, self.config.head_width
-            self.k[i], self.v[i] = (torch.zeros(entries, device=self.device, dtype=self.dtype) for _ in "kv")  # garbage might be NaN
-            self.bounds[i], self.bounded[i] = None, None
-            self.graphs.clear()  # they know the old ones
-
-    def attend(self, i, q, k, v, feed):
-        """Store k, v (B, T, KV, D) of layer i, and attend with q (B, T, H, D) to all it holds, through the hooks."""
-        if feed.whole:  # what the method drops is never stored
-            y, selected = feed.prefill(q, k, v, 0, feed.dice)
-            newest = self.newest(q.new_zeros(len(q), self.window, *q.shape[2:]), q, feed.lengths)
-            compress = backend.hook(feed.sparse, "compress", k)
-            kept = compress(newest, k, v, self.lengths[self.part], feed.dice[:, -1:])
-            self.keep(i, kept, k, v, self.max_len - k.shape[1])
-            self.kept_by = methods.phases(feed.sparse).compress_by
-        else:
-            self.store(i, k, v, feed)
-            if self.positions[i] is None:  # else compression is over
-                if self.recent_q[i] is None:
-                    self.recent_q[i] = q.new_zeros(self.B, self.window, *q.shape[2:], dtype=self.dtype)
-                self.recent_q[i][self.part] = self.newest(self.recent_q[i][self.part], q, feed.lengths)
-            if isinstance(feed.start, int) and feed.start == 0:  # nothing came before
-                y, selected = feed.prefill(q, k, v, 0, feed.dice)
-            else:
-                # padding may reach further than any entry, and the kernels want a slot for each query
-                k, v = (x[i][self.part, :max(self.filled, q.shape[1])] for x in (self.k, self.v))
-                y, selected = feed.prefill(q, k, v, feed.start, feed.dice)
-        if feed.watch:
-            feed.watch(i, selected, feed.real)
-        return y
-
-    def store(self, i, k, v, feed):
-        """k and v (B, T, KV, D) of the real tokens into their slots of layer i."""
-        self.room(i, self.slots)
-        self.bounded[i] = None  # of fewer keys
-        self.put(self.k[i], k, feed)
-        self.put(self.v[i], v, feed)
-        if self.positions[i] is not None:
-            self.put(self.positions[i], feed.position[..., None].expand(k.shape[:3]), feed)
-
-    def put(self, where, x, feed):
-        """x (B, T, ...) into where (B, slots, ...), from slot feed.start on"""
-        x, where, (B, T) = x.to(where.dtype), where[self.part], x.shape[:2]
-        if isinstance(feed.start, int):  # padding is stored too, as zeros
-            end = min(feed.start + T, self.slots)
-            x = x if feed.real is None else x.where(feed.real.view(B, T, *[1] * (x.dim() - 2)), 0)
-            where[:, feed.start:end] = x[:, :end - feed.start]
-        else:
-            row, t = torch.ones(B, T, device=x.device).nonzero(as_tuple=True) if feed.real is None else feed.real.nonzero(as_tuple=True)
-            where[row, feed.start[row] + t] = x[row, t]
-
-    def newest(self, old, q, lengths):
-        """The last W queries of each row: of old (B, W, H, D), then the first lengths (B,) of q (B, T, H, D)."""
-        W, T = old.shape[1], q.shape[1]
-        if lengths is None:
-            return torch.cat([old[:, T:], q[:, -W:].to(old.dtype)], dim=1)
-        index = (lengths[:, None] + torch.arange(W, device=q.device))[..., None, None].expand(-1, -1, *q.shape[2:])  # in old, then q
-        return q.gather(1, (index - W).clamp_min(0)).to(old.dtype).where(index >= W, old.gather(1, index.clamp_max(W - 1)))
-
-    # ---------------------------------------------------------------- compression
-
-    def compress(self, sparse):
-        """Before the first decoding step: drop the entries that the method does not keep, in every layer."""
-        if not self.filled or not methods.drops(sparse):
-            return
-        if self.positions[0] is None:
-            self.check_not_decoding(sparse)
-            self.check_may_drop()
-            self.keep_of(self, sparse)
-            self.recent_q = [None for _ in self.recent_q]
-        elif self.kept_by != methods.phases(sparse).compress_by:
-            raise ValueError(f"{methods.name(sparse)} would keep other entries than {methods.name(self.kept_by)}, which has dropped "
-                             "them: fork the cache before, or clear it")
-
-    def check_not_decoding(self, sparse):
-        if self.decoding:
-            raise ValueError(f"{methods.name(sparse)} drops entries before the first decoding step, and this cache has had one: "
-                             "fork it before, or clear it")
-
-    def keep_of(self, source, sparse):
-        """Hold what the method keeps of the cache `source`, this one or another."""
-        filled, room = source.filled, source.slots - source.filled
-        for i in range(len(self.k)):
-            k, v = source.k[i][:, :filled], source.v[i][:, :filled]
-            # the last prompt token's hash stands in for the draw of all of them
-            dice = source.token_hash[:, None] + i * LAYER_DICE
-            kept = backend.hook(sparse, "compress", k)(source.recent_q[i], k, v, source.lengths, dice)
-            self.spoiled = True  # until all layers are through
-            if self is source:
-                self.k[i] = self.v[i] = None
-            self.keep(i, kept, k, v, room)
-        self.kept_by, self.spoiled = methods.phases(sparse).compress_by, False
-
-    def keep(self, i, kept, k, v, room):
-        """Of layer i's prompt k, v (B, T, KV, D) hold the entries kept (B, KV, S), -1 at the end, None: all; and room for more."""
-        if kept is None:
-            slot = torch.arange(k.shape[1], device=self.device)
-            kept = slot.where(slot < self.lengths[self.part, None, None], -1).expand(-1, k.shape[2], -1)
-        kept = kept.transpose(1, 2)                                                   # (B, S, KV)
-        S, gap = kept.shape[1], (kept < 0).unsqueeze(-1)
-        self.room(i, S + room)
-        if self.positions[i] is None or self.positions[i].shape != self.k[i].shape[:3]:
-            self.positions[i] = torch.zeros(self.k[i].shape[:3], device=self.device, dtype=torch.int32)
-            self.graphs.clear()  # they know none, or others
-        index = kept.clamp_min(0).unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
-        self.k[i][self.part, :S] = k.gather(1, index).masked_fill(gap, 0)
-        self.v[i][self.part, :S] = v.gather(1, index).masked_fill(gap, 0)
-        self.positions[i][self.part, :S] = kept.int()
-        self.used[self.part] = (kept[:, :, 0] >= 0).sum(1)                            # the same in all layers and heads
-        self.filled, self.slots, self.ragged = S, self.k[i].shape[1], True            # a short prompt may fill less than S
-
-    # ---------------------------------------------------------------- decoding steps
-
-    def step(self, attention, q, k, v, gate, feed):
-        """
-        The projections q (B, 1, H, D), k, v, gate (B, 1, KV, D) of a new token, through memory, QK-norm and RoPE, k and v
-        into the cache: in one kernel, and in fp32 all the way. -> q, ready for attention.
-        """
-        from triton_ops.block import decode_step
-        i, config = attention.index, attention.config
-        self.room(i, self.slots)
-        norms = (attention.q_norm.weight, attention.k_norm.weight) if config.qk_norm else (None, None)
-        low, high = self.bounds[i][self.bounded[i]] if self.bounded[i] else (None, None)
-        q = decode_step(q, k, v, gate, *norms, config.norm_eps, feed.cos, feed.sin, self.state[i], self.k[i], self.v[i],
-                        low, high, self.bounded[i] or 1, self.used)
-        if self.positions[i] is not None:
-            slot, position = (x[:, None, None].expand(-1, 1, k.shape[2]) for x in (self.used - 1, feed.position[:, 0].int()))
-            self.positions[i].scatter_(1, slot, position)
-        return q
-
-    def read(self, i, q, feed):
-        """A decoding step's attention: q (B, 1, H, D), whose token is stored, to what layer i holds, through the hook."""
-        # what a graph may record looks at `used`: no shape of its changes from step to step
-        slots = slice(None) if feed.static else slice(self.filled)
-        positions = None if self.positions[i] is None else self.positions[i][:, slots]
-        layer = LayerCache(self.k[i][:, slots], self.v[i][:, slots], self.used, self.ragged or feed.static, feed.dice, positions,
-                           lambda block_size: self.bounds_of(i, block_size))
-        y, self.selected[i] = backend.hook(feed.sparse, "decode", q)(q, layer)
-        return y
-
-    def bounds_of(self, i, block_size):
-        """Each block's least and greatest key, per channel: low, high (B, N, KV, D). From then on, step keeps them up to date."""
-        from triton_ops.quest import block_bounds
-        if self.bounded[i] != block_size:
-            new, held = block_bounds(self.k[i], self.used, block_size), self.bounds[i] or {}
-            if block_size in held:
-                for old, x in zip(held[block_size], new):
-                    old.copy_(x)
-            else:
-                self.bounds[i] = held | {block_size: new}
-            self.bounded[i] = block_size
-        return self.bounds[i][block_size]
+def has_hooks(module):
+    """Whether something is called beside the module's forward, or in its place."""
+    of_all = torch.nn.modules.module
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+                or of_all._global_forward_hooks or of_all._global_forward_pre_hooks)

@@ -4,32 +4,44 @@ The decaying memory: before attention, each key and value becomes an average of 
     k~[t] = g[t] * k~[t-1] + (1 - g[t]) * k[t]        g = sigmoid(gate) in (0, 1), one per channel
     v~[t] = g[t] * v~[t-1] + (1 - g[t]) * v[t]        the same gate for both
 
-This is Eq. 1 of arXiv 2605.28640, from RAT+ (arXiv 2602.18196). It sits right after the projections: before QK-norm
-and before RoPE. A key then carries a fading trace of the tokens before it, so a selector has more than one way to find them.
+This is Eq. 1 of arXiv 2605.28640, from RAT+ (arXiv 2602.18196). It sits right after the
+projections, before QK-norm and before RoPE. A key then carries a fading trace of the tokens before
+it, and so does a value: whoever selects one token reads a little of those before it, too.
 
-One recurrence in three forms, clearest first; tests/test_memory.py holds them equal, in values and in gradients:
+One recurrence in three forms, clearest first. tests/test_memory.py holds them equal, in values and
+in gradients:
 
     memory_loop   a Python loop over t. This is the definition; when in doubt it is right.
-    memory_scan   all t at once in O(log T) steps, for training and prefill. In Triton: kernels.memory_scan.
-    memory_step   one t, for decoding, carrying the state from call to call. In Triton: triton_ops.block.decode_step, with more.
+    memory_scan   all t at once in O(log T) steps, for training and prefill. kernels.memory_scan is
+                  the same in Triton.
+    memory_step   one t, for decoding, carrying the state from call to call.
 
-Then active recurrence learning (ARL), which teaches a model to use its memory, and effective_length, which measures how far
-back a trained memory reaches. Read model.py first; sparse.py, which selects among k~ and defines Dilated, is next.
+Memory is what a model has of it: a module that owns its parameters and its decoding state. Decay is
+the paper's; a memory of your own is one more class, in MEMORIES under a name that Config.memory and
+the saved config hold. Then come active recurrence learning (ARL), which teaches a model to use its
+memory, and effective_length, which measures how far back a trained memory reaches.
 
-Letters: B batch, T tokens, KV key/value heads, D head width.
+Read model.py first. sparse.py is next: it selects among k~, and defines the pattern of ARL.
+
+Letters: B batch, T tokens, C model width, KV key/value heads, D head width.
 """
+import math
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from sparse import Dilated
+from triton_ops import backend
 
+
+# ---------------------------------------------------------------- Eq. 1, three times
 
 def memory_loop(
     k, v,        # (B, T, KV, D)  keys before QK-norm and RoPE; values
     gate,        # (B, T, KV, D)  logits of g
-    state=None,  # (2, B, KV, D)  fp32: k~ and v~ at the token before the first one here; None is zeros
+    state=None,  # (2, B, KV, D)  fp32: k~ and v~ before the first token here; None is zeros
 ):               # -> k~, v~ in the dtypes of k and v; the state after the last token, fp32
     """Eq. 1 as it is written. In fp32 (fp64 if k is): a product of many bf16 decays drifts."""
     exact = torch.promote_types(k.dtype, torch.float32)
@@ -38,7 +50,7 @@ def memory_loop(
     m = torch.zeros_like(x[:, :, 0]) if state is None else state.to(exact)  # (2, B, KV, D)
     out = []
     for t in range(k.shape[1]):
-        # sigmoid(-gate) is 1 - g without the cancellation that 1 - sigmoid(gate) suffers where g is near 1
+        # sigmoid(-gate) is 1 - g without the cancellation that 1 - sigmoid(gate) has near g = 1
         m = torch.sigmoid(gate[:, t]) * m + torch.sigmoid(-gate[:, t]) * x[:, :, t]
         out.append(m)
     k_mem, v_mem = torch.stack(out, dim=2)
@@ -52,8 +64,11 @@ def memory_scan(
 ):               # -> k~, v~, state: as memory_loop
     """Eq. 1 for all t at once. Same arguments, results and precision as memory_loop."""
     exact = torch.promote_types(k.dtype, torch.float32)
-    x = torch.stack([k, v], dim=2).to(exact)     # (B, T, 2, KV, D)
-    start = torch.zeros_like(x[:, 0]) if state is None else state.to(exact).transpose(0, 1)  # (B, 2, KV, D)
+    x = torch.stack([k, v], dim=2).to(exact)        # (B, T, 2, KV, D)
+    if state is None:
+        start = torch.zeros_like(x[:, 0])           # (B, 2, KV, D)
+    else:
+        start = state.to(exact).transpose(0, 1)
     m = Recurrence.apply(x, gate.to(exact).unsqueeze(2), start)
     k_mem, v_mem = m.unbind(2)
     return k_mem.to(k.dtype), v_mem.to(v.dtype), m[:, -1].transpose(0, 1).contiguous()
@@ -73,11 +88,15 @@ def memory_step(
 
 def scan(g, b):
     """
-    m[t] = g[t] * m[t-1] + b[t] along dim 1, with m[-1] = 0.  g, b: (B, T, ...), which broadcast to b -> m: (B, T, ...)
+    m[t] = g[t] * m[t-1] + b[t] along dim 1, with m[-1] = 0.  b, m: (B, T, ...); g broadcasts to b.
 
-    Two steps in a row are one step of the same form: m[t] = (g[t] g[t-1]) m[t-2] + (g[t] b[t-1] + b[t]).
-    So the odd t are a scan of half the length, and each even t is one step from its odd neighbour. The work is O(T),
-    the depth log2(T). Only products of decays occur, never a quotient: nothing overflows, however small g is.
+    Two steps in a row are one step of the same form:
+
+        m[t] = (g[t] g[t-1]) m[t-2] + (g[t] b[t-1] + b[t])
+
+    So the odd t are a scan of half the length, and each even t is one step from its odd neighbour.
+    The work is O(T), the depth log2(T). Only products of decays occur, never a quotient: nothing
+    overflows, however small g is.
     """
     T = g.shape[1]
     if T == 1:
@@ -94,10 +113,13 @@ class Recurrence(torch.autograd.Function):
     """
     Eq. 1 with its own gradient, which is the same recurrence run backwards in time:
 
-        G[t] = dm[t] + g[t+1] G[t+1]        dx[t] = (1 - g[t]) G[t]        dgate[t] = g (1 - g) G[t] (m[t-1] - x[t])
+        G[t] = dm[t] + g[t+1] G[t+1]
+        dx[t] = (1 - g[t]) G[t]
+        dgate[t] = g[t] (1 - g[t]) G[t] (m[t-1] - x[t])
 
-    Autograd through scan would keep every level of the recursion; this keeps x, gate and m alone. And autograd's sigmoid takes
-    1 - g from a rounded g, and multiplies by it last: at a saturated gate 0 * inf would be NaN.
+    Autograd through scan would keep every level of the recursion; this keeps x, gate and m alone.
+    And autograd's sigmoid takes 1 - g from a rounded g, and multiplies by it last: at a saturated
+    gate 0 * inf would be NaN.
     """
     @staticmethod
     def forward(
@@ -124,16 +146,100 @@ class Recurrence(torch.autograd.Function):
         return dx, dgate.sum(2, keepdim=True), g[:, 0] * G[:, 0]
 
 
+# ---------------------------------------------------------------- what a model has of it
+
+def remember(
+    k, v,        # (B, T, KV, D)
+    gate,        # (B, T, KV, D)  logits of g
+    state=None,  # (2, B, KV, D)  fp32, or None
+):               # -> k~, v~, state: as memory_loop
+    """Eq. 1 in the form that is fastest where the tensors are."""
+    if backend.triton_for(k) and is_known_to_kernels():
+        from kernels import memory_scan as in_triton
+        return in_triton(k, v, gate, state)
+    form = memory_step if k.shape[1] == 1 else memory_scan
+    return form(k, v, gate, state)
+
+
+@torch.compiler.assume_constant_result  # torch.compile would look into the sources, too
+def is_known_to_kernels():
+    """Whether the recurrence above is the one that the kernels were written from."""
+    forms = {"memory_loop": memory_loop, "memory_scan": memory_scan, "memory_step": memory_step,
+             "scan": scan, "Recurrence.forward": Recurrence.forward,
+             "Recurrence.backward": Recurrence.backward}
+    return all([backend.is_stock(f"memory.{name}", form) for name, form in forms.items()])
+
+
+class Decay(nn.Module):
+    """
+    Eq. 1 with a gate that the block's input decides: the memory of the paper.
+
+    This is also what a memory of your own looks like. It is made from the model's Config, once a
+    layer; its parameters are saved with the model; forward is all that the model calls.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.head_width = config.head_width
+        # As wide as k. RAT+ has no bias and loads with zeros; with one, a channel has a length of
+        # its own whatever it reads.
+        self.proj = nn.Linear(config.width, config.n_kv_head * config.head_width)
+
+    @staticmethod
+    def state_shape(config, B):
+        """Of what decoding carries on, in fp32: zeros before the first token, dimension 1 is B."""
+        return 2, B, config.n_kv_head, config.head_width
+
+    def forward(
+        self,
+        x,           # (B, T, C)      the block's input, at RMS 1
+        k, v,        # (B, T, KV, D)  before QK-norm and RoPE
+        state=None,  # as state_shape says; None is zeros, and nobody asks for the new one
+        real=None,   # (B, T) bool    False at padding; None: no padding
+    ):               # -> k~, v~ like k and v; the state after each row's last real token
+        return self.average(self.gate(x), k, v, state, real)
+
+    def gate(self, x):
+        """Logits of Eq. 1's g: (B, T, C) -> (B, T, KV, D)."""
+        return self.proj(x).unflatten(-1, (-1, self.head_width))
+
+    def average(self, gate, k, v, state=None, real=None):
+        """forward behind the gate (B, T, KV, D)."""
+        if real is not None:
+            # g = 1 and 1 - g = 0: padding adds nothing, and what was remembered passes unchanged
+            gate = gate.masked_fill(~real[..., None, None], torch.inf)
+        return remember(k, v, gate, state)
+
+    @torch.no_grad()
+    def start(self, gate):
+        """First values in a model that was trained without: every g is `gate`, in (0, 1)."""
+        self.proj.weight.zero_()
+        self.proj.bias.fill_(math.log(gate / (1 - gate)))
+
+
+class ValuesAlone(Decay):
+    """Eq. 1 for the values, and keys as they are: which of the two does a selector gain from?"""
+
+    def forward(self, x, k, v, state=None, real=None):
+        _, v, state = super().forward(x, k, v, state, real)
+        return k, v, state
+
+
+MEMORIES = {"decay": Decay, "values": ValuesAlone}
+
+
 # ---------------------------------------------------------------- learning to remember
 
 def arl_passes(length):
     """
-    Active recurrence learning (ARL, arXiv 2602.18196): per batch one optimizer step on each of these two passes.
+    Active recurrence learning (ARL, arXiv 2602.18196): per batch one optimizer step on each of
+    these two passes.
 
-    A model that may look at every token has no need of its memory and leaves it unused. So the first pass takes the
-    tokens away: a query reads itself and the last token of every complete chunk of `length` tokens before it. The rest
-    of a chunk can reach it through that last token's memory alone, so the memory learns to span a chunk. The second
-    pass is ordinary dense attention on the same batch. train.py's learning rate moves on once per batch, not per pass.
+    A model that may look at every token has no need of its memory and leaves it unused. So the
+    first pass takes the tokens away: a query reads itself and the last token of every complete
+    chunk of `length` tokens before it. The rest of a chunk can reach it through that last token's
+    memory alone, so the memory learns to span a chunk. The second pass is ordinary dense attention
+    on the same batch. train.py's learning rate moves on once per batch, not per pass.
 
     length: how many tokens the memory shall span (the paper: 64); 0 switches ARL off.
     Returns the sparse methods of the passes in order, to be given to model(..., sparse=method).
@@ -145,17 +251,19 @@ def arl_passes(length):
 @torch.no_grad()
 def effective_length(gate):
     """
-    How many tokens a memory averages over, given what its gate does on real text: 1 for no memory at all.
+    How many tokens a memory averages over, given what its gate does on real text: 1 for no memory.
 
-    gate: (B, T, KV, D) logits -> (KV, D) tokens. The weight of token s in m[t] is (1 - g[s]) g[s+1] ... g[t]. The mean
-    age t - s under these weights, plus one, is the length. A constant g gives 1 / (1 - g): 64 tokens need g = 0.984.
-    Weights w and weighted ages a obey recurrences of their own: w[t] = g w[t-1] + (1 - g), a[t] = g (a[t-1] + w[t-1]).
+    gate: (B, T, KV, D) logits -> (KV, D) tokens. The weight of token s in m[t] is
+    (1 - g[s]) g[s+1] ... g[t]. The mean age t - s under these weights, plus one, is the length. A
+    constant g gives 1 / (1 - g): 64 tokens need g = 0.984. Weights w and weighted ages a obey
+    recurrences of their own: w[t] = g w[t-1] + (1 - g), a[t] = g (a[t-1] + w[t-1]).
     """
     gate = gate.float()
     g = torch.sigmoid(gate)
     w = scan(g, torch.sigmoid(-gate))
     a = scan(g, g * F.pad(w, (0, 0, 0, 0, 1, 0))[:, :-1])
-    # the mean age at the end of the text, where w is complete; the whole second half, so that one token matters little
+    # The mean age at the end of the text, where w is complete. The whole second half is averaged,
+    # so that a single token matters little.
     half = gate.shape[1] // 2
     return 1 + (a[:, half:] / w[:, half:].clamp_min(1e-30)).mean(dim=(0, 1))
 
@@ -163,15 +271,18 @@ def effective_length(gate):
 @contextmanager
 def lengths_of(model):
     """
-    While the block runs, what each layer's memory averages over as the model reads full rows: yields a list that fills with
-    effective_length, (KV, D) of a layer. Not under torch.compile.
+    While the block runs, what each layer's memory averages over as the model reads full rows:
+    yields a list that fills with effective_length, (KV, D) of a layer. It stays empty where a
+    memory has no gate to measure. Not under torch.compile.
     """
     found = []
 
-    def measure(attention, inputs):
-        gate = attention.gate(inputs[0]).unflatten(-1, (-1, attention.config.head_width))  # (B, T, KV, D)
-        found.append(effective_length(gate))
-    hooks = [layer.self_attn.register_forward_pre_hook(measure) for layer in model.layers]
+    def measure(memory, inputs):
+        found.append(effective_length(memory.gate(inputs[0])))
+
+    memories = [layer.self_attn.memory for layer in model.layers]
+    hooks = [memory.register_forward_pre_hook(measure)
+             for memory in memories if isinstance(memory, Decay)]
     try:
         yield found
     finally:

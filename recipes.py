@@ -15,6 +15,7 @@ import torch
 import niah
 from infra.cli import (above_0, at_least_0, few, flag_parser, gate, natural, positive, seed, share,
                        usable_device)
+from memory import MEMORIES
 from model import PRESETS
 from triton_ops import backend
 
@@ -117,8 +118,9 @@ def flags():
     add("--preset", choices=PRESETS, metavar="NAME", help="a new model: " + ", ".join(PRESETS))
     add("--init", metavar="PATH",
         help="or a model to start from: anything that Transformer.from_pretrained loads")
-    add("--memory", choices=["on", "off"],
-        help="the decaying memory: on adds one to an --init without; None: as it is")
+    add("--memory", choices=["on", "off", *MEMORIES],
+        help="the memory: on adds the decaying one to an --init without, a name of memory.MEMORIES "
+        "one of that kind; None: as it is")
     add("--gate_start", type=gate, default=0.5, metavar="G",
         help="where the gates of a memory start that --init is given, above 0 and below 1")
     add("--arl", type=natural, metavar="TOKENS",
@@ -241,7 +243,13 @@ def parse(argv):
 def new_config(args):
     """The preset's Config, with or without a memory as the flags say."""
     config = PRESETS[args.preset]
-    return config if args.memory is None else replace(config, memory=args.memory == "on")
+    return replace(config, memory=wanted_memory(args, config))
+
+
+def wanted_memory(args, config):
+    """The name of the memory that --memory asks for, given the Config that is there; None: none."""
+    meant = {None: config.memory, "on": config.memory or "decay", "off": None}
+    return meant.get(args.memory, args.memory)
 
 
 def settle(args, config):

@@ -90,6 +90,22 @@ def top(scores, S):
     return torch.where(best == NEVER, -1, index)
 
 
+def dice_of(tokens, position, before=0, real=None):
+    """
+    A hash of each row's tokens so far, for the random selectors of H2: tokens and position (B, T) ->
+    (B, T). before: the hash of what a cache holds; real: (B, T), False at padding.
+    """
+    mixed = (tokens + 1) * 0x1E3779B97F4A7C15 ^ (position + 1) * 0x632BE59BD9B4E019
+    if real is not None:
+        mixed = mixed * real
+    return before + mixed.cumsum(1)
+
+
+def layer_dice(dice, layer):
+    """The layer's own. The factor is large and odd; times the number of layers it is below 2**63."""
+    return None if dice is None else dice + 0x9E3779B97F4A7D * layer
+
+
 def chance(dice, seed, KV, N):
     """Uniform scores for H2, (B, KV, Tq, N): a hash (splitmix64) of dice (B, Tq), seed, KV head and candidate."""
     # x starts as a distinct integer per element; int64 products wrap around, which is what a hash wants

@@ -39,10 +39,11 @@ from data import batches, fingerprint, hash_of, make_data, tokenizer_of, workers
 from infra import checkpoint, cost, parallel, runlog, watch, weights
 from infra.cli import command, commit, device_name
 from infra.files import only_one, told_to_end
-from memory import arl_passes, lengths_of
-from model import Transformer, config_of, fresh, memory_tensors
+from infra.init import fresh, memory_tensors
+from memory import MEMORIES, arl_passes, lengths_of
+from model import Transformer, config_of
 from niah import Needles
-from recipes import LESSON, new_config, parse, settle
+from recipes import LESSON, new_config, parse, settle, wanted_memory
 from sparse import Dilated
 from triton_ops import backend
 
@@ -60,16 +61,17 @@ def what_to_train(args, folder=None):
         config = config_of(settings, source)
     else:
         config = new_config(args)
-        tensors = fresh(config, args.seed, args.device)
+        tensors = fresh(Transformer, config, args.seed, args.device)
 
-    if args.memory == "on" and not config.memory:
-        config = replace(config, memory=True)
-        tensors = tensors | memory_tensors(config, args.gate_start)
+    wanted = wanted_memory(args, config)
+    if config.memory and wanted != config.memory:
+        raise ValueError(f"{source} has a memory, which --memory={args.memory} cannot take out")
+    if wanted and not config.memory:
+        config = replace(config, memory=wanted)
+        tensors = tensors | memory_tensors(MEMORIES[wanted], config, args.gate_start)
     elif not folder and args.gate_start != 0.5:
         raise ValueError(f"--gate_start={args.gate_start} is for a memory that --memory=on adds to "
                          "an --init without: nothing was added here")
-    if args.memory == "off" and config.memory:
-        raise ValueError(f"{source} has a memory, which --memory=off cannot take out")
 
     # A longer context becomes the model's own; a shorter one leaves it as it is.
     longer = args.context_len and args.context_len > config.context_len
@@ -127,8 +129,8 @@ def make_optimizer(model, args):
     do what parallel.update asks.
     """
     named = list(model.named_parameters())
-    gates = [p for name, p in named if ".memory" in name]
-    rest = [p for name, p in named if ".memory" not in name]
+    gates = [p for name, p in named if ".memory." in name]
+    rest = [p for name, p in named if ".memory." not in name]
     groups = [{"params": rest, "peak": args.lr}]
     if gates:
         groups.append({"params": gates, "peak": args.memory_lr})

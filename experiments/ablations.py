@@ -1,12 +1,12 @@
 """
 What the memory needs, one line each: models made alike (reproduce.py's memory arm) but for one thing, and asked alike.
 
-    memory        k~[t] = g[t] k~[t-1] + (1 - g[t]) k[t], v~ alike, g[t] = sigmoid(gate(x[t])): Eq. 1, trained with ARL
+    memory        Eq. 1, trained with ARL
     no-arl        the same, trained without ARL's pass
     keys-only     v~[t] = v[t]
     values-only   k~[t] = k[t]
     head-gate     one g[t] for all channels of a KV head
-    fixed-decay   g = 1 - 1/L, whatever the input: the heads' L spread from 1 to ARL's length, as in RetNet (arXiv 2307.08621)
+    fixed-decay   g = 1 - 1/L, whatever the input
 
     python -m experiments.ablations --seeds 0 1 2            train and compare all, --per_gpu at a time on each visible GPU
     python -m experiments.ablations --run keys-only-0        one of them, here; flags not known to this file go to train.py
@@ -14,9 +14,11 @@ What the memory needs, one line each: models made alike (reproduce.py's memory a
     python -m experiments.ablations --lengths CKPT           how far back each channel of a trained memory reaches
     python -m experiments.ablations --lm_loss CKPT CKPT      loss on text that training never saw
 
-model.py has no option for any of this: a variant replaces Attention.gate or Attention.remember while it trains and while
-it is evaluated. Its checkpoint does not know: loaded by eval_niah.py or sample.py it would run with the full memory.
-Checked in tests/test_ablations.py. Read memory.py and model.Attention first.
+Each is a memory of experiments/memories.py, or of memory.py, under another name in a result. Results
+from before those were classes are of the same functions; what differs since is that a fixed decay
+has no parameters, and that a checkpoint knows what it is.
+
+Checked in tests/test_ablations.py. Read experiments/memories.py first.
 """
 import argparse
 import gc
@@ -26,7 +28,6 @@ import re
 import shutil
 import statistics
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -34,66 +35,25 @@ from torch.nn import functional as F
 
 import eval_niah
 import niah
-from experiments import reproduce
-from experiments import runs
 import train
-from infra import weights
 from data import tokenizer_of
+from experiments import memories  # noqa: F401  puts its classes into memory.MEMORIES
+from experiments import reproduce, runs
+from infra import cli, files, runlog, weights
 from memory import lengths_of
-from model import Attention, Transformer
+from model import Transformer
 
 EVAL_SEED = 0  # of the examples: the same for all
-VARIANTS = "memory", "no-arl", "keys-only", "values-only", "head-gate", "fixed-decay"
 
-
-# ---------------------------------------------------------------- the variants
-
-plain_gate, plain_remember = Attention.gate, Attention.remember  # model.py's own
-
-
-def keys_only(self, k, v, gate, feed, cache):
-    """v~[t] = v[t]. The cache's state holds a memory of v as well, which nobody reads; values_only likewise."""
-    return plain_remember(self, k, v, gate, feed, cache)[0], v
-
-
-def values_only(self, k, v, gate, feed, cache):
-    """k~[t] = k[t]"""
-    return k, plain_remember(self, k, v, gate, feed, cache)[1]
-
-
-def head_gate(self, x):
-    """logit[h, d] = mean over d' of logit[h, d']"""
-    logits = plain_gate(self, x).unflatten(-1, (-1, self.config.head_width))  # (B, T, KV, D)
-    return logits.mean(-1, keepdim=True).expand_as(logits).flatten(-2)  # (B, T, KV * D)
-
-
-def fixed_decay(length):
-    """logit[h, d] = log(L[h] - 1), so g = 1 - 1/L[h], with L[h] = length ** (h / (KV - 1)) from 1 to length."""
-    def gate(self, x):
-        L = length ** torch.linspace(0, 1, self.config.n_kv_head, device=x.device)  # (KV,)
-        logits = (L - 1).clamp_min(1e-13).log()                                     # (KV,)  -30 where L = 1: g = 0
-        # the learned gate times 0: without any gradient AdamW had no state of it, and no stopped run could go on
-        return logits.repeat_interleave(self.config.head_width) + 0 * plain_gate(self, x)  # (B, T, KV * D)
-    return gate
-
-
-@contextmanager
-def changed(variant, length):
-    """Every Attention computes as this variant's until the block ends. length: tokens that ARL teaches."""
-    if variant == "fixed-decay" and not length:
-        raise ValueError("fixed-decay spreads its lengths up to ARL's: it needs an --arl above 0")
-    if variant == "keys-only":
-        Attention.remember = keys_only
-    elif variant == "values-only":
-        Attention.remember = values_only
-    elif variant == "head-gate":
-        Attention.gate = head_gate
-    elif variant == "fixed-decay":
-        Attention.gate = fixed_decay(length)
-    try:
-        yield
-    finally:
-        Attention.gate, Attention.remember = plain_gate, plain_remember
+# Of each variant the name in memory.MEMORIES, and flags of train.py.
+VARIANTS = {
+    "memory": ("decay", []),
+    "no-arl": ("decay", ["--arl=0"]),
+    "keys-only": ("keys", []),
+    "values-only": ("values", []),
+    "head-gate": ("head-gate", []),
+    "fixed-decay": ("fixed-decay", []),
+}
 
 
 # ---------------------------------------------------------------- one run: train, evaluate
@@ -116,44 +76,45 @@ def result_of(variant, seed, args):
 
 def stages_of(variant, seed, args, rest):
     """{folder: flags of train.py}: reproduce.py's memory arm."""
-    return runs.stages(folder_of(variant, seed, args), ["--recipe=micro", "--memory=on"], seed,
-                       [*rest, *(["--arl=0"] if variant == "no-arl" else [])])
+    memory, more = VARIANTS[variant]
+    pretraining = ["--recipe=micro", f"--memory={memory}"]
+    return runs.stages(folder_of(variant, seed, args), pretraining, seed, [*rest, *more])
 
 
 def check(variant, seed, args, rest):
     """ValueError for a flag that this run cannot have. -> the settings of its two stages"""
     if Path(args.results).exists() and not Path(args.results).is_dir():
         raise ValueError(f"--results {args.results} is no folder")
-    settings = [train.parse(flags) for flags in stages_of(variant, seed, args, rest).values()]
-    with changed(variant, settings[0].arl):  # refuses a length that the variant cannot have
-        return settings
+    return [train.parse(flags) for flags in stages_of(variant, seed, args, rest).values()]
 
 
 def run_one(variant, seed, args, rest):
     """
-    Train and evaluate, unless that is done: with checkpoints in --out, and a result that is theirs. It holds what the table
-    tells, and how it was made. One call per process: what torch.compile has made of a variant's layers would not change with
-    the next one's.
+    Train and evaluate, unless that is done: with checkpoints in --out, and a result that is theirs.
+    It holds what the table tells, and how it was made.
     """
-    run, result, settings = folder_of(variant, seed, args), result_of(variant, seed, args), check(variant, seed, args, rest)
-    there = read(result) if result.exists() else None  # if it is damaged, that is known before the training
-    with changed(variant, settings[0].arl):
-        for (folder, flags), stage in zip(stages_of(variant, seed, args, rest).items(), settings):
-            if not runs.finished(folder, flags):
-                train.train(stage)
-        checkpoint, made, device = weights.resolve(run), eval_niah.training_record(run), settings[1].device
-        if there and there["train"] == made and there["prompts"] == runs.prompts_of(settings[1], args.samples, EVAL_SEED):
-            print(f"{run}: done already, {result}")
-            return
-        if there:  # a result of another model, or of other prompts: so are the answers
-            shutil.rmtree(run / "niah", ignore_errors=True)
-        gc.collect()  # the training's CUDA graphs, and their memory
-        # --kernels=torch, as for the results that are there. Otherwise a variant would decode as it is written, too (backend.py)
-        eval_niah.main(["--ckpt", str(run), f"--samples={args.samples}", f"--seed={EVAL_SEED}", f"--batch={args.eval_batch}", f"--device={device}",
-                        "--kernels=torch", f"--out={run / 'niah'}", f"--json={run / 'niah.json'}"])
-        model = Transformer.from_pretrained(checkpoint, torch.float32, device)
-        median_length = lengths(model, prompts(model, checkpoint)).median().item()
-    report = eval_niah.load(run / "niah.json")
+    run, result = folder_of(variant, seed, args), result_of(variant, seed, args)
+    settings = check(variant, seed, args, rest)
+    there = read(result) if result.exists() else None  # if damaged, that is known before training
+    for (folder, flags), stage in zip(stages_of(variant, seed, args, rest).items(), settings):
+        if not runs.finished(folder, flags):
+            train.train(stage)
+
+    checkpoint, made, device = weights.resolve(run), runlog.training_record(run), settings[1].device
+    prompts_now = runs.prompts_of(settings[1], args.samples, EVAL_SEED)
+    if there and there["train"] == made and there["prompts"] == prompts_now:
+        print(f"{run}: done already, {result}")
+        return
+    if there:  # a result of another model, or of other prompts: so are the answers
+        shutil.rmtree(run / "niah", ignore_errors=True)
+    gc.collect()  # the training's CUDA graphs, and their memory
+    # --kernels=torch, as for the results that are there
+    eval_niah.main(["--ckpt", str(run), f"--samples={args.samples}", f"--seed={EVAL_SEED}",
+                    f"--batch={args.eval_batch}", f"--device={device}", "--kernels=torch",
+                    f"--out={run / 'niah'}", f"--json={run / 'niah.json'}"])
+    model = Transformer.from_pretrained(checkpoint, torch.float32, device)
+    median_length = lengths(model, prompts(model, checkpoint)).median().item()
+    report = files.load(run / "niah.json")
     scores = {method: {"mean": mean, "tasks": {row["task"]: row["ruler"] for row in report["results"] if row["method"] == method}}
               for method, mean in reproduce.means(report).items()}
     save(result, args.argv, {"variant": variant, "seed": seed, "scores": scores, "median_length": median_length,
@@ -172,7 +133,7 @@ def run_all(args, rest):
     for variant, seed in wanted:
         settings = check(variant, seed, args, rest)  # a wrong flag is known now
     if wanted:
-        asked = {(variant, seed, file): read(file)["prompts"] for variant, seed, file in files(args)}  # a damaged file is known now
+        asked = {(variant, seed, file): read(file)["prompts"] for variant, seed, file in result_files(args)}  # a damaged file is known now
         runs.refuse_others({file: prompts for (variant, seed, file), prompts in asked.items() if (variant, seed) not in wanted},
                            runs.prompts_of(settings[1], args.samples, EVAL_SEED))
     flags = [f"--samples={args.samples}", f"--eval_batch={args.eval_batch}", f"--out={args.out}", f"--results={args.results}", *rest]
@@ -184,20 +145,20 @@ def run_all(args, rest):
     print(f"\n{table(found)}\n\nof {args.results}/ablations")
 
 
-def files(args):
+def result_files(args):
     """(variant, seed, file) of each result that is there."""
     return runs.result_files(Path(args.results) / "ablations", VARIANTS)
 
 
 def read(file):
     """The record that run_one saved."""
-    return eval_niah.load(file, "scores", "prompts", "median_length", "train", "eval")
+    return files.load(file, "scores", "prompts", "median_length", "train", "eval")
 
 
 def read_all(args):
     """{variant: {seed: record}} of what is there. ValueError if not all were asked the same prompts under the same methods."""
     found, first = {}, None
-    for variant, seed, file in files(args):
+    for variant, seed, file in result_files(args):
         record = read(file)
         first = first or (file, record)
         if record["prompts"] != first[1]["prompts"] or list(record["scores"]) != list(first[1]["scores"]):
@@ -232,7 +193,7 @@ def lengths(model, tokens):
 
 def prompts(model, path):
     """A prompt of each needle task that the model was trained on, or that fits: (tasks, T), cut to the shortest one's end."""
-    settings, context_len = eval_niah.trained_with(path), model.config.context_len
+    settings, context_len = runlog.trained_with(path), model.config.context_len
     tokenizer, protocol = load_tokenizer(model, path), settings.get("protocol", "base")
     n_new = niah.default_new_tokens(context_len, tokenizer)
     tasks = settings.get("tasks") or niah.fitting_tasks(context_len, tokenizer, protocol, n_new)
@@ -245,12 +206,12 @@ def prompts(model, path):
 
 def show_lengths(path, args):
     """A table, lengths.json and lengths.png."""
-    with loaded(path) as model:
-        if not model.config.memory:
-            raise ValueError(f"{path} has no memory whose length could be measured")
-        found = lengths(model, prompts(model, path)).cpu()
+    model = loaded(path)
+    if not model.config.memory:
+        raise ValueError(f"{path} has no memory whose length could be measured")
+    found = lengths(model, prompts(model, path)).cpu()
     rounded = [[[round(x, 3) for x in head] for head in layer] for layer in found.tolist()]
-    save(Path(args.results) / "lengths.json", args.argv, {"checkpoint": path, "train": eval_niah.training_record(path), "lengths": rounded})
+    save(Path(args.results) / "lengths.json", args.argv, {"checkpoint": path, "train": runlog.training_record(path), "lengths": rounded})
     print(f"{path}: tokens that a memory averages over, median of a KV head's {found.shape[2]} channels")
     print("layer     " + "".join(f"{f'head {h}':>9}" for h in range(found.shape[1])))
     for i, of_layer in enumerate(found.median(dim=2).values.tolist()):
@@ -308,10 +269,10 @@ def show_lm_loss(paths, args):
     print(f"nats per token of docstrings of {len(MODULES)} modules, Python {sys.version.split()[0]}; a token is what the model's "
           "tokenizer makes of them")
     for path in paths:
-        with loaded(path) as model:
-            losses[path] = lm_loss(model, load_tokenizer(model, path))
+        model = loaded(path)
+        losses[path] = lm_loss(model, load_tokenizer(model, path))
         print(f"{path:40} {losses[path]:.4f}   windows of {model.config.context_len} tokens", flush=True)
-    records = {path: eval_niah.training_record(path) for path in paths}
+    records = {path: runlog.training_record(path) for path in paths}
     save(Path(args.results) / "lm-loss.json", args.argv, {"python": sys.version.split()[0], "nats_per_token": losses, "train": records})
 
 
@@ -319,7 +280,7 @@ def show_lm_loss(paths, args):
 
 def save(path, argv, results):
     """results, and how they were made."""
-    eval_niah.save({"command": eval_niah.command_line(argv, "experiments/ablations.py"), "commit": eval_niah.commit(), "torch": torch.__version__,
+    files.save({"command": cli.command_line(argv, "experiments/ablations.py"), "commit": cli.commit(), "torch": torch.__version__,
                     **results}, path)
 
 
@@ -327,14 +288,10 @@ def load_tokenizer(model, path):
     return tokenizer_of(weights.resolve(path), model.config.vocab_size)
 
 
-@contextmanager
 def loaded(path):
-    """A model, in fp32. One of our runs, which its name tells, computes as its variant within the block."""
-    made, variant, arl = eval_niah.training_record(path), "memory", None
-    if made and (name := re.fullmatch(r"ablation-(.+?)-\d+(-pretrained)?", made["settings"]["name"])):
-        variant, arl = name[1], (made.get("from") or made)["settings"]["arl"]  # pretraining's
-    with changed(variant, arl):
-        yield Transformer.from_pretrained(path, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
+    """A model, in fp32."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Transformer.from_pretrained(path, torch.float32, device)
 
 
 def flags():
@@ -350,9 +307,9 @@ def flags():
     # of what
     add("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=f"{', '.join(VARIANTS)}; none: only the table")
     add("--seeds", nargs="+", type=eval_niah.natural, default=[0], help="of weights and training data; the evaluation's examples are always the same")
-    add("--samples", type=eval_niah.positive, default=100, help="examples per task")
-    add("--eval_batch", type=eval_niah.positive, default=64, help="prompts at a time in the evaluation")
-    add("--per_gpu", type=eval_niah.positive, default=1, metavar="RUNS", help="runs at a time on each GPU")
+    add("--samples", type=cli.positive, default=100, help="examples per task")
+    add("--eval_batch", type=cli.positive, default=64, help="prompts at a time in the evaluation")
+    add("--per_gpu", type=cli.positive, default=1, metavar="RUNS", help="runs at a time on each GPU")
     # where to
     add("--out", default="out/ablations", metavar="DIR", help="folder of the runs, ablation-VARIANT-SEED; one that is there goes on")
     add("--results", default="results", metavar="DIR", help="where JSON and plot go, that of the runs in DIR/ablations; the table is made of all that are there")

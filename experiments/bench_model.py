@@ -27,7 +27,8 @@ import niah
 import sparse
 from data import get_tokenizer
 from eval_niah import answer, commit, device_name, save
-from model import PRESETS, TOGETHER, Transformer
+from engine import TOGETHER
+from model import PRESETS, Transformer
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
@@ -358,5 +359,5 @@ def run(path, preset, contexts, parts, tokenizer, rates):
             table3(report, model, label, tokenizer)
         if not model.config.memory:
             for layer in model.add_memory().layers:
-                randomize(layer.self_attn.memory_proj)
+                randomize(layer.self_attn.memory.proj)
     print(f"\nresults in {path}")

@@ -38,7 +38,7 @@ def answer_scores(model, tokenizer, examples, method):
     gold = [niah.target_ids(e.prompt, e.target, tokenizer) for e in examples]
     tokens, lengths = eval_niah.padded([e.ids + ids for e, ids in zip(examples, gold)], model.embed_tokens.weight.device)
     cache = model.new_cache(len(examples), tokens.shape[1], method.window + max(map(len, gold)))
-    model.hidden(tokens, lengths, cache)
+    model.feed(tokens, lengths, cache)
     return [method.score(q, k, cache.lengths) for q, k in zip(cache.recent_q, cache.k)]
 
 

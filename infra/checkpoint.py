@@ -59,7 +59,7 @@ def state_of(model, optimizer):
     state = {weights.hf_name(name): tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         assert optimizer.state[parameter], f"the optimizer knows no moments of {name}"
-        state |= {f"{name}/{key}": value for key, value in optimizer.state[parameter].items()}
+        state |= {f"{weights.stored_name(name)}/{key}": value for key, value in optimizer.state[parameter].items()}
     return state
 
 

@@ -28,9 +28,10 @@ import zipfile
 import zlib
 from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from shutil import copyfile
+from typing import get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -277,8 +278,17 @@ def files_of_directory(path):
 
 
 def our_name(theirs):
-    """A tensor's name without what the model, or a part of it, was wrapped in: "model.", and WRAPPERS at any place."""
-    return re.sub(r"^(model\.)+", "", WRAPPERS.sub("", theirs))
+    """
+    A tensor's name in model.py: without what the model, or a part of it, was wrapped in ("model.",
+    and WRAPPERS at any place), and with the memory's projection in the memory.
+    """
+    name = re.sub(r"^(model\.)+", "", WRAPPERS.sub("", theirs))
+    return name.replace(".self_attn.memory_proj.", ".self_attn.memory.proj.")
+
+
+def stored_name(name):
+    """The inverse, without "model.": RAT+'s memory came before there were others."""
+    return name.replace(".self_attn.memory.proj.", ".self_attn.memory_proj.")
 
 
 def tensors_of_directory(path, hashed=True):
@@ -471,6 +481,7 @@ def any_json(path):
 
 def hf_name(name):
     """A parameter's name in files."""
+    name = stored_name(name)
     return name if name.startswith("lm_head") else f"model.{name}"
 
 
@@ -599,9 +610,9 @@ def read_ratplus(path):
         raise ValueError(f"{path}: head.lm_head.weight differs from the embedding, and RAT+ ties them")
     renamed = {"embedding.wte": "embed_tokens", "backbone.ln": "norm", "backbone.layers.": "layers.",
                "seq_layer.input_norm": "input_layernorm", "seq_layer.out_proj": "self_attn.o_proj",
-               "seq_layer.fgate_proj": "self_attn.memory_proj", "hidden_layer.ln": "pre_feedforward_layernorm",
+               "seq_layer.fgate_proj": "self_attn.memory.proj", "hidden_layer.ln": "pre_feedforward_layernorm",
                "hidden_layer.fc1": "mlp.up_proj", "hidden_layer.fc2": "mlp.down_proj"}
-    packed = "output_gate", "q_proj", "k_proj", "v_proj", "memory_proj"
+    packed = "output_gate", "q_proj", "k_proj", "v_proj", "memory.proj"
     tensors = {}
     for name, tensor in state.items():
         if name == "head.lm_head.weight":
@@ -618,7 +629,7 @@ def read_ratplus(path):
             tensors[ours] = lambda chunk=chunk: chunk
     if memory:  # RAT+'s gate has no bias
         dtype = state["embedding.wte.weight"].dtype
-        tensors |= {f"layers.{i}.self_attn.memory_proj.bias": lambda: torch.zeros(C, dtype=dtype) for i in range(n_layer)}
+        tensors |= {f"layers.{i}.self_attn.memory.proj.bias": lambda: torch.zeros(C, dtype=dtype) for i in range(n_layer)}
     return settings, tensors
 
 
@@ -648,3 +659,34 @@ def parts_of_pickle(path):
             return Counter(part.file_size for part in parts)
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, EOFError, RuntimeError, IndexError, struct.error, zlib.error) as error:
         raise ValueError(f"{path} is damaged or no RAT+ checkpoint ({short(str(error))}): fetch it again") from None
+
+
+def check_config(config):
+    """ValueError unless a model can be made of a model.Config: it may come from a file."""
+    for field in fields(config):
+        value, kinds = getattr(config, field.name), get_args(field.type) or (field.type,)
+        # true is an int to isinstance
+        if type(value) not in kinds and not (float in kinds and type(value) is int):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{field.name} is {short(value)}, not of type {wanted}")
+    sizes = (config.vocab_size, config.n_layer, config.width, config.n_head, config.n_kv_head,
+             config.mlp_width, config.context_len)
+    if (min(sizes) < 1 or max(sizes) >= 2**28 or config.width % config.n_head
+            or config.n_head % config.n_kv_head or config.head_width % 2):
+        raise ValueError(f"sizes do not fit together: width={config.width} must be "
+                         f"n_head={config.n_head} heads of an even width, n_head a multiple of "
+                         f"n_kv_head={config.n_kv_head}, and all at least 1 and below 2**28")
+    if not (0 < config.rope_theta < 1e30 and 0 <= config.norm_eps < 1):
+        raise ValueError(f"rope_theta={short(config.rope_theta)} must be above 0 and below 1e30, "
+                         f"norm_eps={config.norm_eps} from 0 to 1")
+    if config.eos_id is not None and not 0 <= config.eos_id < config.vocab_size:
+        raise ValueError(f"eos_id={short(config.eos_id)} is no token of {config.vocab_size}")
+
+
+def config_of(kind, settings, path):
+    """The Config, a class, of what read found at `path`. ValueError if it is none."""
+    try:
+        return kind(**settings)
+    except (TypeError, ValueError) as error:  # a field of another name, type or size
+        raise ValueError(f"{path}: its config describes no model here ({short(str(error))}): "
+                         "fetch it again") from None

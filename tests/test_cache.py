@@ -7,7 +7,7 @@ from conftest import DEVICE, FORMS, assert_close, draw_tokens, one_line, tiny
 from torch import nn
 
 from triton_ops import backend
-import model as model_file
+import engine
 from sparse import Dense, Dilated, MoBA, Quest, SnapKV, compose, drops, name, parse
 
 METHODS = ["dense", "quest:budget=6,block_size=2", "quest:budget=6,block_size=2,random=3", "moba:budget=6,block_size=2",
@@ -43,7 +43,7 @@ def test_generate_gives_the_tokens_of_the_plain_path(text, form, B, monkeypatch)
     monkeypatch.setattr(backend, "choice", "torch")
     expected = by_the_book(model, tokens, n_new, lengths, method)
     monkeypatch.setattr(backend, "choice", "triton")
-    monkeypatch.setattr(model_file, "TOGETHER", 40)  # three rows at a time
+    monkeypatch.setattr(engine, "TOGETHER", 40)  # three rows at a time
     assert torch.equal(model.generate(tokens, n_new, lengths, sparse=method), expected)
 
 
@@ -54,7 +54,7 @@ def test_parts_of_a_batch_are_the_batch(method, whole, monkeypatch):
     model, tokens, lengths = tiny(**FORMS["gqa memory"]), draw_tokens(5, 45), torch.tensor(LENGTHS)
     caches, logits = [], []
     for together in 10**6, 100:
-        monkeypatch.setattr(model_file, "TOGETHER", together)
+        monkeypatch.setattr(engine, "TOGETHER", together)
         caches.append(model.new_cache(5, 60))
         logits.append(model.prefill(tokens, lengths, caches[-1], method, whole=whole))
         logits.append(model.decode(logits[-1], caches[-1], 8, method))
@@ -88,7 +88,7 @@ def test_a_second_chunk_in_parts_has_the_room_of_its_own_rows(monkeypatch):
     model, tokens = tiny(**FORMS["memory"]), draw_tokens(2, 70)
     logits = []
     for together in 10**6, 20:
-        monkeypatch.setattr(model_file, "TOGETHER", together)
+        monkeypatch.setattr(engine, "TOGETHER", together)
         cache = model.new_cache(2, 60)
         model.prefill(tokens[:, :50], torch.tensor([50, 10]), cache)
         logits.append(model.prefill(tokens[:, 50:], torch.tensor([5, 20]), cache))
@@ -101,7 +101,7 @@ def test_a_second_chunk_whose_padding_reaches_past_all_entries(who, monkeypatch)
     """Rows of a part that hold fewer entries than the chunk has columns: kernels that want a slot for each query."""
     model, tokens, method = tiny(**HEADS_OF_16 | FORMS["gqa memory"]).to(DEVICE), draw_tokens(2, 23).to(DEVICE), MoBA(24, 8)
     monkeypatch.setattr(backend, "choice", who)
-    monkeypatch.setattr(model_file, "TOGETHER", 20)  # a row at a time
+    monkeypatch.setattr(engine, "TOGETHER", 20)  # a row at a time
     cache, lengths = model.new_cache(2, 60), lambda *n: torch.tensor(n, device=DEVICE)
     model.prefill(tokens[:, :3], lengths(3, 2), cache, method)
     logits = model.prefill(tokens[:, 3:], lengths(5, 20), cache, method)
@@ -121,7 +121,7 @@ def test_padding_takes_no_room():
 
 def test_a_prompt_that_does_not_fit_changes_nothing(monkeypatch):
     """The first part of a batch fed, the second refused, and a cache that calls itself empty."""
-    monkeypatch.setattr(model_file, "TOGETHER", 40)  # a row at a time
+    monkeypatch.setattr(engine, "TOGETHER", 40)  # a row at a time
     model, tokens = tiny(**FORMS["memory"]), draw_tokens(2, 40)
     for lengths in torch.tensor([10, 35]), None:
         cache = model.new_cache(2, 30)
@@ -345,7 +345,7 @@ class Stop(BaseException):
 @methods
 def test_a_prompt_that_fails_leaves_the_cache_as_it_was(method, together, layer, error, monkeypatch):
     """A cache that counts tokens which only some layers have seen, and a second try that stands behind them."""
-    monkeypatch.setattr(model_file, "TOGETHER", together)
+    monkeypatch.setattr(engine, "TOGETHER", together)
     model, tokens, lengths = tiny(**FORMS["gqa memory"]), draw_tokens(5, 45), torch.tensor(LENGTHS)
     calls = []
 
@@ -412,7 +412,7 @@ def test_a_step_that_fails_spoils_the_cache_until_it_is_cleared():
 @pytest.mark.parametrize("together", [10**6, 20], ids=["at once", "in parts"])
 def test_what_fails_behind_the_layers_counts_too(where, together, monkeypatch):
     """No memory for the logits, the largest tensor: a cache that holds tokens whose logits nobody has seen."""
-    monkeypatch.setattr(model_file, "TOGETHER", together)
+    monkeypatch.setattr(engine, "TOGETHER", together)
     model, tokens = tiny(**FORMS["gqa memory"]), draw_tokens(2, 30)
     cache, right = model.new_cache(2, 60), model.new_cache(2, 60)
     part = model.norm if where == "norm" else model
@@ -502,8 +502,8 @@ def test_seeds_of_one_budget_share_a_compressed_cache():
 def test_a_steady_loop_captures_nothing(method, monkeypatch):
     """A graph for each prompt, or for each step."""
     captured = []
-    init = model_file.Graph.__init__
-    monkeypatch.setattr(model_file.Graph, "__init__", lambda self, *args: captured.append(1) or init(self, *args))
+    init = engine.Graph.__init__
+    monkeypatch.setattr(engine.Graph, "__init__", lambda self, *args: captured.append(1) or init(self, *args))
     model = tiny(**HEADS_OF_16 | FORMS["gqa memory"]).to(DEVICE)
     cache = model.new_cache(5, 80)
     for seed in range(4):

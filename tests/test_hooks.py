@@ -14,11 +14,12 @@ from conftest import DEVICE, assert_close, draw_tokens, times, tiny
 from torch import nn
 
 from triton_ops import backend
-import engine as cache_file
+import cache as cache_file
+import engine
 import memory
 import model as model_file
 import sparse
-from engine import LayerCache
+from cache import LayerCache
 from sparse import Compose, Dense, Dilated, MoBA, Quest, SnapKV, compose
 
 pytest.importorskip("triton", reason="there is nothing beside plain PyTorch")
@@ -168,8 +169,8 @@ EDITS = {
 
 def test_each_definition_is_tried():
     """A new name in CODE that no test makes perverse."""
-    tried = {f"sparse.{name}" for name in (*OVERRIDES, *EDITS)} | {f"model.{name}" for name in MODEL_EDITS} | {
-        f"memory.{name}" for name in MEMORY_EDITS} | {f"engine.{name}" for name in CACHE_EDITS}
+    tried = {f"sparse.{name}" for name in (*OVERRIDES, *EDITS)}
+    tried |= {f"{module.__name__}.{name}" for module, edits in ALL_EDITS for name in edits}
     assert tried == set(backend.CODE)
 
 
@@ -299,38 +300,47 @@ def rolled(stock):
     return lambda *args, **more: stock(*args, **more).roll(1, -1)
 
 
-def other_angles(stock):
-    def feed(self, *args):
+def other_places(stock):
+    def described(self, *args):
         found = stock(self, *args)
-        found.cos, found.sin = found.sin, found.cos
+        found.position = 2 * found.position  # RoPE would not see a shift
         return found
-    return feed
+    return described
 
 
 MODEL_EDITS = {
     "Transformer.forward": rolled,
     "Transformer.hidden": rolled,
-    "Transformer.head": rolled,
-    "Transformer.feed": other_angles,
     "Block.forward": rolled,
     "Attention.forward": rolled,
-    "Attention.project": lambda stock: lambda self, x, feed: stock(self, x.roll(1, -1), feed),
+    "Attention.remember": lambda stock: lambda self, x, k, v, cache=None: (
+        stock(self, x, k, v, cache)[0], v),
+    "Attention.at_rms_1": rolled,
+    "Attention.rotate": lambda stock: lambda self, x, rope: x,
     "MLP.forward": rolled,
-    "add_normed": rolled,
-    "product": rolled,
-    "Attention.gate": lambda stock: lambda self, x: stock(self, x) + 1,
-    "Attention.remember": lambda stock: lambda self, k, v, gate, feed, cache: (stock(self, k, v, gate, feed, cache)[0], v),
-    "Attention.normed_and_rotated": lambda stock: lambda self, x, norm, feed: 2 * stock(self, x, norm, feed),
-    "MLP.hidden": lambda stock: lambda self, x, fused=False: stock(self, x, fused).square(),  # a norm would undo a factor
-    "rotate": lambda stock: lambda x, feed: x,
+}
+ENGINE_EDITS = {
+    "Inference.feed": rolled,
+    "Inference.described": other_places,
+    "Inference.head": rolled,
 }
 CACHE_EDITS = {
-    "Cache.store": lambda stock: lambda self, i, k, v, feed: stock(self, i, 2 * k, v, feed),
-    "Cache.put": lambda stock: lambda self, where, x, feed: stock(self, where, x.flip(-1) if x.dim() == 4 else x, feed),
-    "Cache.read": lambda stock: lambda self, i, q, feed: stock(self, i, 2 * q, feed),
-    "Cache.step": lambda stock: lambda self, attention, q, *rest: stock(self, attention, 2 * q, *rest),
+    "Cache.attend": lambda stock: lambda self, i, q, *rest: stock(self, i, 2 * q, *rest),
+    "Cache.store": lambda stock: lambda self, i, k, v: stock(self, i, 2 * k, v),
+    "Cache.put": lambda stock: lambda self, where, x: stock(
+        self, where, x.flip(-1) if x.dim() == 4 else x),
+    "Cache.read": lambda stock: lambda self, i, q, dice: stock(self, i, 2 * q, dice),
+    "Cache.step": lambda stock: lambda self, attention, q, *rest: stock(
+        self, attention, 2 * q, *rest),
+    "Cache.remember": lambda stock: lambda self, i, memory, x, k, v: stock(
+        self, i, memory, x, k, v.flip(-1)),
 }
 MEMORY_EDITS = {
+    "Decay.forward": lambda stock: lambda self, x, k, v, *rest: stock(
+        self, x, k, v.flip(-1), *rest),
+    "Decay.gate": lambda stock: lambda self, x: stock(self, x) + 1,
+    "Decay.average": lambda stock: lambda self, gate, *rest: stock(self, gate + 1, *rest),
+    "remember": lambda stock: lambda k, v, gate, state=None: stock(k, v, gate + 1, state),
     "memory_loop": lambda stock: lambda k, v, gate, state=None: stock(k, v, gate + 1, state),
     "memory_step": lambda stock: lambda k, v, gate, state=None: stock(k, v, gate + 1, state),
     "memory_scan": lambda stock: lambda k, v, gate, state=None: stock(k, v, gate + 1, state),
@@ -345,11 +355,10 @@ def edit(module, name, make, monkeypatch):
     owner = getattr(module, owner) if owner else module
     changed = make(getattr(owner, attribute))
     monkeypatch.setattr(owner, attribute, staticmethod(changed) if owner is memory.Recurrence else changed)
-    if hasattr(model_file, attribute) and owner is memory:  # model.py has its own name for it
-        monkeypatch.setattr(model_file, attribute, changed)
 
 
-ALL_EDITS = ((model_file, MODEL_EDITS), (memory, MEMORY_EDITS), (cache_file, CACHE_EDITS))
+ALL_EDITS = ((model_file, MODEL_EDITS), (memory, MEMORY_EDITS), (cache_file, CACHE_EDITS),
+             (engine, ENGINE_EDITS))
 
 
 @pytest.mark.parametrize("module, name, make", [(module, name, make) for module, edits in ALL_EDITS for name, make in edits.items()],
@@ -369,7 +378,7 @@ def test_an_edited_gradient_decides(both, monkeypatch):
     def gradient():
         model.zero_grad()
         model(tokens).square().mean().backward()
-        return model.layers[0].self_attn.memory_proj.weight.grad.clone()
+        return model.layers[0].self_attn.memory.proj.weight.grad.clone()
     plain, ours = both(gradient)
     assert_close(ours, plain, atol=1e-4)
 
@@ -408,7 +417,7 @@ class Gate(nn.Module):
         return torch.tanh(nn.functional.linear(x, self.weight, self.bias))
 
 
-PARTS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.memory_proj",
+PARTS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.memory.proj",
          "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 
 
@@ -492,8 +501,8 @@ def test_a_block_of_ones_own_decides(both, stock_logits):
             super().__init__()
             self.block = block
 
-        def forward(self, x, feed, cache):
-            return self.block(x, feed, cache).roll(1, -1)
+        def forward(self, x, *rest):
+            return self.block(x, *rest).roll(1, -1)
 
     def changed():
         model = a_model()
@@ -543,8 +552,8 @@ def test_a_patched_instance_of_a_layer_decides(both, stock_logits):
     """A gate put on one layer of a model, past the class."""
     def patched():
         model = a_model()
-        attention = model.layers[0].self_attn
-        attention.gate = types.MethodType(MODEL_EDITS["Attention.gate"](type(attention).gate), attention)
+        decay = model.layers[0].self_attn.memory
+        decay.gate = types.MethodType(MEMORY_EDITS["Decay.gate"](type(decay).gate), decay)
         return model
     assert_model_decides(patched, both, stock_logits)
 
@@ -554,7 +563,7 @@ def test_attention_of_ones_own_decides(both):
     class Mean(nn.Module):
         """Each token gets the mean of those before it."""
 
-        def forward(self, x, feed, cache):
+        def forward(self, x, *rest):
             return x.cumsum(1) / torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
 
     def make():

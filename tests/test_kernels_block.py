@@ -7,7 +7,7 @@ from conftest import DEVICE, assert_as_good, error, one_line
 from torch.nn import functional as F
 
 from triton_ops.block import add_norm, norm_rotate, products, swiglu_products, swiglu
-from model import rotate
+from model import Attention
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -94,9 +94,9 @@ def test_norm_rotate_is_qk_norm_and_rope(normed, H, rows, dtype):
     B, T, D = 2, 7, 16
     x, weight = draw(B, T, 3 * H, D, dtype=dtype)[:, :, H:2 * H], draw(H * D, dtype=dtype, seed=1) if normed else None
     angle = draw(rows, T, 1, D // 2, seed=2)
-    feed = SimpleNamespace(cos=angle.cos(), sin=angle.sin())
     norm = lambda x: F.rms_norm(x.flatten(2), (H * D,), weight.to(x.dtype), 1e-6).view(x.shape) if normed else x
-    as_good(lambda x: rotate(norm(x), feed), norm_rotate(x, weight, 1e-6, feed.cos, feed.sin), x)
+    rope = angle.cos(), angle.sin()
+    as_good(lambda x: Attention.rotate(None, norm(x), rope), norm_rotate(x, weight, 1e-6, *rope), x)
 
 
 @dtypes

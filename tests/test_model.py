@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, Olmo2Config, Olmo2ForCausalLM
 from infra import cost
 import model as model_file
 from conftest import FORMS, RATPLUS_FORM, assert_close, draw_tokens, error, official_names, one_line, randomize, save_pth, tiny
-from model import PRESETS, Config, Transformer, sample
+from engine import draw
+from model import PRESETS, Config, Transformer
 from sparse import Dense, Dilated, MoBA, Quest, SnapKV, attend_to_slots, compose, name
 
 METHODS = [
@@ -256,7 +257,7 @@ def test_sampling_follows_its_settings():
 def test_samples_have_the_softmax_frequencies_of_the_top_k():
     """A temperature that multiplies, or a top_k that keeps one too many."""
     logits, source = torch.tensor([2.0, -1.0, 1.0, 0.0, 1.5]), torch.Generator().manual_seed(0)
-    drawn = sample(logits.expand(20000, 5), temperature=2, top_k=3, source=source)
+    drawn = draw(logits.expand(20000, 5), temperature=2, top_k=3, source=source)
     frequencies = torch.bincount(drawn, minlength=5) / 20000
     expected = torch.zeros(5)
     expected[[0, 2, 4]] = torch.softmax(torch.tensor([1.0, 0.5, 0.75]), 0)
@@ -412,7 +413,7 @@ def test_the_gate_reads_the_input_at_rms_1():
         model, seen = tiny(**form, n_layer=4), []
         model.embed_tokens.weight.mul_(10)
         for layer in model.layers:
-            layer.self_attn.memory_proj.register_forward_hook(lambda module, inputs, y: seen.append(inputs[0]))
+            layer.self_attn.memory.proj.register_forward_hook(lambda module, inputs, y: seen.append(inputs[0]))
             if model.config.pre_norm:
                 layer.input_layernorm.weight.fill_(1)
         model(draw_tokens(2, 20))
@@ -585,7 +586,7 @@ def test_official_ratplus_logits(ratplus, kind, compiled, tmp_path, monkeypatch)
     """A packed projection split in the wrong order, the gate inverted, memory after RoPE, another pre-norm or GELU."""
     state = {PREFIXES[compiled](key): tensor for key, tensor in layout(official_names(ratplus), kind).items()}
     model = Transformer.from_pretrained(save_pth(tmp_path / "last.pth", state, monkeypatch, n_head=4))
-    assert model.config.memory == (kind != "attention") and model.config.n_head == 4
+    assert bool(model.config.memory) == (kind != "attention") and model.config.n_head == 4
     prefix = "attention/" if kind == "attention" else ""
     tokens = ratplus["tokens"]
     cases = [key for key in ratplus if key.startswith(prefix + "logits/")]
@@ -605,14 +606,14 @@ def test_ratplus_file_of_weights_alone_has_heads_of_128(tmp_path, monkeypatch):
     """Released files without a config, read with the wrong number of heads: same shapes, other logits."""
     model = tiny(**RATPLUS_FORM, width=256, n_head=2, n_kv_head=2, mlp_width=64, eos_id=2, context_len=4096)
     for layer in model.layers:
-        layer.self_attn.memory_proj.bias.zero_()
+        layer.self_attn.memory.proj.bias.zero_()
     ours = model.state_dict()
     state = {"embedding.wte.weight": ours["embed_tokens.weight"], "head.lm_head.weight": ours["embed_tokens.weight"],
              "backbone.ln.weight": ours["norm.weight"]}
     for i in range(2):
         part = lambda name: ours[f"layers.{i}.{name}.weight"]
         theirs = f"backbone.layers.{i}."
-        packed = [part("self_attn." + name) for name in ("output_gate", "q_proj", "k_proj", "v_proj", "memory_proj")]
+        packed = [part("self_attn." + name) for name in ("output_gate", "q_proj", "k_proj", "v_proj", "memory.proj")]
         state |= {theirs + "seq_layer.in_proj.weight": torch.cat(packed),
                   theirs + "seq_layer.input_norm.weight": part("input_layernorm"),
                   theirs + "seq_layer.out_proj.weight": part("self_attn.o_proj"),
@@ -644,12 +645,13 @@ def test_added_memory_starts_at_its_gate_and_leaves_the_rest(form, tmp_path):
     x = torch.randn(2, 50, model.config.width)
     for m, gate in (model, 0.1), (loaded, 0.5):
         for layer in m.layers:
-            assert_close(torch.sigmoid(layer.self_attn.gate(x)), torch.full((2, 50, layer.self_attn.memory_proj.out_features), gate))
+            g = torch.sigmoid(layer.self_attn.memory.gate(x))
+            assert_close(g, torch.full_like(g, gate))
         logits, _ = in_pieces(m, tokens, range(30, 50))
         assert_close(logits, m(tokens))
         assert error(m(tokens), before) > 0.01
         for layer in m.layers:
-            layer.self_attn.memory_proj.bias.fill_(-30)  # g = 0
+            layer.self_attn.memory.proj.bias.fill_(-30)  # g = 0
         assert_close(m(tokens), before)
 
 
@@ -658,7 +660,7 @@ def test_added_memory_can_learn():
     model, tokens = tiny().add_memory(), draw_tokens(2, 50)
     nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     for layer in model.layers:
-        for p in layer.self_attn.memory_proj.parameters():
+        for p in layer.self_attn.memory.proj.parameters():
             assert p.grad.norm() > 1e-5
 
 

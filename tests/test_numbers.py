@@ -22,8 +22,9 @@ from triton_ops import moba  # noqa: E402
 from triton_ops import moba_route  # noqa: E402
 from triton_ops import quest  # noqa: E402
 from infra.loss import chunk_loss, weighted_loss  # noqa: E402
-from memory import effective_length, memory_loop, memory_scan, memory_step  # noqa: E402
-from model import fresh, memory_tensors  # noqa: E402
+from memory import Decay, effective_length, memory_loop, memory_scan, memory_step  # noqa: E402
+from model import Transformer  # noqa: E402
+from infra.init import fresh, memory_tensors  # noqa: E402
 from sparse import NEVER, Dilated, MoBA, Quest, SnapKV, attend, parse  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -660,7 +661,7 @@ def test_a_default_dtype_changes_no_number(other):
     model, tokens = tiny(memory=True, n_kv_head=2, width=64, n_head=4).to(DEVICE), draw_tokens(2, 60).to(DEVICE)
     with torch.no_grad():
         for layer in model.layers:
-            layer.self_attn.memory_proj.bias.fill_(5.0)  # a long memory
+            layer.self_attn.memory.proj.bias.fill_(5.0)  # a long memory
     q, k, v = draw_qkv(2, 40, 4, 2, 16, FP32, seed=3)
 
     def numbers():
@@ -675,7 +676,7 @@ def test_a_default_dtype_changes_no_number(other):
         loss = model.loss(tokens, torch.ones(tokens.shape, dtype=FP32, device=DEVICE))
         loss.backward()
         found += [loss.detach(), *(p.grad.clone() for p in model.parameters())]
-        found += [f() for f in (fresh(model.config, 3) | memory_tensors(model.config, 0.1)).values()]
+        found += [f() for f in (fresh(Transformer, model.config, 3) | memory_tensors(Decay, model.config, 0.1)).values()]
         found += [effective_length(v), *memory_scan(k, v, v), *model.score(tokens, torch.ones(tokens.shape, dtype=FP32, device=DEVICE))]
         return [(x.dtype, x) for x in found]
 

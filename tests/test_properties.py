@@ -16,12 +16,13 @@ from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from torch.nn import functional as F
 
 from infra import loss
-import model as model_file
+import engine
 import sparse
-from engine import LayerCache
+from cache import LayerCache
 from conftest import RATPLUS_FORM, assert_close, draw_tokens, times, tiny
 from memory import arl_passes, effective_length, lengths_of, memory_loop, memory_scan, memory_step, scan
-from model import Transformer, sample
+from engine import draw
+from model import Transformer
 from sparse import (Compose, Dense, Dilated, MoBA, Quest, SnapKV, attend, attend_to_slots, chance, compose, drops, name, parse, per_kv_head,
                     phases, randomized, top, window_of)
 from test_sparse import assert_top, draw
@@ -113,7 +114,7 @@ def told(model, rows, turns, method=None, whole=False, together=10**6, behind=No
             for b, n in enumerate(turn):
                 tokens[b, :n] = rows[b][done[b]:done[b] + n]
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(model_file, "TOGETHER", together)
+                patch.setattr(engine, "TOGETHER", together)
                 logits = model.prefill(tokens, torch.tensor(turn), cache, method, whole=whole and not out)
         out.append(torch.stack([logits[b] if n else out[-1][b] for b, n in enumerate(turn)]))
         done = [have + n for have, n in zip(done, turn)]
@@ -300,9 +301,9 @@ def test_a_memory_that_forgets_at_once_is_none(config, method, turns, dtype, bia
     """g = 0, bit by bit: Eq. 1 is then k~ = k."""
     model = tiny(**config | dict(memory=True)).to(dtype)
     without = Transformer(replace(model.config, memory=False)).to(dtype)
-    without.load_state_dict({path: tensor for path, tensor in model.state_dict().items() if "memory_proj" not in path})
+    without.load_state_dict({path: tensor for path, tensor in model.state_dict().items() if ".memory." not in path})
     for layer in model.layers:
-        torch.nn.init.constant_(layer.self_attn.memory_proj.bias, bias)
+        torch.nn.init.constant_(layer.self_attn.memory.proj.bias, bias)
     rows = draw_tokens(len(turns[0]), ROOM, seed)
     assert torch.equal(told(model, rows, turns, method)[0], told(without, rows, turns, method)[0])
 
@@ -365,7 +366,7 @@ def test_a_draw_is_of_the_top_k(B, V, temperature, top_k, values, seed):
     source = torch.Generator().manual_seed(seed)
     logits = torch.randint(values, (B, V), generator=source).float() + 0.01 * torch.randn(B, V, generator=source) * (values % 2)
     for t in temperature, 0:
-        token = sample(logits, t, top_k, source)
+        token = draw(logits, t, top_k, source)
         kth = logits.sort(descending=True).values[:, min(top_k or V, V) - 1] if t else logits.amax(1)
         assert token.shape == (B,) and (logits.gather(1, token[:, None])[:, 0] >= kth).all()
 
@@ -542,7 +543,7 @@ def test_lengths_of_measures_the_gates_of_each_layer(config, B, T, seed):
     """Another layer's gate, or one that the model does not use; a hook that stays."""
     model, tokens, logits = tiny(**config | dict(memory=True)), draw_tokens(B, T, seed), []
     D = model.config.head_width
-    hooks = [layer.self_attn.memory_proj.register_forward_hook(lambda module, inputs, y: logits.append(y)) for layer in model.layers]
+    hooks = [layer.self_attn.memory.proj.register_forward_hook(lambda module, inputs, y: logits.append(y)) for layer in model.layers]
     before = model(tokens)
     for hook in hooks:
         hook.remove()

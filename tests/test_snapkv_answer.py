@@ -36,7 +36,7 @@ def test_scores_are_of_the_queries_that_write_the_answer():
     for row, e in enumerate(examples):  # alone, without padding
         ids = torch.tensor([e.ids + niah.target_ids(e.prompt, e.target, Bytes())])
         cache = model.new_cache(1, ids.shape[1], METHOD.window + longest)
-        model.hidden(ids, cache=cache)
+        model.feed(ids, None, cache)
         for i, scores in enumerate(found):
             alone = METHOD.score(cache.recent_q[i], cache.k[i], cache.lengths)[0]
             torch.testing.assert_close(scores[row, :, :alone.shape[1]], alone, atol=1e-5, rtol=1e-4)

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from conftest import assert_close, one_line
 import sparse
-from engine import LayerCache
+from cache import LayerCache
 from sparse import Compose, Dense, Dilated, MoBA, Quest, SnapKV, attend, chance, compose, name, parse, randomized
 
 HEADS = [(4, 4), (4, 2), (8, 1)]  # H, KV

@@ -297,7 +297,7 @@ def test_two_groups_learn_at_their_own_rates(monkeypatch):
     optimizer = train.make_optimizer(model, args)
     peak = {id(p): group["peak"] for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
-        assert peak[id(p)] == (1e-2 if "memory_proj" in name else 1e-4), name
+        assert peak[id(p)] == (1e-2 if ".memory." in name else 1e-4), name
 
 
 def test_arl_is_two_optimizer_steps_on_one_batch_at_one_rate():
@@ -446,15 +446,15 @@ def test_seconds_go_on_where_the_checkpoint_left_them():
 
 def test_fresh_weights_are_those_of_a_new_model():
     """Two initialisations, of which one is changed."""
-    from model import fresh
-    tensors, model = fresh(replace(TINY, memory=True), seed=0), Transformer(replace(TINY, memory=True))
+    from infra.init import fresh
+    tensors, model = fresh(Transformer, replace(TINY, memory=True), seed=0), Transformer(replace(TINY, memory=True))
     for name, parameter in model.named_parameters():
         tensor = tensors[name]()
         assert tensor.shape == parameter.shape
         torch.testing.assert_close(tensor.mean(), parameter.mean(), atol=0.004, rtol=0, msg=name)
         torch.testing.assert_close(tensor.std(correction=0), parameter.std(correction=0), rtol=0.1, atol=0, msg=name)
     assert torch.equal(tensors["lm_head.weight"](), tensors["lm_head.weight"]())
-    assert not torch.equal(fresh(TINY, seed=1)["lm_head.weight"](), tensors["lm_head.weight"]())
+    assert not torch.equal(fresh(Transformer, TINY, seed=1)["lm_head.weight"](), tensors["lm_head.weight"]())
 
 
 def test_update_clips_as_torch_does():

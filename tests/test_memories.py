@@ -1,0 +1,170 @@
+"""
+A memory of one's own: a class with parameters and a decoding state, named in the config and saved
+with it. What holds for the paper's holds for each of memory.MEMORIES and experiments/memories.py.
+"""
+import pytest
+import torch
+from conftest import DEVICE, assert_close, draw_tokens, error, one_line, tiny
+
+from experiments import memories
+from memory import MEMORIES, memory_loop
+from model import Config, Transformer
+from triton_ops import backend
+
+kinds = pytest.mark.parametrize("kind", MEMORIES)
+FORMS = {"olmo2": {}, "gqa": dict(n_kv_head=2),
+         "ratplus": dict(pre_norm=True, qk_norm=False, output_gate=True)}
+
+
+@pytest.fixture
+def one_layer():
+    """A function kind -> memory, x (B, T, C), k, v (B, T, KV, D), and the gate of Decay on x."""
+    def make(kind):
+        model, source = tiny(memory=kind), torch.Generator().manual_seed(1)
+        x = torch.randn(2, 20, 32, generator=source)
+        k, v = torch.randn(2, 2, 20, 4, 8, generator=source)
+        return model.layers[0].self_attn.memory, x, k, v
+    return make
+
+
+# ---------------------------------------------------------------- each is what its name says
+
+def test_keys_and_values_are_the_memory_s_halves(one_layer):
+    """k and v confused, or both changed: two lines of a table would be exchanged, or equal."""
+    decay, x, k, v = one_layer("decay")
+    k_mem, v_mem, _ = memory_loop(k, v, decay.gate(x))
+    for kind, expected in ("decay", (k_mem, v_mem)), ("keys", (k_mem, v)), ("values", (k, v_mem)):
+        memory, *inputs = one_layer(kind)
+        for out, ref in zip(memory(*inputs), expected):
+            assert_close(out, ref, what=kind)
+
+
+def test_head_gate_is_the_mean_of_a_head_s_channels(one_layer):
+    """A mean over another dimension: over heads, or over tokens, which would see the future."""
+    memory, x, k, v = one_layer("head-gate")
+    gate, own = memory.gate(x), one_layer("decay")[0].gate(x)
+    assert torch.equal(gate, gate[..., :1].expand_as(gate))
+    assert_close(gate[..., 0], own.mean(-1))
+    for out, ref in zip(memory(x, k, v), memory_loop(k, v, gate)):
+        assert_close(out, ref)
+
+
+def test_fixed_decay_has_its_lengths_whatever_it_reads(one_layer):
+    """Lengths that are not 1 to 64; -inf where L = 1; a gate that depends on x."""
+    memory, x, k, v = one_layer("fixed-decay")
+    gate = memory.gate(x)
+    assert torch.equal(gate, memory.gate(x + 1)) and gate.isfinite().all()
+    lengths = 1 / torch.sigmoid(-gate.double())  # 1 / (1 - g)
+    assert_close(lengths, torch.tensor([1., 4, 16, 64]).double()[:, None].expand(k.shape), 1e-3)
+    k_mem, _, _ = memory(x, k, v)
+    assert_close(k_mem, memory_loop(k, v, gate)[0])
+    assert torch.equal(k_mem[:, :, 0], k[:, :, 0])
+
+
+def test_convolution_is_torch_s(one_layer):
+    """A filter that runs backwards, sees the future, or reads another channel."""
+    memory, x, k, v = one_layer("convolution")
+    for out, x, filters in zip(memory(x, k, v), (k, v), memory.filters):
+        padded = torch.nn.functional.pad(x.flatten(2).transpose(1, 2), (memories.W - 1, 0))
+        weight = filters.flatten(1).T.flip(1).unsqueeze(1)  # (KV * D, 1, W), oldest first
+        ref = torch.nn.functional.conv1d(padded, weight, groups=32).transpose(1, 2)
+        assert_close(out, x + ref.reshape(x.shape))
+
+
+# ---------------------------------------------------------------- what holds for all
+
+@torch.no_grad()
+@kinds
+@pytest.mark.parametrize("form", FORMS)
+def test_a_memory_goes_on_where_it_stopped(kind, form):
+    """A state that is lost, another row's, or of padding; a change that training alone sees."""
+    model, tokens = tiny(memory=kind, **FORMS[form]), draw_tokens(3, 30)
+    first, second = torch.tensor([9, 1, 4]), torch.tensor([3, 8, 0])
+    cache = model.new_cache(3, 30)
+    logits = [model.prefill(tokens[:, :9], first, cache)]
+    more = torch.stack([tokens[b, n:n + 8] for b, n in enumerate(first)])
+    logits.append(model.prefill(more, second, cache))
+    for t in range(3):
+        token = torch.stack([tokens[b, n + t] for b, n in enumerate(first + second)])
+        logits.append(model.step(token, cache))
+    for b in range(3):
+        alone = model(tokens[b:b + 1])[0]
+        ends = [first[b], first[b] + second[b], *(first[b] + second[b] + 1 + t for t in range(3))]
+        for at, found in zip(ends, logits):
+            if at > first[b] or found is logits[0]:  # a row without tokens has no logits
+                assert_close(found[b], alone[at - 1], what=f"row {b}, {at} tokens")
+
+
+@kinds
+def test_a_memory_is_one(kind):
+    """A class that is never called: its line of a table would be attention's."""
+    tokens = draw_tokens(2, 20)
+    plain, with_it = tiny(), tiny(memory=kind)
+    with_it.load_state_dict(plain.state_dict(), strict=False)
+    assert error(with_it(tokens), plain(tokens)) > 0.01
+
+
+@kinds
+def test_a_model_is_saved_with_its_memory_s_name(kind, tmp_path):
+    """A checkpoint that does not know what it was trained as."""
+    model, tokens = tiny(memory=kind), draw_tokens(2, 20)
+    model.save_pretrained(tmp_path)
+    loaded = Transformer.from_pretrained(tmp_path)
+    assert loaded.config.memory == kind and torch.equal(loaded(tokens), model(tokens))
+
+
+@kinds
+def test_a_trained_model_is_given_any_memory(kind, tmp_path):
+    """Tensors of one memory made for another; a convolution that starts far from the identity."""
+    plain, tokens = tiny(), draw_tokens(2, 20)
+    plain.save_pretrained(tmp_path)
+    loaded = Transformer.from_pretrained(tmp_path, memory=kind)
+    assert loaded.config.memory == kind
+    assert torch.equal(loaded(tokens), plain(tokens)) == (kind == "convolution")
+    with pytest.raises(ValueError, match="a memory already"):
+        loaded.add_memory(kind=kind)
+
+
+def test_a_memory_that_nobody_knows_is_refused(tmp_path, monkeypatch):
+    """A KeyError, or a model that loads without its memory."""
+    tiny(memory="convolution").save_pretrained(tmp_path)
+    monkeypatch.delitem(MEMORIES, "convolution")
+    with pytest.raises(ValueError) as raised:
+        Transformer.from_pretrained(tmp_path)
+    one_line(raised, tmp_path, "convolution", "memory.MEMORIES")
+    for old, now in (True, "decay"), (False, None):  # files from when there was but one
+        assert Config(memory=old).memory == now
+
+
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="no Triton here")
+@kinds
+def test_the_kernels_refuse_a_memory_that_they_do_not_know(kind, both, capsys):
+    """Decoding by the paper's recurrence whatever the memory is; or without a word."""
+    model = tiny(memory=kind, n_layer=1, width=64, n_kv_head=2).to(DEVICE)
+    tokens = draw_tokens(1, 9).to(DEVICE)
+    backend.tell.cache_clear()
+
+    @torch.no_grad()
+    def run():
+        cache = model.new_cache(1, 9)
+        logits = [model.prefill(tokens[:, :6], None, cache)]
+        logits += [model.step(token, cache).clone() for token in tokens[0, 6:, None]]
+        return torch.cat(logits)
+    plain, ours = both(run)
+    assert_close(ours, plain, 1e-4)
+    told = capsys.readouterr().err
+    assert (told == "") == (kind == "decay") and told.count("\n") == told.count("as it is written")
+
+
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="no Triton here")
+@kinds
+def test_a_memory_trains_alike_with_either_backend(kind, both):
+    """Gates of other strides, or an unused k~ or v~, that confuse a kernel's gradient."""
+    tokens = draw_tokens(1, 20).to(DEVICE)
+
+    def gradients():
+        model = tiny(memory=kind, n_layer=1, width=64, n_kv_head=2).to(DEVICE)
+        model(tokens).square().mean().backward()
+        return [p.grad for p in model.parameters()]
+    for plain, ours in zip(*both(gradients)):
+        assert_close(ours, plain, atol=1e-4, what="gradients")
