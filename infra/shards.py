@@ -31,7 +31,7 @@ import zlib
 from array import array
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -409,9 +409,10 @@ def write_shards(docs, total, out, spec, shard_tokens, workers, job):
         return (f"{(n_tokens - n_before) / seconds:,.0f} tokens/s  {text:.1f} MB/s of text, "
                 f"{text / workers:.1f} a worker")
 
-    with ThreadPoolExecutor(1) as thread:
+    # On a full disk, say, the generator is closed with its workers, before the error is told.
+    encoded = encode_all(itertools.chain(first, docs), its_tokenizer, workers)
+    with ThreadPoolExecutor(1) as thread, closing(encoded):
         writer = Writer(out, len(whole), its_tokenizer, shard_tokens, job, thread)
-        encoded = encode_all(itertools.chain(first, docs), its_tokenizer, workers)
         for unit, unit_text, position in encoded:
             n_tokens += sum(map(writer.add, unit))
             n_text, now = n_text + unit_text, time.perf_counter()
