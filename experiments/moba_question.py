@@ -41,7 +41,7 @@ def compare(model, tokenizer, examples, method, question):
     """RULER's score of the examples in percent, mean and 95 % interval: {"dense": [3], "moba": [3], "context": [3], "question": [3]}"""
     part = lambda of: Part(**vars(method), question=question, of=of)
     methods = {"dense": sparse.Dense(), "moba": method, "context": part("context"), "question": part("question")}
-    outcomes = eval_niah.evaluate(model, tokenizer, examples, list(methods.values()), batch=1)
+    outcomes = ways.evaluate(model, tokenizer, examples, list(methods.values()), batch=1)
     return {name: eval_niah.scores(outcomes[m].texts, examples)["ruler"] for name, m in methods.items()}
 
 

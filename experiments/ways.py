@@ -12,7 +12,8 @@ import eval_niah
 import niah
 import sparse
 from infra import files, runlog
-from infra.cli import command_line, commit, device_name, flag_parser, positive, seed, usable_device
+from infra.answers import Outcome, by_length
+from infra.cli import flag_parser, made_by, positive, seed, usable_device
 from infra.report import mean
 from model import Transformer
 
@@ -33,9 +34,8 @@ def flags(name, description, method):
 def run(name, args, kind, wanted, compare):
     """Ask all models, and save after each. ValueError, with the words `wanted`, if --method is not of the class `kind`."""
     backend.use("torch")
-    report = {"command": command_line(args.argv, f"experiments/{name}.py"), "commit": commit(),
-              "device": device_name(args.device), "torch": torch.__version__, "settings": vars(args),
-              "train": {}, "methods": {}, "prompts": {}, "scores": {}}
+    report = made_by(args.argv, f"experiments/{name}.py", args.device)
+    report |= {"settings": vars(args), "train": {}, "methods": {}, "prompts": {}, "scores": {}}
     models = [prepare(path, args) for path in args.ckpt]  # all, so that a wrong path is known now
     if not all(isinstance(method, kind) for _, _, method in models):
         raise ValueError(f"--method {args.method}: it must be {wanted}")
@@ -60,6 +60,18 @@ def prepare(path, args):
                                           f"--device={args.device}"])
     _, tokenizers, methods = eval_niah.prepare(asked)
     return asked, next(iter(tokenizers.values())), list(methods)[-1]  # after dense
+
+
+def evaluate(model, tokenizer, examples, methods, batch=16):
+    """The answers to all examples, `batch` at a time: {method: Outcome}"""
+    answers, cache = {method: [None] * len(examples) for method in methods}, None
+    for rows in by_length(examples, batch):
+        some = [examples[i] for i in rows]
+        of_batch, _, cache = eval_niah.answer(model, tokenizer, some, methods, cache)
+        for method, of_rows in of_batch.items():
+            for i, of_row in zip(rows, of_rows):
+                answers[method][i] = of_row
+    return {method: Outcome.of(of_all) for method, of_all in answers.items()}
 
 
 def line(title, scores):

@@ -3,9 +3,10 @@ What all scripts have in common: the types of their flags, and what they say of 
 
     whole, number, seed ...     types of flags: a bad value is one line that names flag and range
     flag_parser, command        a script's parser; its main, whose errors are one line and exit 2
-    command_line, commit,       what made a result: it stands in every JSON, so that the same
-        device_name             command on the same code repeats it
+    made_by                     what made a result: it stands in every report, so that the same
+                                command on the same code repeats it
     sized                       a method of the command line, with what suits the context added
+    refuse_longer, note_...     prompts that do not fit what budgets are fractions of
     Progress                    a line with the time left
 
 Nothing here knows of models or tasks. Checked in tests/test_cli.py.
@@ -98,6 +99,45 @@ def sized(text, context_len, tokenizer):
     return "+".join(parts)
 
 
+# ---------------------------------------------------------------- lengths
+
+def roomy(tokens):
+    """The next --context_len of which 1/16 is whole blocks (`sized`)."""
+    step = 1024 if tokens > 1024 else 128
+    return tokens + -tokens % step
+
+
+def refuse_longer(tokens, context_len):
+    """
+    ValueError if the longest prompt and its answer are more than --context_len: budgets, and the
+    shares that a table tells, are fractions of it.
+    """
+    if tokens > context_len:
+        raise ValueError(f"the longest prompt and its answer take {tokens:,} tokens, more than "
+                         f"--context_len {context_len}, of which budgets are fractions: give "
+                         f"--context_len={roomy(tokens)}, or shorter prompts")
+
+
+def note_if_beyond(name, trained, asked):
+    """A line, if a model is asked about more tokens than it has learned to look back."""
+    if asked > trained:
+        print(f"note: {name} was trained on contexts of {trained:,} tokens, and is asked about up "
+              f"to {asked:,}: where it fails, it need not be a method's fault", file=sys.stderr)
+
+
+def note_lengths(trained, longest, max_new_tokens, context_len):
+    """
+    A line for each model of {name: context that it was trained on} that is asked about more, and
+    one if prompts are far shorter than --context_len.
+    """
+    asked = longest + max_new_tokens
+    for name, of_model in trained.items():
+        note_if_beyond(name, of_model, asked)
+    if asked < 0.75 * context_len:
+        print(f"note: the longest prompt has {longest:,} tokens, and budgets are fractions of "
+              f"--context_len {context_len}: --context_len={roomy(asked)} fits", file=sys.stderr)
+
+
 # ---------------------------------------------------------------- a script
 
 def flag_parser(script, description):
@@ -170,6 +210,15 @@ def device_name(device):
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+
+
+def made_by(argv, script, device, processes=1):
+    """What each report begins with. argv, script: as in command_line."""
+    device = device_name(device)
+    if processes > 1:
+        device = f"{processes} x {device}"
+    return {"command": command_line(argv, script), "commit": commit(), "device": device,
+            "torch": torch.__version__}
 
 
 class Progress:

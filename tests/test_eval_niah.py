@@ -19,6 +19,7 @@ from test_niah import Bytes, tokenizer_of
 import eval_niah
 import niah
 import sparse
+from experiments import ways
 from infra import answers, cli, files, runlog, weights, words
 from infra.report import best_heads, difference, interval, table, table_random
 from model import Transformer
@@ -63,7 +64,7 @@ def test_a_gold_answer_scores_100_and_an_empty_one_0_in_every_task(protocol):
         gold = writes(small(), lambda e: Bytes().encode(e.target) + [Bytes.eos_id], examples)
         mute = writes(small(), lambda e: [Bytes.eos_id], examples)
         for model, percent in (gold, 100), (mute, 0):
-            for outcome in eval_niah.evaluate(model, Bytes(), examples, METHODS[:3], batch=2).values():
+            for outcome in ways.evaluate(model, Bytes(), examples, METHODS[:3], batch=2).values():
                 found = eval_niah.scores(outcome.texts, examples)
                 assert found["ruler"][0] == found["paper"][0] == percent, (task, outcome.texts)
                 tenths = eval_niah.by_depth(outcome.texts, examples)
@@ -142,7 +143,7 @@ def test_h2_tells_the_spread_of_draws():
 # ---------------------------------------------------------------- answers
 
 def texts(*args, **kwargs):
-    return {method: outcome.texts for method, outcome in eval_niah.evaluate(*args, **kwargs).items()}
+    return {method: outcome.texts for method, outcome in ways.evaluate(*args, **kwargs).items()}
 
 
 @pytest.mark.parametrize("form", [dict(), dict(memory=True, n_kv_head=2)], ids=["attention", "memory gqa"])
@@ -159,9 +160,9 @@ def test_answers_do_not_depend_on_order_or_batch(form):
 def test_a_shared_prefill_gives_what_an_own_one_gives():
     """A method that leaves its mark on the cache that the next one gets."""
     model, examples = small(memory=True), make(n=2)
-    together = eval_niah.evaluate(model, Bytes(), examples, METHODS)
+    together = ways.evaluate(model, Bytes(), examples, METHODS)
     for method in METHODS:
-        own = eval_niah.evaluate(model, Bytes(), examples, [method])[method]
+        own = ways.evaluate(model, Bytes(), examples, [method])[method]
         assert (own.texts, own.read, own.prompt_read) == (
             together[method].texts, together[method].read, together[method].prompt_read), sparse.name(method)
 
@@ -181,7 +182,7 @@ def test_random_selection_is_a_function_of_the_seed():
 def test_reads_are_measured_and_within_the_budget():
     """A share read that is believed. Dense, SnapKV, MoBA and Quest are counted by hand."""
     model, (example,) = small(), make(n=1)
-    found = eval_niah.evaluate(model, Bytes(), [example], METHODS)
+    found = ways.evaluate(model, Bytes(), [example], METHODS)
     dense, quest, moba, snapkv, combined, dilated = (found[method] for method in METHODS)
     T, steps = len(example.ids), 47  # this model does not end by itself; the first of 48 tokens is the prefill's
     assert dense.read == [T + (steps + 1) / 2] and dense.prompt_read == [(T + 1) / 2]  # T + 1 to T + steps
@@ -217,7 +218,7 @@ class MoBAThatReadsAll(sparse.MoBA):
 def test_a_method_that_is_silently_off_ends_the_run(method):
     """A fine score that was dense all along."""
     with pytest.raises(AssertionError, match="read|kept"):
-        eval_niah.evaluate(small(), Bytes(), make(n=1), [method])
+        ways.evaluate(small(), Bytes(), make(n=1), [method])
 
 
 # ---------------------------------------------------------------- H1
@@ -258,7 +259,7 @@ class Keeps(sparse.SnapKV):
 def rates(model, examples, method, batch):
     """The share of answers that each head hits, (layers, KV)."""
     found = [eval_niah.answer(model, Bytes(), [examples[i] for i in rows], [], None, [method])[1] for rows in answers.by_length(examples, batch)]
-    hit = torch.stack([heads for of_batch in found for of_row in of_batch[method] for heads in of_row.values()])
+    hit = torch.stack([heads for of_batch in found for of_row in of_batch[method] for heads in of_row])
     return hit.float().mean(0)
 
 
@@ -297,7 +298,7 @@ def test_one_prefill_serves_all_that_prefill_alike(monkeypatch):
     prefill, args = model.prefill, SimpleNamespace(device="cpu", batch=3)
     monkeypatch.setattr(model, "prefill", lambda *given, **more: prefills.append(given[3]) or prefill(*given, **more))
     batch, = answers.unanswered(examples, by_name, 3, {})
-    lines, _ = eval_niah.ask(model, Bytes(), examples, batch, by_name, args, None)
+    lines, _ = eval_niah.ask(model, Bytes(), examples[batch.checkpoint][batch.task], batch, by_name, args, None)
     assert len(prefills) == len({sparse.phases(method).prefill_by for method in asked}) == 3  # dense, MoBA, Dilated
     assert {line.method for line in lines} == by_name.keys()
     for line in lines:  # as each alone
@@ -313,7 +314,7 @@ def test_hits_of_what_is_missing_alone_are_counted(monkeypatch):
     told = []
     for there in {}, {0: None}, {0: None, 2: None}:
         batch, = answers.unanswered(examples, by_name, 4, {("m", "niah_single_2", *by_name): there})
-        (line,), _ = eval_niah.ask(model, Bytes(), examples, batch, by_name, args, None)
+        (line,), _ = eval_niah.ask(model, Bytes(), examples[batch.checkpoint][batch.task], batch, by_name, args, None)
         assert line.examples == [i for i in range(3) if i not in there] and line.told["answers"] == len(line.examples)
         told.append(torch.tensor(line.told["hits"]))
     alone = [rates(model, [e], quest, 1) for e in examples["m"]["niah_single_2"]]
@@ -408,7 +409,7 @@ def test_the_checkpoints_that_come_with_the_code_find_a_needle():
         assert model.config.memory == has_memory and made["settings"]["recipe"] == "micro-sft" and made["step"] == made["settings"]["steps"]
         assert made["from"]["settings"]["memory"] == ("on" if has_memory else "off")
         examples = [niah.make_example("niah_single_2", 4096, Bytes(), seed=3, index=0, protocol="sft", max_new_tokens=12)]
-        outcome = eval_niah.evaluate(model.float(), Bytes(), examples, [sparse.Dense()])[sparse.Dense()]
+        outcome = ways.evaluate(model.float(), Bytes(), examples, [sparse.Dense()])[sparse.Dense()]
         assert eval_niah.scores(outcome.texts, examples)["ruler"][0] == 100
 
 
@@ -687,7 +688,7 @@ def test_other_prompts_are_refused_with_their_cause(undisturbed, capsys, monkeyp
     assert "so the code that makes them is not" in refused(capsys)
     monkeypatch.setattr(answers.platform, "python_version", lambda: "3.99.1")
     assert "Python was 3." in (line := refused(capsys)) and "now 3.99.1" in line and "--words was" not in line
-    answers.save({name: value for name, value in asked.items() if name != "made_of"}, "whole/asked.json")
+    files.save({name: value for name, value in asked.items() if name != "made_of"}, "whole/asked.json")
     assert "--words=wonderwords" in refused(capsys)  # what an older version has made says less
     monkeypatch.setattr(niah, "NOISE", "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.")
     eval_niah.main([*ASKED, "--out=whole"])  # and goes on where prompts are the same, whatever Python
@@ -732,13 +733,13 @@ def test_hash_of_files_tells_models_apart(tmp_path):
     for seed in 0, 1:
         file = tmp_path / str(seed) / "model.safetensors"
         small(seed=seed, context_len=CONTEXT).save_pretrained(file.parent)
-        found += [answers.hash_of([file]), answers.hash_of([file])]
+        found += [answers.hash_of_files([file]), answers.hash_of_files([file])]
         save_file(load_file(file), file)
-        found += [answers.hash_of([file])]
+        found += [answers.hash_of_files([file])]
         changed = bytearray(file.read_bytes())
         changed[-1] ^= 1
         file.write_bytes(changed)
-        found += [answers.hash_of([file])]
+        found += [answers.hash_of_files([file])]
     assert found[0] == found[1] and found[4] == found[5] and len(set(found)) == 6
 
 
@@ -834,5 +835,5 @@ def test_on_a_gpu_all_batches_are_of_one_size(monkeypatch, batch, sizes):
         for todo in answers.unanswered(examples, by_name, batch, {}):
             args = SimpleNamespace(device=device, batch=batch)
             lines.setdefault(device, []).extend(line._replace(told=line.told["text"]) for line in
-                                                eval_niah.ask(model, Bytes(), examples, todo, by_name, args, None)[0])
+                                                eval_niah.ask(model, Bytes(), examples[todo.checkpoint][todo.task], todo, by_name, args, None)[0])
     assert seen[len(sizes):] == sizes and lines["cpu"] == lines["cuda"] and len(lines["cpu"]) == 5 * 2

@@ -3,14 +3,13 @@ The numbers that we publish, computed by hand: what a run costs and how fast it 
 on and is validated by, its log and record, answers on disk. tests/mutants.py plants a wrong one
 after the other; these tests see them. test_report_tables.py is of what is made of them.
 """
-import argparse
 import json
 import math
 import random
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +25,7 @@ import data
 import eval_niah
 import mutants
 import niah
-from infra import parallel, runlog, shards, watch
+from infra import files, parallel, runlog, shards, watch
 from experiments import reproduce
 from experiments import runs
 import sparse
@@ -688,7 +687,7 @@ def test_lines_are_read_once_each(tmp_path):
 
 @pytest.fixture
 def asked(tmp_path):
-    """refuse_others's arguments for two models, of which a folder holds answers already."""
+    """refuse_other_questions's arguments for two models, of which a folder holds answers already."""
     for name in "a", "b":
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(name)
@@ -701,7 +700,7 @@ def asked(tmp_path):
     of_both = lambda *prompts: {name: {task: examples_of(n) for task, n in zip("ST", prompts)}
                                 for name in labels}
     names = lambda name="bytes": dict.fromkeys(labels, SimpleNamespace(name=name))
-    answers.refuse_others(args, labels, names(), of_both(1, 2), niah.prompt_hash,
+    answers.refuse_other_questions(args, labels, names(), of_both(1, 2), niah.prompt_hash,
                           {"command": "first"})
     (tmp_path / "out" / "answers-0.jsonl").write_text("some")
     return args, labels, names, of_both
@@ -712,10 +711,10 @@ def test_answers_of_other_questions_or_models_are_refused(asked, tmp_path):
     args, labels, names, of_both = asked
 
     def again(args=args, labels=labels, names=names(), prompts=of_both(1, 2), call="second"):
-        answers.refuse_others(args, labels, names, prompts, niah.prompt_hash,
+        answers.refuse_other_questions(args, labels, names, prompts, niah.prompt_hash,
                               {"command": call})
     again(), again(), again(call="third")
-    calls = answers.load(tmp_path / "out" / "asked.json")["calls"]
+    calls = files.load(tmp_path / "out" / "asked.json")["calls"]
     assert [call["command"] for call in calls] == ["first", "second", "third"]
     for key, value in dict(samples=3, seed=1, context_len=65, max_new_tokens=9, protocol="sft",
                            haystack="x", jsonl=["x"], dtype="bfloat16", kernels="torch").items():

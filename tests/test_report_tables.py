@@ -21,6 +21,7 @@ import sample
 import sparse
 from experiments import reproduce
 from infra import answers, files
+from infra.reads import PromptReads, Source, StepReads, was_read
 from infra.report import best_heads, difference, interval, mean, plot, table, table_random
 
 NAMES = {task: kind.short for task, kind in niah.TASKS.items()}
@@ -394,23 +395,27 @@ def test_reads_of_steps_by_hand():
     Reads of the last step, of one head, of the most instead of the mean, or of steps in which a row
     had ended already.
     """
-    reads = eval_niah.Reads()
+    reads = StepReads(sparse.phases(sparse.Dense()))
     # (B, KV, S): 2 and 1 entries, 3 and 3
     some = torch.tensor([[[0, 1, -1], [0, -1, -1]], [[2, 3, 4], [5, 6, 7]]])
     reads(a_cache([5, 9], some, None))      # layers: (1.5, 3) and all, (5, 9)
     reads(a_cache([6, 10], some, some))
-    assert reads.of_rows(sparse.Dense(), None, [2, 2]) == [(3.25 + 1.5) / 2, (6 + 3) / 2]
-    assert reads.of_rows(sparse.Dense(), None, [1, 0]) == [3.25, None]
-    dense = eval_niah.Reads()
+    assert reads.of_rows(None, [2, 2]) == [(3.25 + 1.5) / 2, (6 + 3) / 2]
+    assert reads.of_rows(None, [1, 0]) == [3.25, None]
+    dense = StepReads(sparse.phases(sparse.Dense()))
     dense(a_cache([5, 9], None, None))
-    assert dense.of_rows(sparse.Dense(), None, [1, 1]) == [5, 9]
-    assert eval_niah.Reads().of_rows(sparse.Dense(), None, [0, 0]) == [None, None]
+    assert dense.of_rows(None, [1, 1]) == [5, 9]
+    assert StepReads(sparse.phases(sparse.Dense())).of_rows(None, [0, 0]) == [None, None]
+
+    def under(method):
+        reads.phases = sparse.phases(method)
+        return reads
     with pytest.raises(AssertionError, match="read 9 entries"):
-        reads.of_rows(sparse.Quest(8, 4), None, [2, 2])  # the most of any row and layer
+        under(sparse.Quest(8, 4)).of_rows(None, [2, 2])  # the most of any row and layer
     with pytest.raises(AssertionError, match="kept 8 entries"):
         # 10, less two that were fed since
-        reads.of_rows(sparse.SnapKV(7, 2), a_cache([6, 10]), [2, 2])
-    assert reads.of_rows(sparse.SnapKV(8, 2), a_cache([6, 10]), [2, 2]) == [2.375, 4.5]
+        under(sparse.SnapKV(7, 2)).of_rows(a_cache([6, 10]), [2, 2])
+    assert under(sparse.SnapKV(8, 2)).of_rows(a_cache([6, 10]), [2, 2]) == [2.375, 4.5]
 
 
 def test_reads_of_the_prompt_by_hand():
@@ -419,7 +424,7 @@ def test_reads_of_the_prompt_by_hand():
     layer or a part that is left out.
     """
     moba = sparse.MoBA(budget=4, block_size=2)
-    reads = eval_niah.PromptReads(moba)
+    reads = PromptReads(moba, dense=False)
     # tokens 0 to 3 read 1, 2, 3, 4 entries
     blocks = torch.tensor([[0, -1], [0, -1], [0, 1], [0, 1]])[None, None].expand(2, 1, 4, 2)
     # 1, 2, 1, 2
@@ -428,14 +433,14 @@ def test_reads_of_the_prompt_by_hand():
     reads(0, torch.cat([blocks, own], 1), real)  # two heads: 1, 2, 2, 3
     reads(1, torch.cat([own, own], 1), real)     # 1, 2, 1, 2
     assert reads.of_rows(torch.tensor([4, 2])) == pytest.approx([(2 + 1.5) / 2, 1.5])
-    one_by_one = eval_niah.PromptReads(moba)
+    one_by_one = PromptReads(moba, dense=False)
     for row in 0, 1:  # a batch in parts
         for layer in 0, 1:
             one_by_one(layer, own[row:row + 1], None)
     assert one_by_one.of_rows(torch.tensor([4, 4])) == [1.5, 1.5]
-    assert eval_niah.PromptReads(sparse.Dense()).of_rows(torch.tensor([4, 7])) == [2.5, 4]
-    assert eval_niah.PromptReads(sparse.Dilated()).of_rows(torch.tensor([4, 7])) == [None, None]
-    few = eval_niah.PromptReads(sparse.MoBA(budget=2, block_size=1))
+    assert PromptReads(sparse.Dense(), dense=True).of_rows(torch.tensor([4, 7])) == [2.5, 4]
+    assert PromptReads(sparse.Dilated(), dense=False).of_rows(torch.tensor([4, 7])) == [None, None]
+    few = PromptReads(sparse.MoBA(budget=2, block_size=1), dense=False)
     few(0, torch.tensor([[0, 1, 2]])[None, None], None)
     with pytest.raises(AssertionError, match="read 3 entries"):
         few.of_rows(torch.tensor([4]))
@@ -482,7 +487,7 @@ def test_an_answer_its_reads_and_seconds_by_hand(monkeypatch):
     # of five tokens in steps
     assert told[sparse.Dense()] == told[quest] == [("ab", 15.0, 2.0, 8 / 3), ("", None, 3.0, 8 / 3),
                                                    ("abcde", 25.0, 4.0, 8 / 3)]
-    outcome = eval_niah.Outcome.of(told[quest])
+    outcome = answers.Outcome.of(told[quest])
     assert (outcome.texts, outcome.read, outcome.prompt_read,
             outcome.seconds) == (["ab", "", "abcde"], [15, None, 25], [2, 3, 4], 8)
 
@@ -494,7 +499,7 @@ def test_a_hit_is_a_place_read_at_every_step_of_an_answer():
     H1 as any instead of all; one answer's tokens counted for another; positions off by one; padding
     that hits.
     """
-    source = eval_niah.Source
+    source = Source
     gold = [([1, 2, 3, 4], [source(0, 8, 9), source(0, 9, 10), None, source(1, 4, 6)]),
             ([1, 2], [source(0, 0, 1), source(0, 3, 4)])]
     # by step, layer, row, head: what is read. Step 1 writes token 1 (row 0: place 9; row 1: 3),
@@ -509,15 +514,16 @@ def test_a_hit_is_a_place_read_at_every_step_of_an_answer():
     def step(tokens, own, method):
         fed.append(tokens.tolist())
         own.selected = [torch.tensor(layer) for layer in steps[len(fed) - 1]]
-    hit = eval_niah.hits(SimpleNamespace(step=step), cache, gold, None)
+    model = SimpleNamespace(step=step, config=SimpleNamespace(n_layer=2, n_kv_head=2))
+    hit = eval_niah.hits(model, cache, gold, None)
     assert fed == [[1, 1], [2, 2], [3, 0]]
-    assert [{answer: heads.tolist() for answer, heads in of_row.items()} for of_row in hit] == [
-        {0: [[True, False], [True, True]],
-         1: [[True, False], [True, False]]}, {0: [[True, False], [False, True]]}]
+    assert [of_row.tolist() for of_row in hit] == [
+        [[[True, False], [True, True]], [[True, False], [True, False]]],
+        [[[True, False], [False, True]]]]
     # two steps of one answer: both must be read
     gold, fed[:] = [([1, 2, 3], [None, source(0, 9, 10), source(0, 3, 4)])] * 2, []
     steps[1] = [[[[3, -1], [3, -1]], [[9, -1], [3, -1]]], [[[3, -1], [-1, -1]], [[3, -1], [3, -1]]]]
-    hit = eval_niah.hits(SimpleNamespace(step=step), cache, gold, None)
+    hit = eval_niah.hits(model, cache, gold, None)
     assert hit[0][0].tolist() == [[True, False], [True, False]]
     assert hit[1][0].tolist() == [[False, False], [False, False]]
 
@@ -526,7 +532,7 @@ def test_what_snapkv_has_left_is_what_was_read():
     """H1 of slots that hold nothing any more."""
     left = torch.tensor([[[7, 5], [8, 6], [9, 9]]])  # (B, slots, KV), of which two slots are used
     cache = SimpleNamespace(selected=[None], slots=3, used=torch.tensor([2]), positions=[left])
-    read = lambda low, high: eval_niah.was_read(cache, 0, torch.tensor([low]),
+    read = lambda low, high: was_read(cache, 0, torch.tensor([low]),
                                                 torch.tensor([high])).tolist()
     assert read(7, 8) == [[True, False]]
     assert read(5, 8) == [[True, True]]
@@ -649,7 +655,7 @@ def test_results_by_hand(tmp_path, monkeypatch, capsys):
             quest: [("11", 8.0, None, 1.0)] * 3, chance: [("44", 16.0, None, 0.5)] * 3}
     line = lambda method, of, told: answers.written(answers.Line("m", "niah_multivalue", method,
                                                                      of, told))
-    lines = [line(sparse.name(method), [i], eval_niah.Told(*of_one)._asdict()) for method,
+    lines = [line(sparse.name(method), [i], answers.Answer(*of_one)._asdict()) for method,
              of in told.items() for i, of_one in enumerate(of)]
     lines += [line(f"H1 {sparse.name(quest)}", [0, 2], {"hits": [[3, 0]], "answers": 3}),
               line(f"H1 {sparse.name(quest)}", [1], {"hits": [[0, 1]], "answers": 1})]
@@ -707,15 +713,15 @@ def test_answers_and_seconds_go_to_their_examples(monkeypatch):
     dense, quest = sparse.Dense(), sparse.Quest(16, 8)
 
     def answer(model, tokenizer, some, methods, cache, selecting=()):
-        return {m: [eval_niah.Told(f"{e.name} {sparse.name(m)}", 1.0, 2.0, 0.5) for e in some]
+        return {m: [answers.Answer(f"{e.name} {sparse.name(m)}", 1.0, 2.0, 0.5) for e in some]
                 for m in methods}, {}, None
     monkeypatch.setattr(eval_niah, "answer", answer)
     by_name = {sparse.name(m): m for m in (dense, quest)}
-    batch = ("m", "S", [1, 2], {sparse.name(dense): [2], sparse.name(quest): [1, 2]})
+    batch = answers.Batch("m", "S", [1, 2], {sparse.name(dense): [2], sparse.name(quest): [1, 2]})
     # on a GPU three rows of half a second for two answers
     for device, seconds in ("cuda", 0.75), ("cpu", 0.5):
         lines, _ = eval_niah.ask(SimpleNamespace(config=SimpleNamespace(n_layer=1, n_kv_head=1)),
-                                 None, examples, batch, by_name,
+                                 None, examples["m"]["S"], batch, by_name,
                                  SimpleNamespace(device=device, batch=8), None)
         assert [(line.checkpoint, line.task, line.method, line.examples, line.told["text"],
                  line.told["seconds"]) for line in lines] == [

@@ -15,7 +15,7 @@ import niah
 from experiments import reproduce
 from experiments import runs
 import train
-from infra import cli
+from infra import cli, runlog
 from infra.tokenizers import ByteTokenizer
 
 SIZED = [cli.sized(method, 1024, ByteTokenizer()) for method in eval_niah.METHODS]  # of a shorter context, as tests are
@@ -233,7 +233,7 @@ def calls(monkeypatch, tmp_path):
                 run.mkdir(parents=True, exist_ok=True)
                 (run / "config.json").write_text("{}")
                 (run / "train.json").write_text(json.dumps({"step": settings.steps, "settings": vars(settings), "made": next(numbers),
-                                                            "first_sample": "s", "from": train.begun(settings, None)["from"]}))
+                                                            "first_sample": "s", "from": runlog.begun(settings, None)["from"]}))
 
         def wait(self):
             return 3 if "--steps=3" in made[-1] else 0

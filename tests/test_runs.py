@@ -84,7 +84,6 @@ def test_prompts_of_a_model_not_yet_made_are_those_it_is_asked(tmp_path, monkeyp
     model = tiny(vocab_size=257, context_len=settings.context_len)
     model.save_pretrained("model")
     (tmp_path / "model" / "train.json").write_text(json.dumps({"settings": vars(settings)}))
-    monkeypatch.setattr(eval_niah, "evaluate", lambda *asked: {m: eval_niah.Outcome([""] * len(asked[2]), [], [], 0.0) for m in asked[3]})
     for samples, seed in (2, 0), (2, 1), (1, 0):
         eval_niah.main(["--ckpt=model", f"--samples={samples}", f"--seed={seed}", "--methods=dense", "--device=cpu", "--json=a.json"])
         asked = {row["task"]: row["prompts"] for row in files.load("a.json")["results"]}

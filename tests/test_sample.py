@@ -10,6 +10,7 @@ import eval_niah
 import niah
 import sample
 import sparse
+from experiments import ways
 from infra import runlog
 
 
@@ -51,7 +52,7 @@ def test_what_moba_reads_in_prefill_is_told(out, capsys):
     model = sample.Transformer.from_pretrained(out)
     example = niah.make_example("niah_single_1", 512, Bytes(), 0, 0, max_new_tokens=48)
     method = sparse.parse("moba:budget=1/4,block_size=8", 512)
-    told, = eval_niah.evaluate(model, Bytes(), [example], [method])[method].prompt_read
+    told, = ways.evaluate(model, Bytes(), [example], [method])[method].prompt_read
     assert moba == pytest.approx(told, abs=0.06) and moba < 128 < dense == snapkv and dilated is None and of_cache < 180 < step
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import snapkv_answer
+from experiments import snapkv_answer, ways
 from conftest import tiny
 from test_niah import Bytes
 
@@ -77,7 +77,7 @@ def test_question_column_is_snapkv_and_a_whole_budget_is_dense(monkeypatch):
     texts = []
     monkeypatch.setattr(eval_niah, "scores", lambda predictions, _: texts.append(predictions) or {"ruler": None})
     snapkv_answer.compare(model, Bytes(), examples, METHOD, batch=2)
-    outcome = eval_niah.evaluate(model, Bytes(), examples, [METHOD], batch=2)[METHOD]
+    outcome = ways.evaluate(model, Bytes(), examples, [METHOD], batch=2)[METHOD]
     dense, question, answer = texts
     assert question == outcome.texts and len({*map(tuple, texts)}) == 3
     snapkv_answer.compare(model, Bytes(), examples, sparse.SnapKV(budget=512, window=8, kernel=3), batch=2)
