@@ -38,8 +38,8 @@ def fresh(kind, config, seed, device="cpu"):
 
 def memory_tensors(kind, config, gate):
     """
-    The tensors of a fresh memory in a trained model, likewise. kind: a class of memory.MEMORIES,
-    whose `start` is given the gate, in (0, 1).
+    The tensors of a fresh memory in a trained model, likewise. kind: a class of memory.MEMORIES;
+    its `start` is given the gate, in (0, 1), if it has one.
     """
     def make(layer, name):
         with torch.device("meta"):
@@ -48,7 +48,8 @@ def memory_tensors(kind, config, gate):
         source = torch.Generator().manual_seed(layer)
         for path, parameter in memory.named_parameters():
             first_values(path, parameter, source)
-        memory.start(gate)
+        if hasattr(memory, "start"):
+            memory.start(gate)
         return memory.state_dict()[name]
 
     with torch.device("meta"):

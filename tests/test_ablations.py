@@ -227,8 +227,6 @@ def test_results_that_make_no_table_are_refused(tmp_path, monkeypatch, capsys):
     (["--seeds", "-1"], "-1"),
     (["--run", "decay-0"], "decay-0"),
     (["--run", "memory-0", f"--results={__file__}"], "--results"),
-    (["--run", "fixed-decay-0", "--arl=0"], "--arl"),
-    (["--variants", "memory", "fixed-decay", "--arl=0"], "--arl"),
     (["--samples=0"], "--samples"),
     (["--lengths", "nowhere"], "nowhere"),
     (["--lm_loss", "nowhere"], "nowhere"),

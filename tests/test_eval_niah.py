@@ -406,7 +406,7 @@ def test_the_checkpoints_that_come_with_the_code_find_a_needle():
     assert sum(file.stat().st_size for folder in runlog.SHIPPED for file in folder.iterdir()) < 25e6
     for folder, has_memory in (attention, False), (memory, True):
         model, made = Transformer.from_pretrained(folder), runlog.training_record(folder)
-        assert model.config.memory == has_memory and made["settings"]["recipe"] == "micro-sft" and made["step"] == made["settings"]["steps"]
+        assert bool(model.config.memory) == has_memory and made["settings"]["recipe"] == "micro-sft" and made["step"] == made["settings"]["steps"]
         assert made["from"]["settings"]["memory"] == ("on" if has_memory else "off")
         examples = [niah.make_example("niah_single_2", 4096, Bytes(), seed=3, index=0, protocol="sft", max_new_tokens=12)]
         outcome = ways.evaluate(model.float(), Bytes(), examples, [sparse.Dense()])[sparse.Dense()]

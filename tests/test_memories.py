@@ -2,6 +2,8 @@
 A memory of one's own: a class with parameters and a decoding state, named in the config and saved
 with it. What holds for the paper's holds for each of memory.MEMORIES and experiments/memories.py.
 """
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import DEVICE, assert_close, draw_tokens, error, one_line, tiny
@@ -74,10 +76,8 @@ def test_convolution_is_torch_s(one_layer):
 # ---------------------------------------------------------------- what holds for all
 
 @torch.no_grad()
-@kinds
-@pytest.mark.parametrize("form", FORMS)
-def test_a_memory_goes_on_where_it_stopped(kind, form):
-    """A state that is lost, another row's, or of padding; a change that training alone sees."""
+def assert_goes_on(kind, form):
+    """Ragged chunks and steps give what a row alone gives, all at once."""
     model, tokens = tiny(memory=kind, **FORMS[form]), draw_tokens(3, 30)
     first, second = torch.tensor([9, 1, 4]), torch.tensor([3, 8, 0])
     cache = model.new_cache(3, 30)
@@ -93,6 +93,25 @@ def test_a_memory_goes_on_where_it_stopped(kind, form):
         for at, found in zip(ends, logits):
             if at > first[b] or found is logits[0]:  # a row without tokens has no logits
                 assert_close(found[b], alone[at - 1], what=f"row {b}, {at} tokens")
+
+
+@kinds
+@pytest.mark.parametrize("form", FORMS)
+def test_a_memory_goes_on_where_it_stopped(kind, form):
+    """A state that is lost, another row's, or of padding; a change that training alone sees."""
+    assert_goes_on(kind, form)
+
+
+def test_the_memory_of_readme_is_one(monkeypatch):
+    """An example that has gone stale."""
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    code = text.partition("## A memory of your own")[2].partition("```python\n")[2].partition("```")[0]
+    monkeypatch.setitem(MEMORIES, "shift", None)  # so that it is taken out again
+    exec(code, {"torch": torch, "nn": torch.nn, "MEMORIES": MEMORIES})
+    assert_goes_on("shift", "gqa")
+    model, tokens = tiny(memory="shift"), draw_tokens(1, 9)
+    assert error(model(tokens), tiny()(tokens)) > 0.01
+    tiny().add_memory(kind="shift")
 
 
 @kinds

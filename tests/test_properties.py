@@ -21,7 +21,6 @@ import sparse
 from cache import LayerCache
 from conftest import RATPLUS_FORM, assert_close, draw_tokens, times, tiny
 from memory import arl_passes, effective_length, lengths_of, memory_loop, memory_scan, memory_step, scan
-from engine import draw
 from model import Transformer
 from sparse import (Compose, Dense, Dilated, MoBA, Quest, SnapKV, attend, attend_to_slots, chance, compose, drops, name, parse, per_kv_head,
                     phases, randomized, top, window_of)
@@ -366,7 +365,7 @@ def test_a_draw_is_of_the_top_k(B, V, temperature, top_k, values, seed):
     source = torch.Generator().manual_seed(seed)
     logits = torch.randint(values, (B, V), generator=source).float() + 0.01 * torch.randn(B, V, generator=source) * (values % 2)
     for t in temperature, 0:
-        token = draw(logits, t, top_k, source)
+        token = engine.draw(logits, t, top_k, source)
         kth = logits.sort(descending=True).values[:, min(top_k or V, V) - 1] if t else logits.amax(1)
         assert token.shape == (B,) and (logits.gather(1, token[:, None])[:, 0] >= kth).all()
 

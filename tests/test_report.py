@@ -810,10 +810,10 @@ def test_memory_lengths_are_medians_of_each_layer():
                            train.nullcontext(), Processes(), 5)["memory_lengths"]
     gates = []
 
-    def look(attention, inputs):
-        gates.append(attention.gate(inputs[0]).unflatten(-1, (-1, 8)))
+    def look(memory, inputs):
+        gates.append(memory.gate(inputs[0]))
     for layer in model.layers:
-        layer.self_attn.register_forward_pre_hook(look)
+        layer.self_attn.memory.register_forward_pre_hook(look)
     with torch.no_grad():
         model(torch.stack([tokens[:-1] for tokens, _ in dataset[:3]]))
     assert found == [round(effective_length(gate).median().item(), 2) for gate in gates]
