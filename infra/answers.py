@@ -196,7 +196,7 @@ def hash_of_files(files):
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {file.stat().st_size} ".encode())
-        own = weights.told_hash(weights.opened(file)) if file.suffix == ".safetensors" else None
+        own = weights.written_hash(weights.opened(file)) if file.suffix == ".safetensors" else None
         if own:  # whoever loads the file asks whether it is true
             digest.update(own.encode())
             continue

@@ -113,7 +113,7 @@ class Writer(dcp.StorageWriter):
 
     def finish(self, metadata, results):
         """The first process, once all have written."""
-        hashes = {file.name: weights.told_hash(weights.opened(file))
+        hashes = {file.name: weights.written_hash(weights.opened(file))
                   for file in sorted(self.temporary.glob("*.safetensors"))}
         config = weights.config_json(self.config, "float32", hashes, self.tokenizer)
         (self.temporary / "config.json").write_text(config)

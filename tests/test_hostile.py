@@ -520,4 +520,4 @@ def test_no_script_runs_what_it_reads_or_asks_the_network(file):
             assert IMPORTS.isdisjoint(name.split(".")[0] for name in names), f"{file.name} line {node.lineno}: {names}"
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load"):
             flags = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            assert flags.get("weights_only") == "True" and file.name == "weights.py", f"{file.name} line {node.lineno}: {ast.unparse(node)}"
+            assert flags.get("weights_only") == "True" and file.name == "ratplus.py", f"{file.name} line {node.lineno}: {ast.unparse(node)}"

@@ -433,7 +433,8 @@ def test_a_pth_that_is_no_ratplus_is_refused(what, ratplus, tmp_path, monkeypatc
 def test_ratplus_saves_and_loads_as_a_directory(ratplus, tmp_path, monkeypatch):
     """A conversion that is right in memory and wrong on disk."""
     model = Transformer.from_pretrained(save_pth(tmp_path / "last.pth", official_names(ratplus), monkeypatch, n_head=4))
-    assert {key: getattr(model.config, key) for key in RATPLUS_FORM} == RATPLUS_FORM
+    expected = RATPLUS_FORM | {"memory": "decay"}
+    assert {key: getattr(model.config, key) for key in expected} == expected
     model.save_pretrained(tmp_path / "ours")
     loaded = Transformer.from_pretrained(tmp_path / "ours")
     assert_same(loaded, model)
