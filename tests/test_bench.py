@@ -1,4 +1,4 @@
-"""bench.py: what can be shown of it without a GPU."""
+"""bench.py and experiments/bench_model.py: what can be shown of them without a GPU."""
 import json
 from dataclasses import replace
 
@@ -6,92 +6,131 @@ import pytest
 import torch
 
 import bench
-from experiments import bench_model
 from conftest import assert_close
+from experiments import bench_model, bench_peers
+from memory import memory_loop
 from model import PRESETS
 from sparse import Quest, parse
 from test_sparse import draw, layer_cache
 
-
-def run(monkeypatch, *argv):
-    monkeypatch.setattr("sys.argv", ["bench.py", *argv])
-    bench.main()
+alone = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it takes minutes")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it takes minutes")
-def test_without_a_gpu_it_times_the_plain_forms(monkeypatch, capsys):
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """bench.py with these flags -> what it prints; exit 2 -> its one line."""
+    def command(*flags):
+        monkeypatch.setattr("sys.argv", ["bench.py", *flags])
+        try:
+            bench.command("bench.py", bench.main)
+        except SystemExit as stop:
+            error = capsys.readouterr().err
+            assert stop.code == 2 and error.startswith("bench.py: ") and error.count("\n") == 1
+            return error
+        return capsys.readouterr().out
+    return command
+
+
+@alone
+def test_without_a_gpu_it_times_the_plain_forms(run):
     """A traceback where there is no GPU, or a figure that could be taken for a kernel's."""
-    run(monkeypatch)
-    text = capsys.readouterr().out
-    assert text.startswith("no GPU here: plain PyTorch") and "memory_scan" in text and "moba" in text
-    for flags in ["--only", "memory"], ["--json=b.json"]:  # of what is not timed here
-        with pytest.raises(SystemExit) as stop:
-            run(monkeypatch, *flags)
-        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    text = run()
+    assert text.startswith("no GPU here: plain PyTorch")
+    assert "memory_scan" in text and "moba" in text
 
 
-def test_an_unknown_part_is_one_line(monkeypatch, capsys):
-    """A typing error that starts minutes of something else."""
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, "--only", "memroy")
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "memroy" in error and "memory" in error and error.count("\n") == 1
+@alone
+@pytest.mark.parametrize("flags, words", [
+    (["--only", "memory"], "need a GPU"),  # of what is not timed here
+    (["--json=b.json"], "need a GPU"),
+    (["--end-to-end", "--only=batch"], "need a GPU"),
+    (["--end-to-end", "--only=memory"], "one of single"),
+    (["--end-to-end", "--json=/dev/null/x"], "/dev/null"),
+], ids=str)
+def test_what_needs_a_gpu_is_one_line_without(flags, words, run):
+    """Parts that need a GPU, or a file that cannot be written, in a traceback."""
+    assert words in run(*flags)
 
 
-@pytest.mark.parametrize("flags", [["--preset=pico"], ["--contexts", "256"], ["--tokenizer=bytes"]], ids=str)
-def test_what_is_of_whole_models_is_refused_without(flags, monkeypatch, capsys):
-    """Minutes of the kernels at a shape that was not asked for."""
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, *flags)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and flags[0].split("=")[0] in error and "--end-to-end" in error and error.count("\n") == 1
+@pytest.mark.parametrize("flags, words", [
+    (["--only", "memroy"], ["memroy", "memory"]),
+    (["--preset=pico"], ["--preset", "--end-to-end"]),
+    (["--contexts", "256"], ["--contexts", "--end-to-end"]),
+    (["--tokenizer=bytes"], ["--tokenizer", "--end-to-end"]),
+], ids=str)
+def test_an_unknown_part_or_a_flag_of_whole_models_is_one_line(flags, words, run):
+    """A typing error, or a shape that was not asked for, that starts minutes of something else."""
+    error = run(*flags)
+    assert all(word in error for word in words)
 
 
-def test_its_plain_quest_is_quest(monkeypatch):
+# ---------------------------------------------------------------- peers
+
+def test_its_plain_quest_is_quest():
     """A peer that reads other blocks, and so is no peer."""
     q, k, v, _ = draw(2, 64, 4, 4, seed=1)
-    monkeypatch.setattr(bench, "D", 8)
     blocks = k.unflatten(1, (8, 8))
-    y = bench.plain_quest(q[:, -1:], k, v, blocks.amin(2), blocks.amax(2), 3, 8)
-    assert_close(y.transpose(1, 2), Quest(24, 8).decode(q[:, -1:], layer_cache(k, v))[0])
+    y = bench_peers.plain_quest(q[:, -1:], k, v, blocks.amin(2), blocks.amax(2), 3, 8)
+    assert_close(y, Quest(24, 8).decode(q[:, -1:], layer_cache(k, v))[0])
 
 
-# ---------------------------------------------------------------- --end-to-end
+def test_its_official_memory_is_eq_1(monkeypatch):
+    """A peer with another gate, or a gradient one token off. (torch's own scan needs a GPU.)"""
+    def scan(g, b, reverse=False):
+        m, steps = torch.zeros_like(b), range(b.shape[1])
+        state = torch.zeros_like(b[:, 0])
+        for t in reversed(steps) if reverse else steps:
+            m[:, t] = state = g[:, t] * state + b[:, t]
+        return m
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it takes minutes")
-def test_whole_models_are_timed_without_a_gpu_too(monkeypatch, capsys, tmp_path):
-    """A command that does nothing on a machine that has no GPU; parts that need one, in a traceback."""
+    monkeypatch.setattr(bench_peers, "scan", scan)
+    k, v, gate = (x.requires_grad_() for x in torch.randn(3, 2, 9, 2, 4))
+    ours, exact = bench_peers.official_memory(k, v, gate), memory_loop(k, v, gate)[:2]
+    gradients = torch.randn(2, *k.shape).unbind()
+    for outs in zip([*ours, *torch.autograd.grad(ours, (k, v, gate), gradients)],
+                    [*exact, *torch.autograd.grad(exact, (k, v, gate), gradients)]):
+        assert_close(*outs)
+
+
+# ---------------------------------------------------------------- whole models
+
+@alone
+def test_whole_models_are_timed_without_a_gpu_too(run, tmp_path):
+    """A command that does nothing on a machine that has no GPU."""
     file = tmp_path / "bench.json"
-    run(monkeypatch, "--end-to-end", "--preset=pico", "--contexts", "256", "2048", f"--json={file}")
+    run("--end-to-end", "--preset=pico", "--contexts", "256", "2048", f"--json={file}")
     report = json.loads(file.read_text())
-    assert {row["method"] for row in report["rows"]} >= {"dense", "dense, almost empty", "quest:budget=1/16", "snapkv:budget=1/16"}
-    assert {row["model"] for row in report["rows"]} == {"pico", "pico + memory"} == set(report["crossover"])
+    methods, models = ({row[key] for row in report["rows"]} for key in ("method", "model"))
+    assert methods >= {"dense", "dense, almost empty", "quest:budget=1/16", "snapkv:budget=1/16"}
+    assert models == {"pico", "pico + memory"} == set(report["crossover"])
     assert all(row["step_ms"] > 0 for row in report["rows"])
-    for flags in ["--only=batch"], ["--only=memory"], ["--json=/dev/null/x"]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            run(monkeypatch, "--end-to-end", *flags)
-        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_bytes_needed_counts_weights_and_entries():
-    """A prediction that leaves out the gates, counts SnapKV's whole prompt, or is of half the batch."""
+    """A prediction that leaves out the gates, or SnapKV's dropping, or is of half the batch."""
     model = bench_model.random_model(replace(PRESETS["pico"], vocab_size=300))
     size = bench_model.DTYPE.itemsize
-    weights, entry = size * sum(p.numel() for p in model.parameters()), 2 * 96 * size * 2  # of both layers
-    need = lambda text, B=1, T=4096: bench_model.bytes_needed(model, parse(text, T), B, T, new=100) - weights
+    entry = 2 * 96 * size * 2  # of both layers
+    weights = lambda: size * sum(p.numel() for p in model.parameters())
+    need = lambda text, B=1, T=4096: \
+        bench_model.bytes_needed(model, parse(text, T), B, T, new=100) - weights()
     assert 4196 * entry < need("dense") < 4196 * entry + 64 * 96 * size * 2 + 4096 * 96 * size * 7
-    assert need("snapkv:budget=1/16", B=8) - need("snapkv:budget=1/16", B=4) == 4 * (356 * (entry + 4 * 3 * 2) + 4096 * 96 * size * 6)
+    of_four = 4 * (356 * (entry + 4 * 3 * 2) + 4096 * 96 * size * 6)
+    assert need("snapkv:budget=1/16", B=8) - need("snapkv:budget=1/16", B=4) == of_four
     assert need("quest:budget=1/16") - need("dense") == 66 * entry
     before = need("dense")
     model.add_memory()
-    assert bench_model.bytes_needed(model, parse("dense", 1), 1, 4096, new=100) - size * sum(p.numel() for p in model.parameters()) > before
+    assert need("dense") > before
 
 
 def test_a_step_reads_the_weights_and_what_was_selected():
     """A roofline that counts the embedding's table, or all entries of a sparse method."""
     model = bench_model.random_model(PRESETS["pico"])
     size = bench_model.DTYPE.itemsize
-    weights = size * sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
-    read = lambda text: (bench_model.step_bytes(model, parse(text, 4096), 2, 4096) - weights) / (2 * 2 * 2 * 96 * size)
-    assert [read(text) for text in ("dense", "snapkv:budget=1/16", "quest:budget=1/16")] == [4096, 256, 256 + 64]
+    weights = size * sum(p.numel() for name, p in model.named_parameters()
+                         if p.dim() == 2 and "embed" not in name)
+    read = lambda text: bench_model.step_bytes(model, parse(text, 4096), 2, 4096) - weights
+    entry = 2 * 2 * 2 * 96 * size  # of both rows and layers
+    assert read("dense") == 4096 * entry
+    assert read("snapkv:budget=1/16") == 256 * entry
+    assert read("quest:budget=1/16") == (256 + 64) * entry
