@@ -1,37 +1,45 @@
 """
-Query-aware KV sparsity: which few keys a query may read. Every method is the same two lines (arXiv 2605.28640):
+Query-aware KV sparsity: which few keys a query may read. Every method is the same two lines (arXiv
+2605.28640):
 
-    I = TopK_i s(q_sel, rho(K_i))          Eq. 3, selection: rho sums up candidate i, s scores it for the query
-    y = softmax(q K_I^T / sqrt(D)) V_I     Eq. 4, computation: ordinary attention over what was selected
+    I = TopK_i s(q_sel, rho(K_i))         Eq. 3, selection: rho sums up candidate i, s scores it
+    y = softmax(q K_I^T / sqrt(D)) V_I    Eq. 4, computation: attention to what was selected
 
 They differ in what a candidate is, in rho, in who asks, and in which phase they are sparse:
 
-    method   candidate  rho                              q_sel                      prefill  cache     decode
-    Quest    block      per-channel min and max of keys  the query itself           dense    all       sparse
-    MoBA     block      mean of the keys                 the query itself           sparse   all       dense
-    SnapKV   token      the key itself                   the prompt's last queries  dense    selected  what is left
-    Dilated  token      none: a fixed pattern            none                       sparse   all       sparse
+    method   candidate  rho                      q_sel                  prefill  cache     decode
+    Quest    block      min and max per channel  the query itself       dense    all       sparse
+    MoBA     block      mean of the keys         the query itself       sparse   all       dense
+    SnapKV   token      the key itself           prompt's last queries  dense    selected  the rest
+    Dilated  token      none: a fixed pattern    none                   sparse   all       sparse
 
-A method is three hooks, one per phase; the class Dense has the dense form of each, a method overrides what it changes:
+A method is three hooks, one per phase; the class Dense has the dense form of each, a method
+overrides what it changes:
 
-    prefill(q, k, v, start, dice) -> y, selected      attention over a prompt, or over a chunk of one
-    compress(q, k, v, lengths, dice) -> positions     which of the prompt's entries stay in the cache; None keeps all
-    decode(q, cache) -> y, selected                   one query against the cache (a cache.LayerCache)
+    prefill(q, k, v, start, dice) -> y, selected     attention over a prompt, or a chunk of one
+    compress(q, k, v, lengths, dice) -> positions    which entries stay in the cache; None: all
+    decode(q, cache) -> y, selected                  one query against a cache.LayerCache
 
-`selected` says what was read: true positions (B, KV, S) in decode, blocks (B, KV, Tq, S) in prefill, -1 for none, None
-for everything. It is what H1 looks at, and how a budget is measured instead of believed. k and v are the remembered
-k~ and v~ (memory.py) where the model has a memory: a method needs not know.
+`selected` says what was read: true positions (B, KV, S) in decode, blocks (B, KV, Tq, S) in
+prefill, -1 for none, None for everything. It is what H1 looks at, and how a budget is measured
+instead of believed. k and v are the remembered k~ and v~ (memory.py) where the model has a memory:
+a method need not know.
 
-Letters: B batch, Tq queries, Tk cache slots, H query heads, KV key/value heads, G = H // KV, D head width, N blocks,
-S selected. A budget is in tokens per query, KV head and layer, and includes everything: forced blocks, the window.
-A slot is a place in the cache: a token's position, until SnapKV closes the gaps. `dice` (B, Tq) are integers that
-hash a row's tokens so far and the layer: only the random selectors of H2 read them, as their source of chance.
+A budget is in tokens per query, KV head and layer, and includes everything: forced blocks, the
+window. A slot is a place in the cache: a token's position, until SnapKV closes the gaps. `dice`
+(B, Tq) are integers that hash a row's tokens so far and the layer: only the random selectors of H2
+read them, as their source of chance.
 
-Selection is per KV head: scores are averaged over the G query heads of its group (see `per_kv_head`). The originals
-know no groups: they repeat k and v up to H heads and select for each. Checked against them in tests/test_sparse.py.
-model.py calls the hooks; read niah.py next for what they are asked to find. What is written here is the definition, in plain
-PyTorch. On a GPU triton_ops/selectors.py computes the same in Triton, as long as it is the same: whatever a fork changes here,
-or a subclass overrides, is computed as it is written.
+Selection is per KV head: scores are averaged over the G query heads of its group (per_kv_head).
+The originals know no groups: they repeat k and v up to H heads and select for each. Checked against
+them in tests/test_sparse.py.
+
+What is written here is the definition, in plain PyTorch. On a GPU triton_ops/selectors.py computes
+the same in Triton, as long as it is the same: whatever a fork changes here, or a subclass
+overrides, is computed as it is written. Read niah.py next for what the methods are asked to find.
+
+Letters: B batch, Tq queries, Tk cache slots, H query heads, KV key/value heads, G = H // KV,
+D head width, N blocks, S selected.
 """
 import math
 from dataclasses import dataclass, fields, replace
@@ -48,8 +56,9 @@ NEVER, ALWAYS = -math.inf, math.inf  # scores of what must not and what must be 
 def attend(q, k, v, keep=None, causal=False):
     """
     Eq. 4. q: (B, Tq, H, D), k, v: (B, Tk, KV, D) -> (B, Tq, H, D).
-    keep: bool, broadcastable to (B, H, Tq, Tk), True where a query may read; causal: the last query reads all, the one
-    before it all but one, and so on (Tq must be Tk).
+
+    keep: bool, broadcastable to (B, H, Tq, Tk), True where a query may read; causal: the last query
+    reads all, the one before it all but one, and so on (Tq must be Tk).
     """
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
@@ -58,7 +67,7 @@ def attend(q, k, v, keep=None, causal=False):
 
 
 def attend_to_slots(q, k, v, slots):
-    """One query over the slots (B, KV, S) of each KV head, -1 for none. q: (B, 1, H, D), k, v: (B, Tk, KV, D)."""
+    """Eq. 4 for one query (B, 1, H, D) over the slots (B, KV, S) of each KV head, -1 for none."""
     B, _, H, D = q.shape
     KV, S = slots.shape[1:]
     index = slots.clamp_min(0).transpose(1, 2).unsqueeze(-1).expand(B, S, KV, D)  # (B, S, KV, D)
@@ -67,53 +76,36 @@ def attend_to_slots(q, k, v, slots):
 
 
 def query_slots(q, start):
-    """The slot of each query, (1 or B, Tq). start: an int, or one per row (B,), is the slot of the first."""
-    return torch.as_tensor(start, device=q.device).view(-1, 1) + torch.arange(q.shape[1], device=q.device)
+    """The slot of each query, (1 or B, Tq). start: that of the first, an int or one a row (B,)."""
+    start = torch.as_tensor(start, device=q.device).view(-1, 1)
+    return start + torch.arange(q.shape[1], device=q.device)
 
 
 def up_to_queries(q, k, v, start):
-    """k, v with zeros behind each row's last query. There may be anything, and weight 0 does not help where a value is NaN."""
+    """k, v with zeros behind each row's last query: a NaN there would not go away with weight 0."""
     if isinstance(start, int):
         return k[:, :start + q.shape[1]], v[:, :start + q.shape[1]]
-    behind = torch.arange(k.shape[1], device=q.device) > query_slots(q, start)[:, -1:]                # (1 or B, Tk)
+    slot = torch.arange(k.shape[1], device=q.device)
+    behind = slot > query_slots(q, start)[:, -1:]  # (1 or B, Tk)
     return tuple(x.masked_fill(behind[..., None, None], 0) for x in (k, v))
 
 
 def per_kv_head(scores, KV):
-    """Average scores (B, H, ...) over the query heads of each KV head: (B, KV, ...). Change the mean to a max here."""
+    """Average (B, H, ...) over each KV head's query heads: (B, KV, ...). Or take a max here."""
     return scores.unflatten(1, (KV, -1)).mean(dim=2)
 
 
 def top(scores, S):
-    """Eq. 3's TopK: the S best of the last dim, as indices, -1 where fewer than S may be selected."""
+    """Eq. 3's TopK: the S best of the last dim, as indices, -1 where fewer may be selected."""
     best, index = scores.topk(min(S, scores.shape[-1]), dim=-1)
     return torch.where(best == NEVER, -1, index)
 
 
-def dice_of(tokens, position, before=0, real=None):
-    """
-    A hash of each row's tokens so far, for the random selectors of H2: tokens and position (B, T) ->
-    (B, T). before: the hash of what a cache holds; real: (B, T), False at padding.
-    """
-    mixed = (tokens + 1) * 0x1E3779B97F4A7C15 ^ (position + 1) * 0x632BE59BD9B4E019
-    if real is not None:
-        mixed = mixed * real
-    return before + mixed.cumsum(1)
-
-
-def layer_dice(dice, layer):
-    """The layer's own. The factor is large and odd; times the number of layers it is below 2**63."""
-    return None if dice is None else dice + 0x9E3779B97F4A7D * layer
-
-
-def chance(dice, seed, KV, N):
-    """Uniform scores for H2, (B, KV, Tq, N): a hash (splitmix64) of dice (B, Tq), seed, KV head and candidate."""
-    # x starts as a distinct integer per element; int64 products wrap around, which is what a hash wants
-    heads, candidates = torch.arange(KV, device=dice.device), torch.arange(N, device=dice.device)
-    x = dice[:, None, :, None] + (seed * KV + heads)[:, None, None] * 0x632BE59BD9B4E019 + candidates * 0x1E3779B97F4A7C15
-    for shift, factor in (30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB):
-        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
-    return (x >> 31 & 0xFFFFFF).float() / 2**24
+def to_blocks(x, block_size):
+    """(B, T, ...) -> (B, N, block_size, ...), padded with zeros."""
+    pad = -x.shape[1] % block_size
+    x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, pad))
+    return x.unflatten(1, (-1, block_size))
 
 
 # ---------------------------------------------------------------- the methods
@@ -121,10 +113,14 @@ def chance(dice, seed, KV, N):
 @dataclass(frozen=True)
 class Dense:
     """Every query reads every entry before it and its own."""
-    random = None     # a seed, in methods that select: scores are drawn by chance instead (H2). Forced entries stay.
-    in_graph = False  # True in a class of your own whose `decode` waits for no result and changes nothing in Python:
-                      # then a GPU replays its steps as a CUDA graph, as it does with the methods of this file. Two
-                      # objects that are equal share a graph: what `decode` depends on must be in the fields
+
+    # A seed, in methods that select: scores are drawn by chance instead (H2). Forced entries stay.
+    random = None
+
+    # True in a class of your own whose `decode` waits for no result and changes nothing in Python:
+    # then a GPU replays its steps as a CUDA graph, as it does with the methods of this file. Two
+    # objects that are equal share a graph: what `decode` depends on must be in the fields.
+    in_graph = False
 
     def prefill(
         self,
@@ -136,7 +132,8 @@ class Dense:
         if isinstance(start, int) and start == 0:
             return attend(q, k, v, causal=True), None
         k, v = up_to_queries(q, k, v, start)
-        keep = torch.arange(k.shape[1], device=q.device) <= query_slots(q, start)[:, None, :, None]  # (B, 1, Tq, Tk)
+        slot = torch.arange(k.shape[1], device=q.device)
+        keep = slot <= query_slots(q, start)[:, None, :, None]  # (1 or B, 1, Tq, Tk)
         return attend(q, k, v, keep), None
 
     def compress(
@@ -145,36 +142,38 @@ class Dense:
         k, v,     # (B, Tk, KV, D)
         lengths,  # (B,)            tokens in each row's prompt
         dice,     # (B, 1)
-    ):            # -> positions (B, KV, S) that stay, ascending, -1 at the end, S from Tk and the budget; None keeps everything
-        """What k and v hold from lengths on may be anything."""
+    ):            # -> positions (B, KV, S) that stay, ascending, -1 at the end; None: all stay
+        """What k and v hold from lengths on may be anything. S follows from Tk and the budget."""
         return None
 
     def decode(
         self,
         q,      # (B, 1, H, D)
-        cache,  # cache.LayerCache: k, v (B, Tk, KV, D), used (B,) slots filled per row, the query's token included
+        cache,  # cache.LayerCache: k, v (B, Tk, KV, D); used (B,) slots filled per row, the
+                # query's own token included
     ):          # -> y (B, 1, H, D), selected (B, KV, S) positions (None: everything)
         """
-        What k and v hold from `used` on may be anything finite. With `in_graph` they are all slots of the cache, so that no
-        shape changes from step to step.
+        What k and v hold from `used` on may be anything finite. With `in_graph` they are all slots
+        of the cache, so that no shape changes from step to step.
         """
         if not cache.ragged:
             return attend(q, cache.k, cache.v), None
-        return attend(q, cache.k, cache.v, cache.filled_slots()[:, None, None]), None  # what is not filled is finite: see Cache.clear
+        return attend(q, cache.k, cache.v, cache.filled_slots()[:, None, None]), None
 
 
 @dataclass(frozen=True)
 class Quest(Dense):
     """
-    Reads the blocks whose keys could give the query the largest product (arXiv 2406.10774; it says page for block).
+    Reads the blocks whose keys could give the query the largest product (arXiv 2406.10774; it says
+    page for block).
 
-    score = sum_d max(q[d] * min_d, q[d] * max_d): no key of the block, whose channels lie between min_d and max_d, can
-    exceed it. Blocks are fixed by slot, so the last one may be partly filled.
+    score = sum_d max(q[d] * min_d, q[d] * max_d): no key of the block, whose channels lie between
+    min_d and max_d, can exceed it. Blocks are fixed by slot, so the last one may be partly filled.
     """
     budget: int = 256          # tokens a query may read, a multiple of block_size
     block_size: int = 64
     keep_first: bool = True    # always read the first block, and
-    keep_current: bool = True  # the query's own. Inside the budget. The paper forces both, the released code neither.
+    keep_current: bool = True  # the query's own: the paper forces both, the released code neither
     random: int | None = None  # seed
 
     def __post_init__(self):
@@ -183,14 +182,26 @@ class Quest(Dense):
     def score(self, q, k, filled):
         """q: (B, 1, H, D), k: (B, Tk, KV, D), filled: (B, Tk) -> (B, KV, 1, N)"""
         B, Tk, KV, D = k.shape
-        filled = to_blocks(filled, self.block_size)[..., None, None]                           # (B, N, block, 1, 1)
-        k = to_blocks(k, self.block_size)                                                      # (B, N, block, KV, D)
+        filled = to_blocks(filled, self.block_size)[..., None, None]  # (B, N, block, 1, 1)
+        k = to_blocks(k, self.block_size)                             # (B, N, block, KV, D)
         k = k.where(filled, k[:, :, :1])  # a slot not filled yet repeats the block's first
-        low, high = k.amin(2).float().transpose(1, 2), k.amax(2).float().transpose(1, 2)       # (B, KV, N, D)
-        q = q.float().view(B, KV, -1, D).transpose(2, 3)                                       # (B, KV, D, G)
-        # max(q * low, q * high) is q * high where q > 0 and q * low where q < 0: two products of matrices
-        bound = high @ q.clamp_min(0) + low @ q.clamp_max(0)                                   # (B, KV, N, G)
+        low = k.amin(2).float().transpose(1, 2)                       # (B, KV, N, D)
+        high = k.amax(2).float().transpose(1, 2)
+        q = q.float().view(B, KV, -1, D).transpose(2, 3)              # (B, KV, D, G)
+        # max(q * low, q * high) is q * high where q > 0, q * low where q < 0: two matrix products
+        bound = high @ q.clamp_min(0) + low @ q.clamp_max(0)          # (B, KV, N, G)
         return per_kv_head(bound.transpose(2, 3).flatten(1, 2), KV).unsqueeze(2)
+
+    def forced(self, scores, used):
+        """Scores (B, KV, 1, N) with what must and must not be read marked."""
+        block = torch.arange(scores.shape[-1], device=scores.device)
+        current = ((used - 1) // self.block_size)[:, None, None, None]  # (B, 1, 1, 1)
+        scores = scores.masked_fill(block > current, NEVER)
+        if self.keep_first:
+            scores = scores.masked_fill(block == 0, ALWAYS)
+        if self.keep_current:
+            scores = scores.masked_fill(block == current, ALWAYS)
+        return scores
 
     def choose(self, q, cache):
         """-> the blocks to read, (B, KV, S), -1 for none"""
@@ -202,35 +213,27 @@ class Quest(Dense):
         return top(self.forced(scores, cache.used), self.budget // self.block_size).squeeze(2)
 
     def decode(self, q, cache):
-        chosen = self.choose(q, cache)                                                         # (B, KV, S)
-        slots = chosen.unsqueeze(-1) * self.block_size + torch.arange(self.block_size, device=q.device)
+        chosen = self.choose(q, cache)  # (B, KV, S)
+        within = torch.arange(self.block_size, device=q.device)
+        slots = chosen.unsqueeze(-1) * self.block_size + within
         unread = (chosen < 0).unsqueeze(-1) | (slots >= cache.used[:, None, None, None])
-        slots = slots.masked_fill(unread, -1).flatten(2)                                       # (B, KV, S * block)
+        slots = slots.masked_fill(unread, -1).flatten(2)  # (B, KV, S * block)
         return attend_to_slots(q, cache.k, cache.v, slots), cache.positions_of(slots)
-
-    def forced(self, scores, used):
-        """Scores (B, KV, 1, N) with what must and must not be read marked."""
-        block = torch.arange(scores.shape[-1], device=scores.device)
-        current = ((used - 1) // self.block_size)[:, None, None, None]                         # (B, 1, 1, 1)
-        scores = scores.masked_fill(block > current, NEVER)
-        if self.keep_first:
-            scores = scores.masked_fill(block == 0, ALWAYS)
-        if self.keep_current:
-            scores = scores.masked_fill(block == current, ALWAYS)
-        return scores
 
 
 @dataclass(frozen=True)
 class MoBA(Dense):
     """
-    Reads the blocks whose mean key is closest to the query, in prefill and training (arXiv 2502.13189).
+    Reads the blocks whose mean key is closest to the query, in prefill and training (arXiv
+    2502.13189).
 
-    score = q . mean(keys of the block), over complete earlier blocks. The query's own block is always read, causally,
-    and counts: budget 256 with block_size 64 is the own block and the three best others, the first among them if kept.
+    score = q . mean(keys of the block), over complete earlier blocks. The query's own block is
+    always read, causally, and counts: budget 256 with block_size 64 is the own block and the three
+    best others, the first among them if kept.
     """
     budget: int = 256
     block_size: int = 64
-    keep_first: bool = True    # the paper's rule. The original forces the query's own block alone.
+    keep_first: bool = True    # the paper's rule; the original forces the query's own block alone
     random: int | None = None  # seed
 
     def __post_init__(self):
@@ -238,106 +241,122 @@ class MoBA(Dense):
 
     def score(self, q, k):
         """q: (B, Tq, H, D), k: (B, Tk, KV, D) -> (B, KV, Tq, N)"""
-        # the last block may be incomplete: its mean is wrong, and never used, as it can only be a query's own
-        # divided before they are summed: a sum of large keys might overflow
-        mean = to_blocks(k.float() / self.block_size, self.block_size).sum(2)                  # (B, N, KV, D)
-        mean = mean.repeat_interleave(q.shape[2] // k.shape[2], dim=2)                         # (B, N, H, D)
+        # The last block may be incomplete: its mean is wrong, and never used, as it can only be a
+        # query's own. Keys are divided before they are summed: a sum of large ones might overflow.
+        mean = to_blocks(k.float() / self.block_size, self.block_size).sum(2)  # (B, N, KV, D)
+        mean = mean.repeat_interleave(q.shape[2] // k.shape[2], dim=2)         # (B, N, H, D)
         return per_kv_head(torch.einsum("bthd,bnhd->bhtn", q.float(), mean), k.shape[2])
+
+    def forced(self, scores, slot):
+        """Scores (B, KV, Tq, N) with what must and must not be read marked; slot (1 or B, Tq)."""
+        block = torch.arange(scores.shape[-1], device=scores.device)
+        current = (slot // self.block_size)[:, None, :, None]  # (1 or B, 1, Tq, 1)
+        scores = scores.masked_fill(block > current, NEVER).masked_fill(block == current, ALWAYS)
+        return scores.masked_fill(block == 0, ALWAYS) if self.keep_first else scores
 
     def choose(self, q, k, start, dice):
         """-> the blocks that each query reads, (B, KV, Tq, S), -1 for none"""
         KV, N = k.shape[2], math.ceil(k.shape[1] / self.block_size)
-        scores = self.score(q, k) if self.random is None else chance(dice, self.random, KV, N)
+        if self.random is None:
+            scores = self.score(q, k)
+        else:
+            scores = chance(dice, self.random, KV, N)
         return top(self.forced(scores, query_slots(q, start)), self.budget // self.block_size)
 
     def prefill(self, q, k, v, start, dice):
-        chosen = self.choose(q, k, start, dice)                                                # (B, KV, Tq, S)
-        Tk, slot = k.shape[1], query_slots(q, start)                                           # (1 or B, Tq)
+        chosen = self.choose(q, k, start, dice)       # (B, KV, Tq, S)
+        Tk, slot = k.shape[1], query_slots(q, start)  # (1 or B, Tq)
         k, v = up_to_queries(q, k, v, start)
         y = []
-        for t in range(0, q.shape[1], 256):  # in parts: a mask of all queries by all keys would be huge
-            part, end = slice(t, t + 256), min(start + t + 256, Tk) if isinstance(start, int) else Tk
-            y.append(self.attend_to_blocks(q[:, part], k[:, :end], v[:, :end], chosen[:, :, part], slot[:, part]))
+        # in parts: a mask of all queries by all keys would be huge
+        for t in range(0, q.shape[1], 256):
+            part, end = slice(t, t + 256), Tk
+            if isinstance(start, int):
+                end = min(start + t + 256, Tk)
+            y.append(self.attend_to_blocks(q[:, part], k[:, :end], v[:, :end],
+                                           chosen[:, :, part], slot[:, part]))
         return torch.cat(y, dim=1), chosen
 
     def attend_to_blocks(self, q, k, v, chosen, slot):
-        """q: (B, Tq, H, D), k, v: (B, Tk, KV, D), chosen blocks (B, KV, Tq, S), slot (1 or B, Tq) -> (B, Tq, H, D)"""
+        """Eq. 4 with chosen blocks (B, KV, Tq, S) of the queries in slot (1 or B, Tq)."""
         Tk, KV = k.shape[1:3]
         N = math.ceil(Tk / self.block_size)
         # one more column takes the -1s, then goes
         keep = torch.zeros(*chosen.shape[:-1], N + 1, dtype=torch.bool, device=q.device)
-        keep = keep.scatter(-1, chosen.where(chosen >= 0, N), True)[..., :N]                   # (B, KV, Tq, N)
-        keep = keep.repeat_interleave(self.block_size, dim=-1)[..., :Tk]                       # (B, KV, Tq, Tk)
+        keep = keep.scatter(-1, chosen.where(chosen >= 0, N), True)[..., :N]  # (B, KV, Tq, N)
+        keep = keep.repeat_interleave(self.block_size, dim=-1)[..., :Tk]      # (B, KV, Tq, Tk)
         keep = keep & (torch.arange(Tk, device=q.device) <= slot[:, None, :, None])
         return attend(q, k, v, keep.repeat_interleave(q.shape[2] // KV, dim=1))
-
-    def forced(self, scores, slot):
-        """Scores (B, KV, Tq, N) with what must and must not be read marked; slot (1 or B, Tq) of each query."""
-        block = torch.arange(scores.shape[-1], device=scores.device)
-        current = (slot // self.block_size)[:, None, :, None]                                  # (1 or B, 1, Tq, 1)
-        scores = scores.masked_fill(block > current, NEVER).masked_fill(block == current, ALWAYS)
-        return scores.masked_fill(block == 0, ALWAYS) if self.keep_first else scores
 
 
 @dataclass(frozen=True)
 class SnapKV(Dense):
     """
-    Keeps the prompt entries that the prompt's last queries attend to most, and drops the rest (arXiv 2404.14469).
+    Keeps the prompt entries that the prompt's last queries attend to most, and drops the rest
+    (arXiv 2404.14469).
 
-    score = softmax attention of the last `window` queries to each earlier key, averaged over them, then averaged over
-    `kernel` neighbouring keys, so that what stands beside a find stays with it. The window itself always stays.
-    Generated tokens come on top of the budget. Kept entries stay in the order of the text (the original: of score).
+    score = softmax attention of the last `window` queries to each earlier key, averaged over them,
+    then averaged over `kernel` neighbouring keys, so that what stands beside a find stays with it.
+    The window itself always stays. Generated tokens come on top of the budget. Kept entries stay in
+    the order of the text (the original: of score).
     """
     budget: int = 256          # prompt entries kept, the window included
     window: int = 64
-    kernel: int = 5            # odd. Averages divide by it at the edges too, as in the original.
+    kernel: int = 5            # odd; averages divide by it at the edges too, as in the original
     random: int | None = None  # seed
 
     def __post_init__(self):
-        check(self.kernel % 2 == 1, f"snapkv: kernel={self.kernel} must be odd, else neighbours shift by half a token")
-        check(self.budget > self.window > 0, f"snapkv: budget={self.budget} must exceed window={self.window}, "
-              "which it includes; raise the budget or set window=")
+        check(self.kernel % 2 == 1, f"snapkv: kernel={self.kernel} must be odd, else neighbours "
+              "shift by half a token")
+        check(self.budget > self.window > 0, f"snapkv: budget={self.budget} must exceed "
+              f"window={self.window}, which it includes; raise the budget or set window=")
 
     def score(self, q, k, lengths):
-        """q: (B, W, H, D) last queries, k: (B, Tk, KV, D), lengths: (B,) -> (B, KV, Tk), 0 from the window on"""
+        """q: (B, W, H, D) last queries, k: (B, Tk, KV, D) -> (B, KV, Tk), 0 from the window on"""
         B, Tk, KV, D = k.shape
         W, G = q.shape[1], q.shape[2] // KV
         slot = torch.arange(Tk, device=q.device)
-        asker = (lengths - W)[:, None] + torch.arange(W, device=q.device)                      # (B, W) slots of q
-        logits = torch.einsum("bwhd,bthd->bhwt", q, k.repeat_interleave(G, dim=2)).float() / math.sqrt(D)
-        unseen = slot > asker[:, None, :, None]                                                # (B, 1, W, Tk)
-        p = logits.masked_fill(unseen, -torch.finfo(torch.float32).max).softmax(-1)            # (B, H, W, Tk)
-        # a prompt shorter than the window has fewer queries than W; but then nothing lies before the window either
-        p = p.mean(2).masked_fill(slot >= (lengths - W)[:, None, None], 0)                     # (B, H, Tk)
+        asker = (lengths - W)[:, None] + torch.arange(W, device=q.device)  # (B, W) slots of q
+        k = k.repeat_interleave(G, dim=2)                                  # (B, Tk, H, D)
+        logits = torch.einsum("bwhd,bthd->bhwt", q, k).float() / math.sqrt(D)
+        unseen = slot > asker[:, None, :, None]                            # (B, 1, W, Tk)
+        p = logits.masked_fill(unseen, -torch.finfo(torch.float32).max).softmax(-1)
+        # a prompt shorter than the window has fewer queries than W; but then nothing lies before
+        # the window either
+        before_window = slot < (lengths - W)[:, None, None]
+        p = p.mean(2).masked_fill(~before_window, 0)                       # (B, H, Tk)
         return F.avg_pool1d(per_kv_head(p, KV), self.kernel, stride=1, padding=self.kernel // 2)
+
+    def forced(self, scores, lengths):
+        """Scores (B, KV, Tk): the window is to be kept, and what lies behind it is not."""
+        slot = torch.arange(scores.shape[-1], device=scores.device)
+        end = lengths[:, None, None]
+        scores = scores.masked_fill(slot >= end - self.window, ALWAYS)
+        return scores.masked_fill(slot >= end, NEVER)
 
     def compress(self, q, k, v, lengths, dice):
         self.check_window(q)
         Tk, KV = k.shape[1:3]
         if self.random is None:
-            scores = self.score(q[:, -self.window:], k, lengths)                               # (B, KV, Tk)
+            scores = self.score(q[:, -self.window:], k, lengths)  # (B, KV, Tk)
         else:
             scores = chance(dice, self.random, KV, Tk).squeeze(2)
-        chosen = top(self.forced(scores, lengths), self.budget)                                # (B, KV, S)
+        chosen = top(self.forced(scores, lengths), self.budget)   # (B, KV, S)
         ascending = chosen.where(chosen >= 0, Tk).sort(dim=-1).values
         return ascending.where(ascending < Tk, -1)
 
     def check_window(self, q):
-        check(q.shape[1] >= self.window, f"snapkv: window={self.window} is more than the {q.shape[1]} queries that the "
-              "cache keeps; make it with new_cache(..., window=)")
-
-    def forced(self, scores, lengths):
-        """Scores (B, KV, Tk) with the window marked as to be kept, and what lies behind it as not."""
-        slot, lengths = torch.arange(scores.shape[-1], device=scores.device), lengths[:, None, None]
-        return scores.masked_fill(slot >= lengths - self.window, ALWAYS).masked_fill(slot >= lengths, NEVER)
+        check(q.shape[1] >= self.window, f"snapkv: window={self.window} is more than the "
+              f"{q.shape[1]} queries that the cache keeps; make it with new_cache(..., window=)")
 
 
 @dataclass(frozen=True)
 class Dilated(Dense):
     """
-    A fixed pattern: the last token of every complete chunk of `dilation`, the last `local` before the query, the first
-    `initial`, and the query's own. It is RAT+'s sparse inference (arXiv 2602.18196); with dilation=None it is
-    StreamingLLM (arXiv 2309.17453), with local = initial = 0 the sparse pass of ARL (memory.arl_passes).
+    A fixed pattern: the last token of every complete chunk of `dilation`, the last `local` before
+    the query, the first `initial`, and the query's own. It is RAT+'s sparse inference (arXiv
+    2602.18196); with dilation=None it is StreamingLLM (arXiv 2309.17453), with local = initial = 0
+    the sparse pass of ARL (memory.arl_passes).
 
         key j for query i:  j <= i and (i - j <= local or j < initial or (j + 1) % dilation == 0)
     """
@@ -346,9 +365,10 @@ class Dilated(Dense):
     initial: int = 4
 
     def __post_init__(self):
-        check(self.dilation is None or self.dilation > 0, f"dilated: dilation={self.dilation} must be positive, or none")
-        check(min(self.local, self.initial) >= 0, f"dilated: local={self.local} and initial={self.initial} "
-              "must not be negative")
+        check(self.dilation is None or self.dilation > 0, f"dilated: dilation={self.dilation} must "
+              "be positive, or none")
+        check(min(self.local, self.initial) >= 0, f"dilated: local={self.local} and "
+              f"initial={self.initial} must not be negative")
 
     def pattern(self, i, j):
         """Whether query position i reads key position j; i and j broadcast."""
@@ -358,33 +378,39 @@ class Dilated(Dense):
         return keep & (j <= i)
 
     def prefill(self, q, k, v, start, dice):
-        slot = query_slots(q, start)                                                           # (1 or B, Tq)
+        slot = query_slots(q, start)  # (1 or B, Tq)
         k, v = up_to_queries(q, k, v, start)
         if self.local == 0:  # then all queries share their few keys, but for their own
             with torch.autocast(q.device.type, enabled=False):  # few products: fp32 is affordable
-                return self.attend_to_shared(q.float(), k.float(), v.float(), slot).to(v.dtype), None
+                y = self.attend_to_shared(q.float(), k.float(), v.float(), slot)
+                return y.to(v.dtype), None
         keep = self.pattern(slot[:, None, :, None], torch.arange(k.shape[1], device=q.device))
         return attend(q, k, v, keep), None  # keep: (1 or B, 1, Tq, Tk)
 
     def attend_to_shared(self, q, k, v, slot):
-        """The pattern with local=0 in Tq * Tk / dilation products: M shared keys, and each query's own. -> (B, Tq, H, D)"""
+        """The pattern with local=0: M shared keys, and each query's own. -> (B, Tq, H, D)"""
         B, Tk, KV, D = k.shape
         P, every = min(self.initial, Tk), self.dilation
-        ends = range(P + (every - 1 - P) % every, Tk, every) if every else ()                  # of the chunks after P
-        shared = torch.tensor([*range(P), *ends], dtype=torch.long, device=q.device)           # (M,)
+        # the ends of the chunks after P
+        ends = range(P + (every - 1 - P) % every, Tk, every) if every else ()
+        shared = torch.tensor([*range(P), *ends], dtype=torch.long, device=q.device)  # (M,)
         own = slot.clamp(max=Tk - 1)  # padding may stand past the last slot
-        own = own.expand(B, -1)[..., None, None].expand(-1, -1, KV, D)                         # (B, Tq, KV, D)
-        q = q.unflatten(2, (KV, -1)) / math.sqrt(D)                                            # (B, Tq, KV, G, D)
+        own = own.expand(B, -1)[..., None, None].expand(-1, -1, KV, D)      # (B, Tq, KV, D)
+
+        q = q.unflatten(2, (KV, -1)) / math.sqrt(D)                         # (B, Tq, KV, G, D)
         to_shared = torch.einsum("btkgd,bmkd->btkgm", q, k[:, shared])
-        to_shared = to_shared.masked_fill(shared >= slot[:, :, None, None, None], NEVER)       # its own comes by itself
+        not_before = shared >= slot[:, :, None, None, None]  # its own comes by itself
+        to_shared = to_shared.masked_fill(not_before, NEVER)
         to_own = (q * k.gather(1, own).unsqueeze(3)).sum(-1, keepdim=True)
-        p = torch.cat([to_shared, to_own], dim=-1).softmax(-1)                                 # (B, Tq, KV, G, M + 1)
-        y = torch.einsum("btkgm,bmkd->btkgd", p[..., :-1], v[:, shared]) + p[..., -1:] * v.gather(1, own).unsqueeze(3)
+        p = torch.cat([to_shared, to_own], dim=-1).softmax(-1)              # (B, Tq, KV, G, M + 1)
+        y = torch.einsum("btkgm,bmkd->btkgd", p[..., :-1], v[:, shared])
+        y = y + p[..., -1:] * v.gather(1, own).unsqueeze(3)
         return y.flatten(2, 3)
 
     def reads(self, q, cache):
-        """-> which slots the query reads, bool (B, 1, Tk), and the same as positions (B, KV, Tk), -1 for none"""
-        check(cache.positions is None, "dilated cannot read a compressed cache: its pattern needs every position")
+        """-> which slots the query reads, bool (B, 1, Tk), and as positions (B, KV, Tk), or -1"""
+        check(cache.positions is None, "dilated cannot read a compressed cache: its pattern needs "
+              "every position")
         slot = torch.arange(cache.k.shape[1], device=q.device)
         keep = self.pattern((cache.used - 1)[:, None, None], slot)
         return keep, torch.where(keep, slot, -1).expand(-1, cache.k.shape[2], -1)
@@ -394,9 +420,55 @@ class Dilated(Dense):
         return attend(q, cache.k, cache.v, keep.unsqueeze(2)), selected
 
 
+# ---------------------------------------------------------------- chance, for H2
+
+def randomized(method, seed):
+    """The same method with its scores drawn by chance. ValueError for one that selects nothing."""
+    check(hasattr(method, "score"), f"{name(method)} has no scores to draw by chance")
+    return replace(method, random=seed)
+
+
+def unseeded(method):
+    """The same method without seeds: equally seeded or not, it keeps equally many entries."""
+    if type(method) is Compose:
+        parts = {part.name: unseeded(getattr(method, part.name)) for part in fields(method)}
+        return replace(method, **parts)
+    return method if method.random is None else replace(method, random=None)
+
+
+def dice_of(tokens, position, before=0, real=None):
+    """
+    A hash of each row's tokens so far: tokens and position (B, T) -> (B, T). before: the hash of
+    what a cache holds; real: (B, T), False at padding.
+    """
+    mixed = (tokens + 1) * 0x1E3779B97F4A7C15 ^ (position + 1) * 0x632BE59BD9B4E019
+    if real is not None:
+        mixed = mixed * real
+    return before + mixed.cumsum(1)
+
+
+def layer_dice(dice, layer):
+    """The layer's own dice."""
+    # the factor is large and odd; times the number of layers it is below 2**63
+    return None if dice is None else dice + 0x9E3779B97F4A7D * layer
+
+
+def chance(dice, seed, KV, N):
+    """Uniform scores (B, KV, Tq, N): a hash (splitmix64) of dice (B, Tq), seed, head, candidate."""
+    heads = (seed * KV + torch.arange(KV, device=dice.device))[:, None, None]
+    candidates = torch.arange(N, device=dice.device)
+    # x starts as a distinct integer per element; int64 products wrap around, as a hash wants it
+    x = dice[:, None, :, None] + heads * 0x632BE59BD9B4E019 + candidates * 0x1E3779B97F4A7C15
+    for shift, factor in (30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
+    return (x >> 31 & 0xFFFFFF).float() / 2**24
+
+
+# ---------------------------------------------------------------- methods of different phases
+
 @dataclass(frozen=True)
 class Compose(Dense):
-    """One method per hook, e.g. MoBA prefill, SnapKV compression, Quest decoding. Made by parse or by compose."""
+    """One method per hook, e.g. MoBA prefill, SnapKV compression, Quest decoding."""
     prefill_by: Dense = Dense()
     compress_by: Dense = Dense()
     decode_by: Dense = Dense()
@@ -412,22 +484,23 @@ class Compose(Dense):
 
 
 def compose(*methods):
-    """The method that takes each hook from the one of `methods` that overrides it. ValueError if two want the same."""
+    """The method whose hooks are those that `methods` override. ValueError if two want the same."""
     hooks = {}
     for method in methods:
         for hook in "prefill", "compress", "decode":
             if getattr(type(method), hook) is not getattr(Dense, hook):
                 if hook in hooks:
-                    raise ValueError(f"{name(hooks[hook])} and {name(method)} both decide {hook}: combine methods of "
-                                     "different phases only")
+                    raise ValueError(f"{name(hooks[hook])} and {name(method)} both decide {hook}: "
+                                     "combine methods of different phases only")
                 hooks[hook] = method
     if "compress" in hooks and isinstance(hooks.get("decode"), Dilated):
-        raise ValueError(f"dilated cannot follow {name(hooks['compress'])}: its pattern needs every position")
+        raise ValueError(f"dilated cannot follow {name(hooks['compress'])}: its pattern needs "
+                         "every position")
     return Compose(**{f"{hook}_by": method for hook, method in hooks.items()})
 
 
 def phases(method):
-    """The method (None: dense) as Compose: which part of it decides prefill, compress and decode."""
+    """The method (None: dense) as Compose: which part decides prefill, compress and decode."""
     return method if type(method) is Compose else compose(method or Dense())
 
 
@@ -436,25 +509,75 @@ def drops(method):
     return type(phases(method).compress_by).compress is not Dense.compress
 
 
-def unseeded(method):
-    """The same method without the seeds of H2: equally seeded or not, it keeps equally many entries."""
-    if type(method) is Compose:
-        return replace(method, **{part.name: unseeded(getattr(method, part.name)) for part in fields(method)})
-    return method if method.random is None else replace(method, random=None)
-
-
 def window_of(*methods):
     """How many of a prompt's last queries a cache must keep for these methods."""
     return max([64] + [getattr(phases(method).compress_by, "window", 0) for method in methods])
 
 
-# ---------------------------------------------------------------- small helpers
+# ---------------------------------------------------------------- methods as text
 
-def to_blocks(x, block_size):
-    """(B, T, ...) -> (B, N, block_size, ...), padded with zeros."""
-    pad = -x.shape[1] % block_size
-    x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, pad))
-    return x.unflatten(1, (-1, block_size))
+METHODS = {"dense": Dense, "quest": Quest, "moba": MoBA, "snapkv": SnapKV, "dilated": Dilated}
+
+
+def parse(text, context_len):
+    """
+    A method from a command line: "quest:budget=1/16,block_size=64", or several with "+"
+    ("moba:budget=1/8+snapkv").
+
+    A budget is in tokens, or a fraction of context_len (the nominal length of the evaluation, not
+    of each prompt). Other values are integers, true/false or none. ValueError names what is wrong
+    and what is allowed.
+    """
+    methods = []
+    for part in text.split("+"):
+        label, _, settings = part.strip().partition(":")
+        known = ", ".join(METHODS)
+        check(label in METHODS, f"unknown method {label!r} in {text!r}: use one of {known}")
+        method, values = METHODS[label], {}
+        allowed = {f.name: f.type for f in fields(method)}
+        for setting in filter(None, settings.split(",")):
+            key, _, value = setting.partition("=")
+            has = ", ".join(allowed) or "none"
+            check(key in allowed, f"{label} has no setting {key!r}: it has {has}")
+            setting = f"{label}:{setting}"
+            values[key] = value = parse_value(value, context_len, setting)
+            # true is an int to isinstance
+            kinds = get_args(allowed[key]) or [allowed[key]]
+            wanted = " or ".join(kind.__name__.removesuffix("Type").lower() for kind in kinds)
+            check(type(value) in kinds, f"{setting}: expected {wanted}")
+            check(type(value) is not int or value < 2**31, f"{setting}: must be below 2**31")
+        methods.append(method(**values))
+    return methods[0] if len(methods) == 1 else compose(*methods)
+
+
+def parse_value(value, context_len, setting):
+    words = {"true": True, "false": False, "none": None}
+    if value.lower() in words:
+        return words[value.lower()]
+    numerator, slash, denominator = value.partition("/")
+    divides = denominator.isdecimal() and int(denominator) > 0 if slash else True
+    check(numerator.isdecimal() and divides,
+          f"{setting}: expected an integer, a fraction like 1/16, true, false or none")
+    if not slash:
+        return int(value)
+    tokens, rest = divmod(int(numerator) * context_len, int(denominator))
+    check(rest == 0, f"{setting}: {value} of the context length {context_len} is not a whole "
+          "number of tokens")
+    return tokens
+
+
+def name(method):
+    """The text that parse would turn into this method: "quest:budget=256,block_size=64"."""
+    if isinstance(method, Compose):
+        parts = method.prefill_by, method.compress_by, method.decode_by
+        parts = {id(part): part for part in parts if type(part) is not Dense}
+        return "+".join(name(part) for part in parts.values()) or "dense"
+    label, settings = type(method).__name__.lower(), []
+    for field in fields(method):
+        value = getattr(method, field.name)
+        if field.name in ("budget", "block_size") or value != field.default:
+            settings.append(f"{field.name}={str(value).lower()}")
+    return ":".join([label, ",".join(settings)] if settings else [label])
 
 
 def check(condition, message):
@@ -465,69 +588,11 @@ def check(condition, message):
 
 def check_blocks(method, forced):
     """The budget of a method that selects blocks: whole blocks, and room for the forced ones."""
-    label, budget, block_size = type(method).__name__.lower(), method.budget, method.block_size
-    check(block_size > 0, f"{label}: block_size={block_size} must be positive")
-    check(budget > 0 and budget % block_size == 0, f"{label}: budget={budget} is not a multiple of "
-          f"block_size={block_size}; use {max(1, round(budget / block_size)) * block_size} or another block_size=")
-    check(budget // block_size >= forced, f"{label}: budget={budget} is {budget // block_size} blocks of {block_size}, "
-          f"fewer than the {forced} that are always read; raise the budget or use smaller blocks")
-
-
-METHODS = {"dense": Dense, "quest": Quest, "moba": MoBA, "snapkv": SnapKV, "dilated": Dilated}
-
-
-def parse(text, context_len):
-    """
-    A method from a command line: "quest:budget=1/16,block_size=64", or several with "+" ("moba:budget=1/8+snapkv").
-
-    A budget is in tokens, or a fraction of context_len (the nominal length of the evaluation, not of each prompt).
-    Other values are integers, true/false or none. ValueError names what is wrong and what is allowed.
-    """
-    methods = []
-    for part in text.split("+"):
-        label, _, settings = part.strip().partition(":")
-        check(label in METHODS, f"unknown method {label!r} in {text!r}: use one of {', '.join(METHODS)}")
-        method, values = METHODS[label], {}
-        for setting in filter(None, settings.split(",")):
-            key, _, value = setting.partition("=")
-            allowed = {f.name: f.type for f in fields(method)}
-            check(key in allowed, f"{label} has no setting {key!r}: it has {', '.join(allowed) or 'none'}")
-            values[key] = parse_value(value, context_len, setting=f"{label}:{setting}")
-            # true is an int to isinstance
-            kinds = get_args(allowed[key]) or [allowed[key]]
-            check(type(values[key]) in kinds, f"{label}:{setting}: expected "
-                  + " or ".join(kind.__name__.removesuffix("Type").lower() for kind in kinds))
-            check(type(values[key]) is not int or values[key] < 2**31, f"{label}:{setting}: must be below 2**31")
-        methods.append(method(**values))
-    return methods[0] if len(methods) == 1 else compose(*methods)
-
-
-def parse_value(value, context_len, setting):
-    words = {"true": True, "false": False, "none": None}
-    if value.lower() in words:
-        return words[value.lower()]
-    numerator, slash, denominator = value.partition("/")
-    check(numerator.isdecimal() and (denominator.isdecimal() and int(denominator) > 0 if slash else True),
-          f"{setting}: expected an integer, a fraction like 1/16, true, false or none")
-    if not slash:
-        return int(value)
-    tokens, rest = divmod(int(numerator) * context_len, int(denominator))
-    check(rest == 0, f"{setting}: {value} of the context length {context_len} is not a whole number of tokens")
-    return tokens
-
-
-def name(method):
-    """The text that parse would turn into this method: "quest:budget=256,block_size=64" (settings off default only)."""
-    if isinstance(method, Compose):
-        parts = {id(m): m for m in (method.prefill_by, method.compress_by, method.decode_by) if type(m) is not Dense}
-        return "+".join(name(m) for m in parts.values()) or "dense"
-    label = type(method).__name__.lower()
-    shown = [f for f in fields(method) if f.name in ("budget", "block_size") or getattr(method, f.name) != f.default]
-    settings = ",".join(f"{f.name}={str(getattr(method, f.name)).lower()}" for f in shown)
-    return f"{label}:{settings}" if settings else label
-
-
-def randomized(method, seed):
-    """The same method with its scores drawn by chance (H2). ValueError for one that selects nothing."""
-    check(hasattr(method, "score"), f"{name(method)} has no scores to draw by chance")
-    return replace(method, random=seed)
+    label, budget, size = type(method).__name__.lower(), method.budget, method.block_size
+    check(size > 0, f"{label}: block_size={size} must be positive")
+    nearest = max(1, round(budget / size)) * size
+    check(budget > 0 and budget % size == 0, f"{label}: budget={budget} is not a multiple of "
+          f"block_size={size}; use {nearest} or another block_size=")
+    check(budget // size >= forced, f"{label}: budget={budget} is {budget // size} blocks of "
+          f"{size}, fewer than the {forced} that are always read; raise the budget or use smaller "
+          "blocks")

@@ -1,12 +1,14 @@
 """
-Who computes: plain PyTorch (model.py, memory.py, sparse.py), or the same in Triton (kernels.py and its sisters).
+Who computes: plain PyTorch (model.py, memory.py, sparse.py), or the same in Triton.
 
-    auto     Triton for tensors on a GPU, PyTorch elsewhere. What the kernels do not cover on a GPU is an error that says
-             so, never a silent change to something slower
-    triton   the kernels or an error; on a CPU they need Triton's interpreter (TRITON_INTERPRET=1), which the tests use
-    torch    plain PyTorch everywhere
+    auto     Triton for tensors on a GPU, PyTorch elsewhere. What the kernels do not cover on a GPU
+             is an error that says so, never a silent change to something slower.
+    triton   The kernels or an error. On a CPU they need Triton's interpreter (TRITON_INTERPRET=1),
+             which the tests use.
+    torch    Plain PyTorch everywhere.
 
-The scripts' flag --kernels sets it. Results agree to rounding: tests/test_backend.py runs whole models both ways.
+The scripts' flag --kernels sets it. Results agree to rounding: tests/test_backend.py runs whole
+models both ways.
 
 A kernel stands for code that is written out in PyTorch, and that code decides. CODE has a hash of
 each definition that a kernel was written from. Where a fork edited one, a subclass overrides it or
@@ -62,45 +64,47 @@ CODE = {
     "model.Transformer.forward": "173cfb18",
     "model.Transformer.hidden": "d00e4d23",
     "sparse.Dense.decode": "e8d8fe43",
-    "sparse.Dilated.attend_to_shared": "b0295586",
+    "sparse.Dilated.attend_to_shared": "8345ad28",
     "sparse.Dilated.decode": "5ad7a378",
     "sparse.Dilated.pattern": "9ad3062e",
-    "sparse.Dilated.prefill": "a4751d6a",
-    "sparse.Dilated.reads": "e1b0e2e8",
+    "sparse.Dilated.prefill": "9389b832",
+    "sparse.Dilated.reads": "fd4d84a5",
     "sparse.MoBA.attend_to_blocks": "ae361ac4",
-    "sparse.MoBA.choose": "ca6a0ff1",
+    "sparse.MoBA.choose": "0dd989b0",
     "sparse.MoBA.forced": "795d611b",
-    "sparse.MoBA.prefill": "1bb8607c",
+    "sparse.MoBA.prefill": "8ae0a943",
     "sparse.MoBA.score": "e1adac3b",
     "sparse.Quest.choose": "055bc9f6",
-    "sparse.Quest.decode": "4b90a7ad",
+    "sparse.Quest.decode": "cf5751ff",
     "sparse.Quest.forced": "7b19eb02",
-    "sparse.Quest.score": "66a86293",
+    "sparse.Quest.score": "34f085d9",
     "sparse.SnapKV.compress": "25a2d2eb",
-    "sparse.SnapKV.forced": "5b949b53",
-    "sparse.SnapKV.score": "2abe4e41",
+    "sparse.SnapKV.forced": "3ab7933f",
+    "sparse.SnapKV.score": "1e6fbdfa",
     "sparse.attend": "13e66820",
     "sparse.attend_to_slots": "6fcc3925",
-    "sparse.chance": "be70df72",
+    "sparse.chance": "868cd993",
     "sparse.per_kv_head": "af4f02da",
-    "sparse.query_slots": "c6084dcc",
+    "sparse.query_slots": "517da718",
     "sparse.to_blocks": "437e55df",
     "sparse.top": "c2a8e825",
-    "sparse.up_to_queries": "ca60a991",
+    "sparse.up_to_queries": "57867a86",
 }
 
 
 def add_flag(parser):
     """--kernels, of every script."""
     parser.add_argument("--kernels", default="auto", choices=CHOICES, metavar="WHO",
-                        help="who computes memory and methods: triton, torch, or auto (Triton on a GPU)")
+                        help="who computes memory and methods: triton, torch, or auto (Triton on "
+                        "a GPU)")
 
 
 def use(which):
     """Choose for all that follows. ValueError if it cannot be had here."""
     global choice
     if which == "triton" and not HAS_TRITON:
-        raise ValueError("--kernels=triton: Triton is not installed; pip install triton (Linux), or --kernels=torch")
+        raise ValueError("--kernels=triton: Triton is not installed; pip install triton (Linux), "
+                         "or --kernels=torch")
     choice = which
 
 
@@ -110,23 +114,30 @@ def wanted(x):
 
 
 def triton_for(x):
-    """Whether tensors like x (..., D) go to the kernels. ValueError if they should, and the kernels do not cover them."""
+    """
+    Whether tensors like x (..., D) go to the kernels. ValueError if they should, and the kernels do
+    not cover them.
+    """
     if not wanted(x):
         return False
     if not HAS_TRITON:
-        raise ValueError("on a GPU Triton computes, and it is not installed: pip install triton, or --kernels=torch")
+        raise ValueError("on a GPU Triton computes, and it is not installed: pip install triton, "
+                         "or --kernels=torch")
     if not (x.is_cuda or INTERPRETED):
-        raise ValueError("--kernels=triton needs a GPU, or TRITON_INTERPRET=1 in the environment to run very slowly without")
+        raise ValueError("--kernels=triton needs a GPU, or TRITON_INTERPRET=1 in the environment "
+                         "to run very slowly without")
     if x.dtype not in (torch.bfloat16, torch.float32) or x.shape[-1] not in (16, 32, 64, 128):
-        raise ValueError(f"the Triton kernels cover heads of 16, 32, 64 and 128 channels in bfloat16 and float32, not "
-                         f"{x.shape[-1]} in {str(x.dtype).removeprefix('torch.')}: --kernels=torch computes these")
+        dtype = str(x.dtype).removeprefix("torch.")
+        raise ValueError("the Triton kernels cover heads of 16, 32, 64 and 128 channels in "
+                         f"bfloat16 and float32, not {x.shape[-1]} in {dtype}: --kernels=torch "
+                         "computes these")
     return True
 
 
 # ---------------------------------------------------------------- whose code it is
 
 def hook(method, phase, x):
-    """method.prefill, .compress or .decode (phase), as it is computed for tensors like x (..., D)."""
+    """method.prefill, .compress or .decode (phase), as computed for tensors like x (..., D)."""
     method = part_of(method, phase)
     if not wanted(x):
         return getattr(method, phase)
@@ -139,7 +150,10 @@ def in_graph(method):
 
 
 def part_of(method, phase):
-    """The method that decides this phase, itself or in a sparse.Compose. A subclass of that decides itself."""
+    """
+    The method that decides this phase, itself or in a sparse.Compose. A subclass of that decides
+    itself.
+    """
     from sparse import Compose
     while type(method) is Compose:
         method = getattr(method, f"{phase}_by")
@@ -178,9 +192,10 @@ def code_of(code):
     """
     try:
         source = textwrap.dedent(inspect.getsource(code))
-        tree, tokens = ast.parse(source).body[0], [*tokenize.generate_tokens(io.StringIO(source).readline)]
-    except (OSError, SyntaxError, IndexError, tokenize.TokenError):  # typed in, or the file has changed meanwhile
-        return None
+        tree = ast.parse(source).body[0]
+        tokens = [*tokenize.generate_tokens(io.StringIO(source).readline)]
+    except (OSError, SyntaxError, IndexError, tokenize.TokenError):
+        return None  # typed in, or the file has changed meanwhile
     lines = source.splitlines()
     for token in tokens:
         if token.type == tokenize.COMMENT:

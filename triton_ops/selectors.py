@@ -77,7 +77,8 @@ def quest_decode_chosen(method, q, cache):
 
 def quest_read(method, q, cache, chosen):
     """chosen: blocks (B, KV, S), int32"""
-    y, slots = quest_attend(q.to(cache.k.dtype), cache.k, cache.v, chosen, cache.used, method.block_size)
+    q = q.to(cache.k.dtype)
+    y, slots = quest_attend(q, cache.k, cache.v, chosen, cache.used, method.block_size)
     return y, cache.positions_of(slots)
 
 
@@ -85,8 +86,8 @@ def moba_prefill(method, q, k, v, start, dice):
     q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves them in fp32, behind their norms
     size, N = method.block_size, math.ceil(k.shape[1] / method.block_size)
     most = MOST_BLOCKS[v.dtype]
-    sparse.check(N <= most, f"moba: {N:,} blocks, and the Triton kernels route among at most {most:,}: "
-                 f"raise block_size={size}, or --kernels=torch computes it")
+    sparse.check(N <= most, f"moba: {N:,} blocks, and the Triton kernels route among at most "
+                 f"{most:,}: raise block_size={size}, or --kernels=torch computes it")
     first, S = first_slots(q, start), min(method.budget // size, N)
     chosen = moba_route(q, k, first, size, S, method.keep_first)  # (B, KV, Tq, S)
     return moba_attend(q, k, v, chosen, first, size), chosen
