@@ -57,6 +57,8 @@ def what_to_train(args, folder=None):
     """
     source = folder or args.init
     if source:
+        # A checkpoint's tensors go straight to the processes that keep their rows, once those are
+        # known: only its settings are wanted here.
         settings, tensors = weights.read(source, without_tensors=folder is not None)
         config = config_of(settings, source)
     else:
@@ -88,6 +90,8 @@ def passes_of(args):
     -> {name: (sparse method, entries a token reads on average)} of each optimizer step on a batch;
     the last is "dense".
     """
+    # In dense attention the average query has T / 2 entries before it. In ARL's pass it reads one
+    # in args.arl of them, so that what lies between must be in the memory.
     T, passes = args.context_len, {}
     if args.arl:
         passes["arl"] = arl_passes(args.arl)[0], T / 2 / args.arl
@@ -128,6 +132,7 @@ def make_optimizer(model, args):
     its state from the start, in tensors for every parameter, as checkpoints are read into it; and
     do what parallel.update asks.
     """
+    # A memory that a trained model is given is new, and may learn faster than what is trained.
     named = list(model.named_parameters())
     gates = [p for name, p in named if ".memory." in name]
     rest = [p for name, p in named if ".memory." not in name]
@@ -136,7 +141,7 @@ def make_optimizer(model, args):
         groups.append({"params": gates, "peak": args.memory_lr})
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95),
                                   weight_decay=args.weight_decay, fused=True)
-    for p in rest + gates:
+    for p in rest + gates:  # as AdamW would make them at its first step
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
@@ -185,18 +190,20 @@ def train(args):
     backend.use(args.kernels)
     run = Path(args.out) / args.name
     run.mkdir(parents=True, exist_ok=True)
+    # All processes join before one of them takes the folder, so that if it is refused, all leave.
     with (parallel.join(args.device) as processes,
           only_one(run) if processes.rank == 0 else nullcontext(),
           parallel.Stop(processes, run) as stop, workers_told()):
         stopped, record, last_line = run_in(processes, stop, run, args)
 
     say = print if processes.rank == 0 else lambda *_: None
-    if stopped:
+    if stopped:  # 130 is what a shell reports of ctrl-C: no success, and no error
         go_on = "go on with the same command" + ("" if args.resume else " and --resume")
         if not args.save_every:
             go_on = "nothing was saved, as --save_every=0 says"
         say(f"{run}: stopped after step {record['step']}; {go_on}")
         sys.exit(130)
+    # With --save_every=0 it is that of an earlier run, or there is none.
     folder = runlog.newest(run, resume=True)
     speed = ""
     if record["mfu"]:
@@ -213,7 +220,7 @@ def run_in(processes, stop, run, args):
     rank, world = processes.rank, processes.world
     on_gpu, compiled = args.device.startswith("cuda"), args.compile == "on"
     say = print if rank == 0 else lambda *_, **__: None
-    if on_gpu:
+    if on_gpu:  # what is multiplied in fp32, on tensor cores
         torch.set_float32_matmul_precision("high")
     code = commit()  # of the code as it is loaded; hours later it may be another
 
@@ -236,7 +243,8 @@ def run_in(processes, stop, run, args):
         raise ValueError(f"--resume: the samples of {run} are others by now: move it away, or "
                          "choose another --name")
 
-    # At what cost. All of it is said before anything is allocated.
+    # At what cost. All of it is said before anything is allocated, and what cannot fit ends here.
+    # Processes may have unlike room and must cut their batches alike: the least decides.
     device = device_name(args.device)
     of_pass, peak = flops_of(args, config), cost.peak_flops(device)
     room = processes.least(cost.room(args.device, processes_here=1 + len(processes.here)))
@@ -248,8 +256,8 @@ def run_in(processes, stop, run, args):
     how = "spread by fully_shard, bf16" if on_gpu else "fp32"
     if plan.small:
         how = "recorded as CUDA graphs, bf16 by autocast"
-    say(f"{run}: {start}, tokenizer {tokenizer.name}; on {device}: {how}, "
-        f"{'compiled' if compiled else 'not compiled'}, kernels {args.kernels}")
+    how += ", compiled" if compiled else ", not compiled"
+    say(f"{run}: {start}, tokenizer {tokenizer.name}; on {device}: {how}, kernels {args.kernels}")
     for line in cost.lines(config, plan, args, of_pass, peak, world):
         say(f"{run}: {line}")
     what = "tokens"  # that validation counts
@@ -269,9 +277,11 @@ def run_in(processes, stop, run, args):
     if plan.small:
         losses_of = parallel.graphed(losses_of, args)
 
-    stopped, step_seconds, record = False, [], before
+    # A wish to stop from before the first step has nothing to save. (Several processes hear of it
+    # only when they sum their wishes.)
     if stop.wished and world == 1:
         raise KeyboardInterrupt
+    stopped, step_seconds, record = False, [], before
     with checkpoint.Saver(run, processes, tokenizer) as saver:
         tokens_of_step = args.batch * args.context_len
         log = runlog.Log(run, rank, done, of_pass, peak and peak * world, tokens_of_step, before)
@@ -324,6 +334,7 @@ def run_in(processes, stop, run, args):
                 last, evaluates, prints, saves = True, False, True, args.save_every > 0
             step_seconds.append(time.time() - since)
 
+            # What is due, for the newest step; the log has a line for every one.
             if evaluates:
                 method, _ = passes["dense"]
                 found = validate(model, validation, args, method, autocast, processes)
@@ -344,6 +355,7 @@ def run_in(processes, stop, run, args):
                 entry, _ = entries[-1]
                 say(watch.line_of(entry, passes, step_seconds, args, what), flush=True)
 
+            # While the checkpoint is written, the next steps are computed.
             if saves or last:
                 record = runlog.record_of(args, step, log, step_seconds, processes, code,
                                           first_sample, before, **inputs)
@@ -367,6 +379,7 @@ def lesson():
     The attention checkpoint that comes with the code is given a memory and trained on; then both
     are asked for needles.
     """
+    # The run has a name and goes on: whoever stops the lesson and starts it again loses nothing.
     attention = os.path.relpath(runlog.SHIPPED[0])
     recipe = ["--recipe=micro-convert", f"--init={attention}"]
     args, whole = parse([*recipe, "--name=converted", "--resume", *LESSON]), parse(recipe)

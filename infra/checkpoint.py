@@ -59,7 +59,8 @@ def state_of(model, optimizer):
     state = {weights.hf_name(name): tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         assert optimizer.state[parameter], f"the optimizer knows no moments of {name}"
-        state |= {f"{weights.stored_name(name)}/{key}": value for key, value in optimizer.state[parameter].items()}
+        stored = weights.stored_name(name)
+        state |= {f"{stored}/{key}": value for key, value in optimizer.state[parameter].items()}
     return state
 
 
@@ -74,11 +75,16 @@ class Writer(dcp.StorageWriter):
         self.tokenizer, self.beside = tokenizer, beside  # its name; {name: content} of its files
         self.temporary = folder.with_name(f".{folder.name}.tmp")
 
+    # What torch.distributed.checkpoint calls, in this order. Every process makes a plan of the
+    # tensors that it keeps, the first one collects the plans and hands them back, all write.
+
     def reset(self, checkpoint_id=None):
         pass
 
     def set_up_storage_writer(self, is_coordinator, *args, **kwargs):
-        if is_coordinator:  # before the others are told what to write
+        # The first makes the folder before the others are told what to write. What a killed run
+        # left under the temporary name goes.
+        if is_coordinator:
             make_way(self.temporary)
             self.temporary.mkdir(parents=True)
 
@@ -92,7 +98,7 @@ class Writer(dcp.StorageWriter):
     def write_data(self, plan, planner):
         number, world = plan.storage_data
         files = {}
-        for item in plan.items:
+        for item in plan.items:  # a moment is called NAME/exp_avg, see state_of
             file = "optimizer" if "/" in item.index.fqn else "model"
             place = tuple(item.index.offset or ())
             files.setdefault(file, []).append((item.index.fqn, place, planner.resolve_data(item)))
@@ -128,6 +134,7 @@ class Writer(dcp.StorageWriter):
         os.rename(self.temporary, self.folder)
         flush(self.folder.parent)
 
+        # Only once the new one is there, older ones may go.
         for old in weights.checkpoints(self.folder.parent)[:-KEPT]:
             if is_ours(old):
                 remove(old)
@@ -165,7 +172,7 @@ def make_way(folder):
     """Nothing has this name any more: what is ours is removed, anything else gets another name."""
     if is_ours(folder):
         remove(folder)
-    elif os.path.lexists(folder):
+    elif os.path.lexists(folder):  # a link too
         names = (folder.with_name(f"{folder.name}.{n}") for n in range(1, 1000))
         os.rename(folder, next(name for name in names if not os.path.lexists(name)))
 
@@ -206,6 +213,7 @@ class Saver:
         self.wait()
         folder = self.run / f"step_{record['step']:07d}"
         self.writer = Writer(folder, model.config, record, self.tokenizer, self.beside)
+        # Weights and moments are copied before this returns, so that training may change them.
         self.writing = dcp.async_save(
             state_of(model, optimizer), storage_writer=self.writer,
             no_dist=self.processes.world == 1, process_group=self.processes.background)
@@ -218,7 +226,7 @@ class Saver:
         try:
             self.wait()
         except OSError:
-            if kind is None:
+            if kind is None:  # else the error that ended the run is the one to be told
                 raise
 
     def failed(self):
@@ -263,7 +271,7 @@ def load(folder, model, optimizer, processes):
     mine = files[processes.rank::processes.world]
     mapped = {file: weights.checked(folder / file, remedy) for file in mine}
     weights.as_written(folder, mapped, files)
-    if processes.world > 1:
+    if processes.world > 1:  # nobody takes rows that another has not checked yet
         dist.barrier(processes.background)
     try:
         dcp.load(state_of(model, optimizer),

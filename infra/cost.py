@@ -54,7 +54,7 @@ def parameters(config):
     layer += 2 * C                               # two norms
     if config.qk_norm:
         layer += C + kv
-    if config.memory:
+    if config.memory:                            # of any kind, counted as the paper's
         layer += (C + 1) * kv                    # the gates' projection and their biases
     if config.output_gate:
         layer += C * C
@@ -277,8 +277,9 @@ def lines(config, plan, args, of_pass, peak, world):
     per_step, flops = args.batch * args.context_len, sum(of_pass.values())
 
     # what is trained
-    memory = "on" if config.memory else "off"
-    line = f"{parameters(config)[0] / 1e6:,.1f}M parameters, the memory of Eq. 1 {memory}"
+    memory = {None: "the memory of Eq. 1 off", "decay": "the memory of Eq. 1 on"}
+    of_kind = memory.get(config.memory, f"the memory {config.memory} on")
+    line = f"{parameters(config)[0] / 1e6:,.1f}M parameters, {of_kind}"
     line += f", ARL over {args.arl} tokens" if args.arl else ", ARL off"
     if args.joint:
         line += f", joint window of {args.joint}"

@@ -1,17 +1,21 @@
 """
-Cross entropy over a large vocabulary, without ever holding all logits: they come and go some thousand tokens at a time.
+Cross entropy over a large vocabulary, without ever holding all logits: they come and go some
+thousand tokens at a time.
 
     loss = sum_t weight[t] * (logsumexp(z[t]) - z[t, target[t]])          z = x W^T, (N, V)
     dz[t] = weight[t] * (softmax(z[t]) - onehot(target[t])),  dx = dz W,  dW = dz^T x
 
-5,000 tokens of OLMo 2's vocabulary have 500M logits, with their gradient 2 GB in bf16; a batch of 32,768 would take 13.
-The loss needs nothing of another token, so each chunk's gradient is computed at once, in the forward pass, and its logits
-are dropped: three products in all, as many as with all logits, where computing them anew in backward would take four.
+5,000 tokens of OLMo 2's vocabulary have 500M logits, with their gradient 2 GB in bf16; a batch of
+32,768 would take 13. The loss needs nothing of another token, so each chunk's gradient is computed
+at once, in the forward pass, and its logits are dropped: three products in all, as many as with all
+logits, where computing them anew in backward would take four.
 
-A term of a token's own logits, such as a z-loss, belongs into chunk_loss, its value and its dz. A loss that needs more than
-that takes model(tokens) and autograd. train.py divides the sum by the batch's weights.
+A term of a token's own logits, such as a z-loss, belongs into chunk_loss, its value and its dz. A
+loss that needs more than that takes model(tokens) and autograd. train.py divides the sum by the
+batch's weights.
 
-Truth: torch's cross_entropy, in tests/test_loss.py. model.Transformer.loss calls this. Letters: N tokens, C width, V vocabulary.
+Truth: torch's cross_entropy, in tests/test_loss.py. model.Transformer.loss calls this.
+Letters: N tokens, C width, V vocabulary.
 """
 import math
 
@@ -19,12 +23,16 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-CHUNK_LOGITS = 2 ** 29  # at most, 1.1 GB in bf16: smaller chunks would keep a GPU as busy, but each adds up all of dW once more
+# At most, 1.1 GB in bf16. Smaller chunks would keep a GPU as busy, but each adds up all of dW once
+# more.
+CHUNK_LOGITS = 2 ** 29
 
 
 def chunks(N, V):
-    """Slices of N tokens, as few and as even as they can be with at most CHUNK_LOGITS logits, or one token."""
-    n = math.ceil(max(1, N) / max(1, math.ceil(N / max(1, CHUNK_LOGITS // V))))
+    """Slices of N tokens, as few and as even as CHUNK_LOGITS lets them be, of one at least."""
+    most = max(1, CHUNK_LOGITS // V)
+    parts = max(1, math.ceil(N / most))
+    n = math.ceil(max(1, N) / parts)
     return [slice(first, first + n) for first in range(0, N, n)]
 
 
@@ -36,7 +44,8 @@ def chunk_loss(
     """In fp32 inside; compiled, this is two passes over the logits."""
     z = logits.float()
     top = z.amax(-1, keepdim=True)
-    lse = (z - top).exp().sum(-1, keepdim=True).log()  # less top: beside large logits it would be rounded away
+    # Here and below less top: beside large logits the sum's logarithm would be rounded away.
+    lse = (z - top).exp().sum(-1, keepdim=True).log()
     picked = z.gather(-1, target[:, None])
     hit = torch.arange(z.shape[-1], device=z.device) == target[:, None]
     dz = ((z - top - lse).exp() - hit.float()) * weight[:, None]
@@ -56,7 +65,7 @@ class ChunkedLoss(torch.autograd.Function):
         parts = chunks(len(x), len(head))
         dx, dhead = torch.empty_like(x), None
         for part in parts:
-            # what does not count may be anything, and 0 * NaN is NaN
+            # What does not count may be anything, and 0 * NaN is NaN.
             here = x[part].masked_fill((weight[part] == 0)[:, None], 0)
             logits = F.linear(here, head)  # (n, V); under autocast in bf16
             some, dz = of_chunk(logits, target[part], weight[part])
@@ -84,13 +93,16 @@ def weighted_loss(
     target,           # (N,)    the token that follows
     weight,           # (N,)    fp32
     compiled=False,   # by torch.compile
-):                    # -> sum of weight * cross entropy in nats, fp32, with gradients for x and head
+):                    # -> sum of weight * cross entropy in nats, fp32; gradients for x and head
     return ChunkedLoss.apply(x, head, target, weight, compiled)
 
 
 @torch.no_grad()
 def weighted_score(x, head, target, weight):
-    """weighted_loss's arguments -> the same sum, and the sum of weights whose target is the likeliest token. No gradients."""
+    """
+    weighted_loss's arguments -> the same sum, and the sum of weights whose target is the likeliest
+    token. No gradients.
+    """
     loss, right = torch.zeros(2, dtype=torch.float64, device=x.device)
     counts = weight > 0  # often few: answers alone
     x, target, weight = x[counts], target[counts], weight[counts]
