@@ -1,10 +1,13 @@
 """
-Whatever happens in the middle: kill -9, SIGTERM, a full disk, a folder that cannot be written, a second run.
+Whatever happens in the middle: kill -9, SIGTERM, a full disk, a folder that cannot be written, a
+second run.
 
-    training, evaluation, making of shards:   killed at random moments, given again, killed again ...   then left alone
+    training, evaluation, making of shards:   killed at random moments, given again, killed again,
+                                              then left alone
         -> the same files as a run that nobody disturbed, and no others
 
-CI kills a few times, `pytest --slow` 50 times. On Linux as root the disks are real: tmpfs, in a mount namespace of their own.
+CI kills a few times, `pytest --slow` 50 times. On Linux as root the disks are real: tmpfs, in a
+mount namespace of their own.
 """
 import json
 import os
@@ -17,29 +20,36 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from infra import shards
-from infra import files
 from conftest import one_line, times
+from infra import files, shards
 from judge import ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="judge.py reads /proc")
-TRAIN = ["--preset=pico", "--memory=on", "--device=cpu", "--context_len=512", "--tasks", "niah_single_1", "--batch=1", "--steps=24", "--save_every=2",
-         "--eval_every=12", "--log_every=8", "--name=it", "--resume"]
-EVAL = ["--ckpt=model", "--device=cpu", "--out=out/it", "--tasks", "niah_single_1", "niah_single_2", "--samples=6", "--batch=1",
-        "--max_new_tokens=24", "--methods", "quest:budget=1/4,block_size=16"]
-DATA = ["--input=texts", "--output=out/it", "--shard_tokens=20e3", "--workers=2"]
+FLAGS = {
+    "train": ["--preset=pico", "--memory=on", "--device=cpu", "--context_len=512", "--tasks",
+              "niah_single_1", "--batch=1", "--steps=24", "--save_every=2", "--eval_every=12",
+              "--log_every=8", "--name=it", "--resume"],
+    "eval_niah": ["--ckpt=model", "--device=cpu", "--out=out/it", "--tasks", "niah_single_1",
+                  "niah_single_2", "--samples=6", "--batch=1", "--max_new_tokens=24", "--methods",
+                  "quest:budget=1/4,block_size=16"],
+    "data": ["--input=texts", "--output=out/it", "--shard_tokens=20e3", "--workers=2"],
+    "niah": ["--task=niah_single_1", "--output=out/x.jsonl"],
+    "experiments.export": ["model", "out/x"],
+}
+THREE = "train", "eval_niah", "data"
 
 
 @pytest.fixture(scope="module")
 def place(judged, tmp_path_factory):
     """A folder with a model and with texts."""
     folder = tmp_path_factory.mktemp("place")
-    code, said, _ = judged.run("train", *TRAIN, "--steps=2", "--out=made", folder=folder)
+    code, said, _ = judged.run("train", *FLAGS["train"], "--steps=2", "--out=made", folder=folder)
     assert code == 0, said
     shutil.copytree(folder / "made" / "it" / "step_0000002", folder / "model")
     (folder / "texts").mkdir()
     for n in range(30):
-        (folder / "texts" / f"{n:02d}.txt").write_text(f"{n} {shards.builtin_text()[n * 5000:][:60_000]}")
+        text = shards.builtin_text()[n * 5000:][:60_000]
+        (folder / "texts" / f"{n:02d}.txt").write_text(f"{n} {text}")
     return folder
 
 
@@ -50,6 +60,34 @@ def out(place):
     return place / "out" / "it"
 
 
+@pytest.fixture(scope="module")
+def go(judged, place):
+    """
+    Run one of the scripts -> its exit status and what it said, which is never a traceback.
+    go.undisturbed(script) -> what made tells of a run that nobody disturbed, and its seconds.
+    """
+    def run(script, **how):
+        code, said, seconds = judged.run(script, *FLAGS[script], folder=place, **how)
+        assert "Traceback" not in said, said
+        run.seconds = seconds
+        return code, said
+
+    def undisturbed(script):
+        if script not in found:
+            shutil.rmtree(place / "out", ignore_errors=True)
+            code, said = run(script)
+            assert code == 0, said
+            found[script] = made(place / "out" / "it"), run.seconds
+            shutil.rmtree(place / "out")
+        return found[script]
+    found, run.undisturbed = {}, undisturbed
+    return run
+
+
+NUMBERS = "step", "loss", "arl_loss", "grad_norm", "val_loss", "lr"
+SCORES = "method", "task", "ruler", "paper", "by_depth", "read", "prompts"
+
+
 def made(folder):
     """What a run has left, but for dates and speed: {name: content}."""
     found = {}
@@ -58,12 +96,15 @@ def made(folder):
         if file.suffix == ".safetensors":
             found[name] = {key: tensor.numpy().tobytes() for key, tensor in load_file(file).items()}
         elif file.name == "log.jsonl":
-            found[name] = [[json.loads(line).get(key) for key in ("step", "loss", "arl_loss", "grad_norm", "val_loss", "lr")] for line in file.read_text().splitlines()]
+            rows = map(json.loads, file.read_text().splitlines())
+            found[name] = [[row.get(key) for key in NUMBERS] for row in rows]
         elif file.name == "results.json":
-            found[name] = [{key: row[key] for key in ("method", "task", "ruler", "paper", "by_depth", "read", "prompts")} for row in json.loads(file.read_text())["results"]]
+            rows = json.loads(file.read_text())["results"]
+            found[name] = [[row[key] for key in SCORES] for row in rows]
         elif file.name.startswith("answers-"):
-            lines = map(json.loads, file.read_text().splitlines())
-            found[name] = sorted([line["task"], line["method"], line["examples"], line["told"]["text"]] for line in lines)
+            rows = map(json.loads, file.read_text().splitlines())
+            found[name] = sorted([row["task"], row["method"], row["examples"], row["told"]["text"]]
+                                 for row in rows)
         elif file.name in ("train.json", "asked.json"):
             found[name] = None  # dates, commands
         else:
@@ -71,70 +112,91 @@ def made(folder):
     return found
 
 
-@pytest.mark.parametrize("script, flags, kills", [("train", TRAIN, times(2, 25)), ("eval_niah", EVAL, times(2, 15)), ("data", DATA, times(2, 10))])
-def test_killed_at_random_moments_it_ends_with_the_same_files(script, flags, kills, judged, place, out, capsys):
-    """A file half written, an answer asked twice or lost, a step that counts twice, a temporary file that nobody takes away."""
-    code, said, seconds = judged.run(script, *flags, folder=place)
-    assert code == 0, said
+def lasting(found):
+    """
+    Of what made tells, what does not depend on where a run was asked to stop, which it then saves
+    without a validation.
+    """
+    kept = {name: content for name, content in found.items()
+            if not name.startswith("step_") or "0000024" in name}
+    if "log.jsonl" in kept:
+        kept["log.jsonl"] = [[*row[:4], row[5]] for row in kept["log.jsonl"]]
+    return kept
+
+
+def assert_same(now, wanted):
+    assert now.keys() == wanted.keys()
+    for name in now:
+        assert now[name] == wanted[name], name
+
+
+@pytest.mark.parametrize("script, kills", [
+    ("train", times(2, 25)), ("eval_niah", times(2, 15)), ("data", times(2, 10))])
+def test_killed_at_random_moments_it_ends_with_the_same_files(script, kills, go, out, capsys):
+    """
+    A file half written, an answer asked twice or lost, a step that counts twice, a temporary file
+    that nobody takes away.
+    """
+    undisturbed, seconds = go.undisturbed(script)
     chance, done, ended = random.Random(script), 0, 0
-    undisturbed = made(out)
-    shutil.rmtree(out)
     while done < kills:
-        code, said, _ = judged.run(script, *flags, folder=place, kill_after=chance.uniform(0.01, seconds))
-        done, ended = done + (code == -signal.SIGKILL), ended + (code == 0)
+        code, said = go(script, kill_after=chance.uniform(0.01, seconds))
         assert code in (0, -signal.SIGKILL), said
+        done, ended = done + (code != 0), ended + (code == 0)
         if code == 0 or done == kills:
-            code, said, _ = judged.run(script, *flags, folder=place)
-            assert code == 0 and "Traceback" not in said, said
-            now = made(out)
-            assert now.keys() == undisturbed.keys()
-            for name in now:
-                assert now[name] == undisturbed[name], name
+            code, said = go(script)
+            assert code == 0, said
+            assert_same(made(out), undisturbed)
             shutil.rmtree(out)
     with capsys.disabled():
         print(f"\n{script}: {done} times killed, {ended} times ended before", end=" ")
 
 
-@pytest.mark.parametrize("script, flags, says", [("train", TRAIN, "same command"), ("eval_niah", EVAL, "--out out/it"), ("data", DATA, "same command")])
-def test_sigterm_saves_and_says_how_to_go_on(script, flags, says, judged, place, out):
-    """Schedulers send it some seconds before they kill. A traceback, work lost, or an end that looks like success."""
-    code, said, seconds = judged.run(script, *flags, folder=place)
-    assert code == 0, said
-    undisturbed = lasting(made(out))
+@pytest.mark.parametrize("script, says", [
+    ("train", "same command"), ("eval_niah", "--out out/it"), ("data", "same command")])
+def test_sigterm_saves_and_says_how_to_go_on(script, says, go, out):
+    """
+    Schedulers send it some seconds before they kill. A traceback, work lost, or an end that looks
+    like success.
+    """
+    undisturbed, seconds = go.undisturbed(script)
     for part in times((0.6,), (0.1, 0.3, 0.5, 0.7, 0.9)):
-        shutil.rmtree(out)
-        code, said, _ = judged.run(script, *flags, folder=place, kill_after=part * seconds, signal=signal.SIGTERM)
-        assert "Traceback" not in said and code in (0, 130), (part, code, said)
-        begun = {"train": "step     1" in said, "eval_niah": bool(list(out.glob("answers-*.jsonl"))), "data": "shards of" in said}
-        if code == 130 and begun[script]:  # what it did by then, and not the clock, says what it must leave
+        code, said = go(script, kill_after=part * seconds, signal=signal.SIGTERM)
+        assert code in (0, 130), (part, code, said)
+        begun = {"train": "step     1" in said, "data": "shards of" in said,
+                 "eval_niah": bool(list(out.glob("answers-*.jsonl")))}
+        if code == 130 and begun[script]:  # what it did by then says what it must leave
             assert says in said.splitlines()[-1], (part, said)
             assert script != "train" or list(out.glob("step_*/config.json"))
-        code, said, _ = judged.run(script, *flags, folder=place)
-        assert code == 0 and lasting(made(out)) == undisturbed, said
+        code, said = go(script)
+        assert code == 0, said
+        assert_same(lasting(made(out)), lasting(undisturbed))
+        shutil.rmtree(out)
 
 
-def lasting(found):
-    """Of what made tells, what does not depend on where a run was asked to stop, which it then saves without a validation."""
-    kept = {name: content for name, content in found.items() if not name.startswith("step_") or "0000024" in name}
-    if "log.jsonl" in kept:
-        kept["log.jsonl"] = [[*step[:4], step[5]] for step in kept["log.jsonl"]]
-    return kept
-
-
-@pytest.mark.parametrize("script, flags", [("train", TRAIN), ("eval_niah", EVAL), ("data", DATA)])
-def test_a_second_run_in_the_same_folder_is_refused(script, flags, judged, place, out):
+@pytest.mark.parametrize("script", THREE)
+def test_a_second_run_in_the_same_folder_is_refused(script, go, out):
     """Two runs that write over each other's files, as a job that was started twice does."""
     out.mkdir(parents=True)
     with files.only_one(out):
-        code, said, _ = judged.run(script, *flags, folder=place)
-    assert code == 2 and "being written to by another run" in said.splitlines()[-1] and "Traceback" not in said, said
+        code, said = go(script)
+    assert code == 2 and "being written to by another run" in said.splitlines()[-1], said
     assert not list(out.iterdir())
+
+
+HOLDER = """
+import sys, time
+from infra import files
+with files.only_one(sys.argv[1]):
+    print('in', flush=True)
+    time.sleep(99)
+"""
 
 
 def test_the_lock_ends_with_whoever_holds_it(tmp_path):
     """A folder that stays locked for ever after a kill -9, or a lock that is no lock."""
-    holder = subprocess.Popen([sys.executable, "-c", "import sys, time\nfrom infra import files\nwith files.only_one(sys.argv[1]): print('in', flush=True); time.sleep(99)",
-                               str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], cwd=ROOT,
+                              stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"in\n"
     with pytest.raises(ValueError) as refused:
         with files.only_one(tmp_path):
@@ -149,42 +211,50 @@ def test_the_lock_ends_with_whoever_holds_it(tmp_path):
 
 # ---------------------------------------------------------------- disks
 
+def may_mount():
+    if sys.platform != "linux":
+        return False
+    return subprocess.run("unshare --mount true", shell=True, capture_output=True).returncode == 0
+
+
+needs_mounts = pytest.mark.skipif(not may_mount(), reason="needs Linux and the right to mount")
+
+
 def on_a_disk(place, script):
     """Lines of bash, in a mount namespace of its own, where nothing that they mount stays."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(["unshare", "--mount", "bash", "-c", script], cwd=place, env=env, capture_output=True, text=True)
+    return subprocess.run(["unshare", "--mount", "bash", "-c", script], cwd=place, env=env,
+                          capture_output=True, text=True)
 
 
-needs_mounts = pytest.mark.skipif(subprocess.run("unshare --mount true", shell=True, capture_output=True).returncode != 0 if sys.platform == "linux" else True,
-                                  reason="needs Linux and the right to mount")
+def command(script):
+    return f"{sys.executable} -m {script} {' '.join(FLAGS[script])}"
 
 
 @needs_mounts
-@pytest.mark.parametrize("script, flags, room", times([("data", DATA, "400k")], [("train", TRAIN, "9m"), ("eval_niah", EVAL, "8k"), ("data", DATA, "400k")]))
-def test_a_full_disk_is_one_line_and_with_more_room_it_goes_on(script, flags, room, judged, place, out):
+@pytest.mark.parametrize("script, room", times(
+    [("data", "400k")], [("train", "9m"), ("eval_niah", "8k"), ("data", "400k")]))
+def test_a_full_disk_is_one_line_and_with_more_room_it_goes_on(script, room, go, place, out):
     """A traceback, a file cut short under its name, work before it that is lost."""
-    code, said, _ = judged.run(script, *flags, folder=place)
-    assert code == 0, said
-    undisturbed = made(out)
-    shutil.rmtree(out)
-    command = f"{sys.executable} {ROOT}/{script}.py {' '.join(flags)}"
+    undisturbed, _ = go.undisturbed(script)
     result = on_a_disk(place, f"""
         mkdir -p out; mount -t tmpfs -o size={room} none out
-        {command}; echo "status $?" >&2
-        mount -o remount,size=100m out; {command} || exit 1
+        {command(script)}; echo "status $?" >&2
+        mount -o remount,size=100m out; {command(script)} || exit 1
         cp -r out/it kept""")
     first, _, _ = result.stderr.partition("status 2\n")
     assert result.returncode == 0 and "status 2\n" in result.stderr, result
     assert "Traceback" not in first and "space" in first.strip().splitlines()[-1], first
-    assert made(place / "kept") == undisturbed
+    assert_same(made(place / "kept"), undisturbed)
     shutil.rmtree(place / "kept")
 
 
 @needs_mounts
-@pytest.mark.parametrize("script, flags", times([("data", DATA)], [("train", TRAIN), ("eval_niah", EVAL), ("data", DATA), ("checkpoint", ["model", "out/x"]),
-                                                                    ("niah", ["--task=niah_single_1", "--output=out/x.jsonl"])]))
-def test_a_folder_that_cannot_be_written_is_one_line(script, flags, place, out):
+@pytest.mark.parametrize("script", times(["data"], FLAGS))
+def test_a_folder_that_cannot_be_written_is_one_line(script, place, out):
     """A traceback, or an hour of work before it is known."""
-    result = on_a_disk(place, f"mkdir -p out; mount -t tmpfs none out; mount -o remount,ro out; {sys.executable} {ROOT}/{script}.py {' '.join(flags)}")
+    result = on_a_disk(place, f"mkdir -p out; mount -t tmpfs none out; mount -o remount,ro out; "
+                              f"{command(script)}")
     last = result.stderr.strip().splitlines()[-1]
-    assert result.returncode == 2 and "Traceback" not in result.stderr and "out" in last and "ead-only" in last, result
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result
+    assert "out" in last and "ead-only" in last, result

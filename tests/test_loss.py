@@ -1,28 +1,30 @@
 """
-loss.py against torch's cross_entropy over all logits at once: loss, gradients, count of right answers.
+loss.py against torch's cross_entropy over all logits at once: loss, gradients, count of right
+answers.
 """
 import pytest
 import torch
 from torch.nn import functional as F
 
-from infra import loss
 from conftest import DEVICE, assert_as_good, assert_close, draw_tokens, tiny
+from infra import loss
 
 
 def drawn(N=37, C=16, V=61, dtype=torch.float64):
     source = torch.Generator().manual_seed(N)
-    x, head = torch.randn(N, C, generator=source), torch.randn(V, C, generator=source)
+    x, head = (torch.randn(n, C, generator=source).to(dtype).requires_grad_() for n in (N, V))
     weight = torch.rand(N, generator=source).masked_fill(torch.rand(N, generator=source) < 0.3, 0)
-    return x.to(dtype).requires_grad_(), head.to(dtype).requires_grad_(), torch.randint(V, (N,), generator=source), weight
+    return x, head, torch.randint(V, (N,), generator=source), weight
 
 
 def whole(x, head, target, weight):
     return (F.cross_entropy(F.linear(x, head).float(), target, reduction="none") * weight).sum()
 
 
-@pytest.mark.parametrize("most", [1, 61, 200, 61 * 36, 61 * 37, 10**9])  # a token at a time, uneven chunks, one
+# a token at a time, uneven chunks, one
+@pytest.mark.parametrize("most", [1, 61, 200, 61 * 36, 61 * 37, 10**9])
 def test_chunks_give_the_loss_and_the_gradients_of_all_logits_at_once(most, monkeypatch):
-    """A chunk left out or counted twice; a gradient without its weight or without the upstream one."""
+    """A chunk left out or counted twice; a gradient without its weight or the upstream one."""
     monkeypatch.setattr(loss, "CHUNK_LOGITS", most)
     args = drawn(dtype=torch.float32)
     ours = loss.weighted_loss(*args)
@@ -38,30 +40,35 @@ def test_bf16_is_as_good_as_torch_in_bf16(monkeypatch):
     """A sum of chunks' gradients in bf16 would drift."""
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 61 * 5)
     exact = drawn(N=400)
-    rounded = [part.detach().bfloat16().requires_grad_() if part.is_floating_point() and part.dim() == 2 else part for part in exact]
-    gradients = lambda function, args: torch.autograd.grad(function(*args), args[:2])
-    for ours, plain, ref, what in zip(gradients(loss.weighted_loss, rounded), gradients(whole, rounded), gradients(whole, exact), ("dx", "dhead")):
+    rounded = *(part.detach().bfloat16().requires_grad_() for part in exact[:2]), *exact[2:]
+    gradients = [torch.autograd.grad(function(*args), args[:2]) for function, args in (
+        (loss.weighted_loss, rounded), (whole, rounded), (whole, exact))]
+    for ours, plain, ref, what in zip(*gradients, ("dx", "dhead")):
         assert_as_good(ours, plain, ref, what)
 
 
 def test_compiled_is_what_computes_where_it_is_asked_for(monkeypatch):
     """A flag that is lost on the way, and a loss that takes three times as long."""
-    monkeypatch.setattr(loss, "compiled_chunk_loss", lambda *chunk: [2 * part for part in loss.chunk_loss(*chunk)])
+    monkeypatch.setattr(loss, "compiled_chunk_loss",
+                        lambda *chunk: [2 * part for part in loss.chunk_loss(*chunk)])
     args = drawn(dtype=torch.float32)
-    torch.testing.assert_close(loss.weighted_loss(*args, compiled=True), 2 * loss.weighted_loss(*args))
+    twice = loss.weighted_loss(*args, compiled=True)
+    torch.testing.assert_close(twice, 2 * loss.weighted_loss(*args))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="torch.compile of the chunk wants a GPU here")
 def test_compiled_chunk_is_the_plain_one():
     """A fused kernel that loses the target or the weight."""
-    logits, target, weight = torch.randn(300, 5000, device=DEVICE), torch.randint(5000, (300,), device=DEVICE), torch.rand(300, device=DEVICE)
-    for ours, ref in zip(loss.compiled_chunk_loss(logits, target, weight), loss.chunk_loss(logits, target, weight)):
+    chunk = (torch.randn(300, 5000, device=DEVICE), torch.randint(5000, (300,), device=DEVICE),
+             torch.rand(300, device=DEVICE))
+    for ours, ref in zip(loss.compiled_chunk_loss(*chunk), loss.chunk_loss(*chunk)):
         torch.testing.assert_close(ours, ref, rtol=1e-5, atol=1e-6)
 
 
 def test_large_scores_do_not_overflow():
     """exp of a logit instead of its distance to logsumexp."""
-    x, head = torch.tensor([[1e4, 0.0], [0.0, 1e4]], requires_grad=True), torch.eye(2, requires_grad=True)
+    x = torch.tensor([[1e4, 0.0], [0.0, 1e4]], requires_grad=True)
+    head = torch.eye(2, requires_grad=True)
     value = loss.weighted_loss(x, head, torch.tensor([0, 0]), torch.ones(2))
     value.backward()
     assert value.item() == 1e4 and x.grad.isfinite().all()
@@ -73,7 +80,8 @@ def test_score_counts_by_weight_and_ignores_the_rest(monkeypatch):
     x, head, target, weight = drawn(dtype=torch.float32)
     value, right = loss.weighted_score(x, head, target, weight)
     torch.testing.assert_close(value.float(), whole(x, head, target, weight))
-    assert right.item() == pytest.approx((weight * (F.linear(x, head).argmax(-1) == target)).sum().item())
+    hit = F.linear(x, head).argmax(-1) == target
+    assert right.item() == pytest.approx((weight * hit).sum().item())
     assert loss.weighted_score(x, head, target, 0 * weight) == (0, 0)
 
 
