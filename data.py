@@ -55,12 +55,7 @@ def shuffled(index, n, key):
 
 
 class Shards:
-    """
-    The shards of a folder as one stream of tokens, cut into windows of context_len.
-
-    The last 1 % of windows is the split "val". len() is the windows of one epoch of this split,
-    n_tokens counts the whole stream.
-    """
+    """The shards of a folder as one stream of tokens, cut into windows of context_len."""
 
     def __init__(self, path, context_len, seed, split="train"):
         assert context_len > 0 and split in ("train", "val"), f"{context_len=} {split=}"
@@ -73,11 +68,14 @@ class Shards:
         self.starts = np.cumsum([0] + lengths).tolist()  # of each shard in the stream
         self.n_tokens = self.starts[-1]
 
-        n_windows = (self.n_tokens - 1) // context_len  # the last target needs one more token
+        # The last target needs one more token.
+        n_windows = (self.n_tokens - 1) // context_len
         if n_windows < 2:
             raise ValueError(f"{path}: {self.n_tokens:,} tokens give {max(n_windows, 0)} windows "
                              f"of context_len {context_len}, train and val need 2; add text or "
                              "shorten context_len")
+        # The last 1 % of windows is validation. Windows share no token but the last one of each,
+        # which is only a target there.
         n_val = max(1, n_windows // 100)
         n_train = n_windows - n_val
         self.first, self.len = (0, n_train) if split == "train" else (n_train, n_val)
@@ -97,6 +95,7 @@ class Shards:
                                  "keep one tokenizer per folder")
 
     def __len__(self):
+        # In windows: an epoch of this split.
         return self.len
 
     def sample(self, index):
@@ -105,10 +104,12 @@ class Shards:
         window = self.first + shuffled(i, self.len, key=f"{self.seed} {epoch}")
         start, end = window * self.context_len, (window + 1) * self.context_len + 1
         parts = []
-        while start < end:  # a window may cross into the next shard, or several
+        # A window may cross into the next shard, or several.
+        while start < end:
             n = bisect_right(self.starts, start) - 1
             shard = self.shards[n]
             part = shard.read(start - self.starts[n], min(end - self.starts[n], len(shard.tokens)))
+            # An id that the embedding has no row for would end in an error of CUDA's, or in none.
             if part.max() >= self.n_vocab:
                 raise ValueError(f"{shard.path}: token {part.max()} is outside the vocabulary of "
                                  f"{self.n_vocab}; the file is damaged, move it away and run "
@@ -131,19 +132,19 @@ class Text:
     def __getitem__(self, index):
         tokens = self.shards.sample(index)
         weights = np.ones(len(tokens), np.float32)
-        weights[0] = 0  # nothing comes before the first token, so nothing predicts it
+        # Nothing comes before the first token, so nothing predicts it.
+        weights[0] = 0
         return tokens, weights
 
 
 # ---------------------------------------------------------------- of a run
 
 def make_data(args, tokenizer, Needles):
-    """
-    Training and validation samples of a run, both functions of an index. Needles: niah's class of
-    them, which is handed in because that file is about needles and this one is not.
-    """
+    """Training and validation samples of a run, both functions of an index."""
+    # Needles is niah's class, which is handed in: this file needs to know nothing of them.
     if args.data != "niah":
         return Text(args, tokenizer, "train"), Text(args, tokenizer, "val")
+    # Whole steps: --drills is the share of them, from the first one on, that sees nothing else.
     only_drills = int(args.drills * args.steps) * args.batch
     # In validation only answers count, however much the rest weighs in training.
     held_out = argparse.Namespace(**{**vars(args), "other_weight": 0.0})
@@ -172,6 +173,7 @@ class Indices:
 def batches(dataset, args, done, processes):
     """This process's part of each batch after so many: tokens, weights (B, context_len + 1)."""
     from torch.utils.data import DataLoader
+    # With the indices as its sampler the loader works ahead of training, in the order of steps.
     indices = Indices(args, done, processes)
     return DataLoader(dataset, batch_size=indices.per_process, sampler=indices,
                       num_workers=args.workers, pin_memory=args.device.startswith("cuda"))

@@ -9,18 +9,7 @@ in a long text, the haystack, and the prompt ends with a question for the value 
     prompt tokens + max_new_tokens <= context_len, with as much haystack as fits
 
 Wording, depths and the way needles enter the text are RULER's (arXiv 2404.06654, NVIDIA/RULER
-scripts/data/synthetic). We differ from it on purpose in four ways:
-    RULER searches the haystack's size once per file and falls up to 500 words short. We fill
-    every example.
-    RULER shuffles the needles of every example of a file alike. Here each has an order of its
-    own, no two keys or values of its needles are equal, and answers are listed in the order in
-    which a reader meets them.
-    RULER's essays are Paul Graham's, which nltk cuts into sentences. Ours are any text, cut after
-    . ! or ? (quotes included). The default is the prose of Python's own help pages
-    (pydoc_data.topics), which needs no download.
-    A prompt has one of two protocols. Under "base", RULER's, it ends with the opening of the
-    answer ("... is") and the model goes on with " 123, 456". Under "sft", that of the official
-    RAT+, it ends with the question and the answer is "123,456". Both scores read both forms.
+scripts/data/synthetic). Where we differ on purpose, the line says so.
 
 tests/test_niah.py holds prompts equal to hashes of RULER's own, tests/test_spans.py checks where
 answers stand. Read eval_niah.py next, which asks them, or data.py, which trains on samples.
@@ -69,9 +58,13 @@ TASKS = {
     "niah_multivalue": Task("MV", "essay", "words", "numbers", n_values=4),
     "niah_multiquery": Task("MQ", "essay", "words", "numbers", n_keys=4, n_queries=4),
 }
+# Under "base", RULER's protocol, a prompt ends with the opening of the answer ("... is") and the
+# model goes on with " 123, 456". Under "sft", that of the official RAT+, it ends with the question
+# and the answer is "123,456". Both scores read both forms.
 PROTOCOLS = {"base": (" ", ", "), "sft": ("", ",")}  # what opens an answer, what joins several
-WORDS = "built-in", "wonderwords"  # lists of words for keys; RULER's are those of wonderwords
-SPLITS = "train", "val", "test"    # part of every seed, so that they never share an example
+WORDS = "built-in", "wonderwords"  # lists of words for keys, of which RULER's is the second
+# The split is part of every seed, so that no two of them share an example.
+SPLITS = "train", "val", "test"
 
 
 class UnknownTask(argparse.ArgumentTypeError, ValueError):
@@ -96,7 +89,10 @@ INTRO = ("{some} special magic {kind} {are} hidden within the following text. Ma
 QUESTION = "\nWhat {are_all} the special magic {kind} for {query} mentioned in the provided text?"
 PREFIX = " The special magic {kind} for {query} mentioned in the provided text {are}"
 
-DEPTHS = [round(100 * i / 39) for i in range(40)]  # percent: RULER's 40 even steps
+# In percent of the haystack: RULER's 40 even steps.
+DEPTHS = [round(100 * i / 39) for i in range(40)]
+# RULER's essays are Paul Graham's, which nltk cuts into sentences. Ours are any text, cut after
+# these. The default is the prose of Python's own help pages, which needs no download.
 SENTENCE_ENDS = tuple(stop + close for stop in ".!?" for close in ("", '"', "'", ")", "”", "’"))
 
 
@@ -142,7 +138,8 @@ def build_context(
             lines.insert(position, text)
         return "\n".join(lines)
 
-    # Sentences stop after the words `stops`, and the essay is cut where needles go.
+    # stops are the words (their number) at which a sentence begins, and the essay's end. At cuts
+    # the needles go in.
     ends = (i for i, word in enumerate(units[:-1], 1) if word.endswith(SENTENCE_ENDS))
     stops = [0, *ends, len(units)]
     cuts = [0, *(stops[s] for s in positions(len(stops) - 1)), len(units)]
@@ -160,14 +157,14 @@ def answer_text(answers, protocol):
 # ---------------------------------------------------------------- what chance decides
 
 def draw_text(kind, rng):
-    """A key or a value."""
+    """A key or a value. kind: numbers, uuids, or where the words of a key are from."""
     if kind == "numbers":
         return str(rng.randint(10**6, 10**7 - 1))
     if kind == "uuids":
         return str(uuid.UUID(int=rng.getrandbits(128), version=4))
     if kind == "training words":
         return f"{draw_any_word(ADJECTIVES, rng)}-{draw_any_word(NOUNS, rng)}"
-    # Some of RULER's words hold a space or a hyphen themselves. They are kept as they are.
+    # Some of RULER's words hold a space or a hyphen themselves. They stay as they are.
     adjectives, nouns, _ = word_lists("built-in" if kind == "words" else kind)
     return f"{rng.choice(adjectives)}-{rng.choice(nouns)}"
 
@@ -181,6 +178,8 @@ def draw_any_word(listed, rng):
 
 def draw_distinct(kind, n, rng, used):
     """n texts that are not in the set `used`, which grows by them."""
+    # RULER may draw one twice. Then a question would have two right answers, or an answer two
+    # places, of which we could ask for one only.
     texts = []
     while len(texts) < n:
         text = draw_text(kind, rng)
@@ -195,25 +194,29 @@ def draw_needles(task, rng):
     used = set()
     keys = draw_distinct(task.keys, task.n_keys, rng, used)
     values = draw_distinct(task.values, task.n_keys * task.n_values, rng, used)
-    # RULER shuffles these. All are drawn alike, so their order is random as it is.
+    # RULER shuffles the needles of every example of a file alike. Ours are drawn alike, so their
+    # order is random as it is, and each example has its own.
     pairs = list(zip(keys * task.n_values, values))
-    if task.haystack == "essay":  # in RULER an essay has 40 places, one per depth
+    # In RULER an essay has 40 places, one per depth, and between lines any place will do.
+    if task.haystack == "essay":
         depths = rng.sample(DEPTHS, len(pairs))
-    else:                         # and between lines any place will do
+    else:
         depths = [100 * rng.random() for _ in pairs]
     return pairs, sorted(depths), rng.sample(keys, task.n_queries)
 
 
 class Haystack:
-    """haystack(n): the first n units. Each is drawn once, in order, so its size can be searched."""
+    """haystack(n): the first n units."""
 
     def __init__(self, task, rng, avoid, words, start):
+        # Each unit is drawn once, in order, so that the search for the size can go up and down.
         self.units, self.stream = [], self.draw(task, rng, avoid, words, start)
 
     def draw(self, task, rng, avoid, words, start):
         if task.haystack == "noise":
             yield from repeat(NOISE)
-        if task.haystack == "essay":  # a text that is too short is repeated, as RULER does
+        # A text that is too short is repeated, as in RULER.
+        if task.haystack == "essay":
             yield from (words[i % len(words)] for i in count(start))
         while True:
             # Distractors may share keys with each other, but not with a needle (the set avoid).
@@ -234,17 +237,18 @@ def fill(build, least, limit):
     """
     build(n) for the largest n >= least whose last item, the tokens, has at most `limit`. None if
     not even the least fits.
-
-    Tokens grow nearly in proportion to n, so each guess follows the slope of the one before, until
-    n fits and n + 1 does not. That takes about five builds.
     """
+    # RULER searches the size once per file, and its examples fall up to 500 words short. We fill
+    # each. Tokens grow nearly in proportion to n, so each guess follows the slope of the one
+    # before, until n fits and n + 1 does not. That takes about five builds.
     n, best = least, build(least)
     if len(best[-1]) > limit:
         return None
     probe, too_many = least + 8, inf
     while too_many - n > 1:
         built = build(probe)
-        slope = max(0.1, (len(built[-1]) - len(best[-1])) / (probe - n))  # tokens per unit
+        # In tokens per unit. A slope of 0 would send the next guess far away.
+        slope = max(0.1, (len(built[-1]) - len(best[-1])) / (probe - n))
         if len(built[-1]) <= limit:
             n, best = probe, built
         else:
@@ -277,6 +281,7 @@ def draw_draft(task, tokenizer, rng, protocol, words, start=None):
         prompt = intro(task) + context + asked + prefix
         return prompt, prefix, tokenizer.encode(prompt)
 
+    # Unlike RULER we list answers in the order in which a reader meets them.
     answers = [(key, value, depth) for query in queries
                for (key, value), depth in zip(pairs, depths) if key == query]
     return Draft(answers, answer_text([value for _, value, _ in answers], protocol), build)
@@ -297,6 +302,7 @@ def compose(task, context_len, tokenizer, rng, protocol, words, max_new_tokens, 
                                  f"{len(target)} tokens and the end token: raise it")
             return draft, *filled, target
         needed.append(len(draft.build(least)[-1]) + max_new_tokens)
+    # The original retries for ever.
     raise ValueError(f"{task.short} needs about {sorted(needed)[25]} tokens, {max_new_tokens=} "
                      f"included, but {context_len=}: raise that, lower max_new_tokens, or take the "
                      "tasks niah.fitting_tasks names")
@@ -336,11 +342,12 @@ def make_example(
 
     task, (essay, essay_from) = with_words(TASKS[name], words), essay_words(haystack)
     rng = random.Random(f"{split}/{seed}/{name}/{index}")
+    # RULER's essays begin with the text's first word. In training that would be one page of it.
     start = None if split == "train" else 0
     draft, prompt, prefix, ids, _ = compose(
         task, context_len, tokenizer, rng, protocol, essay, max_new_tokens, start)
 
-    places = []  # of the values, in characters: each stands before the "." of its needle
+    places = []  # in characters; a value stands before the "." of its needle
     for key, value, _ in draft.answers:
         text = needle(task, key, value)
         end = prompt.index(text) + len(text) - 1
@@ -366,7 +373,8 @@ def default_new_tokens(context_len, tokenizer):
 
 
 def fitting_tasks(context_len, tokenizer, protocol="base", max_new_tokens=128, words="built-in"):
-    """Names of the tasks that fit: half of 16 drafts or more have room for the least haystack."""
+    """Names of the tasks that have room here for the least haystack and for every answer."""
+    # Drafts differ in size by their keys. If half of 16 fit, compose will find one that does.
     essay = essay_words()[0]
 
     def fits(name):
@@ -390,10 +398,8 @@ def token_spans(
     spans,      # [start, end) characters of the text, of each answer
     tokenizer,
 ):              # -> [start, end) tokens: the fewest that cover each answer
-    """
-    A tokenizer may normalise the text or put a space in front, so that characters of the text are
-    not where its tokens put them. What comes before an answer is counted in the tokenizer's bytes.
-    """
+    # A tokenizer may normalise the text, or put a space in front, so characters of the text are not
+    # where its tokens put them. What comes before an answer is counted in the tokenizer's bytes.
     parts, found = pieces(tokenizer, ids), []
     raw, ends = b"".join(parts), [0, *accumulate(map(len, parts))]
     for start, end in spans:
@@ -438,12 +444,11 @@ def many_questions(task, room, tokenizer, rng, words, protocol):
     """
     A context full of needles, then question, answer and end token, again and again, each about
     other keys, until the room (tokens) is full. -> [(ids, is an answer)]
-
-    The wording is RULER's throughout. Half the samples are brief: they have no introduction and,
-    under "base", only the opening of each answer, so that twice as many questions fit.
     """
-    # Where two questions of the task's own kind do not fit even in brief, each question has one
-    # key with one value. 256 bytes hold two such needles and an answer.
+    # The wording is RULER's throughout. Half the samples are brief: they have no introduction and,
+    # under "base", only the opening of each answer, so that twice as many questions fit. Where two
+    # questions of the task's own kind do not fit even so, each has one key with one value. 256
+    # bytes hold two such needles and an answer.
     one = dict(n_keys=1, n_values=1, n_queries=1)
     smallest = task._replace(keys="words", values="numbers", **one)
     for task, brief in ((task, rng.random() < 0.5), (task, True), (task._replace(**one), True),
@@ -456,7 +461,8 @@ def many_questions(task, room, tokenizer, rng, words, protocol):
         if n_groups >= 2:
             break
 
-    n_groups = max(2, int(n_groups * rng.uniform(0.5, 1)))  # the rest of the room is haystack
+    # Between all and half of those that fit. The rest of the room is haystack.
+    n_groups = max(2, int(n_groups * rng.uniform(0.5, 1)))
     groups = [draw_group(task, rng, used) for _ in range(n_groups)]
     # Needles are shuffled, so that questions do not follow their order.
     pairs = [pair for _, pairs in groups for pair in pairs]
@@ -497,14 +503,13 @@ def drill(room, tokenizer, rng, words):
     """
     A few facts, stated once and then asked again and again until the room (tokens) is full.
     -> [(ids, is an answer)]
-
-    One to four keys, values of one to seven digits, RULER's wording whole or cut short, and essay
-    in between or none. Nearly every line trains retrieval, so a small model learns it within a
-    thousand steps, and uses it in the tasks later on.
     """
+    # Nearly every line trains retrieval, so a small model learns it within a thousand steps, and
+    # uses it in the tasks later on. What varies is what it shall not depend on: how many keys, how
+    # long values are, how much essay (in characters) lies between lines, which words ask.
     keys = draw_distinct("training words", rng.randint(1, 4), rng, set())
     n_digits = rng.choice((1, 1, 2, 7))
-    gap = rng.choice((0, 0, 20, 60, 120))  # longest part of essay between lines, in characters
+    gap = rng.choice((0, 0, 20, 60, 120))
     values = ["".join(rng.choices("0123456789", k=n_digits)) for _ in keys]
     needles = "{key} is: ", NEEDLE.removesuffix("{value}.")
     questions = "{key} is: ", "{key} mentioned in the provided text is ", PREFIX + " "
@@ -541,16 +546,15 @@ def training_sample(
     """
     weights[t] is the loss weight of predicting tokens[t]: 1 on answers and the end token after
     each, other_weight on the rest, 0 on tokens[0] and on padding.
-
-    Half the samples look like make_example's, the other half (many_questions) hold an answer every
-    few dozen tokens: with one answer per sample, retrieval takes far longer to form. Drills are
-    denser still. Keys come from the built-in words and from no list at all, so that training needs
-    no package and models know any words.
     """
     rng = random.Random(f"train/{seed}/{index}")
     task, words = TASKS[rng.choice(tasks)], essay_words(haystack)[0]
+    # Keys are of built-in words and of mere letters, so that training needs no package and the
+    # model knows any words.
     if task.keys == "words":
         task = task._replace(keys="training words")
+    # With one answer per sample, as make_example's prompts have, retrieval takes far longer to
+    # form. many_questions hold an answer every few dozen tokens, and drills are denser still.
     if rng.random() < drills:
         parts = drill(context_len + 1, tokenizer, rng, words)
     elif rng.random() < many:
@@ -569,20 +573,17 @@ def training_sample(
         tokens[start:start + len(ids)] = ids
         weights[start:start + len(ids)] = 1 if is_answer else other_weight
         start += len(ids)
-    weights[0] = 0  # nothing comes before the first token, so nothing predicts it
+    weights[0] = 0  # nothing comes before it, so nothing predicts it
     return tokens, weights
 
 
 class Needles:
-    """
-    The data set of training samples: needles[index] -> tokens, weights.
-
-    The first `only_drills` samples are drills, which form retrieval. Of those after them 30 % are,
-    lest it fade.
-    """
+    """The data set of training samples: needles[index] -> tokens, weights."""
 
     def __init__(self, args, tokenizer, seed, only_drills=0):
         self.args, self.tokenizer, self.seed = args, tokenizer, seed
+        # The first samples are drills alone, which form retrieval. Of those after them 30 % are,
+        # lest it fade.
         self.only_drills, self.later_drills = only_drills, 0.3 if only_drills else 0.0
         self.haystack = read_haystack(args.haystack) if args.haystack else None
         self.new_tokens = default_new_tokens(args.context_len, tokenizer)
@@ -605,7 +606,8 @@ class Needles:
 def read_jsonl(path, tokenizer, protocol="base", task=None, max_new_tokens=128):
     """A data file of RULER's -> Examples. task: None takes the folder's or the file's name."""
     path = Path(path)
-    if task is None:  # RULER writes TASK/validation.jsonl
+    # RULER writes TASK/validation.jsonl.
+    if task is None:
         task = next((name for name in (path.stem, path.parent.name) if name in TASKS), path.stem)
     examples = []
     for where, row in rows_of(path):
@@ -639,7 +641,8 @@ def place_of(answer, prompt, where):
 
 # ---------------------------------------------------------------- python niah.py
 
-MOST = 10**8  # tokens and examples: more is a slip of the keyboard, which would fill the memory
+# Tokens and examples. More is a slip of the keyboard, which would fill the memory.
+MOST = 10**8
 
 
 def flags():
@@ -647,8 +650,7 @@ def flags():
     add = parser.add_argument
     names = ", ".join(f"{name} or {task.short}" for name, task in TASKS.items())
     add("--task", default="niah_multikey_1", type=task_name, help=names)
-    add("--context_len", type=whole(1, MOST), default=1024, help="tokens, those to generate "
-        "included")
+    add("--context_len", type=whole(1, MOST), default=1024, help="tokens, with those to generate")
     add("--max_new_tokens", type=whole(1, MOST), help="tokens to generate; None: 128, or 48 where "
         "context_len is below 2048 or tokens are bytes")
     add("--tokenizer", default="bytes", help="bytes, or what else data.get_tokenizer takes")
@@ -658,8 +660,7 @@ def flags():
     add("--protocol", default="base", choices=PROTOCOLS, help="base: with answer prefix; sft: none")
     add("--words", default="built-in", choices=WORDS, help="of keys; wonderwords: RULER's")
     add("--haystack", metavar="FILE", help="text of the essay; None: Python's help pages")
-    add("--output", metavar="FILE.jsonl", help="write RULER's jsonl there; None: print the first "
-        "example")
+    add("--output", metavar="FILE.jsonl", help="write RULER's jsonl; None: print one example")
     return parser
 
 
@@ -680,12 +681,12 @@ def run(args):
         print(f"answers   {e.answers}, to be written as {e.target!r} and the end token")
         for answer, (start, end), depth in zip(e.answers, e.spans, e.depth):
             print(f"needle    {answer} at tokens {start} to {end}, depth {depth} %")
-    print(f"tokens    {len(e.ids)} + {new_tokens} to generate of {e.context_len} "
-          f"({tokenizer.name})")
+    size = f"{len(e.ids)} + {new_tokens} to generate of {e.context_len}"
+    print(f"tokens    {size} ({tokenizer.name})")
     print(f"from      keys: {e.keys_from}; haystack: {e.haystack_from}")
+    asked = f"{args.task}, {args.protocol}, {args.split}, seed {args.seed}"
     there = f", in {args.output}" if args.output else ""
-    print(f"prompts   {prompt_hash(examples)} = hash of {len(examples)} ({args.task}, "
-          f"{args.protocol}, {args.split}, seed {args.seed}){there}")
+    print(f"prompts   {prompt_hash(examples)} = hash of {len(examples)} ({asked}){there}")
 
 
 def main(argv=None):

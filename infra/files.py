@@ -33,21 +33,20 @@ except ImportError:  # Windows
 POINTER = b"version https://git-lfs.github.com/spec/"  # what a clone without git-lfs begins with
 BOM = b"\xef\xbb\xbf"  # what some editors put in front of UTF-8
 SEAL = "sha256"        # the field of sealed JSON
-MOST_JSON = 1 << 20    # bytes, where no more is expected: Python's objects take up to 25 times that
+MOST_JSON = 1 << 20    # bytes, where no more is expected
 
 
 # ---------------------------------------------------------------- reading
 
 def regular(path):
-    """
-    The path, of a file or of what a link to one stands for. ValueError for a folder, a pipe or a
-    device, which might have no end, and for what git-lfs leaves in a file's place.
-    """
+    """The path of a file, or of a link to one. ValueError for anything else."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing")
+    # A pipe or a device might have no end, and reading it would not return.
     if not path.is_file():
         raise ValueError(f"{path} is no regular file: put one in its place")
+    # A clone without git-lfs has such files. They look like damaged ones, and have another remedy.
     with open(path, "rb") as file:
         if file.read(len(POINTER)) == POINTER:
             raise ValueError(f"{path} is a pointer that git-lfs left in place of the file: install "
@@ -57,6 +56,7 @@ def regular(path):
 
 def read_json(path, remedy="fetch it again", most=MOST_JSON):
     """What a JSON file of at most `most` bytes holds. ValueError, with the remedy, for others."""
+    # Python's objects take up to 25 times as much memory as their JSON, so the size is asked first.
     size = regular(path).stat().st_size
     if size > most:
         raise ValueError(f"{path} has {size:,} bytes, and no such file has more than {most:,}: "
@@ -68,10 +68,9 @@ def read_json(path, remedy="fetch it again", most=MOST_JSON):
 
 
 def parse_json(text):
-    """
-    json.loads of UTF-8 bytes. ValueError also for what other readers understand differently: a key
-    that comes twice, NaN, 1e999.
-    """
+    """json.loads of UTF-8 bytes. ValueError also for a key that comes twice, NaN, 1e999."""
+    # Other readers understand these otherwise than we: the first of two keys, null, an error. Then
+    # what one program has checked is not what another one uses.
     try:
         return json.loads(text.decode("utf-8-sig"), object_pairs_hook=distinct_keys,
                           parse_constant=refuse_number, parse_float=finite_number)
@@ -95,6 +94,7 @@ def refuse_number(text):
 
 
 def finite_number(text):
+    # float takes 1e999 for infinity.
     return float(text) if math.isfinite(float(text)) else refuse_number(text[:20])
 
 
@@ -109,7 +109,8 @@ def lines_of(file):
 
 
 def short(value):
-    """What a message may show of something from a file: printable, and not much."""
+    """What a message may show of something from a file: printable, and not much of it."""
+    # Unescaped, a name in a file could write to the terminal whatever it likes.
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -144,11 +145,10 @@ def opened_seal(found, path, remedy="restore it from a copy"):
 # ---------------------------------------------------------------- writing
 
 def all_or_nothing(files):
-    """
-    files: {file: function that writes it to another path}. They are renamed only once all are
-    written, so an interrupted or failed save leaves what was there before, and never the shards of
-    two models side by side. The next save writes over what kill -9 leaves under a temporary name.
-    """
+    """files: {file: function that writes it to another path}"""
+    # They are renamed only once all are written, so an interrupted or failed save leaves what was
+    # there before, and never the shards of two models side by side. What kill -9 leaves under a
+    # temporary name the next save writes over.
     temporary = {file: file.with_name(f".{file.name}.tmp") for file in files}
     unchanged = "what was there is unchanged; is the disk full?"
     try:

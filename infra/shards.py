@@ -61,6 +61,7 @@ class Shard(NamedTuple):
 
     def read(self, start, end):
         """Tokens start to end - 1. ValueError unless they are what was written."""
+        # The hashed parts that they lie in are read whole, 16 or 32 KB each.
         for n in range(start // HASHED, (end - 1) // HASHED + 1):
             part = self.tokens[n * HASHED:(n + 1) * HASHED]
             if digest(part) != self.hashes[8 * n:8 * n + 8]:
@@ -99,7 +100,7 @@ def save_shard(
     tokenizer,  # its name
     job,        # see Shard
 ):
-    """A kill at any moment leaves no part of a shard under its final name."""
+    # A kill at any moment leaves no part of a shard under its final name.
     width = token_dtype(n_vocab).itemsize
     n_tokens = sum(map(len, docs)) // width
     header = HEADER.pack(MAGIC, VERSION, width, n_vocab, job, n_tokens, len(docs),
@@ -113,6 +114,7 @@ def save_shard(
             file.write(digest(header))
             file.writelines(digests(docs, HASHED * width))
             file.flush()
+            # Renamed before it is on the disk, it could be empty after a power cut.
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except OSError as error:
@@ -142,6 +144,7 @@ def open_shard(path):
         file.seek(end)
         hashes = file.read()
     require(digest(header) == hashes[:8], "a damaged header, which does not match its hash")
+    # Mapped: a folder of shards is larger than memory, and samples take a little from each.
     tokens = np.memmap(path, dtype=token_dtype(n_vocab), mode="r", offset=HEADER.size,
                        shape=(n_tokens,))
     return Shard(path, tokens, hashes[8:], n_vocab, name.rstrip(b"\0").decode(), job, n_docs)
@@ -201,6 +204,7 @@ def documents(files, field):
     """Yield each document, a text or a RowGroup, and how many bytes of input are read by then."""
     before = 0
     for path in files:
+        # .jsonl.gz has the suffix .gz.
         read = {".txt": read_txt, ".parquet": read_parquet}.get(path.suffix, read_jsonl)
         with naming(path):
             for doc, position in read(path, field):
@@ -262,6 +266,7 @@ def read_parquet(path, field):
 
 
 def read_rows(group):
+    # 64 rows at a time, and in this thread: all cores are busy with encoding already.
     file, number = open_parquet(group.path, group.field), group.first_row
     for batch in file.iter_batches(batch_size=64, row_groups=[group.index],
                                    columns=[group.field], use_threads=False):
@@ -334,6 +339,7 @@ def start_all(pool):
 
 def encode_all(docs, its_tokenizer, workers):
     """Yield encode_unit of each unit, and the position after it, in the order of docs."""
+    # Workers end in any order, so the oldest unit is waited for, while younger ones go on.
     pending = deque()
     with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(its_tokenizer,)) as pool:
         start_all(pool)
@@ -415,6 +421,7 @@ def write_shards(docs, total, out, spec, shard_tokens, workers, job):
         writer = Writer(out, len(whole), its_tokenizer, shard_tokens, job, thread)
         for unit, unit_text, position in encoded:
             n_tokens += sum(map(writer.add, unit))
+            # The time left follows from the input, of which bytes are known: not from tokens.
             n_text, now = n_text + unit_text, time.perf_counter()
             if now - reported >= 5 and position > first[0][1]:
                 left = (now - start) * (total - position) / (position - first[0][1])
@@ -431,7 +438,7 @@ def write_shards(docs, total, out, spec, shard_tokens, workers, job):
 
 
 def shards_to_continue(out, tokenizer_name, job):
-    """The whole shards of this job in a folder. What a killed run left of one is deleted."""
+    """The whole shards of this job in a folder, from which their numbers go on."""
     whole = [open_shard(path) for path in sorted(out.glob("*.bin"))]
     for n, shard in enumerate(whole):
         expected = f"{n:05d}.bin", tokenizer_name, job
@@ -440,6 +447,7 @@ def shards_to_continue(out, tokenizer_name, job):
                 f"{shard.path}: a shard of another run (other input, tokenizer, --text_field or "
                 "--shard_tokens), or one before it is missing; choose another --output, or move "
                 "the .bin files there away")
+    # A run that was killed while it wrote leaves these.
     for path in out.glob("*.bin.tmp"):
         path.unlink()
     return whole

@@ -75,14 +75,7 @@ class NotReproducible(ValueError):
 
 
 class TokenizerJson:
-    """
-    What a tokenizer.json says, checked to be a byte-level BPE that tiktoken reproduces.
-
-    The file orders merges by priority; tiktoken joins the neighbours whose product has the lowest
-    id. The two agree when the products' ids ascend along the list and merges reach every token, so
-    both are checked. tiktoken looks a whole piece up before it merges (the file's ignore_merges),
-    which changes nothing where merges reach every token.
-    """
+    """What a tokenizer.json says, checked to be a byte-level BPE that tiktoken reproduces."""
 
     def __init__(self, path):
         self.path = path
@@ -169,7 +162,8 @@ class TokenizerJson:
         vocab, merges = self.part(model, "vocab", dict), self.part(model, "merges", list)
         for i in vocab.values():
             self.require(is_id(i), "an id in model.vocab", i)
-        merges = [m.split(" ") if isinstance(m, str) else m for m in merges]  # "a b" or ["a", "b"]
+        # Older files write "a b", later ones ["a", "b"].
+        merges = [m.split(" ") if isinstance(m, str) else m for m in merges]
         for merge in merges:
             pair = isinstance(merge, list) and len(merge) == 2
             self.require(pair and all(isinstance(side, str) for side in merge),
@@ -186,6 +180,10 @@ class TokenizerJson:
         missing = [b for b in range(256) if bytes([b]) not in ranks]
         self.require(not missing, "model.vocab's list of missing bytes", missing)
 
+        # The file orders merges by priority; tiktoken joins the neighbours whose product has the
+        # lowest id. The two agree when the products' ids ascend along the list and merges reach
+        # every token. tiktoken looks a whole piece up before it merges (the file's ignore_merges),
+        # which changes nothing where merges reach every token.
         products = [spelled.get(left + right, -1) for left, right in merges]
         for merge, before, after in zip(merges, [0] + products, products):
             self.require(0 <= before <= after, "model.merges' order (it is not that of the ids) at",
@@ -208,12 +206,14 @@ class TiktokenTokenizer:
         eos = self.end_of_text(path, spec.added)
         self.nfc, self.in_text, self.eos_id = spec.nfc, set(spec.in_text), spec.added[eos]
         self.n_vocab = 1 + max(*spec.ranks.values(), *spec.added.values())
+        # All that ids depend on, and the end of text: two files of one tokenizer have one name.
         identity = repr((spec.pattern, spec.nfc, sorted(spec.ranks.items()),
                          sorted(spec.added.items()), sorted(spec.in_text), eos))
         self.name = f"bpe-{self.n_vocab}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
         self.bytes_of = {i: token for token, i in spec.ranks.items()}
         self.bytes_of |= {i: token.encode() for token, i in spec.in_text.items()}
 
+        # See SPACES.
         quick = spec.pattern
         if quick.endswith(SPACES):
             quick = f"(?>{quick.removesuffix(SPACES)}){SPACES}"
@@ -310,20 +310,20 @@ class SentencePieceTokenizer:
     def bytes_of_one(self, i):
         if self.model.is_control(i):
             return b""
-        if self.model.is_byte(i):  # spelled <0x41>
+        # A byte is spelled <0x41>, and a space U+2581.
+        if self.model.is_byte(i):
             return bytes.fromhex(self.model.id_to_piece(i)[3:5])
         if self.model.is_unknown(i):
             return self.model.decode([i]).encode()
-        return self.model.id_to_piece(i).replace("\u2581", " ").encode()  # how it spells a space
+        return self.model.id_to_piece(i).replace("\u2581", " ").encode()
 
 
 # ---------------------------------------------------------------- a tokenizer of one's own
 
 def pieces(tokenizer, ids):
     """
-    The bytes that each token stands for. They join to the text as the tokenizer has it, which may
-    be normalised. Any object with name, encode and decode will do. Without pieces() it cannot tell
-    where in a character a token ends: each token with a part in it gets a byte of it or more.
+    The bytes that each token stands for, of any object with name, encode and decode. They join to
+    the text as the tokenizer has it, which may be normalised.
     """
     if hasattr(tokenizer, "pieces"):
         return tokenizer.pieces(ids)
@@ -331,6 +331,8 @@ def pieces(tokenizer, ids):
     def size(text):
         return len(text.encode(errors="replace"))
 
+    # decode alone cannot tell where in a character a token ends. Each token with a part in it gets
+    # a byte of it or more.
     text, ends = tokenizer.decode(ids), [0]  # bytes up to the end of each token
     done, n_bytes = 0, 0                     # characters of the text that are complete, their bytes
     # Some tokenizers drop a space in front. So a token is decoded together with the one before it,
@@ -347,7 +349,8 @@ def pieces(tokenizer, ids):
         if not rest:
             done, n_bytes = done + same, end
             before, start = (start, n) if new else (before, start)
-        else:  # the token ends inside a character, which decode shows as U+FFFD until it is whole
+        else:
+            # The token ends inside a character, which decode shows as U+FFFD until it is whole.
             end = min(max(end, ends[-1]) + 1, end + size(character) - 1)
         ends.append(max(end, ends[-1]))
 
@@ -371,6 +374,7 @@ def get_tokenizer(spec):
     if spec == "bytes":
         return ByteTokenizer()
     path = Path(spec)
+    # lexists: a link to nowhere is a broken tokenizer, not none.
     if path.is_dir():
         files = [path / name for name in KINDS if os.path.lexists(path / name)]
     else:
@@ -381,6 +385,7 @@ def get_tokenizer(spec):
     try:
         return KINDS[f"tokenizer{files[0].suffix}"](files[0])
     except NotReproducible as error:
+        # A LLaMA's folder has a tokenizer.json of a kind that tiktoken cannot be, and the model.
         if len(files) == 1:
             raise
         say_once(f"note: {files[1]} is used, because {str(error).rpartition(';')[0]}")

@@ -57,6 +57,7 @@ def checkpoints(run):
 
 def resolve(path):
     """`path`, or the newest checkpoint in it if it is a run of train.py's."""
+    # A run's folder has no config.json of its own, unless somebody put a model there.
     found = [Path(path), *checkpoints(path)]
     if len(found) > 1 and "model_type" in any_json(found[0] / "config.json"):
         raise ValueError(f"{path} holds a model and checkpoints of a run: which of them counts? "
@@ -67,9 +68,9 @@ def resolve(path):
 def read(path, without_tensors=False, hashed=True):
     """
     Settings (a dict of model.Config's fields) and tensors ({name: () -> tensor}, or None) of the
-    model at `path`. hashed=False does not ask whether files hold what their hash says, which takes
-    a second for every 2 GB.
+    model at `path`. hashed: ask whether files hold what their hash says.
     """
+    # Hashing takes a second for every 2 GB.
     path = resolve(path)
     if path.is_dir():
         settings, tensors = settings_of_directory(path), None
@@ -95,9 +96,8 @@ def read(path, without_tensors=False, hashed=True):
 @torch.no_grad()
 def fill(model, tensors, path, dtype, device):
     """
-    Load `tensors` into `model`, whose parameters are on the meta device. Of those that fully_shard
-    has divided among processes, this process's rows alone. dtype None: as they are. ValueError,
-    which names `path`, unless they fit exactly.
+    Load `tensors` into `model`, whose parameters are on the meta device. dtype None: as they are.
+    ValueError, which names `path`, unless they fit exactly.
     """
     wanted = model.state_dict()
     missing = sorted(wanted.keys() - tensors.keys())
@@ -120,7 +120,8 @@ def fill(model, tensors, path, dtype, device):
             raise ValueError(f"{path}: {stored_name(name)} is {tuple(tensor.shape)}, its config "
                              f"asks for {tuple(parameter.shape)}: config and weights are not of "
                              "one model")
-        mesh = getattr(parameter, "device_mesh", None)  # of fully_shard's DTensors
+        # Of what fully_shard has divided among processes, which are DTensors, we take our rows.
+        mesh = getattr(parameter, "device_mesh", None)
         if mesh:
             parts, mine = tensor.chunk(mesh.size()), mesh.get_local_rank()
             tensor = parts[mine] if mine < len(parts) else tensor[:0]
@@ -128,6 +129,7 @@ def fill(model, tensors, path, dtype, device):
         # cast on the device, where a GPU is sooner than one core.
         there = tensor.to(device)
         tensor = there.to(dtype or tensor.dtype, copy=there is tensor)
+        # A number that is finite in the file may not be so in bf16 or fp16.
         if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
             raise ValueError(f"{path}: {stored_name(name)} holds numbers that are not finite in "
                              f"{str(tensor.dtype).removeprefix('torch.')}: fetch it again")
@@ -158,10 +160,12 @@ def check_said_again(name, tensors, config, path):
                              "tie_word_embeddings to false to use that head, or take "
                              "lm_head.weight out")
         return
+    # What RoPE computes from the base. Files of 16 bits round it.
     D = config.head_width
     ours = config.rope_theta ** -(torch.arange(0, D, 2).double() / D)
-    as_16_bits_go = dict(rtol=0.02, atol=1e-7)
-    if found.shape != ours.shape or not torch.allclose(found.double(), ours, **as_16_bits_go):
+    near = found.shape == ours.shape
+    near = near and torch.allclose(found.double(), ours, rtol=0.02, atol=1e-7)
+    if not near:
         raise ValueError(f"{path}: {name} is not that of the config's "
                          f"rope_theta={config.rope_theta}: which of them counts? Correct the "
                          "config, or take the buffer out")
@@ -202,6 +206,7 @@ def config_of(kind, settings, path):
 
 def settings_of_directory(path):
     config_file, found = path / "config.json", found_config(path)
+    # Ours has model.Config's own fields, beside these.
     kind = found.get("model_type")
     if kind == "nanorat":
         others = "model_type", "architectures", "files", "tokenizer"
@@ -325,7 +330,9 @@ def config_json(config, dtype, hashes, tokenizer=None):
 
 
 def described(config, dtype):
-    """What config.json says of the model: what transformers reads, if it is OLMo 2."""
+    """What config.json says of the model."""
+    # A pure OLMo 2 is written as one, and opens in transformers. Anything else gets a model_type of
+    # its own, so that no other program drops its gates unknowingly.
     more = config.pre_norm or config.output_gate or config.memory
     if more or not (config.qk_norm and config.swiglu):
         return {"model_type": "nanorat", "architectures": ["Transformer"], **asdict(config)}
@@ -357,6 +364,7 @@ def files_of_directory(path):
                                     "model-00001-of-00002.safetensors: fetch them, convert a "
                                     ".bin, or rename yours")
         sets = {re.sub(r"\d{5}-of", "*-of", file) for file in files}
+    # Several sets may be two models, or one of them an older one, left behind by a save.
     if len(sets) > 1:
         raise ValueError(f"{path} holds weights twice, {' and '.join(sorted(sets))}: which of them "
                          "count? Move the others away")
@@ -401,8 +409,9 @@ def tensors_of_directory(path, hashed=True):
             if dtype not in DTYPES:
                 raise ValueError(f"{path / file}: {short(theirs)} is of type {dtype}, and weights "
                                  f"are of {', '.join(DTYPES)}: fetch a file of those")
+            # A GPU may have none of a small tensor's rows.
             if places and 0 in shape[:1]:
-                continue  # of a GPU that has none of its rows
+                continue
             first = places and places[theirs]
             if ours in tensors or (ours in rows and (not places or first in rows[ours])):
                 raise ValueError(f"{path / file}: {short(theirs)} is in another place too: which "
@@ -446,10 +455,11 @@ def as_written(path, mapped, there):
         return
     remedy = (f"restore all from a copy, or take 'files' and {SEAL!r} out of config.json if you "
               "meant to")
+    # A model may be read where the optimizer's files are gone: only kinds that are there count.
     kinds = {kind_of(file) for file in there}
     for file in sorted(set(hashes).symmetric_difference(there)):
         found = "is there, and not in" if file in there else "is not there, though in"
-        if kind_of(file) in kinds:  # a model may be read where the optimizer's files are gone
+        if kind_of(file) in kinds:
             raise ValueError(f"{path / file} {found} config.json's 'files': {remedy}")
     for file, opened_file in mapped.items():
         if written_hash(opened_file) != hashes[file]:
@@ -479,7 +489,8 @@ def opened(file, remedy=None):
     remedy = remedy or "fetch it again"
     with open(regular(file), "rb") as start:
         header = int.from_bytes(start.read(8), "little")
-    if header > 8 << 20:  # of a thousand layers and their moments
+    # A thousand layers and their moments have less. safe_open takes 100 MB, and makes objects of it.
+    if header > 8 << 20:
         raise ValueError(f"{file} is damaged, or no model's: its header would have {header:,} "
                          f"bytes; {remedy}")
     try:
@@ -507,10 +518,8 @@ def checked(file, remedy=None):
 
 
 def content_hash(tensors, places=None):
-    """
-    sha256 over names, dtypes, shapes and bytes of {name: tensor}, in the order of names; and over
-    the text that says whose rows they are.
-    """
+    """sha256 over {name: tensor}, and over the text that says whose rows they are."""
+    # Not over the file: its header may be written in another order (see in_order).
     digest = hashlib.sha256((places or "").encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -579,13 +588,11 @@ def write(
     Save a model into the directory `path`. All its files appear or none does; OSError names what
     failed. A model that we saved there before makes way, and other names stay; ValueError if what
     is in the way is not ours.
-
-    A pure OLMo 2 is written as one, and opens in transformers. Anything else gets a model_type of
-    its own, so that no other program drops its gates unknowingly.
     """
     path = Path(path)
     before = has_our_mark(path)
     beside = {} if tokenizer is None else tokenizer.files
+    # A model that we saved there may be replaced. One that somebody put there may be the only copy.
     in_the_way = [path / name for name, ours in before.items() if not ours]
     in_the_way += [path / name for name, file in beside.items() if differ(path / name, file)]
     if in_the_way:
@@ -640,11 +647,9 @@ def differ(path, other):
 
 
 def has_our_mark(path):
-    """
-    {name: whether we wrote it} of what a reader takes for the model in a directory: config.json
-    with our seal; weights with our hash or, if they are damaged, named by that config.json; and an
-    index of such files.
-    """
+    """{name: whether we wrote it} of what a reader takes for the model in a directory."""
+    # Ours are config.json with our seal; weights with our hash or, if they are damaged, named by
+    # that config.json; and an index of such files.
     names = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
     config, marks = sealed_config(path), {}
     for name in filter(WEIGHTS.fullmatch, names):

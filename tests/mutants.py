@@ -100,7 +100,7 @@ MUTANTS = {
         ('Text(args, tokenizer, "val")', 'Text(args, tokenizer, "train")',
          "report::text_is_validated_on_windows_that_are_not_trained_on",
          "validation loss of text that was trained on"),
-        ("        weights[0] = 0  # nothing comes", "        pass  # nothing comes",
+        ("        weights[0] = 0\n", "        pass\n",
          "report::text_is_validated_on_windows_that_are_not_trained_on",
          "a token that is no target in the count of weights"),
         ("step * self.batch + self.rank * self.per_process", "step * self.batch",
