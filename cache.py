@@ -28,7 +28,7 @@ import torch
 
 import sparse as methods
 from memory import MEMORIES
-from sparse import layer_dice
+from sparse import dice_of_layers
 from triton_ops import backend
 
 
@@ -41,7 +41,7 @@ class Feed:
     start: object                  # int, or (B,)  the slot of the first token
     lengths: torch.Tensor | None   # (B,)    real tokens per row in this call; None: all T
     real: torch.Tensor | None      # (B, T)  True where there is a real token; None: everywhere
-    dice: torch.Tensor             # (B, T)  a hash of the row's tokens so far
+    dices: torch.Tensor            # (L, B, T)  each layer's hash of the row's tokens so far
     decoding: bool                 # one new token per row
     static: bool                   # and a graph may record it: no shape depends on the filling
     whole: bool                    # the prompt ends here, and the method drops entries: at once
@@ -470,10 +470,10 @@ class Cache:
     def keep_of(self, source, sparse):
         """Hold what the method keeps of the cache `source`, this one or another."""
         filled, room = source.filled, source.slots - source.filled
-        for i in range(len(self.k)):
+        # the last prompt token's hash stands in for the draw of all of them
+        dices = dice_of_layers(source.token_hash[:, None], len(self.k))
+        for i, dice in enumerate(dices):
             k, v = source.k[i][:, :filled], source.v[i][:, :filled]
-            # the last prompt token's hash stands in for the draw of all of them
-            dice = layer_dice(source.token_hash[:, None], i)
             compress = backend.hook(sparse, "compress", k)
             kept = compress(source.recent_q[i], k, v, source.lengths, dice)
             self.spoiled = True  # until all layers are through

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 import memory
 from cache import Cache, Feed
-from sparse import Dense, Dilated, dice_of, drops, layer_dice, name, phases, window_of
+from sparse import Dense, Dilated, dice_of, dice_of_layers, drops, name, phases, window_of
 from triton_ops import backend
 
 TOGETHER = 32768  # tokens of a prompt that go through a layer at a time: more save no time
@@ -109,8 +109,9 @@ class Inference:
 
         dice = dice_of(tokens, position, cache.token_hash[cache.part, None], real)
         cache.token_hash[cache.part] = dice[:, -1]
+        dices = dice_of_layers(dice, self.config.n_layer)
         prefill = backend.hook(sparse, "prefill", self.probe())
-        return Feed(sparse, prefill, position, start, lengths, real, dice, decoding, static, whole,
+        return Feed(sparse, prefill, position, start, lengths, real, dices, decoding, static, whole,
                     watch)
 
     @torch.no_grad()
@@ -265,15 +266,15 @@ class Inference:
         if torch.is_grad_enabled() or not backend.triton_for(self.probe()):
             return False
         found = [backend.is_stock("model.Transformer.hidden", self.hidden)]
+        found += [are_stock(Cache, OF_CACHE), are_stock(memory, OF_RECURRENCE)]
         found += [is_stock(layer, self.config) for layer in self.layers]
         return all(found)
 
     def is_unhooked(self):
         """Whether no Python would be missed: a graph calls it once, and then never again."""
-        code = {"model.Transformer.forward": self.forward, "engine.Inference.feed": self.feed,
-                "engine.Inference.described": self.described, "engine.Inference.head": self.head}
-        plain_calls = not any(has_hooks(module) for module in self.modules())
-        return plain_calls and all([backend.is_stock(*named) for named in code.items()])
+        if any(has_hooks(module) for module in self.modules()):
+            return False
+        return are_stock(self, [("forward", "model.Transformer.forward"), *OF_INFERENCE])
 
     def places(self):
         """Where the weights are: a graph reads there, whatever the model's are by then."""
@@ -321,8 +322,8 @@ def fused(model, tokens, cache):
     """model.Transformer.hidden for tokens (B, T) that are fed to a cache: (B, T, C)"""
     rope = model.rope(cache.now.position)
     x = cache.without_padding(model.embed_tokens(tokens))
-    for index, layer in enumerate(model.layers):
-        x = fused_block(layer, x, rope, layer_dice(cache.now.dice, index), cache)
+    for layer, dice in zip(model.layers, cache.now.dices):
+        x = fused_block(layer, x, rope, dice, cache)
     return model.norm(x)
 
 
@@ -427,25 +428,39 @@ def is_few(x):
 
 LINEAR, RMS_NORM = nn.Linear.forward, nn.RMSNorm.forward  # torch's
 
+# What the kernels stand for beside the methods: of a layer's parts, and what these call.
+OF_BLOCK = [("forward", "model.Block.forward")]
+OF_ATTENTION = [(method, f"model.Attention.{method}")
+                for method in ("forward", "remember", "at_rms_1", "rotate")]
+OF_MLP = [("forward", "model.MLP.forward")]
+OF_MEMORY = [(method, f"memory.Decay.{method}") for method in ("forward", "gate", "average")]
+OF_INFERENCE = [(method, f"engine.Inference.{method}")
+                for method in ("feed", "described", "head")]
+OF_CACHE = [(method, f"cache.Cache.{method}")
+            for method in ("attend", "store", "put", "read", "step", "remember")]
+OF_RECURRENCE = [(form, f"memory.{form}") for form in ("remember", "memory_loop", "memory_step")]
+
+
+def are_stock(owner, names):
+    """Whether these of the owner's functions are the code that the kernels were written from."""
+    found = [backend.is_stock(name, getattr(owner, function, None)) for function, name in names]
+    return all(found)
+
 
 def is_stock(layer, config):
     """Whether fused_block may compute this layer: it is the one that the kernels stand for."""
     attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
-    code = {"model.Block.forward": layer.forward, "memory.remember": memory.remember,
-            "memory.memory_loop": memory.memory_loop, "memory.memory_step": memory.memory_step}
-    code |= {f"cache.Cache.{method}": getattr(Cache, method)
-             for method in ("attend", "store", "put", "read", "step", "remember")}
-    parts = {"model.Attention": (attention, ("forward", "remember", "at_rms_1", "rotate")),
-             "model.MLP": (mlp, ("forward",))}
-    if getattr(attention, "memory", None) is not None:
-        parts["memory.Decay"] = attention.memory, ("forward", "gate", "average")
-    for kind, (part, methods) in parts.items():
-        code |= {f"{kind}.{method}": getattr(part, method, None) for method in methods}
-    if not all([backend.is_stock(*named) for named in code.items()]):
+    if not (are_stock(layer, OF_BLOCK) and are_stock(attention, OF_ATTENTION)
+            and are_stock(mlp, OF_MLP)):
         return False
-
-    known = [is_known(name, module, config) for name, module in layer.named_modules()]
-    return all(known)
+    parts = [layer, attention, mlp]
+    if attention.memory is not None:
+        if not are_stock(attention.memory, OF_MEMORY):
+            return False
+        parts.append(attention.memory)
+    known = [is_known(name, module, config) for part in parts
+             for name, module in part.named_children() if module not in parts]
+    return all(known) and not any([has_hooks(part, tell=True) for part in parts])
 
 
 def is_known(name, module, config):
@@ -453,24 +468,29 @@ def is_known(name, module, config):
     Whether the kernels know all of a module of a stock layer: they take its weight, of the memory's
     projection the bias too, and config's eps. If they do not, a run says so once.
     """
-    kind, own = type(module), name.rpartition(".")[2]
+    kind = type(module)
     if kind is nn.Linear:
-        known = kind.forward is LINEAR and (module.bias is None or name == "self_attn.memory.proj")
-    elif own in ("q_norm", "k_norm") and not config.qk_norm:
+        known = kind.forward is LINEAR and (module.bias is None or name == "proj")
+    elif name in ("q_norm", "k_norm") and not config.qk_norm:
         known = kind is nn.Identity
-    elif own.endswith("norm"):
+    else:
         known = (kind is nn.RMSNorm and kind.forward is RMS_NORM and module.weight is not None
                  and module.eps == config.norm_eps)
-    else:  # the layer itself, self_attn, mlp or memory, whose code is known; or a stranger
-        known = name in ("", "self_attn", "mlp", "self_attn.memory")
-    if not known or has_hooks(module):
-        backend.tell(f"note: {name or 'a layer'} is a {kind.__name__} with more to it than the "
-                     "Triton kernels know: the model's layers are computed as they are written")
-    return known and not has_hooks(module)
+    if not known:
+        note_unknown(name, module)
+    return known and not has_hooks(module, tell=True)
 
 
-def has_hooks(module):
+def has_hooks(module, tell=False):
     """Whether something is called beside the module's forward, or in its place."""
-    of_all = torch.nn.modules.module
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-                or of_all._global_forward_hooks or of_all._global_forward_pre_hooks)
+    of_all, own = torch.nn.modules.module, vars(module)
+    found = bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
+                 or of_all._global_forward_hooks or of_all._global_forward_pre_hooks)
+    if found and tell:
+        note_unknown("a part", module)
+    return found
+
+
+def note_unknown(name, module):
+    backend.tell(f"note: {name} is a {type(module).__name__} with more to it than the Triton "
+                 "kernels know: the model's layers are computed as they are written")

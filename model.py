@@ -31,7 +31,7 @@ from infra import weights
 from infra.init import first_values, memory_tensors
 from infra.loss import weighted_loss, weighted_score
 from memory import MEMORIES
-from sparse import Dense, dice_of, layer_dice
+from sparse import Dense, dice_of, dice_of_layers
 from triton_ops import backend
 
 
@@ -254,17 +254,18 @@ class Transformer(Inference, nn.Module):
             sparse = sparse or Dense()
             prefill = backend.hook(sparse, "prefill", self.probe())  # on a GPU in Triton
             position = torch.arange(tokens.shape[1], device=tokens.device)[None]
-            # dense attention draws nothing by chance
-            dice = None if type(sparse) is Dense else dice_of(tokens, position)
+            dices = [None] * self.config.n_layer
+            if type(sparse) is not Dense:  # which draws nothing by chance
+                dices = dice_of_layers(dice_of(tokens, position), self.config.n_layer)
         else:
-            prefill, position, dice = cache.now.prefill, cache.now.position, cache.now.dice
+            prefill, position, dices = cache.now.prefill, cache.now.position, cache.now.dices
 
         rope = self.rope(position)
         x = self.embed_tokens(tokens)
         if cache is not None:
             x = cache.without_padding(x)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, rope, prefill, layer_dice(dice, index), cache)
+        for layer, dice in zip(self.layers, dices):
+            x = layer(x, rope, prefill, dice, cache)
         return self.norm(x)
 
     def rope(self, position):

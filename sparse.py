@@ -447,10 +447,11 @@ def dice_of(tokens, position, before=0, real=None):
     return before + mixed.cumsum(1)
 
 
-def layer_dice(dice, layer):
-    """The layer's own dice."""
+def dice_of_layers(dice, n_layer):
+    """Each layer's own: (B, T) -> (L, B, T)"""
     # the factor is large and odd; times the number of layers it is below 2**63
-    return None if dice is None else dice + 0x9E3779B97F4A7D * layer
+    layer = torch.arange(n_layer, device=dice.device)[:, None, None]
+    return dice + 0x9E3779B97F4A7D * layer
 
 
 def chance(dice, seed, KV, N):
