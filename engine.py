@@ -59,6 +59,7 @@ class Inference:
         Tokens (B, T) through the layers, into the cache: (B, T, C), normalised, or with `head`
         logits (B, T, V). The arguments are those of model.forward and of prefill.
         """
+        # What cannot go well is said before anything is changed.
         self.check_tokens(tokens)
         cache.check_rows(len(tokens))
         sparse = sparse or Dense()
@@ -70,6 +71,8 @@ class Inference:
         if whole and drops(sparse):
             cache.check_may_drop()
 
+        # A prompt that fails leaves the cache as it was. A step that fails spoils it: what a step
+        # changes in place is not kept twice.
         unharmed = cache.prefilling
         if decoding:
             unharmed = cache.stepping
@@ -153,6 +156,8 @@ class Inference:
             after = cache.filled + T if lengths is None else int((cache.used + lengths).max())
             cache.check_room(after)
 
+        # Some rows at a time: what a layer makes of 32,768 tokens is a few GB, and more tokens
+        # would not make the GPU any busier.
         rows = max(1, TOGETHER // T)
         parts = [slice(first, first + rows) for first in range(0, B, rows)]
         if cache is None or len(parts) == 1:
@@ -167,6 +172,7 @@ class Inference:
                     x = self.hidden(tokens[part], sparse)
                 else:
                     x = self.feed(tokens[part], some, view, sparse, whole, watch)
+                # of a prompt only the last token has to go through the head
                 last = -1 if some is None else some - 1
                 row = torch.arange(len(x), device=x.device)
                 logits.append(self.head(x[row, last][:, None])[:, 0])
@@ -186,6 +192,7 @@ class Inference:
         asked at the first step after a prompt.
         """
         sparse = sparse or Dense()
+        # weights are known after a step that a graph may record, and stepped says of which method
         may_replay = token.is_cuda and cache.weights and len(token) == cache.B
         if not may_replay or cache.stepped != sparse:
             return self(token[:, None], cache=cache, sparse=sparse)[:, -1]
@@ -330,7 +337,7 @@ def fused(model, tokens, cache):
 def fused_block(block, x, rope, dice, cache):
     """model.Block.forward: the sums with the norms that follow them are one kernel."""
     from triton_ops.block import add_norm
-    if block.pre_norm:
+    if block.pre_norm:  # nothing to fuse: a sum, then a norm that torch has
         x = x + fused_attention(block.self_attn, block.input_layernorm(x), rope, dice, cache)
         return x + fused_mlp(block.mlp, block.pre_feedforward_layernorm(x))
     attn_norm, mlp_norm = block.post_attention_layernorm, block.post_feedforward_layernorm
@@ -344,6 +351,8 @@ def fused_attention(attention, x, rope, dice, cache):
     config, index = attention.config, attention.index
     q, k, v, gate, output_gate = projections(attention, x)
     if cache.now.decoding:
+        # memory, QK-norm, RoPE and the cache: with one token each is a launch that does nothing
+        # else
         q = cache.step(attention, q, k, v, gate, rope)
         y = cache.read(index, q, dice)
     else:
