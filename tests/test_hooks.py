@@ -1,8 +1,9 @@
 """
-Whose code decides: a definition that somebody changed is computed as it is written, with the kernels on too.
+Whose code decides: a definition that somebody changed is computed as it is written, with the
+kernels on too.
 
-Each definition that a kernel stands for (backend.CODE) is made perverse here, by a subclass or in its module. Plain PyTorch
-and Triton must then tell the same, and something else than before.
+Each definition that a kernel stands for (backend.CODE) is made perverse here, by a subclass or in
+its module. Plain PyTorch and Triton must then tell the same, and something else than before.
 """
 import sys
 import types
@@ -26,8 +27,13 @@ pytest.importorskip("triton", reason="there is nothing beside plain PyTorch")
 from triton_ops import selectors  # noqa: E402
 from triton_ops.quest import block_bounds  # noqa: E402
 
-SETTINGS = {"Dense": {}, "Quest": dict(budget=16, block_size=4), "MoBA": dict(budget=16, block_size=4),
-            "SnapKV": dict(budget=16, window=4), "Dilated": dict(dilation=8, local=5, initial=2)}
+SETTINGS = {
+    "Dense": {},
+    "Quest": dict(budget=16, block_size=4),
+    "MoBA": dict(budget=16, block_size=4),
+    "SnapKV": dict(budget=16, window=4),
+    "Dilated": dict(dilation=8, local=5, initial=2),
+}
 
 
 SHAPE = dict(B=2, T=37, H=4, KV=2, D=16)
@@ -39,12 +45,16 @@ def draw(*shape, seed):
 
 @torch.no_grad()
 def hooks_of(method):
-    """What the three hooks make of a whole prompt, of its last tokens as a chunk, and of a step: floats and indices."""
+    """
+    What the three hooks make of a whole prompt, of its last tokens as a chunk, and of a step:
+    floats and indices.
+    """
     B, T, H, KV, D = SHAPE.values()
     q, k, v = draw(B, T, H, D, seed=1), draw(B, T, KV, D, seed=2), draw(B, T, KV, D, seed=3)
     used, dice = torch.tensor([T, 26], device=DEVICE), draw(B, T, seed=4).mul(1e6).long()
     chunk = torch.stack([q[b, n - 10:n] for b, n in enumerate(used.tolist())])
-    layer = LayerCache(k, v, used, True, dice[:, -1:], None, lambda size: block_bounds(k, used, size))
+    bounds_of = lambda size: block_bounds(k, used, size)
+    layer = LayerCache(k, v, used, True, dice[:, -1:], None, bounds_of)
     hook = lambda phase: backend.hook(method, phase, v)
     whole, _ = hook("prefill")(q, k, v, 0, dice)
     part, _ = hook("prefill")(chunk, k, v, used - 10, dice[:, -10:])
@@ -54,12 +64,16 @@ def hooks_of(method):
 
 
 def assert_decides(method, both, stock=None, what=""):
-    """Both backends tell the same of a method, and something else than `stock`, what plain PyTorch told before the change."""
+    """
+    Both backends tell the same of a method, and something else than `stock`, what plain PyTorch
+    told before the change.
+    """
     plain, ours = both(lambda: hooks_of(method))
     assert_close(ours[0], plain[0], atol=1e-4, what=f"{what}: Triton's y")
     assert ours[1] is plain[1] or torch.equal(ours[1], plain[1]), f"{what}: other entries kept"
     if stock is not None:
-        same = torch.equal(plain[0], stock[0]) and (plain[1] is None or torch.equal(plain[1], stock[1]))
+        same = plain[1] is None or torch.equal(plain[1], stock[1])
+        same &= torch.equal(plain[0], stock[0])
         assert not same, f"{what}: this change changes nothing, so it tests nothing"
 
 
@@ -70,22 +84,25 @@ def plainly(method, monkeypatch):
 
 
 def a_model(**changes):
-    return tiny(n_layer=1, n_kv_head=2, memory=True, **dict(width=64, n_head=4) | changes).to(DEVICE)
+    form = dict(n_layer=1, n_kv_head=2, memory=True, width=64, n_head=4)
+    return tiny(**form | changes).to(DEVICE)
 
 
 @torch.no_grad()
 def logits_of(model, method=None):
     """Of a short prompt, a chunk after it, and two steps."""
     tokens, cache = draw_tokens(1, 9, seed=1).to(DEVICE), model.new_cache(1, 12)
-    logits = [model.prefill(tokens[:, :6], None, cache, method), model.prefill(tokens[:, 6:7], None, cache, method)]
-    return torch.stack(logits + [model(token, cache=cache, sparse=method)[:, -1] for token in tokens[:, 7:].split(1, dim=1)])
+    logits = [model.prefill(chunk, None, cache, method) for chunk in tokens[:, :7].split(6, dim=1)]
+    for token in tokens[:, 7:].split(1, dim=1):
+        logits.append(model(token, cache=cache, sparse=method)[:, -1])
+    return torch.stack(logits)
 
 
 def assert_model_decides(make, both, stock=None):
     plain, ours = both(lambda: logits_of(make()))
     assert_close(ours, plain, atol=1e-4, what="Triton's logits")
     if stock is not None:
-        assert (plain - stock).abs().max() > 1e-3, "this change changes nothing, so it tests nothing"
+        assert (plain - stock).abs().max() > 1e-3, "it changes nothing, so it tests nothing"
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +124,20 @@ def resolved(name):
 
 
 def test_the_kernels_know_the_code_that_they_were_written_from():
-    """A definition changed without its kernel: on a GPU nobody would compute by kernels any more, or by wrong ones."""
+    """
+    A definition changed without its kernel: on a GPU nobody would compute by kernels any more, or
+    by wrong ones.
+    """
     now = {name: backend.code_of(resolved(name).__code__) for name in backend.CODE}
-    changed = "".join(f'\n    "{name}": "{code}",' for name, code in now.items() if code != backend.CODE[name])
+    changed = "".join(f'\n    "{name}": "{code}",' for name, code in now.items()
+                      if code != backend.CODE[name])
     assert not changed, f"if the kernels were changed alike, put into backend.CODE:{changed}"
 
 
 def test_comments_and_docstrings_are_no_code(tmp_path, monkeypatch):
-    """A fork that explains a line loses its kernels; one that indents a line otherwise keeps them."""
+    """
+    A fork that explains a line loses its kernels; one that indents a line otherwise keeps them.
+    """
     def code(text):
         (tmp_path / "some.py").write_text(text)
         space = {}
@@ -124,12 +147,18 @@ def test_comments_and_docstrings_are_no_code(tmp_path, monkeypatch):
         return backend.code_of.__wrapped__(space["f"].__code__)
 
     plain = code("def f(x):\n    if x:\n        x = 1\n    return x\n")
-    assert code('def f(x):\n    """Says what."""\n\n    if x:  # and why\n        x = 1\n    # more\n    return x\n') == plain
+    assert code('def f(x):\n    """Says what."""\n\n    if x:  # and why\n        x = 1\n'
+                "    # more\n    return x\n") == plain
     assert code("def f(x):\n    if x:\n        x = 1\n        return x\n") != plain
     assert code("def f(x):\n    if x:\n        x = 2\n    return x\n") != plain
 
 
 # ---------------------------------------------------------------- methods
+
+def half_of(keep, chosen):
+    """Every other slot of those that are read."""
+    return keep & (torch.arange(keep.shape[-1], device=keep.device) % 2 == 0), chosen
+
 
 # a definition -> what a subclass puts in its place; `stock` is the definition itself
 OVERRIDES = {
@@ -149,17 +178,17 @@ OVERRIDES = {
     "SnapKV.forced": lambda stock: lambda self, scores, lengths: stock(self, -scores, lengths),
     "Dilated.prefill": lambda stock: lambda self, q, *rest: stock(self, 2 * q, *rest),
     "Dilated.decode": lambda stock: lambda self, q, cache: stock(self, 2 * q, cache),
-    "Dilated.pattern": lambda stock: lambda self, i, j: stock(self, i, j) & ((i == j) | (j % 3 == 0)),
-    "Dilated.reads": lambda stock: lambda self, q, cache: [(keep & (torch.arange(keep.shape[-1], device=q.device) % 2 == 0), chosen)
-                                                           for keep, chosen in [stock(self, q, cache)]][0],
+    "Dilated.pattern": lambda stock: lambda self, i, j: (
+        stock(self, i, j) & ((i == j) | (j % 3 == 0))),
+    "Dilated.reads": lambda stock: lambda self, q, cache: half_of(*stock(self, q, cache)),
     "Dilated.attend_to_shared": lambda stock: lambda self, q, *rest: stock(self, 2 * q, *rest),
 }
 # a function of sparse.py -> what a fork makes of it
 EDITS = {
-    "attend": lambda stock: lambda q, k, v, keep=None, causal=False: stock(2 * q, k, v, keep, causal),
+    "attend": lambda stock: lambda q, *rest, **more: stock(2 * q, *rest, **more),
     "attend_to_slots": lambda stock: lambda q, k, v, slots: stock(2 * q, k, v, slots),
     "query_slots": lambda stock: lambda q, start: stock(q, start).clamp_max(25),
-    "up_to_queries": lambda stock: lambda q, k, v, start: [(1.5 * k, v) for k, v in [stock(q, k, v, start)]][0],
+    "up_to_queries": lambda stock: lambda q, k, v, start: stock(q, 1.5 * k, v, start),
     "per_kv_head": lambda stock: lambda scores, KV: scores.unflatten(1, (KV, -1)).amax(dim=2),
     "to_blocks": lambda stock: lambda x, block_size: stock(x.roll(2, 1), block_size),
     "top": lambda stock: lambda scores, S: stock(scores, max(1, S - 1)),
@@ -175,22 +204,34 @@ def test_each_definition_is_tried():
 
 
 def own_class(kind, name, function):
-    """As somebody would write it: a frozen dataclass that overrides one method of a class of sparse.py."""
+    """
+    As somebody would write it: a frozen dataclass that overrides one method of a class of
+    sparse.py.
+    """
     return dataclass(frozen=True)(type(f"My{kind}", (getattr(sparse, kind),), {name: function}))
 
 
 @pytest.mark.parametrize("name", OVERRIDES)
 def test_an_overridden_method_decides(name, both, monkeypatch):
-    """A selector of one's own that is ignored on a GPU: its table would be that of the stock method."""
+    """
+    A selector of one's own that is ignored on a GPU: its table would be that of the stock method.
+    """
     kind, attribute = name.split(".")
-    settings = SETTINGS[kind] | (dict(local=0, initial=0) if attribute == "attend_to_shared" else {})
+    settings = SETTINGS[kind]
+    if attribute == "attend_to_shared":
+        settings = settings | dict(local=0, initial=0)
     mine = own_class(kind, attribute, OVERRIDES[name](getattr(getattr(sparse, kind), attribute)))
-    assert_decides(mine(**settings), both, plainly(getattr(sparse, kind)(**settings), monkeypatch), name)
+    stock = plainly(getattr(sparse, kind)(**settings), monkeypatch)
+    assert_decides(mine(**settings), both, stock, name)
 
 
-ALL = Dense(), Quest(16, 4), MoBA(16, 4), SnapKV(16, 4), Dilated(8, 5, 2), Dilated(8, 0, 0), Quest(16, 4, random=1), SnapKV(16, 4, random=2)
-EDITED = {"attend": Quest(16, 4), "attend_to_slots": Quest(16, 4), "query_slots": MoBA(16, 4), "up_to_queries": Dilated(8, 5, 2),
-          "per_kv_head": MoBA(16, 4), "to_blocks": Quest(16, 4), "top": SnapKV(16, 4), "chance": MoBA(16, 4, random=3)}
+ALL = (Dense(), Quest(16, 4), MoBA(16, 4), SnapKV(16, 4), Dilated(8, 5, 2), Dilated(8, 0, 0),
+       Quest(16, 4, random=1), SnapKV(16, 4, random=2))
+EDITED = {
+    "attend": Quest(16, 4), "attend_to_slots": Quest(16, 4), "query_slots": MoBA(16, 4),
+    "up_to_queries": Dilated(8, 5, 2), "per_kv_head": MoBA(16, 4), "to_blocks": Quest(16, 4),
+    "top": SnapKV(16, 4), "chance": MoBA(16, 4, random=3),
+}
 
 
 @pytest.mark.parametrize("name", EDITS)
@@ -224,7 +265,8 @@ def test_a_composition_of_ones_own_decides(both, monkeypatch):
     class Louder(Compose):
         def decode(self, q, cache):
             return super().decode(2 * q, cache)
-    assert_decides(Louder(decode_by=Quest(16, 4)), both, plainly(Compose(decode_by=Quest(16, 4)), monkeypatch))
+    stock = plainly(Compose(decode_by=Quest(16, 4)), monkeypatch)
+    assert_decides(Louder(decode_by=Quest(16, 4)), both, stock)
 
 
 def test_the_cache_asks_a_method_of_ones_own(both):
@@ -237,7 +279,8 @@ def test_the_cache_asks_a_method_of_ones_own(both):
     @torch.no_grad()
     def run():
         selected, early, late = [], model.new_cache(1, 40), model.new_cache(1, 40)
-        model.prefill(tokens, None, early, method, whole=True, watch=lambda layer, blocks, real: selected.append(blocks.tolist()))
+        watch = lambda layer, blocks, real: selected.append(blocks.tolist())
+        model.prefill(tokens, None, early, method, whole=True, watch=watch)
         model.prefill(tokens, None, late, method)
         for cache in early, late:
             model(tokens[:, :1], cache=cache, sparse=method)
@@ -261,7 +304,8 @@ def test_a_subclass_that_changes_no_definition_keeps_the_kernels(monkeypatch):
     form = backend.hook(Mine(), "decode", x)
     assert form.__func__ is selectors.quest_decode and selectors.in_graph(Mine())
     other = own_class("Quest", "score", OVERRIDES["Quest.score"](Quest.score))
-    assert backend.hook(other(16, 4), "decode", x).__func__ is selectors.quest_decode_chosen, "attention stays with the kernel"
+    # attention stays with the kernel
+    assert backend.hook(other(16, 4), "decode", x).__func__ is selectors.quest_decode_chosen
     assert not selectors.in_graph(other(16, 4)), "Python code that a graph would run once"
     other.in_graph = True
     assert selectors.in_graph(other(16, 4))
@@ -273,11 +317,15 @@ def test_who_computes_is_told_once(both, capsys):
     method = own_class("Quest", "score", OVERRIDES["Quest.score"](Quest.score))(16, 4)
     both(lambda: [hooks_of(method) for _ in range(2)])
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1 and "sparse.Quest.score" in told[0] and "as it is written" in told[0], told
+    assert len(told) == 1, told
+    assert "sparse.Quest.score" in told[0] and "as it is written" in told[0]
 
 
 def test_a_method_whose_python_counts_is_not_recorded(monkeypatch):
-    """A selector that changes its mind from step to step: a graph would repeat what it thought at the first."""
+    """
+    A selector that changes its mind from step to step: a graph would repeat what it thought at the
+    first.
+    """
     monkeypatch.setattr(backend, "choice", "triton")
     steps = []
 
@@ -354,20 +402,24 @@ def edit(module, name, make, monkeypatch):
     owner, _, attribute = name.rpartition(".")
     owner = getattr(module, owner) if owner else module
     changed = make(getattr(owner, attribute))
-    monkeypatch.setattr(owner, attribute, staticmethod(changed) if owner is memory.Recurrence else changed)
+    if owner is memory.Recurrence:
+        changed = staticmethod(changed)
+    monkeypatch.setattr(owner, attribute, changed)
 
 
 ALL_EDITS = ((model_file, MODEL_EDITS), (memory, MEMORY_EDITS), (cache_file, CACHE_EDITS),
              (engine, ENGINE_EDITS))
 
 
-@pytest.mark.parametrize("module, name, make", [(module, name, make) for module, edits in ALL_EDITS for name, make in edits.items()],
-                         ids=[name for _, edits in ALL_EDITS for name in edits])
+@pytest.mark.parametrize("module, name, make", [
+    pytest.param(module, name, make, id=name)
+    for module, edits in ALL_EDITS for name, make in edits.items()])
 def test_an_edited_model_decides(module, name, make, both, stock_logits, monkeypatch):
     """Decoding that goes around a memory of one's own, into the fused kernel's."""
     edit(module, name, make, monkeypatch)
     # no logits hang on a gradient, nor on how the kernels would step
-    assert_model_decides(a_model, both, None if name in ("Recurrence.backward", "Cache.step") else stock_logits)
+    stock = None if name in ("Recurrence.backward", "Cache.step") else stock_logits
+    assert_model_decides(a_model, both, stock)
 
 
 def test_an_edited_gradient_decides(both, monkeypatch):
@@ -395,7 +447,8 @@ class Wrapped(nn.Module):
 
     def __init__(self, linear):
         super().__init__()
-        self.base, self.more = linear, nn.Linear(linear.in_features, linear.out_features, device=linear.weight.device)
+        sizes = linear.in_features, linear.out_features
+        self.base, self.more = linear, nn.Linear(*sizes, device=linear.weight.device)
         self.bias = linear.bias
 
     @property
@@ -417,8 +470,8 @@ class Gate(nn.Module):
         return torch.tanh(nn.functional.linear(x, self.weight, self.bias))
 
 
-PARTS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.memory.proj",
-         "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+PARTS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+         "self_attn.memory.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 
 
 def replaced(model, path, make):
@@ -434,7 +487,9 @@ def turned(linear):
     return found.to(DEVICE)
 
 
-@pytest.mark.parametrize("path, make", [*((path, Wrapped) for path in PARTS), (PARTS[0], turned), (PARTS[4], turned), (PARTS[4], Gate)])
+@pytest.mark.parametrize("path, make", [
+    *((path, Wrapped) for path in PARTS),
+    (PARTS[0], turned), (PARTS[4], turned), (PARTS[4], Gate)])
 def test_a_module_of_ones_own_decides(path, make, both, stock_logits):
     """An adapter on a projection, of which the kernels take the weight alone."""
     def changed():
@@ -443,7 +498,8 @@ def test_a_module_of_ones_own_decides(path, make, both, stock_logits):
     assert_model_decides(changed, both, stock_logits)
 
 
-@pytest.mark.parametrize("path", ["self_attn.q_norm", "self_attn.k_norm", "post_attention_layernorm", "post_feedforward_layernorm"])
+@pytest.mark.parametrize("path", ["self_attn.q_norm", "self_attn.k_norm",
+                                  "post_attention_layernorm", "post_feedforward_layernorm"])
 def test_a_norm_of_ones_own_decides(path, both, stock_logits):
     """A layer norm for an RMS norm, of which the kernels take the weight alone."""
     def make(norm):
@@ -480,9 +536,10 @@ def with_a_norm_that_the_preset_has_not(model):
 
 
 @pytest.mark.parametrize("change, form", [
-    (with_bias, {}), (with_own_forward, {}), (with_another_eps, {}), (with_a_norm_without_weight, {}), (without_a_norm, {}),
+    (with_bias, {}), (with_own_forward, {}), (with_another_eps, {}),
+    (with_a_norm_without_weight, {}), (without_a_norm, {}),
     (with_a_norm_that_the_preset_has_not, dict(qk_norm=False))])
-def test_a_module_of_torch_that_is_not_as_the_preset_has_it_decides(change, form, both, monkeypatch):
+def test_a_module_that_is_not_as_the_preset_has_it_decides(change, form, both, monkeypatch):
     """A bias, an eps, a norm of which the kernels know nothing."""
     monkeypatch.setattr(backend, "choice", "torch")
     stock = logits_of(a_model(**form))
@@ -512,7 +569,10 @@ def test_a_block_of_ones_own_decides(both, stock_logits):
 
 
 def test_nothing_with_a_hook_is_recorded(monkeypatch):
-    """Activations that somebody records: a graph would call the hook once. A weight that was replaced: it would read the old one."""
+    """
+    Activations that somebody records: a graph would call the hook once. A weight that was replaced:
+    it would read the old one.
+    """
     monkeypatch.setattr(backend, "choice", "triton")
     model, tokens = a_model(), draw_tokens(1, 6).to(DEVICE)
 
@@ -523,7 +583,8 @@ def test_nothing_with_a_hook_is_recorded(monkeypatch):
         return cache.weights
     before = recordable()
     assert before and recordable() == before
-    for module in model, model.norm, model.embed_tokens, model.layers[0], model.layers[0].self_attn, model.layers[0].mlp:
+    layer = model.layers[0]
+    for module in model, model.norm, model.embed_tokens, layer, layer.self_attn, layer.mlp:
         handle = module.register_forward_hook(lambda *_: None)
         assert recordable() is None
         handle.remove()
@@ -559,7 +620,9 @@ def test_a_patched_instance_of_a_layer_decides(both, stock_logits):
 
 
 def test_attention_of_ones_own_decides(both):
-    """A layer without the parts that the kernels look for: an error of theirs, not a word about it."""
+    """
+    A layer without the parts that the kernels look for: an error of theirs, not a word about it.
+    """
     class Mean(nn.Module):
         """Each token gets the mean of those before it."""
 
