@@ -147,7 +147,7 @@ def run_all(args, rest):
         there = {(variant, seed): (file, read(file)["prompts"])
                  for variant, seed, file in result_files(args)}
         others = dict(of for run, of in there.items() if run not in wanted)
-        runs.refuse_others(others, runs.prompts_of(settings[1], args.samples, EVAL_SEED))
+        runs.refuse_other_prompts(others, runs.prompts_of(settings[1], args.samples, EVAL_SEED))
 
     flags = [f"--samples={args.samples}", f"--eval_batch={args.eval_batch}", f"--out={args.out}",
              f"--results={args.results}", *rest]
@@ -156,7 +156,7 @@ def run_all(args, rest):
         command = ["experiments/ablations.py", f"--run={variant}-{seed}", *flags]
         return lambda call: call(command, folder_of(variant, seed, args).with_suffix(".log"))
 
-    runs.spread([job(*run) for run in wanted], args.per_gpu)
+    runs.on_all_gpus([job(*run) for run in wanted], args.per_gpu)
     found = read_all(args)
     if not found:
         raise ValueError(f"{args.results}/ablations holds no result: name --variants to make some")

@@ -1,14 +1,17 @@
 """
-Where does MoBA lose the needle: in the context, or when the question looks for it? The same budget, for a part of the prompt.
+Where does MoBA lose the needle: in the context, or when the question looks for it? The same budget,
+for a part of the prompt.
 
     dense      every token reads all before it
     moba       every token reads its blocks
-    context    MoBA for the context, while the last tokens of the prompt, where the question stands, read all
+    context    MoBA for the context, while the last tokens of the prompt, where the question stands,
+               read all
     question   dense for the context, MoBA for those last tokens
 
-MoBA decodes densely, so it can fail in two ways: tokens of the context miss what made their keys and values findable, or the
-question picks blocks by mean keys that do not show the needle, and the first byte of the answer is written without it. If
-"context" is near dense, the second is to blame; if "question" is, the first.
+MoBA decodes densely, so it can fail in two ways. Tokens of the context miss what made their keys
+and values findable; or the question picks blocks by mean keys that do not show the needle, and the
+first byte of the answer is written without it. If "context" is near dense, the second is to blame;
+if "question" is, the first.
 
     python -m experiments.moba_question --ckpt checkpoints/attention checkpoints/memory --samples 20
 
@@ -21,12 +24,15 @@ import torch
 import eval_niah
 import sparse
 from experiments import ways
-from infra.cli import command, positive
+from infra.cli import positive
 
 
 @dataclass(frozen=True)
 class Part(sparse.MoBA):
-    """MoBA for the last `question` tokens of the prompt, or for those before them. Of full rows: no padding."""
+    """
+    MoBA for the last `question` tokens of the prompt, or for those before them. Of full rows: no
+    padding.
+    """
     question: int = 192
     of: str = "context"  # or "question"
 
@@ -34,21 +40,29 @@ class Part(sparse.MoBA):
         y, selected = super().prefill(q, k, v, start, dice)
         full, _ = sparse.Dense().prefill(q, k, v, start, dice)
         last = torch.arange(q.shape[1], device=q.device) >= q.shape[1] - self.question  # (T,)
-        return torch.where((last == (self.of == "question"))[:, None, None], y, full), selected
+        mine = last == (self.of == "question")
+        return torch.where(mine[:, None, None], y, full), selected
 
 
 def compare(model, tokenizer, examples, method, question):
-    """RULER's score of the examples in percent, mean and 95 % interval: {"dense": [3], "moba": [3], "context": [3], "question": [3]}"""
-    part = lambda of: Part(**vars(method), question=question, of=of)
-    methods = {"dense": sparse.Dense(), "moba": method, "context": part("context"), "question": part("question")}
+    """
+    RULER's score of the examples in percent, mean and 95 % interval: {"dense": [3], "moba": [3],
+    "context": [3], "question": [3]}
+    """
+    methods = {"dense": sparse.Dense(), "moba": method}
+    for of in "context", "question":
+        methods[of] = Part(**vars(method), question=question, of=of)
     outcomes = ways.evaluate(model, tokenizer, examples, list(methods.values()), batch=1)
-    return {name: eval_niah.scores(outcomes[m].texts, examples)["ruler"] for name, m in methods.items()}
+    return {name: eval_niah.scores(outcomes[m].texts, examples)["ruler"]
+            for name, m in methods.items()}
 
 
 def flags():
-    parser = ways.flags("moba_question", "MoBA for the context alone, and for the question alone.", "moba:budget=1/8")
-    parser.add_argument("--question", type=positive, default=192, metavar="TOKENS", help="of the prompt, its last ones: the "
-                        "question and an answer prefix (up to 150 bytes in protocol sft, 290 in base)")
+    parser = ways.flags("moba_question", "MoBA for the context alone, and for the question alone.",
+                        "moba:budget=1/8")
+    parser.add_argument("--question", type=positive, default=192, metavar="TOKENS", help="of the "
+                        "prompt, its last ones: the question and an answer prefix (up to 150 bytes "
+                        "in protocol sft, 290 in base)")
     return parser
 
 
@@ -58,9 +72,7 @@ def run(args):
 
 
 def main(argv=None):
-    args = flags().parse_args(argv)
-    args.argv = argv
-    command("moba_question.py", lambda: run(args), args, "interrupted; what this call finished, if anything, is in {json}")
+    ways.main("moba_question", flags(), argv, run)
 
 
 if __name__ == "__main__":

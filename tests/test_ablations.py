@@ -224,7 +224,7 @@ def test_all_runs_make_one_table(tmp_path, monkeypatch, capsys):
         ablations.main(["--variants", "no-arl", "--seeds", "1", *RUN])
     assert "no-arl-1.json is damaged" in capsys.readouterr().err and made == []
     Path("results/ablations/no-arl-1.json").unlink()
-    monkeypatch.setattr(runs, "refuse_others", lambda stay, _: asked_before.append(stay))
+    monkeypatch.setattr(runs, "refuse_other_prompts", lambda stay, _: asked_before.append(stay))
     ablations.main(["--variants", "no-arl", "memory", "--seeds", "3", "1", "3", *RUN])
     rows = {row[0]: row[1:] for row in map(str.split, capsys.readouterr().out.splitlines()) if row}
     assert made == ["no-arl-3", "memory-3", "no-arl-1", "memory-1"]

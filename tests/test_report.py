@@ -597,10 +597,10 @@ def test_a_run_is_finished_only_of_the_model_that_is_there_now(tmp_path, monkeyp
 
 def test_results_of_other_prompts_are_refused():
     """100 samples beside 200 in one mean."""
-    runs.refuse_others({"a.json": {"S": "1", "T": "2"}}, {"T": "2", "S": "1"})
+    runs.refuse_other_prompts({"a.json": {"S": "1", "T": "2"}}, {"T": "2", "S": "1"})
     for theirs in {"S": "1"}, {"S": "1", "T": "3"}, {"S": "1", "T": "2", "U": "3"}:
         with pytest.raises(ValueError, match="b.json was asked other prompts"):
-            runs.refuse_others({"a.json": {"S": "1", "T": "2"}, "b.json": theirs},
+            runs.refuse_other_prompts({"a.json": {"S": "1", "T": "2"}, "b.json": theirs},
                                {"S": "1", "T": "2"})
 
 
@@ -630,7 +630,7 @@ def test_each_gpu_has_its_share_of_jobs(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     monkeypatch.setattr(runs.subprocess, "Popen", Process)
     meet = runs.threading.Barrier(4)
-    runs.spread([lambda call: (meet.wait(30), call(["train.py"], tmp_path / "log"))] * 4, per_gpu=2)
+    runs.on_all_gpus([lambda call: (meet.wait(30), call(["train.py"], tmp_path / "log"))] * 4, per_gpu=2)
     assert sorted(seen) == ["2", "2", "5", "5"]
 
 

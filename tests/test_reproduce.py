@@ -239,7 +239,7 @@ def calls(monkeypatch, tmp_path):
             return 3 if "--steps=3" in made[-1] else 0
     monkeypatch.setattr(runs.subprocess, "Popen", Process)
     monkeypatch.setattr(runs, "prompts_of", lambda *_: dict.fromkeys(niah.TASKS, "p"))
-    monkeypatch.setattr(runs, "refuse_others", lambda stay, _: asked_before.append(stay))
+    monkeypatch.setattr(runs, "refuse_other_prompts", lambda stay, _: asked_before.append(stay))
     return made, asked_before
 
 

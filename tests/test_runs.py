@@ -51,7 +51,7 @@ def test_the_first_failure_ends_all(script, tmp_path):
         wait_for(lambda: ended)  # so all know of the failure
         call([script, "600", "0"], tmp_path / "second.log")
     with pytest.raises(ValueError, match="fails: .* ended with code 3, its last words: up.*/fails.log"):
-        runs.spread([fails, runs_on, is_between, lambda call: call([script, "600", "0"], tmp_path / "third.log")], per_gpu=3)
+        runs.on_all_gpus([fails, runs_on, is_between, lambda call: call([script, "600", "0"], tmp_path / "third.log")], per_gpu=3)
     assert "ended with code -15" in ended[0] and (tmp_path / "between.log").exists()
     assert not (tmp_path / "second.log").exists() and not (tmp_path / "third.log").exists()
 
@@ -72,7 +72,7 @@ def test_kill_ends_all_as_ctrl_c_does(script, tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
     threading.Thread(target=kill).start()
     with pytest.raises(KeyboardInterrupt):
-        runs.spread([job])
+        runs.on_all_gpus([job])
     assert "ended with code -15" in ended[0] and signal.getsignal(signal.SIGTERM) == before
 
 
@@ -88,10 +88,10 @@ def test_prompts_of_a_model_not_yet_made_are_those_it_is_asked(tmp_path, monkeyp
         eval_niah.main(["--ckpt=model", f"--samples={samples}", f"--seed={seed}", "--methods=dense", "--device=cpu", "--json=a.json"])
         asked = {row["task"]: row["prompts"] for row in files.load("a.json")["results"]}
         assert runs.prompts_of(settings, samples, seed) == asked
-    runs.refuse_others({"a.json": asked}, asked)
+    runs.refuse_other_prompts({"a.json": asked}, asked)
     for theirs in asked | {"niah_single_1": "x"}, asked | {"another": "x"}, {}:
         with pytest.raises(ValueError, match="b.json was asked other prompts"):
-            runs.refuse_others({"a.json": asked, "b.json": theirs}, asked)
+            runs.refuse_other_prompts({"a.json": asked, "b.json": theirs}, asked)
 
 
 def test_only_results_are_results(tmp_path):

@@ -44,13 +44,13 @@ def test_scores_are_of_the_queries_that_write_the_answer():
 
 
 def test_what_the_scores_say_stays():
-    """Told that chooses by the question after all, or takes one layer's scores for another's."""
+    """Foreseeing that chooses by the question after all, or takes one layer's scores for another's."""
     model, (example, *_) = tiny(vocab_size=257), make(1)
     T = len(example.ids)
     wanted = torch.randperm(T - METHOD.window - model.config.n_layer, generator=torch.Generator().manual_seed(0))[:METHOD.budget - METHOD.window]
     scores = [torch.zeros(1, model.config.n_kv_head, T + 9).index_fill(2, wanted + i, 1.0) for i in range(model.config.n_layer)]
     cache, logits, _ = eval_niah.prefill(model, [example], sparse.Dense(), 4)
-    model.decode(logits, cache, 4, snapkv_answer.Told(METHOD.budget, METHOD.window, METHOD.kernel, scores=list(scores)))
+    model.decode(logits, cache, 4, snapkv_answer.Foreseeing(METHOD.budget, METHOD.window, METHOD.kernel, scores=list(scores)))
     for i, positions in enumerate(cache.positions):
         kept = set(positions[0, :METHOD.budget - METHOD.window, 0].tolist())
         assert kept == set((wanted + i).tolist()), i
