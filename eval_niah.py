@@ -43,8 +43,6 @@ from infra.report import by_tenth, interval, mean, plot, table, table_random
 from infra.runlog import known_models, trained_with
 from model import Transformer
 from triton_ops import backend
-from infra.cli import command_line, commit, device_name, natural  # noqa: F401  for those who still look here
-from infra.runlog import training_record  # noqa: F401
 
 BUDGETS = "1/4", "1/8", "1/16"  # of --context_len, whatever the prompt's length
 METHODS = [f"{kind}:budget={budget}" for kind in ("quest", "moba", "snapkv") for budget in BUDGETS]

@@ -55,7 +55,7 @@ import test_kernels  # noqa: E402
 import test_kernels_dilated  # noqa: E402
 import test_kernels_moba  # noqa: E402
 from infra.files import load, save  # noqa: E402
-from eval_niah import commit, device_name, natural, positive  # noqa: E402
+from infra.cli import commit, device_name, natural, positive  # noqa: E402
 from memory import memory_scan as plain_scan  # noqa: E402
 from sparse import Dilated, Quest, SnapKV, attend, attend_to_slots, to_blocks  # noqa: E402
 from test_kernels_dilated import PATTERNS, forward_and_gradients  # noqa: E402
