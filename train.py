@@ -95,7 +95,7 @@ def passes_of(args):
     T, passes = args.context_len, {}
     if args.arl:
         passes["arl"] = arl_passes(args.arl)[0], T / 2 / args.arl
-    if args.joint:
+    if args.joint:  # attention's stand-in for ARL: as many optimizer steps, as few entries
         window = Dilated(dilation=None, local=args.joint, initial=0)
         passes["joint"] = window, min(args.joint, T / 2)
     passes["dense"] = None, T / 2
@@ -111,6 +111,7 @@ def passes_of(args):
 
 def flops_of(args, config):
     """-> {name: FLOPs of a step} of each pass, over all processes"""
+    # Each pass sees all of the batch.
     tokens = args.batch * args.context_len
     return {name: tokens * cost.flops_per_token(config, reads)
             for name, (_, reads) in passes_of(args).items()}
@@ -167,12 +168,14 @@ def validate(model, dataset, args, method, autocast, processes, samples=64):
             weight = (weight == 1).float()
             # All processes have as many samples, and those beyond the last have no weight.
             weight[[i >= samples for i in some]] = 0
+            # How far the memory reaches is the same in all samples, near enough: the first tell it.
             looks = start == 0 and model.config.memory
             with lengths_of(model) if looks else nullcontext([]) as found:
                 loss, right = model.score(tokens, weight, method)
             lengths = lengths or [layer.median() for layer in found]
             totals += torch.stack([loss, right, weight[:, 1:].sum().double()])
 
+    # Sums, not means, go over the processes: each may have counted another number of tokens.
     loss, right, count = processes.sum(totals).tolist()
     scores = {"val_loss": None, "val_accuracy": None}  # if no token counts
     if count:
@@ -390,6 +393,7 @@ def lesson():
     if not parallel.is_first():
         return
 
+    # What the reader has just made: the log that any run leaves, and a model like any other.
     run = Path(args.out) / args.name
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     at_last = statistics.fmean(entry["arl_loss"] for entry in log[-10:])

@@ -50,6 +50,7 @@ class Watch:
     """
 
     def __init__(self, args):
+        # Both are looked up in their modules at each call, so that train.py needs no hook for us.
         self.args, self.calls, self.traces = args, 0, []
         self.original_plan, self.original_pass = cost.plan, parallel.one_pass
         cost.plan, parallel.one_pass = self.plan, self.one_pass
@@ -62,6 +63,7 @@ class Watch:
     def one_pass(self, loss_of, model, optimizer, parts, weight_sum, processes, *more):
         call = lambda: self.original_pass(loss_of, model, optimizer, parts, weight_sum, processes,
                                           *more)
+        # Tracing a step slows it down, so it is the last one, which counts nowhere.
         step = self.calls // len(train.passes_of(self.args)) + 1
         self.calls += 1
         if step < self.args.steps or not self.args.device.startswith("cuda"):
@@ -82,6 +84,7 @@ class Watch:
 
 def covered(spans):
     """Length of the union of (start, end)."""
+    # In the order of their starts, each adds what reaches beyond all that came before.
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))
@@ -96,6 +99,7 @@ def shares(kernels):
     """
     if not kernels:  # a machine that forbids tracing
         return {}
+    # Of the time from the first kernel's start to the last one's end.
     whole = max(end for *_, end in kernels) - min(start for _, start, _ in kernels)
     talk = [(start, end) for name, start, end in kernels if "nccl" in name.lower()]
     compute = [(start, end) for name, start, end in kernels if "nccl" not in name.lower()]
@@ -125,6 +129,7 @@ def report(watch, log, world):
     # The first two steps compile, and the last is traced.
     seconds = {name: statistics.median(entry[field(name, "seconds")] for entry in log[2:-1])
                for name in flops}
+    # By the clock a step has waiting for data in it, and checkpoints; a pass has neither.
     by_the_clock = (log[-2]["seconds"] - log[1]["seconds"]) / (len(log) - 3)
     speed = args.batch * args.context_len / by_the_clock
     return {
@@ -144,6 +149,7 @@ def report(watch, log, world):
 
 def call_of(world):
     """This command, with what started it in as many processes."""
+    # torchrun gives its processes the script's arguments alone; how many they are must be added.
     starter, here = ["python"], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if world > 1:
         starter = ["torchrun", f"--nproc_per_node={here}"]
@@ -154,6 +160,7 @@ def call_of(world):
 
 def lines_of(run):
     """A run of FILE as it is printed."""
+    # Of a device whose peak is unknown there is no MFU, of a CPU no peak of memory.
     percent = lambda x: "unknown" if x is None else f"{x:.1%}"
     size = lambda gb: "unknown" if gb is None else cost.size(1e9 * gb)
     yield (f"{run['gpus']} x {run['device']}, {run['parameters'] / 1e6:,.1f}M parameters, "
@@ -171,11 +178,12 @@ def lines_of(run):
 def bench(args, file):
     """Train, and add what was seen to the file, which under torchrun the first process does."""
     watch, first = Watch(args), parallel.is_first()
+    # A file that cannot be read or written is better known before ten minutes of training.
     if first:
         there = load(file, "runs") if Path(file).exists() else {"runs": []}
         if not isinstance(there["runs"], list):
             raise ValueError(f"{file}: runs is no list: it is not of ours, choose another file")
-        save(there, file)  # if it can't be written, that is better known now
+        save(there, file)
     train.train(args)
     if first:
         lines = (Path(args.out) / args.name / "log.jsonl").read_text().splitlines()
@@ -191,7 +199,7 @@ def main():
     parser.add_argument("--json", required=True, metavar="FILE",
                         help="where the report goes, beside those of earlier runs")
     own, flags = parser.parse_known_args()
-    args = train.parse(flags)
+    args = train.parse(flags)  # an unknown flag is told as train.py tells it
     if args.steps < 4:
         parser.error("--steps: at least 4, as the first two and the last are not timed")
     if args.resume:

@@ -42,7 +42,8 @@ from infra.files import sealed
 
 # One process on a CPU is no group, and needs none.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
-KEPT = 2  # checkpoints: if the newest turns out to be of no use, there is one more
+# If the newest checkpoint turns out to be of no use, there is one more.
+KEPT = 2
 OURS = re.compile(  # the names in a checkpoint
     r"(model|optimizer)(-\d{5}-of-\d{5})?\.safetensors|"
     r"(config|train|tokenizer|tokenizer_config)\.json|tokenizer\.model")
@@ -92,6 +93,7 @@ class Writer(dcp.StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans):
+        # Each process learns which of how many it is, for the names of its files.
         return [replace(plan, storage_data=(number, len(plans)))
                 for number, plan in enumerate(plans, start=1)]
 
@@ -112,6 +114,8 @@ class Writer(dcp.StorageWriter):
             tensors = {fqn: tensor for fqn, _, tensor in entries}
             weights.save_shard(tensors, self.temporary / name, places)
 
+        # The results are for the index of torch's own format. Ours needs none: each safetensors
+        # says what it holds.
         done = Future()
         done.set_result([WriteResult(index=item.index, size_in_bytes=0, storage_data=None)
                          for item in plan.items])
@@ -163,6 +167,7 @@ def remove(folder):
     A checkpoint that is no more needed: under a temporary name first, so that no half of it keeps
     its own.
     """
+    # A run that is killed in between leaves it to the next one, see Saver.
     doomed = folder.with_name(f".{folder.name}.old.tmp")
     os.rename(folder, doomed)
     shutil.rmtree(doomed)
@@ -243,6 +248,7 @@ class Saver:
         try:
             writing.result()
         except dcp.CheckpointException as error:
+            # Of several processes that failed the first one's reason will do.
             of_first, _ = error.failures[min(error.failures)]
             reason = " ".join(str(of_first).split())
             if self.processes.rank == 0:

@@ -80,6 +80,7 @@ def line_of(entry, passes, step_seconds, args, what):
     What train.py prints of a step. passes: their names; step_seconds: of the steps so far; what:
     the tokens that validation counts.
     """
+    # A loss is null where it was not finite, or where no token counted.
     show = lambda value, form: "none" if value is None else format(value, form)
     line = f"step {entry['step']:>5}  loss {show(entry['loss'], '.3f')}"
     if len(passes) > 1:
@@ -120,6 +121,8 @@ def read(path):
     if not file.exists():
         raise ValueError(f"{file} is not there: give the folder of a run of train.py that has "
                          "begun, as out/NAME, or its log")
+    # Every line is a step after the one before, or two runs have written to the file, or a disk has
+    # damaged it: a plot of what is left would hide that.
     entries, lines, last = [], file.read_bytes().splitlines(), 0
     for number, line in enumerate(lines, start=1):
         try:
@@ -138,9 +141,11 @@ def read(path):
     if not entries:
         raise ValueError(f"{file} has no step yet: wait for the first")
 
+    # A field that an entry lacks is None, which numpy makes NaN.
     fields = {"step", "skipped", "seconds"}.union(*(fields for _, fields, _ in SCALES))
     run = {field: np.array([entry.get(field) for entry in entries], float)
            for field in fields - {"memory_lengths"}}
+    # Of a model without a memory there are no lengths, in any step or until the first validation.
     none = [None] * max(len(entry.get("memory_lengths") or []) for entry in entries)
     lengths = [entry.get("memory_lengths") or none for entry in entries]
     run["memory_lengths"] = np.array(lengths, float)
@@ -173,6 +178,7 @@ def table(runs):
              "tokens/s", "MFU", "GB", "skipped", "hours"]]
     for name, run in runs.items():
         loss, step = run["loss"], run["step"]
+        # Speed is a median, as first steps compile; memory the most that was ever needed.
         losses = loss[:1], loss[step == 100], loss[step == 1000], loss[-1:], run["val_loss"]
         rows.append([name, cell(step, ",.0f"), *(cell(values, ".3f") for values in losses),
                      cell(run["val_accuracy"], ".1%"),
@@ -180,6 +186,7 @@ def table(runs):
                      cell(run["mfu"], ".1%", np.median), cell(run["memory_gb"], ".1f", np.max),
                      cell(run["skipped"], ".0f"), cell(run["hours"], ".2f")])
 
+    # Names to the left, numbers to the right.
     left, *widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for name, *cells in rows:
@@ -200,6 +207,7 @@ def draw(axis, steps, values, **look):
     Pale, the range of each thousandth of the values; full, the mean of each hundredth. Or all,
     where there are fewer.
     """
+    # Means alone would hide a spike of one step, and all points would take minutes to draw.
     steps, values = steps[np.isfinite(values)], known(values)
     starts = lambda parts: np.linspace(0, len(values), min(parts, len(values)), endpoint=False)
     pale, full = starts(1000).astype(int), starts(100).astype(int)
@@ -226,6 +234,7 @@ def plot(runs, path):
     from matplotlib import pyplot as plt
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False,
                          "grid.alpha": 0.3})
+    # Panels that no run has anything to show in are left out.
     has = lambda field: any(known(run[field]).size for run in runs.values())
     shown = [(title, list(filter(has, fields)), scale) for title, fields, scale in SCALES]
     shown = [panel for panel in shown if panel[1]]
@@ -234,6 +243,7 @@ def plot(runs, path):
                                 layout="constrained")
     free, panels = iter(axes.flat), {}
     for title, fields, scale in shown:
+        # What comes twice shares a panel, with its second scale on the right.
         right = title in panels
         if right:
             axis = panels[title].twinx()
@@ -269,7 +279,7 @@ def draw_fields(axis, runs, fields, title, right):
                 draw(axis, run["step"], run[field], color=f"C{i}", linestyle=STYLES[j + right])
             else:
                 draw(axis, run["step"], run[field], color=f"C{j + right}", linestyle=STYLES[right])
-        if "skipped" in title:
+        if "skipped" in title:  # at the panel's bottom, whatever its scale
             at = run["step"][run["is_skipped"]]
             axis.plot(at, np.full(len(at), 0.03), "x", color=f"C{i if several else 3}",
                       transform=axis.get_xaxis_transform())
@@ -285,7 +295,8 @@ def set_limits(axis, runs, fields, scale):
         axis.set(yscale="log", ylim=(low / 1.5, most * 1.5))
         axis.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
         return
-    # A first step that compiles would make all others look the same.
+    # A first step that compiles, or a loss before the first update, would make all others look the
+    # same.
     high = max(np.percentile(part, 98) for part in parts)
     bottom = low if scale == "from the lowest" else 0
     room = 0.06 * (high - bottom) or 0.1 * high or 1

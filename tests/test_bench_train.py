@@ -143,6 +143,7 @@ def test_a_run_is_train_py_s_and_is_added_to_the_file(monkeypatch, capsys, tmp_p
 @pytest.mark.parametrize("flags, says", [
     (["--json=bad.json", *FLAGS], "bench_train.py: bad.json is damaged"),
     (["--json=list.json", *FLAGS], "bench_train.py: list.json: runs is no list"),
+    (["--json=list.json/b.json", *FLAGS], "bench_train.py: "),
     (["--json=b.json", *FLAGS, "--steps=3"], "bench_train.py: --steps"),
     (["--json=b.json", *FLAGS, "--resume"], "bench_train.py: --resume"),
     (FLAGS, "bench_train.py: the following arguments are required: --json"),

@@ -193,7 +193,7 @@ def test_a_full_disk_is_told_at_the_next_call_and_leaves_what_was_there(tmp_path
     saver = checkpoint.Saver(tmp_path, ALONE, BYTES)
     saver.save(*ours, {"step": 2})
     with pytest.raises(OSError) as raised:
-        saver.wait()
+        saver.save(*ours, {"step": 3})
     one_line(raised, "step_0000002", "No space left on device", "--resume")
     assert names_in(tmp_path) == ["step_0000001"]
     monkeypatch.undo()

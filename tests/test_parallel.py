@@ -188,6 +188,25 @@ def test_one_that_fails_says_why_and_the_others_follow_in_silence(tmp_path):
     assert done.returncode and lines_of(done) == ["train.py: the disk is full"]
 
 
+LOST = """
+import os, signal, time
+from infra import parallel
+from pathlib import Path
+with parallel.join("cpu") as us:
+    with parallel.Stop(us, Path("run")):
+        if us.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)  # as in a call of NCCL's, which raises nothing
+"""
+
+
+def test_one_that_waits_for_a_lost_one_in_silence_hears_torchruns_signal(tmp_path):
+    """GPUs that are held for ever by processes that nobody will answer."""
+    began, done = time.time(), on_two(LOST, folder=tmp_path)
+    assert len(lines_of(done)) == 1 and "process 1 is gone" in lines_of(done)[0], done.stderr
+    assert time.time() - began < 50
+
+
 TRAIN = """
 import os, signal, time
 import model, train, test_train
