@@ -112,11 +112,11 @@ class Cache:
         self.recent_q = none()           # (B, W, H, D)  each row's last queries, newest at the end
         self.selected = none()           # what the last step read, in the words of sparse.py
         self.slots = self.max_len        # places for entries in a row
-        self.compact = {}                # method -> what `compressed` made for it
+        self.compressed_by = {}                # method -> what `compressed` made for it
         self.graphs = {}                 # method -> its decoding step, captured (engine.Graph)
         self.weights = None              # where a graph finds the model's, if it may be captured
         self.feeding = False             # a prompt is on its way (`prefilling`)
-        self.rewound = False             # what is fed will be forgotten (`rewinding`)
+        self.rewinds = False             # what is fed will be forgotten (`rewinding`)
         self.kept_by = None              # the method whose compress chose the entries
 
     def clear(self):
@@ -149,8 +149,8 @@ class Cache:
             return x
 
         # a graph and a compressed copy write to this cache's tensors
-        own = {"graphs": {}, "compact": {}, "selected": [None for _ in self.selected],
-               "rewound": False}
+        own = {"graphs": {}, "compressed_by": {}, "selected": [None for _ in self.selected],
+               "rewinds": False}
         fork = object.__new__(Cache)
         for field, value in vars(self).items():
             setattr(fork, field, own[field] if field in own else clone(value))
@@ -158,8 +158,8 @@ class Cache:
 
     def noted(self):
         """
-        How things stand, as a function that brings them back: what was fed and decoded since is
-        forgotten. Nothing large is copied.
+        Returns a function that brings back how things stand now: what was fed and decoded in
+        between is forgotten. Nothing large is copied.
         """
         recent_q = list(self.recent_q)
         tensors = [x for x in (self.lengths, self.used, self.token_hash, *self.state, *recent_q)
@@ -179,13 +179,13 @@ class Cache:
     def rewinding(self):
         """What is fed and decoded within is forgotten at its end."""
         self.check_whole()
-        forget, before, self.rewound = self.noted(), self.rewound, True
+        forget, before, self.rewinds = self.noted(), self.rewinds, True
         try:
             yield self
         finally:
             self.spoiled = True  # until all is forgotten
             forget()
-            self.rewound = before
+            self.rewinds = before
 
     def compressed(self, sparse):
         """
@@ -203,10 +203,10 @@ class Cache:
         self.check_not_decoding(sparse)
 
         like = methods.unseeded(sparse)
-        if like not in self.compact:
-            self.compact[like] = Cache(self.config, self.B, self.max_len, self.window, self.device,
-                                       self.dtype)
-        kept = self.compact[like]
+        if like not in self.compressed_by:
+            self.compressed_by[like] = Cache(self.config, self.B, self.max_len, self.window,
+                                             self.device, self.dtype)
+        kept = self.compressed_by[like]
         pairs = zip((kept.lengths, kept.token_hash, *kept.state),
                     (self.lengths, self.token_hash, *self.state))
         for x, mine in pairs:
@@ -251,7 +251,7 @@ class Cache:
                              "holds: clear it, or go on with a fork that was made before")
 
     def check_may_drop(self):
-        if self.rewound:
+        if self.rewinds:
             raise ValueError("dropping entries cannot be undone when what was fed is forgotten: "
                              "let the method have `compressed`")
 
@@ -280,7 +280,7 @@ class Cache:
             yield
             return
         self.check_whole()
-        before, rewound = self.noted() if self.filled else None, self.rewound
+        before, rewinds = self.noted() if self.filled else None, self.rewinds
         self.feeding = self.spoiled = True
         try:
             yield
@@ -290,7 +290,7 @@ class Cache:
             else:  # it held nothing
                 self.empty()
                 self.clear()
-            self.feeding, self.rewound = False, rewound
+            self.feeding, self.rewinds = False, rewinds
             raise
         self.feeding = self.spoiled = False
 

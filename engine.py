@@ -73,16 +73,16 @@ class Inference:
 
         # A prompt that fails leaves the cache as it was. A step that fails spoils it: what a step
         # changes in place is not kept twice.
-        unharmed = cache.prefilling
+        guard = cache.prefilling
         if decoding:
-            unharmed = cache.stepping
+            guard = cache.stepping
             cache.check_room(cache.filled + 1)
             cache.compress(sparse)  # once, and only if the method drops entries
             if cache.stepped != sparse:
                 # a graph of another method need not have kept Quest's bounds up to date
                 cache.bounded = [None for _ in cache.bounded]
 
-        with unharmed():
+        with guard():
             by_kernels = self.by_kernels()
             static = decoding and by_kernels and backend.in_graph(sparse) and self.is_unhooked()
             cache.now = self.described(tokens, lengths, cache, sparse, decoding, static,
@@ -114,14 +114,15 @@ class Inference:
         cache.token_hash[cache.part] = dice[:, -1]
         dices = dice_of_layers(dice, self.config.n_layer)
         prefill = backend.hook(sparse, "prefill", self.probe())
-        return Feed(sparse, prefill, position, start, lengths, real, dices, decoding, static, whole,
-                    watch)
+        return Feed(sparse=sparse, prefill=prefill, position=position, start=start, lengths=lengths,
+                    real=real, dices=dices, decoding=decoding, static=static, whole=whole,
+                    watch=watch)
 
     @torch.no_grad()
     def prefill(self, tokens, lengths=None, cache=None, sparse=None, whole=False, watch=None):
         """
         Feed a prompt; the logits (B, V) of the token to follow each row. Rows of long prompts go
-        through the layers a few at a time, so that memory for one of them is enough.
+        through the layers a few at a time, so that RAM for one of them is enough.
 
         whole: the prompt ends here and the cache is empty. A method that drops entries then does so
         in each layer as soon as it is done, so that one layer's k and v are all that is ever whole:

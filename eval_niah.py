@@ -17,7 +17,7 @@ too wide. They are of the prompts alone; what another training would give, only 
 
 A run that was stopped goes on with the same command and --out, also with more methods. Under
 torchrun each GPU takes its share of the batches. Checked in tests/test_eval_niah.py and, by hand,
-tests/test_report_tables.py. Read sample.py first: the same for one prompt.
+tests/test_report_tables.py. Read niah.py first, train.py next; sample.py is the same for one prompt.
 """
 import json
 import os
@@ -103,8 +103,8 @@ def prefill(model, examples, method, max_new_tokens, window=64, cache=None, watc
     rows and fits; else it is emptied. watch: as in model.prefill.
     """
     tokens, lengths = padded([e.ids for e in examples], model.embed_tokens.weight.device)
-    # Sizes are whole 256s, so that batches of similar lengths share a cache, and on a GPU the graphs
-    # that were recorded for it.
+    # Sizes are whole 256s, so that batches of similar lengths share a cache, and on a GPU the
+    # graphs that were recorded for it.
     room = tokens.shape[1] + max_new_tokens
     if (cache is not None and cache.B == len(examples) and cache.window == window
             and room <= cache.max_len < room + 512):
@@ -206,7 +206,8 @@ def prepare(args):
     args.max_new_tokens = (args.max_new_tokens
                            or niah.default_new_tokens(args.context_len, tokenizer))
     args.samples = args.samples or (200 if on_gpu else max(2, 8192 // args.context_len))
-    filled = [sized(text, args.context_len, tokenizer) for text in args.methods or METHODS]
+    filled = [sized(text, args.context_len, tokenizer, sparse.METHODS)
+              for text in args.methods or METHODS]
     args.methods = list(dict.fromkeys(["dense", *filled]))
     methods = {sparse.parse(text, args.context_len): text for text in args.methods}
     return labels, tokenizers, methods

@@ -4,8 +4,9 @@ How a kernel is written here, at the example of the memory: Eq. 1 over a whole s
     m[t] = g[t] m[t-1] + (1 - g[t]) x[t]           x: k or v;  g = sigmoid(gate), one per channel
 
 memory.memory_loop is the definition. tests/test_kernels.py holds `memory_scan` below to it, in
-values and in gradients. Who knows PyTorch and Triton's first tutorial can read this file from top
-to bottom; the kernels listed at its end follow the same pattern.
+values and in gradients. Who knows PyTorch and Triton's tutorials can read this file from top to
+bottom. The kernels listed at its end share the three parts and the rules below, not the chain of
+tiles: attention is explained in triton_ops/quest.py, whose quest_scores_kernel is the shortest.
 
 One observation makes the recurrence parallel in time. A stretch of tokens turns the state before it
 into the state after it just as a single token does,
@@ -133,7 +134,8 @@ def memory_forward_kernel(
         k~[t] = g[t] k~[t-1] + (1 - g[t]) k[t],  v~ alike         reference: memory.memory_loop
     grid   n_tiles * B * W / BLOCK_W, the tiles slowest: the GPU starts programs in this order, so
            whoever waits, waits for one that runs already
-    tile   one warp per strip, two channels per lane, ROWS tokens one after the other in registers
+    tile   one warp per strip, two channels per lane (where 64 divides W), ROWS tokens one after
+           the other in registers
     bytes  reads k, v, gate and writes k~, v~ once: 5 * B * T * W elements
     dtype  any in and out; gates and states in fp32, as products of many bf16 decays drift
     """
@@ -437,7 +439,7 @@ def memory_scan(
 #             products         W_i x of a few rows, several W_i  F.linear             bytes of W_i
 #             swiglu_products  silu(W_gate x) * W_up x, likewise MLP.forward          bytes of W
 #             add_norm         x + RMSNorm(y), of a prompt       nn.RMSNorm           bytes
-#             norm_rotate      RoPE(QK-norm(x)), of a prompt     model.rotate         bytes
+#             norm_rotate      RoPE(QK-norm(x)), of a prompt     Attention.rotate         bytes
 #             swiglu           silu(gate) * up, of a prompt      F.silu               bytes
 # topk        select           Eq. 3's TopK                      sparse.top           latency
 # quest       block_bounds     min and max key of each block     Quest.score          bytes of k

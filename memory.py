@@ -16,9 +16,9 @@ in gradients:
                   the same in Triton.
     memory_step   one t, for decoding, carrying the state from call to call.
 
-Memory is what a model has of it: a module that owns its parameters and its decoding state. Decay is
-the paper's; a memory of your own is one more class, in MEMORIES under a name that Config.memory and
-the saved config hold. Then come active recurrence learning (ARL), which teaches a model to use its
+In a model, a memory is a module that owns its parameters and its decoding state. Decay is the
+paper's; a memory of your own is one more class, in MEMORIES under a name that Config.memory and the
+saved config hold. Then come active recurrence learning (ARL), which teaches a model to use its
 memory, and effective_length, which measures how far back a trained memory reaches.
 
 Read model.py first. sparse.py is next: it selects among k~, and defines the pattern of ARL.
@@ -175,7 +175,8 @@ class Decay(nn.Module):
     Eq. 1 with a gate that the block's input decides: the memory of the paper.
 
     This is also what a memory of your own looks like. It is made from the model's Config, once a
-    layer; its parameters are saved with the model; forward is all that the model calls.
+    layer; its parameters are saved with the model; forward is all that the model calls. First
+    values are not those of __init__ but infra/init.py's, or start's.
     """
 
     def __init__(self, config):
@@ -244,8 +245,9 @@ def arl_passes(length):
     length: how many tokens the memory shall span (the paper: 64); 0 switches ARL off.
     Returns the sparse methods of the passes in order, to be given to model(..., sparse=method).
     """
-    dense = [None]
-    return [Dilated(dilation=length, local=0, initial=0)] + dense if length else dense
+    if not length:
+        return [None]
+    return [Dilated(dilation=length, local=0, initial=0), None]
 
 
 @torch.no_grad()

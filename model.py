@@ -176,7 +176,7 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(C, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, C, bias=False)
 
-    def forward(self, x):
+    def forward(self, x):  # (B, T, C) -> (B, T, C)
         if self.gate_proj is None:
             return self.down_proj(F.gelu(self.up_proj(x)))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -195,7 +195,7 @@ class Block(nn.Module):
         else:
             self.post_attention_layernorm, self.post_feedforward_layernorm = norm(), norm()
 
-    def forward(self, x, rope, prefill, dice=None, cache=None):
+    def forward(self, x, rope, prefill, dice=None, cache=None):  # x (B, T, C); as in Attention
         if self.pre_norm:  # RAT+, and Llama
             x = x + self.self_attn(self.input_layernorm(x), rope, prefill, dice, cache)
             x = x + self.mlp(self.pre_feedforward_layernorm(x))
@@ -246,8 +246,8 @@ class Transformer(Inference, nn.Module):
 
     def hidden(self, tokens, sparse=None, cache=None):
         """
-        forward without the head: (B, T, C), normalised. With a cache, engine.feed calls it, and has
-        told the cache what comes.
+        forward without the head: tokens (B, T) -> (B, T, C), normalised. With a cache, engine.feed
+        calls it, and has told the cache what comes.
         """
         if cache is None:
             self.check_tokens(tokens)
@@ -288,7 +288,7 @@ class Transformer(Inference, nn.Module):
         return weighted_loss(x, self.head_weight, targets, weight, compiled)
 
     def score(self, tokens, weight, sparse=None):
-        """The same without gradients, and the summed weights of targets that are likeliest."""
+        """-> the same without gradients; the summed weights of the targets it finds likeliest"""
         x = self.hidden(tokens[:, :-1], sparse).flatten(0, 1)
         targets, weight = tokens[:, 1:].flatten(), weight[:, 1:].flatten()
         return weighted_score(x, self.head_weight, targets, weight)
@@ -332,7 +332,7 @@ class Transformer(Inference, nn.Module):
 
         dtype: e.g. torch.bfloat16; None keeps what the file holds. memory=True, or a name of
         memory.MEMORIES, adds a fresh memory to a model that has none. Files are mapped: beyond the
-        model itself, memory for one tensor is enough. Raises ValueError or FileNotFoundError, whose
+        model itself, RAM for one tensor is enough. Raises ValueError or FileNotFoundError, whose
         one line names the file, what is wrong in it, and what to do.
         """
         settings, tensors = weights.read(path)

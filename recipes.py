@@ -5,7 +5,7 @@ What train.py is told: its flags, and the recipes, which set many of them at onc
 
 RECIPES below is a table of training runs: ours in small, and the paper's at full size. A flag whose
 default is None is settled later, by the rest of the command (parse) or by the model (settle).
-tests/test_train.py holds the paper's rows against the paper. Read train.py next.
+tests/test_train.py holds the paper's rows against the paper. Read train.py first.
 """
 import os
 from dataclasses import replace

@@ -69,7 +69,7 @@ def run(args):
                          f"--context_len={roomy(total)}, or budgets in tokens")
     note_if_beyond(path, model.config.context_len, total)
 
-    texts = [sized(text, context_len, tokenizer) for text in texts]
+    texts = [sized(text, context_len, tokenizer, sparse.METHODS) for text in texts]
     methods = {text: sparse.parse(text, context_len) for text in texts}
     print(prompt)
     width = 2 + max(38, *map(len, methods))

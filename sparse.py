@@ -21,9 +21,9 @@ overrides what it changes:
     decode(q, cache) -> y, selected                  one query against a cache.LayerCache
 
 `selected` says what was read: true positions (B, KV, S) in decode, blocks (B, KV, Tq, S) in
-prefill, -1 for none, None for everything. It is what H1 looks at, and how a budget is measured
-instead of believed. k and v are the remembered k~ and v~ (memory.py) where the model has a memory:
-a method need not know.
+prefill, -1 for none, None where it is everything or is not told (Dilated.prefill). It is what H1
+looks at, and what a budget is held to: a method of your own must tell the truth in it. k and v are
+the remembered k~ and v~ (memory.py) where the model has a memory: a method need not know.
 
 A budget is in tokens per query, KV head and layer, and includes everything: forced blocks, the
 window. A slot is a place in the cache: a token's position, until SnapKV closes the gaps. `dice`
@@ -204,7 +204,7 @@ class Quest(Dense):
         return scores
 
     def choose(self, q, cache):
-        """-> the blocks to read, (B, KV, S), -1 for none"""
+        """q: (B, 1, H, D) -> the blocks to read, (B, KV, S), -1 for none"""
         KV, N = cache.k.shape[2], math.ceil(cache.k.shape[1] / self.block_size)
         if self.random is None:
             scores = self.score(q, cache.k, cache.filled_slots())
@@ -255,7 +255,7 @@ class MoBA(Dense):
         return scores.masked_fill(block == 0, ALWAYS) if self.keep_first else scores
 
     def choose(self, q, k, start, dice):
-        """-> the blocks that each query reads, (B, KV, Tq, S), -1 for none"""
+        """q: (B, Tq, H, D) -> the blocks that each query reads, (B, KV, Tq, S), -1 for none"""
         KV, N = k.shape[2], math.ceil(k.shape[1] / self.block_size)
         if self.random is None:
             scores = self.score(q, k)
@@ -573,12 +573,18 @@ def name(method):
         parts = method.prefill_by, method.compress_by, method.decode_by
         parts = {id(part): part for part in parts if type(part) is not Dense}
         return "+".join(name(part) for part in parts.values()) or "dense"
-    label, settings = type(method).__name__.lower(), []
+    label, settings = label_of(method), []
     for field in fields(method):
         value = getattr(method, field.name)
         if field.name in ("budget", "block_size") or value != field.default:
             settings.append(f"{field.name}={str(value).lower()}")
     return ":".join([label, ",".join(settings)] if settings else [label])
+
+
+def label_of(method):
+    """The name in METHODS, or its class's."""
+    of_class = {kind: label for label, kind in METHODS.items()}
+    return of_class.get(type(method), type(method).__name__.lower())
 
 
 def check(condition, message):
@@ -589,7 +595,7 @@ def check(condition, message):
 
 def check_blocks(method, forced):
     """The budget of a method that selects blocks: whole blocks, and room for the forced ones."""
-    label, budget, size = type(method).__name__.lower(), method.budget, method.block_size
+    label, budget, size = label_of(method), method.budget, method.block_size
     check(size > 0, f"{label}: block_size={size} must be positive")
     nearest = max(1, round(budget / size)) * size
     check(budget > 0 and budget % size == 0, f"{label}: budget={budget} is not a multiple of "

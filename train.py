@@ -411,7 +411,8 @@ def lesson():
 
 
 def main():
-    command("train.py", lambda: train(parse(sys.argv[1:])) if len(sys.argv) > 1 else lesson())
+    run = lesson if len(sys.argv) == 1 else lambda: train(parse(sys.argv[1:]))
+    command("train.py", run)
 
 
 if __name__ == "__main__":

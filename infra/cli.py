@@ -20,6 +20,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -78,23 +79,23 @@ def usable_device(text):
     return text
 
 
-def sized(text, context_len, tokenizer):
+def sized(text, context_len, tokenizer, methods):
     """
     A method's text, with what suits the context and the tokens added where it has none of its own.
 
-    block_size (Quest, MoBA) and window (SnapKV): 1/64 of the context but 8 to 64. The paper's 4096
-    gives its 64; from 512 on a budget of 1/16 holds four blocks. SnapKV's kernel: the paper's 5,
-    for a model of bytes 15, about as much text.
+    block_size and window: 1/64 of the context but 8 to 64. The paper's 4096 gives its 64; from 512
+    on a budget of 1/16 holds four blocks. kernel, SnapKV's: the paper's 5, for a model of bytes 15,
+    about as much text. methods: {label: dataclass}, whose fields say which of these a method has.
     """
     size, parts = min(64, max(8, context_len // 64)), []
-    fitting = {"quest": {"block_size": size}, "moba": {"block_size": size},
-               "snapkv": {"window": size}}
+    fitting = {"block_size": size, "window": size}
     if tokenizer.name == "bytes":
-        fitting["snapkv"]["kernel"] = 15
+        fitting["kernel"] = 15
     for part in text.split("+"):
         label, _, given = part.partition(":")
-        added = [f"{key}={value}" for key, value in fitting.get(label, {}).items()
-                 if f"{key}=" not in given]
+        has = {field.name for field in fields(methods[label])} if label in methods else ()
+        added = [f"{key}={value}" for key, value in fitting.items()
+                 if key in has and f"{key}=" not in given]
         parts.append(f"{label}:" + ",".join(filter(None, [given, *added])) if added else part)
     return "+".join(parts)
 

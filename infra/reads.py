@@ -7,7 +7,8 @@ What a method reads, counted while it runs: in entries, per token, KV head and l
     places_of     the positions of the prompt that a text is copied from, token by token: H1
 
 A method that is silently off would score like dense attention. So each count is asserted against
-the method's budget, and one that is above it ends the run.
+the method's budget, and one that is above it ends the run. What is counted is what a method says
+that it has read: one of your own must tell the truth.
 
 Methods are handed in; all that is known of them here is that some have a `budget` and a
 `block_size`. Checked by hand in tests/test_report_tables.py. eval_niah.py and sample.py count.
@@ -99,10 +100,14 @@ def was_read(cache, layer, low, high):
     """Whether the last step read any of the positions low to high - 1, both (B,). -> (B, KV)"""
     positions = cache.selected[layer]  # (B, KV, S)
     if positions is None:
-        # all that SnapKV has left, in slots of which some hold nothing
+        # all that the cache holds, in slots of which some hold nothing; SnapKV has moved the rest
         slot = torch.arange(cache.slots, device=low.device)
+        if cache.positions[layer] is None:
+            positions = slot.expand(len(low), cache.config.n_kv_head, -1)
+        else:
+            positions = cache.positions[layer].transpose(1, 2)
         empty = slot >= cache.used[:, None, None]
-        positions = cache.positions[layer].transpose(1, 2).masked_fill(empty, -1)
+        positions = positions.masked_fill(empty, -1)
     inside = (positions >= low[:, None, None]) & (positions < high[:, None, None])
     return inside.any(-1)
 

@@ -200,8 +200,9 @@ def config_of(kind, settings, path):
     try:
         return kind(**settings)
     except (TypeError, ValueError) as error:  # a field of another name, type or size
-        raise ValueError(f"{path}: its config describes no model here ({short(str(error))}): "
-                         "fetch it again") from None
+        remedy = "" if "memory.MEMORIES" in str(error) else ": fetch it again"
+        raise ValueError(f"{path}: its config describes no model here ({short(str(error))})"
+                         f"{remedy}") from None
 
 
 def settings_of_directory(path):
@@ -489,7 +490,8 @@ def opened(file, remedy=None):
     remedy = remedy or "fetch it again"
     with open(regular(file), "rb") as start:
         header = int.from_bytes(start.read(8), "little")
-    # A thousand layers and their moments have less. safe_open takes 100 MB, and makes objects of it.
+    # A thousand layers and their moments have less. safe_open takes 100 MB, and makes objects of
+    # it.
     if header > 8 << 20:
         raise ValueError(f"{file} is damaged, or no model's: its header would have {header:,} "
                          f"bytes; {remedy}")

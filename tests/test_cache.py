@@ -492,7 +492,7 @@ def test_seeds_of_one_budget_share_a_compressed_cache():
     for method in methods:
         with cache.turn(method) as own:
             assert torch.equal(model.decode(logits, own, 4, method), model.generate(tokens, 4, sparse=method))
-    assert len(cache.compact) == 2
+    assert len(cache.compressed_by) == 2
 
 
 # ---------------------------------------------------------------- on a GPU

@@ -47,7 +47,7 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
 def test_blocks_and_windows_are_a_64th_of_the_context():
     """Selection in blocks of another size than the tables say."""
     sizes = [[cli.sized(f"{kind}:budget=9", context_len,
-                        SimpleNamespace(name="other")).rpartition("=")[2]
+                        SimpleNamespace(name="other"), sparse.METHODS).rpartition("=")[2]
               for kind in ("quest", "moba", "snapkv")]
              for context_len in (256, 1024, 2048, 4096, 65536)]
     assert sizes == [["8"] * 3, ["16"] * 3, ["32"] * 3, ["64"] * 3, ["64"] * 3]
@@ -56,17 +56,20 @@ def test_blocks_and_windows_are_a_64th_of_the_context():
 def test_block_sizes_suit_the_context_and_the_tokens():
     """A default that cannot run at 512 tokens; a given size that is changed; bytes' kernel for words."""
     words, in_bytes = SimpleNamespace(name="dolma2"), SimpleNamespace(name="bytes")
+    methods = sparse.METHODS | {"own": sparse.Quest}
     for tokenizer, text, filled in [
         (words, "quest:budget=1/16", "quest:budget=1/16,block_size=64"),
         (words, "moba:block_size=16,budget=9+snapkv", "moba:block_size=16,budget=9+snapkv:window=64"),
         (in_bytes, "snapkv:budget=9", "snapkv:budget=9,window=64,kernel=15"),
         (in_bytes, "snapkv:kernel=5", "snapkv:kernel=5,window=64"),
         (in_bytes, "dense", "dense"),
+        (words, "own:budget=1/16", "own:budget=1/16,block_size=64"),  # a class of one's own
+        (words, "nobody:budget=9", "nobody:budget=9"),
     ]:
-        assert cli.sized(text, 4096, tokenizer) == filled
+        assert cli.sized(text, 4096, tokenizer, methods) == filled
     for context_len in 256, 512, 1024, 2048, 4096, 32768:
         for text in eval_niah.METHODS:
-            sparse.parse(cli.sized(text, context_len, in_bytes), context_len)
+            sparse.parse(cli.sized(text, context_len, in_bytes, sparse.METHODS), context_len)
 
 
 @pytest.mark.parametrize("error, args, code, said", [

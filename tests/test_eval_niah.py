@@ -26,7 +26,7 @@ from model import Transformer
 
 CONTEXT = 512
 NAMES = {task: kind.short for task, kind in niah.TASKS.items()}
-METHODS = [sparse.parse(cli.sized(text, CONTEXT, Bytes()), CONTEXT) for text in (
+METHODS = [sparse.parse(cli.sized(text, CONTEXT, Bytes(), sparse.METHODS), CONTEXT) for text in (
     "dense", "quest:budget=1/4", "moba:budget=1/4", "snapkv:budget=1/4", "moba:budget=1/4+snapkv:budget=1/4+quest:budget=1/8",
     "dilated:local=32")]
 
@@ -284,7 +284,7 @@ def test_hits_do_not_depend_on_the_batch():
     """Answers of different lengths: a row that is done and still fed."""
     model, examples, half = small(memory=True), make("niah_single_3", 2) + make("niah_single_2", 2), CONTEXT // 2
     for text in f"quest:budget={half}", f"snapkv:budget={half}", f"moba:budget={half}+snapkv:budget={half}+quest:budget={half // 4 * 3}":
-        method = sparse.parse(cli.sized(text, CONTEXT, Bytes()), CONTEXT)
+        method = sparse.parse(cli.sized(text, CONTEXT, Bytes(), sparse.METHODS), CONTEXT)
         together, alone = (rates(model, examples, method, batch) for batch in (4, 1))
         assert torch.equal(together, alone) and 0 < together.mean() < 1
 

@@ -244,6 +244,15 @@ def test_an_edited_function_decides(name, both, monkeypatch):
         assert_decides(method, both, what=name)
 
 
+def test_a_method_of_ones_own_is_known_by_its_name(monkeypatch):
+    """Answers on disk, or a budget, under a class's name that no command line takes."""
+    mine = own_class("Quest", "score", OVERRIDES["Quest.score"](Quest.score))
+    monkeypatch.setitem(sparse.METHODS, "mean-std", mine)
+    method = sparse.parse("mean-std:budget=1/4,block_size=4", 64)
+    assert type(method) is mine and sparse.name(method) == "mean-std:budget=16,block_size=4"
+    assert sparse.parse(sparse.name(method), 64) == method
+
+
 def test_a_changed_instance_decides(both, monkeypatch):
     """A definition put on the method itself, past its class."""
     method = Quest(16, 4)

@@ -12,13 +12,15 @@ import pytest
 
 import eval_niah
 import niah
+import sparse
 from experiments import reproduce
 from experiments import runs
 import train
 from infra import cli, runlog
 from infra.tokenizers import ByteTokenizer
 
-SIZED = [cli.sized(method, 1024, ByteTokenizer()) for method in eval_niah.METHODS]  # of a shorter context, as tests are
+SIZED = [cli.sized(method, 1024, ByteTokenizer(), sparse.METHODS)  # of a short context
+         for method in eval_niah.METHODS]
 
 
 def report(score, n_hit):

@@ -1,21 +1,23 @@
 """
 Quest's decoding step: score the blocks of the cache, then attend to the best of them alone.
 
-    low[n, d], high[n, d] = min, max of k[t, d] over block n           block_bounds, once a prompt
+    low[n, d], high[n, d] = min, max of k[t, d] over block n           block_bounds, once a prompt;
+                                                       then block.decode_step keeps them
     score[n] = sum_d max(q[d] low[n, d], q[d] high[n, d])              quest_scores
     chosen   = the S blocks of the largest scores                      topk.select
     y        = softmax(q K_chosen^T / sqrt(D)) V_chosen                quest_attend
 
-The score bounds q . k over the block from above, so a block that scores low holds no key that
-matters. A step reads the bounds and the chosen blocks: of a cache of Tk slots in blocks of 64 with
-a budget of 1/16, Tk / 64 + Tk / 16 entries. `attend_slots` is quest_attend's kernel without a
-choice: the dense decoding step of all methods but Quest and Dilated.
+The score bounds q . k over the block from above, so for one head a block that scores low holds no
+key of a large product; of G heads it is the mean of their bounds. A step reads the bounds and the
+chosen blocks: of a cache of Tk slots in blocks of 64 with a budget of 1/16, Tk / 64 + Tk / 16
+entries. `attend_slots` is quest_attend's kernel without a choice: the dense decoding step of all
+methods but Quest and Dilated.
 
 The references are in sparse.py, in the class Quest; tests/test_kernels_sparse.py holds each kernel
 to its own. (Quest, arXiv 2406.10774, says page where we say block.) No launcher waits for the GPU
-and each grid follows from shapes alone, so a step can be compiled and captured in a CUDA graph. A
-list is split as the shapes say and its parts are added in their order, so the same inputs give the
-same bits. kernels.py explains how a kernel is written here.
+and each grid follows from shapes alone, so a step can be compiled and captured in a CUDA graph. The
+list of entries that a query reads is split as the shapes say and its parts are added in their
+order, so the same inputs give the same bits. kernels.py explains how a kernel is written here.
 
 Letters as in sparse.py: B batch, Tk cache slots, H query heads, KV key/value heads, G = H // KV,
 D head width, N blocks, S selected. E entries of the list that a query reads.
@@ -51,7 +53,8 @@ def block_bounds_kernel(
 
         low[n, d] = min k[t, d],  high[n, d] = max k[t, d]
                                         over n * block_size <= t < (n + 1) * block_size, t < used
-    reference: sparse.Quest.score, first half. A block without entries is 0, as there
+    reference: sparse.Quest.score, first half. A block without entries is 0; there it is what its
+           first slot holds, and `forced` lets neither be read
     grid   (KV, cdiv(N, BLOCK_N), B): neighbours read neighbouring heads, whose keys lie side by
            side
     tile   k [BLOCK_N, CHUNK, D]: whole blocks while they are small, a large one CHUNK slots at a
@@ -204,7 +207,7 @@ def attend_kernel(
     used_ptr,      # (B,)
     part_ptr,      # (B, splits, H, D)
     lse_ptr,       # (B, splits, H)     fp32
-    slots_ptr,     # (B, KV, E)         int64, or None with chosen
+    slots_ptr,     # (B, KV, E)         int64; None where chosen is None
     E, scale,
     stride_qb, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     G: tl.constexpr, block_size: tl.constexpr, D: tl.constexpr,
@@ -216,8 +219,8 @@ def attend_kernel(
 
         entry e of the list, 0 <= e < E = S * block_size, is slot
                                 chosen[e // block_size] * block_size + e % block_size
-        part = softmax(scale * q . k[slots]) . v[slots],  lse = log2 sum exp2(scale * q . k[slots])
-                                of one split
+        part = softmax(q . k[slots] / sqrt(D)) . v[slots]               of one split
+        lse  = log2 sum exp2(scale * q . k[slots])                      scale = log2(e) / sqrt(D)
     chosen None: entry e is slot e, and E what the row has filled, so that the size of the cache
     costs nothing. `slots` is what this kernel read, -1 where it read nothing: in a block of -1, or
     in a slot that is not filled.
@@ -270,7 +273,8 @@ def attend_kernel(
         if chosen_ptr is not None:
             tl.store(slots_ptr + offs_e, tl.where(keep, slot, -1), mask=mask_e)
 
-        # one more tile of an online softmax
+        # One more tile of an online softmax: the sums so far are of exp2(logit - old peak), and
+        # are turned into those of the new peak.
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale         # [BLOCK_G, BLOCK_E]
         logits = tl.where(keep[None, :], logits, float("-inf"))
         highest = tl.maximum(peak, tl.max(logits, axis=1) + ROOM)
@@ -329,7 +333,7 @@ def attend_entries(
     used,        # (B,)
     block_size,
     E,           # entries of the list
-    slots,       # (B, KV, E)  int64, written; or None with chosen
+    slots,       # (B, KV, E)  int64, written; None where chosen is None
 ):               # -> y (B, 1, H, D)
     """attend_kernel and, where the entries are split, combine_kernel."""
     B, _, KV, D = k.shape
