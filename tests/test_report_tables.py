@@ -528,6 +528,14 @@ def test_a_hit_is_a_place_read_at_every_step_of_an_answer():
     assert hit[1][0].tolist() == [[False, False], [False, False]]
 
 
+def test_what_is_not_told_is_all_that_is_there():
+    """H1 of a method that reads everything and says None, as Dense does: an error, or never a hit."""
+    cache = SimpleNamespace(selected=[None], slots=4, used=torch.tensor([3, 1]), positions=[None],
+                            config=SimpleNamespace(n_kv_head=2))
+    low = torch.tensor([1, 1])
+    assert was_read(cache, 0, low, low + 1).tolist() == [[True, True], [False, False]]
+
+
 def test_what_snapkv_has_left_is_what_was_read():
     """H1 of slots that hold nothing any more."""
     left = torch.tensor([[[7, 5], [8, 6], [9, 9]]])  # (B, slots, KV), of which two slots are used
