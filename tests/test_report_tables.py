@@ -529,7 +529,7 @@ def test_a_hit_is_a_place_read_at_every_step_of_an_answer():
 
 
 def test_what_is_not_told_is_all_that_is_there():
-    """H1 of a method that reads everything and says None, as Dense does: an error, or never a hit."""
+    """H1 of a method that reads everything and says None, as Dense does: an error."""
     cache = SimpleNamespace(selected=[None], slots=4, used=torch.tensor([3, 1]), positions=[None],
                             config=SimpleNamespace(n_kv_head=2))
     low = torch.tensor([1, 1])
