@@ -193,6 +193,16 @@ def draw_tokens(B, T, seed=0, vocab_size=61):
     return torch.randint(vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
+@torch.no_grad()
+def in_pieces(model, tokens, cuts, sparse=None, room=0, window=64):
+    """Logits (B, T, V) of tokens fed in pieces that end at `cuts`, and the cache after them."""
+    cache = model.new_cache(len(tokens), tokens.shape[1] + room, window)
+    cuts = (0, *cuts, tokens.shape[1])
+    out = [model(tokens[:, start:end], cache=cache, sparse=sparse)
+           for start, end in zip(cuts, cuts[1:])]
+    return torch.cat(out, dim=1), cache
+
+
 def one_line(raised, *words):
     """The message of a pytest.raises is one line, and says these words."""
     text = str(raised.value)
