@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 from torch import nn
 
 import engine
@@ -52,8 +52,12 @@ def assert_same_memory(states, expected):
 
 # ---------------------------------------------------------------- laws of one batch
 
+COMBINED = compose(MoBA(6, 2), SnapKV(7, 3), Quest(6, 2))
+
+
 @law(60)
 @given(configs(), methods, talks(), dtypes, seeds)
+@example(dict(n_kv_head=2, seed=0), COMBINED, [[20, 5], [0, 7], None, None], torch.float32, 0)
 def test_no_query_reads_more_than_its_budget(config, method, turns, dtype, seed):
     """
     Forced blocks, the window and the query's own entry on top of it; an entry read twice, of the
@@ -341,7 +345,6 @@ def test_samples_have_the_softmax_frequencies_of_the_top_k():
 
 # ---------------------------------------------------------------- the kernels' generate
 
-COMBINED = compose(MoBA(6, 2), SnapKV(7, 3), Quest(6, 2))
 KINDS = [COMBINED, Dense(), Quest(6, 2), Quest(6, 2, random=3), MoBA(6, 2), SnapKV(7, 3),
          SnapKV(7, 3, random=2), Dilated(4, 3, 1)]
 SOME = [(COMBINED, "gqa memory", 3), (KINDS[3], "olmo2", 1), (KINDS[-1], "ratplus", 3)]

@@ -80,8 +80,10 @@ NAMES = "k~", "v~", "state", "dk", "dv", "dgate", "dstate"
 
 
 def draw(name, B, dtype=FP32, seed=0, KV=1, D=16, T=None):
-    """k, v, gate, state, and the gradients of k~, v~ and the last state: two tiles of the kernel,
-    or a few tokens, as the interpreter is slow where it goes launch by launch."""
+    """
+    k, v, gate, state, and the gradients of k~, v~ and the last state: two tiles of the kernel, or a
+    few tokens, as the interpreter is slow where it goes launch by launch.
+    """
     T = T or (6 if name == "fused step" else TILE + 5)
     k, v, gate, dk, dv = normal(5, B, T, KV, D, seed=seed).to(dtype)
     state, dstate = normal(2, 2, B, KV, D, seed=seed + 1000)
