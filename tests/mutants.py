@@ -620,7 +620,7 @@ MUTANTS = {
          "± too small: few prompts that agree prove all"),
         ("r = correlation(a, b) if paired else 0.0",
          "r = correlation(a, b) if len(a) == len(b) else 0.0",
-         "eval_niah::a_difference_by_hand", "prompts of different tokens paired"),
+         "report_tables::a_difference_by_hand", "prompts of different tokens paired"),
         ("values = [x for x in values if x is not None]", "values = [x or 0.0 for x in values]",
          "report_tables::what_nobody_told_is_in_no_mean", "reads too low"),
         (".topk(n_best).values.mean()", ".max()",

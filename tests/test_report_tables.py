@@ -5,6 +5,7 @@ these tests see them.
 """
 import json
 import math
+import random
 from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -113,11 +114,12 @@ def test_hit_rates_are_means_over_tasks_of_each_head_best_first():
 
 
 @pytest.mark.parametrize("df, t, p", [(1, 12.706, 0.05), (2, 4.303, 0.05), (2, 2.920, 0.10),
-                                      (3, 3.182, 0.05), (4, 2.776, 0.05), (5, 4.032, 0.01),
-                                      (10, 2.228, 0.05), (29, 2.045, 0.05)])
+                                      (2, 9.925, 0.01), (3, 3.182, 0.05), (4, 2.776, 0.05),
+                                      (5, 4.032, 0.01), (10, 2.228, 0.05), (29, 2.045, 0.05)])
 def test_p_is_that_of_students_table(df, t, p):
     """A t test of one side, or of another number of seeds: significance that is not there."""
     assert reproduce.p_of_t(t, df) == pytest.approx(p, abs=1e-4) == reproduce.p_of_t(-t, df)
+    assert reproduce.p_of_t(0, df) == 1
 
 
 def test_holm_by_hand():
@@ -318,7 +320,7 @@ def test_plots_of_the_summary_show_its_numbers(found, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("found, n, low, high",
                          [(81, 263, 25.53, 36.62), (15, 148, 6.24, 16.05), (0, 20, 0.00, 16.11),
-                          (1, 29, 0.61, 17.18)])
+                          (20, 20, 83.89, 100.00), (1, 29, 0.61, 17.18)])
 def test_intervals_are_those_published(found, n, low, high):
     """
     Newcombe, Statistics in Medicine 17 (1998), p. 857, table I, method 3. An interval of another
@@ -344,6 +346,39 @@ def test_intervals_of_differences_are_those_published(both, second, first, neith
     else:
         a, b, gain, low, high = [1.0] * 48 + [0.0] * 32, [1.0] * 56 + [0.0] * 14, 20, 5.24, 33.39
     assert difference(a, b, paired) == pytest.approx([gain, low, high], abs=0.02)
+
+
+def test_a_difference_by_hand():
+    """Strangers that are paired; pairs as unlike as can be, which are wider than strangers."""
+    a, b = [1.0, 0.0] * 20, [0.0, 1.0] * 20
+    half = 100 * 0.5 - interval(a)[1]
+    assert difference(a, b, True) == pytest.approx([0, -2 * half, 2 * half])
+    assert difference(a, b, False) == pytest.approx([0, -2**0.5 * half, 2**0.5 * half])
+    half *= (2 - 2 * 0.95) ** 0.5  # r = 1 - 2 / n, corrected
+    assert difference(a, a, True) == pytest.approx([0, -half, half])
+
+
+def coin(rng, p, q, r):
+    """Two models' scores of a prompt, 1 with chance p and q: with r the same one decides both."""
+    chance = rng.random()
+    return float(chance < p), float((chance if rng.random() < r else rng.random()) < q)
+
+
+@pytest.mark.parametrize("n, p, q, r", [(30, 0.5, 0.6, 0.8), (200, 0.8, 0.9, 0.5), (200, 0.5, 0.5, 0),
+                                        (10, 0.9, 0.9, 0.9), (50, 0.02, 0.05, 1)])
+def test_the_interval_of_a_difference_covers_it(n, p, q, r):
+    """95 % of such tables hold the truth: no interval of one model's, nor of width 0."""
+    rng, inside, widths = random.Random(0), 0, []
+    for _ in range(600):
+        a, b = zip(*(coin(rng, p, q, r) for _ in range(n)))
+        gain, low, high = difference(a, b, paired=True)
+        assert gain == pytest.approx(100 * (sum(b) - sum(a)) / n, abs=0.02) and low < high
+        inside += low <= 100 * (q - p) <= high
+        _, low_apart, high_apart = difference(a, b, paired=False)
+        widths.append((high - low) / (high_apart - low_apart))
+    assert inside / 600 > 0.93 and max(widths) < 1.6
+    if r >= 0.5 and n >= 30 and p > 0.1:  # what is hard for both counts once
+        assert sum(widths) / 600 < 0.85
 
 
 def told_examples(*answers, depths=None):
@@ -551,6 +586,7 @@ def test_what_snapkv_has_left_is_what_was_read():
 def test_best_heads_are_the_mean_of_the_best_twentieth():
     """H1 of the best head, or of all."""
     assert best_heads(torch.arange(40.0).view(4, 10)) == 38.5  # two of 40
+    assert best_heads(torch.arange(1024.0).view(32, 32)) == 1023 - 25  # the paper's fifty, 51
     assert best_heads(torch.tensor([[0.25, 0.5]])) == 0.5
 
 
@@ -592,7 +628,8 @@ def test_table_by_hand():
                           "attention quest 60.0 20.0 40.0 ± 2.5 25.0 51.0 10.0 62.5".split(),
                           "memory dense 95.0 60.0 77.5 ± 2.5 60.0 51.0 102.0 -".split(),
                           "memory quest 100.0 50.0 75.0 ± 2.5 25.0 51.0 11.0 -".split()]
-    assert lines[6][:3] == ["memory", "-", "attention,"] and "paired" in lines[6]
+    assert " ".join(lines[6]).startswith("memory - attention, each prompt asked of both")
+    assert "paired" in lines[6] and {"prompts", "alone.", "seed"} <= {*lines[-1]}
     cells = {method: [difference(BY_PROMPT["attention", method, task],
                                            BY_PROMPT["memory", method, task], True)
                       for task in ("niah_single_1", "niah_multivalue")]
@@ -608,7 +645,7 @@ def test_table_by_hand():
     apart = [difference(BY_PROMPT["attention", "dense", task],
                                   BY_PROMPT["memory", "dense", task], False)
              for task in ("niah_single_1", "niah_multivalue")]
-    assert "paired" not in lines[6]
+    assert "of other prompts" in " ".join(lines[6]) and "paired" not in lines[6]
     assert lines[7][4:] == said(math.hypot(*((high - low) / 2 for _, low, high in apart)) / 2)
 
 
@@ -619,6 +656,8 @@ def test_table_of_draws_by_hand():
     assert "MV 1.0 ±0.0" in text
     assert "draws (2)" in text
     assert "memory" not in text
+    one = table_random([of for of in RESULTS if of["random"] == 0], NAMES)
+    assert "S-1 5.0" in one and "±" not in one  # a single draw has no spread
 
 
 def test_the_plot_shows_the_tables_numbers(monkeypatch, tmp_path):
