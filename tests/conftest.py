@@ -211,6 +211,13 @@ def one_line(raised, *words):
         assert str(word) in text, f"{word!r} is not in: {text}"
 
 
+def refused(call, *words, error=ValueError):
+    """call() raises such an error, whose message is one line and says these words."""
+    with pytest.raises(error) as raised:
+        call()
+    one_line(raised, *words)
+
+
 def official_names(ratplus):
     """The official RAT+ state dict among the oracle's tensors."""
     return {name.removeprefix("packed/"): tensor for name, tensor in ratplus.items() if name.startswith("packed/")}

@@ -1,6 +1,6 @@
 """
-data.py that cannot end before it is let: from the 111th document on, workers wait until the file that HOLD names is gone.
-So a test that kills it in the middle does so on any machine.
+data.py that cannot end before it is let: from the 111th document on, workers wait until the file
+that HOLD names is gone. So a test that kills it in the middle does so on any machine.
 """
 import os
 import sys

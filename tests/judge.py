@@ -1,12 +1,15 @@
 """
-How a reader takes a file that may be hostile: each file is read in a process of its own, which tells how that ended.
+How a reader takes a file that may be hostile: each is read in a process of its own, which says how
+that ended.
 
     loaded     what was read, as JSON
     refused    by one of the errors that every script turns into its one line
-    defect     anything else: a traceback, a hang, a crash, code that was run, memory beyond twice the files
+    defect     anything else: a traceback, a hang, a crash, code that was run, memory beyond twice
+               the files
 
-and how a script of ours ends that is killed in the middle. Started once (Judge), it imports everything and then forks for each
-file or script, so that a verdict takes some hundredths of a second. test_hostile.py makes the files, test_faults.py kills.
+And how a script of ours ends that is killed in the middle. Started once (Judge), it imports
+everything and then forks for each file or script, so that a verdict takes some hundredths of a
+second. test_hostile.py makes the files, test_faults.py kills.
 """
 import hashlib
 import importlib
@@ -27,41 +30,42 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from infra import answers  # noqa: E402
-from infra import checkpoint  # noqa: E402
-from infra import files  # noqa: E402
 import niah  # noqa: E402
-from data import Shards, get_tokenizer  # noqa: E402
-from infra.tokenizers import ByteTokenizer  # noqa: E402
-from infra import parallel  # noqa: E402
-from infra import runlog  # noqa: E402
 import train  # noqa: E402
+from data import Shards, get_tokenizer  # noqa: E402
+from infra import answers, checkpoint, files, parallel, runlog  # noqa: E402
+from infra.tokenizers import ByteTokenizer  # noqa: E402
 from model import Transformer  # noqa: E402
 
-SECONDS = 120          # then it hangs, however busy the machine is
-OWN_MEMORY = 48 << 20  # what a reader takes for itself, and for JSON as Python's objects; the rest is at most twice the files
-SPACE = 2 << 30        # of addresses: whoever wants more fails at once
+SECONDS = 120    # then it hangs, however busy the machine is
+SPACE = 2 << 30  # of addresses: whoever wants more fails at once
+# What a reader takes for itself, and for JSON as Python's objects, beside twice the files.
+OWN_MEMORY = 48 << 20
 TEXT = "Hello  world: 1234 times é 漢字\n\n"  # for tokenizers
 
 
 class Judge:
-    """The process that reads, as seen by a test: judge(reader, path) -> {"loaded" or "refused" or "defect": what}."""
+    """The process that reads, as seen by a test."""
 
     def __init__(self):
         # without GPUs: CUDA, once asked for, fails in a process that was forked
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
 
     def __call__(self, reader, path):
-        print(json.dumps([reader, str(path)]), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
+        """-> {"loaded" or "refused" or "defect": what}"""
+        return self.ask(reader, str(path))
 
     def run(self, script, *flags, folder, kill_after=None, signal=signal.SIGKILL):
         """
-        `python SCRIPT.py FLAGS` in the folder, sent the signal after so many seconds. -> its exit status (-9 if it was killed),
-        what it printed, seconds
+        `python SCRIPT.py FLAGS` in the folder, sent the signal after so many seconds. -> its exit
+        status (-9 if it was killed), what it printed, seconds
         """
-        print(json.dumps(["run", str(folder), script, *map(str, flags), kill_after, int(signal)]), file=self.process.stdin, flush=True)
+        return self.ask("run", str(folder), script, *map(str, flags), kill_after, int(signal))
+
+    def ask(self, *words):
+        print(json.dumps(words), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
     def __enter__(self):
@@ -72,12 +76,14 @@ class Judge:
         self.process.wait()
 
 
-# ---------------------------------------------------------------- readers: path -> what was read, in a form that JSON has
+# ---------------------------------------------------------------- readers: path -> what was read
 
 def digest(tensors):
     """{name: tensor} -> {name: [dtype, shape, a hash of its bytes]}"""
-    return {name: [str(t.dtype), list(t.shape), hashlib.sha256(t.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()[:16]]
-            for name, t in tensors.items()}
+    def of(t):
+        of_bytes = hashlib.sha256(t.contiguous().view(-1).view(torch.uint8).numpy())
+        return [str(t.dtype), list(t.shape), of_bytes.hexdigest()[:16]]
+    return {name: of(tensor) for name, tensor in tensors.items()}
 
 
 def read_model(path):
@@ -103,8 +109,9 @@ def read_ruler(path):
 
 def read_checkpoint(path):
     """As train.py --resume does. path: the run."""
-    args = train.parse(["--preset=pico", "--device=cpu", f"--out={path.parent}", f"--name={path.name}", "--resume",
-                        *(path / "flags").read_text().split()])
+    flags = (path / "flags").read_text().split()
+    args = train.parse(["--preset=pico", "--device=cpu", f"--out={path.parent}",
+                        f"--name={path.name}", "--resume", *flags])
     folder = runlog.newest(path, resume=True)
     config, tensors = train.what_to_train(args, folder)
     train.settle(args, config)
@@ -116,11 +123,12 @@ def read_checkpoint(path):
 
 
 def read_answers(path):
-    return [[list(key), i, list(line)] for key, lines in answers.read_lines(path).items() for i, line in lines.items()]
+    return [[list(key), i, list(line)] for key, lines in answers.read_lines(path).items()
+            for i, line in lines.items()]
 
 
-READERS = {"model": read_model, "tokenizer": read_tokenizer, "shards": read_shards, "ruler": read_ruler,
-           "checkpoint": read_checkpoint, "answers": read_answers}
+READERS = {"model": read_model, "tokenizer": read_tokenizer, "shards": read_shards,
+           "ruler": read_ruler, "checkpoint": read_checkpoint, "answers": read_answers}
 
 
 # ---------------------------------------------------------------- one file
@@ -131,18 +139,22 @@ def memory(field):
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
+# What no reader does.
+CODE = {"os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.remove", "os.rename",
+        "subprocess.Popen", "socket.connect", "socket.bind", "pty.spawn"}
+
+
 def no_code(event, args):
-    """An audit hook: what no reader does."""
-    if event.split(".")[0] in ("os", "subprocess", "socket", "pty", "ctypes") and event in (
-            "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.remove", "os.rename", "subprocess.Popen",
-            "socket.connect", "socket.bind", "pty.spawn"):
+    """An audit hook."""
+    if event in CODE:
         os.write(1, json.dumps({"defect": f"code was run: {event} {args}"[:300]}).encode())
         os._exit(0)
 
 
 def read(reader, path):
     """-> the verdict, in the forked process."""
-    size = sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    there = path.rglob("*") if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in there if file.is_file())
     resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + SPACE,) * 2)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here
     before = memory("VmRSS")
@@ -152,10 +164,13 @@ def read(reader, path):
     except (ValueError, OSError, ImportError) as error:
         verdict = {"refused": str(error)}
     except BaseException as error:
-        where = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)][2:]
-        return {"defect": f"{type(error).__name__}: {error}"[:200] + f" at {' '.join(where[-5:])}"}
+        where = " ".join(f"{Path(frame.filename).name}:{frame.lineno}"
+                         for frame in traceback.extract_tb(error.__traceback__)[-5:])
+        return {"defect": f"{type(error).__name__}: {error}"[:200] + f" at {where}"}
     took = memory("VmHWM") - before
-    return verdict if took < 2 * size + OWN_MEMORY else {"defect": f"{took:,} bytes of memory for files of {size:,}: {str(verdict)[:300]}"}
+    if took < 2 * size + OWN_MEMORY:
+        return verdict
+    return {"defect": f"{took:,} bytes of memory for files of {size:,}: {str(verdict)[:300]}"}
 
 
 def in_a_process_of_its_own(reader, path):
@@ -171,18 +186,20 @@ def in_a_process_of_its_own(reader, path):
         os._exit(0)
     os.close(ours)
     with open(theirs, "rb") as pipe:
-        told = pipe.read()
+        verdict = pipe.read()
     _, status = os.waitpid(child, 0)
     if status:
         number = os.waitstatus_to_exitcode(status)
-        told = json.dumps({"defect": "it hangs" if number == -signal.SIGALRM else f"it ended with {number}"}).encode()
-    return told
+        how = "it hangs" if number == -signal.SIGALRM else f"it ended with {number}"
+        verdict = json.dumps({"defect": how}).encode()
+    return verdict
 
 
 # ---------------------------------------------------------------- one script
 
 def no_network(event, args):
-    if event in ("socket.getaddrinfo", "socket.gethostbyname", "urllib.Request") or (event == "socket.connect" and not isinstance(args[1], (str, bytes))):
+    asks = event in ("socket.getaddrinfo", "socket.gethostbyname", "urllib.Request")
+    if asks or (event == "socket.connect" and not isinstance(args[1], (str, bytes))):
         print(f"network: {event} {args}", flush=True)
         os._exit(99)
 
@@ -214,7 +231,8 @@ def run(folder, script, flags, kill_after, number):
         os.kill(child, number)
     _, status = os.waitpid(child, 0)
     said.seek(0)
-    return os.waitstatus_to_exitcode(status), said.read().decode(errors="replace"), time.time() - started
+    code, text = os.waitstatus_to_exitcode(status), said.read().decode(errors="replace")
+    return code, text, time.time() - started
 
 
 def main():
@@ -223,10 +241,10 @@ def main():
         what, path, *rest = json.loads(line)
         if what == "run":
             script, *flags, kill_after, number = rest
-            told = json.dumps(run(path, script, flags, kill_after, number)).encode()
+            answer = json.dumps(run(path, script, flags, kill_after, number)).encode()
         else:
-            told = in_a_process_of_its_own(what, Path(path))
-        sys.stdout.buffer.write(told + b"\n")
+            answer = in_a_process_of_its_own(what, Path(path))
+        sys.stdout.buffer.write(answer + b"\n")
         sys.stdout.buffer.flush()
 
 
