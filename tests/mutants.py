@@ -367,7 +367,7 @@ MUTANTS = {
         ("        if text not in used:\n", "        if True:\n",
          "report::no_two_keys_or_values_of_a_sample_are_equal", "questions with two right answers"),
         ('return 48 if context_len < 2048 or tokenizer.name == "bytes" else 128', "return 30",
-         "niah::default_new_tokens_hold_every_answer_in_bytes",
+         "niah::default_new_tokens",
          "answers cut off: UUIDs never found"),
         ("drills = self.args, 1.0 if index < self.only_drills else self.later_drills",
          "drills = self.args, 0.0",
