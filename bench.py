@@ -340,7 +340,7 @@ def bench_moba(table):
     ours = lambda q, k, v, S=S: [moba_attend(q, k, v, route(q, k, S), start, block_size)]
     *inputs, dy = *(randn(1, T, H, D, grad=True) for _ in "qkv"), randn(1, T, H, D)
     t = T // 8
-    *some, dy_some = (x[:, :t, :4] for x in (*inputs, dy))
+    *some, dy_some = (x.detach()[:, :t, :4] for x in (*inputs, dy))
     block = torch.arange(t // block_size, device=DEVICE)
     keep = (route(*some[:2], S // 8).unsqueeze(-1) == block).any(3)               # (1, 4, t, N)
     keep = keep.repeat_interleave(block_size, dim=-1)                             # (1, 4, t, t)
