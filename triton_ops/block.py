@@ -18,10 +18,10 @@ costs 2 to 3 microseconds, and their neighbours' arithmetic is done on the way. 
 products go to cuBLAS, as a prompt's do. What lies between the products is bound by memory: here it
 reads and writes each tensor once.
 
-The references are the plain forms of model.py and memory.memory_step; tests/test_kernels.py and
-tests/test_kernels_block.py hold the kernels to them. Each output is one program's sum in a fixed
-order, so the same inputs give the same bits. There are no gradients: training compiles the plain
-forms. kernels.py explains how a kernel is written here.
+The references are the plain forms of model.py and memory.memory_step; tests/test_kernels.py holds
+the kernels to them. Each output is one program's sum in a fixed order, so the same inputs give the
+same bits. There are no gradients: training compiles the plain forms. kernels.py explains how a
+kernel is written here.
 
 Letters: B batch, T tokens, C width, R rows of x, K inputs and N outputs of a matrix, H query heads,
 KV key/value heads, D head width, HALF = D // 2.

@@ -36,7 +36,7 @@ after them.
     dilation 4, initial 2:   slot  0  1  2  3  4  5  6  7  8  9 10 11
                              m     0  1     2           3           4          first_end = 3
 
-reference: sparse.Dilated; tests/test_kernels_dilated.py holds `dilated` to it, in values and in
+reference: sparse.Dilated; tests/test_kernels.py holds `dilated` to it, in values and in
 gradients. The same inputs give the same bits: nothing is added atomically, and parts are summed in
 their order. kernels.py explains how a kernel is written here.
 

@@ -16,7 +16,7 @@ block has many queries, up to all that follow it. So the attention is key-major:
 
 Gradients go the same way. Nothing is added atomically: the same inputs give the same bits.
 
-reference: sparse.MoBA.attend_to_blocks; tests/test_kernels_moba.py holds `moba_attend` to it, in
+reference: sparse.MoBA.attend_to_blocks; tests/test_kernels.py holds `moba_attend` to it, in
 values and in gradients. kernels.py explains how a kernel is written here.
 
 Letters as in sparse.py: B batch, Tq queries, Tk slots, H query heads, KV key/value heads,

@@ -14,7 +14,7 @@ is sorted. (topk.py searches bit by bit, for few rows of many scores; here there
 whose scores are made on the way.)
 
 reference: sparse.MoBA.choose (arXiv 2502.13189, which calls a block a chunk too);
-tests/test_kernels_moba.py holds `moba_route` to it. The same inputs give the same bits. kernels.py
+tests/test_kernels.py holds `moba_route` to it. The same inputs give the same bits. kernels.py
 explains how a kernel is written here.
 
 Letters as in sparse.py: B batch, Tq queries, Tk slots, H query heads, KV key/value heads,

@@ -13,7 +13,7 @@ chosen blocks: of a cache of Tk slots in blocks of 64 with a budget of 1/16, Tk 
 entries. `attend_slots` is quest_attend's kernel without a choice: the dense decoding step of all
 methods but Quest and Dilated.
 
-The references are in sparse.py, in the class Quest; tests/test_kernels_sparse.py holds each kernel
+The references are in sparse.py, in the class Quest; tests/test_kernels.py holds each kernel
 to its own. (Quest, arXiv 2406.10774, says page where we say block.) No launcher waits for the GPU
 and each grid follows from shapes alone, so a step can be compiled and captured in a CUDA graph. The
 list of entries that a query reads is split as the shapes say and its parts are added in their

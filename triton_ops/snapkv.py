@@ -10,7 +10,7 @@ The softmax runs over keys and the mean over queries, so the keys are read twice
 the denominators, tile by tile of keys, and a second one the means. Between them there is a number
 per query and tile and one per key, where plain PyTorch writes the logits, W * G numbers per key.
 
-reference: sparse.SnapKV (arXiv 2404.14469); tests/test_kernels_sparse.py holds `snapkv_scores` to
+reference: sparse.SnapKV (arXiv 2404.14469); tests/test_kernels.py holds `snapkv_scores` to
 it. Parts are added in their order, so the same inputs give the same bits. Softmaxes are in base 2:
 log2(e) is folded into the logits' scale, as exp2 is one instruction. kernels.py explains how a
 kernel is written here.

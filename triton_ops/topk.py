@@ -4,7 +4,7 @@ Eq. 3's TopK: the S best of a row of scores, by counting instead of sorting.
     cut   = the largest number with count(score >= cut) >= S
     taken = score > cut, and the first of those equal to cut, until there are S
 
-reference: sparse.top, sorted by index; tests/test_kernels_sparse.py holds `select` to it. Quest
+reference: sparse.top, sorted by index; tests/test_kernels.py holds `select` to it. Quest
 selects blocks by it and SnapKV entries; the random methods of H2 draw their scores in PyTorch and
 meet the kernels here. MoBA, which needs a choice for every query of a prompt, has a search of its
 own: moba_route.py.
