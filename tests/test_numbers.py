@@ -523,7 +523,7 @@ def test_ties_in_a_decoding_step(q_size, spread, dtype, who):
 @TIES
 def test_ties_in_a_prompt(q_size, spread, dtype, who):
     """As in a step; MoBA's blocks no later than the query's own, SnapKV's entries in order."""
-    T, lengths = 37, torch.tensor([37, 17], device=DEVICE)
+    T, lengths = 29, torch.tensor([29, 17], device=DEVICE)
     q, k, v = draw_qkv(2, T, 2, 1, dtype, seed=13)
     q, k, slot = q * q_size, k[:, :1] + (k - k[:, :1]) * spread, torch.arange(T, device=DEVICE)
     for method in MoBA(24, 8), MoBA(24, 8, keep_first=False):
@@ -576,8 +576,8 @@ def after_a_prompt(method, q, k, v, used, cache=None):
 @each
 def test_nan_in_attention_stays_in_its_row(method, dtype, who):
     """A NaN in another row's tile, softmax or selection, or left where its results go."""
-    inputs = draw_qkv(3, 36, 2, 1, dtype, seed=15)
-    used, results = torch.tensor([36, 31, 17], device=DEVICE), []
+    inputs = draw_qkv(3, 27, 2, 1, dtype, seed=15)
+    used, results = torch.tensor([27, 25, 12], device=DEVICE), []
     spoilt = [spoil(x, 1, seed=i) for i, x in enumerate(inputs)]
     for q, k, v in spoilt, inputs:
         prefill = backend.hook(method, "prefill", v)
@@ -594,9 +594,9 @@ def test_nan_behind_the_last_query_reaches_none(method, who):
     PyTorch's steps, where to mask them would be to copy them all, the cache sees to it: it begins
     as zeros, is cleared to zeros, and takes real tokens only.
     """
-    q, k, v = draw_qkv(3, 36, 2, 1, seed=16)
-    used = torch.tensor([36, 31, 17], device=DEVICE)
-    behind = (torch.arange(36, device=DEVICE) >= used[:, None])[..., None, None]
+    q, k, v = draw_qkv(3, 27, 2, 1, seed=16)
+    used = torch.tensor([27, 25, 12], device=DEVICE)
+    behind = (torch.arange(27, device=DEVICE) >= used[:, None])[..., None, None]
     clean = after_a_prompt(method, q, k, v, used)
     for junk in times([nan], BAD):
         stored = [x.masked_fill(behind, junk) for x in (k, v)]
@@ -637,17 +637,18 @@ def poisonous():
 ALL_PHASES = compose(MoBA(24, 8), SnapKV(20, 6), Quest(16, 8))
 
 
-@pytest.mark.parametrize("method", times([ALL_PHASES, EACH[-2]], [ALL_PHASES, *EACH]), ids=name)
+@pytest.mark.parametrize("method", [ALL_PHASES, *times([], EACH)], ids=name)
 @torch.no_grad()
 def test_nan_in_one_row_of_a_model_s_batch_stays_there(method, who):
-    """Anything at all between two rows: bit for bit a batch that has no NaN."""
+    """Anything at all between two rows, or of padding: bit for bit a batch that has no NaN."""
     model, *batches = poisonous()
     steps = draw_tokens(2, times(2, 4), seed=2, vocab_size=POISON).to(DEVICE)
     lengths, results = torch.tensor([17, 20], device=DEVICE), []
     for tokens in batches:
-        cache = model.new_cache(2, 60)
+        cache, chunk = model.new_cache(2, 60), tokens[:, 9:].clone()
+        chunk[0, 8:] = tokens[1, 5]  # the first row's padding: the poison too, if there is one
         results.append([model(tokens, sparse=method), model(tokens[:, :9], None, cache, method)])
-        results[-1].append(model.prefill(tokens[:, 9:], lengths - 9, cache, method))
+        results[-1].append(model.prefill(chunk, lengths - 9, cache, method))
         results[-1] += [model(token, None, cache, method) for token in steps.split(1, dim=1)]
     for out, ref in zip(*results):
         assert torch.equal(out[0], ref[0]) and ref.isfinite().all()
