@@ -17,7 +17,7 @@ too wide. They are of the prompts alone; what another training would give, only 
 
 A run that was stopped goes on with the same command and --out, also with more methods. Under
 torchrun each GPU takes its share of the batches. Checked in tests/test_eval_niah.py and, by hand,
-tests/test_report_tables.py. Read niah.py first, train.py next; sample.py is the same for one prompt.
+tests/test_report_tables.py. Read niah.py first, train.py next; sample.py asks a single prompt.
 """
 import json
 import os

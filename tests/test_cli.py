@@ -24,7 +24,7 @@ from infra import cli
     (cli.temperature, ["0", "1", "0.7"], ["-1"]),
 ])
 def test_a_flags_number_is_within_its_range(flag, good, bad):
-    """nan, or 2**62 sequences, taken; a bound excluded; a value that takes minutes to be refused."""
+    """nan, or 2**62 sequences, taken; a bound excluded; a refusal that takes minutes."""
     for text in good:
         assert flag(text) == float(text)
     whole = flag in (cli.natural, cli.positive, cli.few, cli.seed)
@@ -54,12 +54,12 @@ def test_blocks_and_windows_are_a_64th_of_the_context():
 
 
 def test_block_sizes_suit_the_context_and_the_tokens():
-    """A default that cannot run at 512 tokens; a given size that is changed; bytes' kernel for words."""
+    """A default that cannot run at 512 tokens; a given size changed; bytes' kernel for words."""
     words, in_bytes = SimpleNamespace(name="dolma2"), SimpleNamespace(name="bytes")
     methods = sparse.METHODS | {"own": sparse.Quest}
     for tokenizer, text, filled in [
         (words, "quest:budget=1/16", "quest:budget=1/16,block_size=64"),
-        (words, "moba:block_size=16,budget=9+snapkv", "moba:block_size=16,budget=9+snapkv:window=64"),
+        (words, "moba:block_size=8,budget=9+snapkv", "moba:block_size=8,budget=9+snapkv:window=64"),
         (in_bytes, "snapkv:budget=9", "snapkv:budget=9,window=64,kernel=15"),
         (in_bytes, "snapkv:kernel=5", "snapkv:kernel=5,window=64"),
         (in_bytes, "dense", "dense"),

@@ -26,9 +26,7 @@ import eval_niah
 import mutants
 import niah
 from infra import files, parallel, runlog, shards, watch
-from experiments import reproduce
 from experiments import runs
-import sparse
 import train
 from memory import effective_length
 from model import PRESETS, Config, Transformer
@@ -172,6 +170,11 @@ def arguments(*flags):
                         "--batch=4", "--device=cpu", *flags])
 
 
+def datasets(*flags):
+    """-> what a run of these flags trains on, and is validated by"""
+    return data.make_data(arguments(*flags), Bytes(), niah.Needles)
+
+
 def kinds(monkeypatch, dataset, indices):
     """How each sample was made: "drill", "many" questions, or "one"."""
     made, drill, many, compose = [], niah.drill, niah.many_questions, niah.compose
@@ -189,17 +192,14 @@ def test_samples_are_of_the_kinds_that_the_flags_say(monkeypatch):
     Drills that are gone, or never end; many questions where --many=0 says none: retrieval that
     forms later, and nobody knows why.
     """
-    tokenizer = Bytes()
-    training, validation = data.make_data(arguments("--drills=0.5", "--many=0.25"), tokenizer, niah.Needles)
+    training, validation = datasets("--drills=0.5", "--many=0.25")
     made = kinds(monkeypatch, training, range(308))  # 2 of 4 steps of 4
     assert made[:8] == ["drill"] * 8 and len(made) == 308
     assert 90 - 32 < made[8:].count("drill") < 90 + 32
     assert 52 - 26 < made[8:].count("many") < 52 + 26  # 30 %, and 25 % of the rest: 4 sigma
     assert "drill" not in kinds(monkeypatch, validation, range(60))
-    assert "drill" not in kinds(monkeypatch, data.make_data(arguments(), tokenizer, niah.Needles)[0],
-                                range(60))
-    only = lambda *flags: set(kinds(monkeypatch, data.make_data(arguments(*flags), tokenizer, niah.Needles)[0],
-                                    range(12)))
+    assert "drill" not in kinds(monkeypatch, datasets()[0], range(60))
+    only = lambda *flags: set(kinds(monkeypatch, datasets(*flags)[0], range(12)))
     assert only("--many=0") == {"one"} and only("--many=1") == {"many"}
 
 
@@ -214,12 +214,11 @@ def test_training_validation_and_test_share_no_needle():
     Validation by samples that were trained on, of this run or of the one that it continues; a test
     set that training has seen.
     """
-    needles = lambda *flags: [numbers_in(dataset, range(40))
-                              for dataset in data.make_data(arguments(*flags), Bytes(), niah.Needles)]
+    needles = lambda of: [numbers_in(dataset, range(40)) for dataset in of]
     continued = train.parse(["--recipe=micro-sft", "--init=x", "--context_len=512", "--tasks",
                              "niah_single_1", "niah_single_2", "--device=cpu"])
-    sets = [*needles(), *needles("--seed=1"),
-            *(numbers_in(dataset, range(40)) for dataset in data.make_data(continued, Bytes(), niah.Needles))]
+    sets = [*needles(datasets()), *needles(datasets("--seed=1")),
+            *needles(data.make_data(continued, Bytes(), niah.Needles))]
     sets += [{answer for index in range(40)
               for answer in niah.make_example("niah_single_2", 512, Bytes(), seed, index,
                                               split=split, max_new_tokens=48).answers}
@@ -230,7 +229,7 @@ def test_training_validation_and_test_share_no_needle():
 def test_only_answers_count_in_validation_and_the_rest_as_told_in_training():
     """val_loss over whatever has a weight; other_weight that is dropped on its way."""
     for other in 0.0, 0.25, 1.0:
-        training, validation = data.make_data(arguments(f"--other_weight={other}"), Bytes(), niah.Needles)
+        training, validation = datasets(f"--other_weight={other}")
         for index in range(4):
             tokens, weight = training[index]
             filled = np.flatnonzero(tokens != Bytes.eos_id)[-1] + 1
@@ -246,8 +245,7 @@ def test_only_answers_count_in_validation_and_the_rest_as_told_in_training():
 def test_tasks_protocol_and_haystack_are_those_of_the_flags(tmp_path):
     """A recipe for eight tasks trained on those that fit, or in the other protocol."""
     (tmp_path / "words.txt").write_text("Zebras yawn. " * 200)
-    dataset, _ = data.make_data(arguments("--protocol=sft", "--many=0",
-                                             f"--haystack={tmp_path / 'words.txt'}"), Bytes(), niah.Needles)
+    dataset, _ = datasets("--protocol=sft", "--many=0", f"--haystack={tmp_path / 'words.txt'}")
     texts = [Bytes().decode(dataset[index][0].tolist()) for index in range(12)]
     assert {"Zebras yawn" in text for text in texts} == {True, False}  # of one of the two tasks
     assert all("grass is green" in text or "Zebras yawn" in text for text in texts)
@@ -335,10 +333,9 @@ def test_text_is_validated_on_windows_that_are_not_trained_on(tmp_path):
     nothing comes before it.
     """
     # 400 windows
-    shards.save_shard(tmp_path / "00000.bin", [np.arange(40_001, dtype=np.uint16).tobytes()], 50_000,
-                    "bytes", 0)
-    training, validation = data.make_data(arguments(f"--data={tmp_path}", "--context_len=100"),
-                                             Bytes(), niah.Needles)
+    tokens = np.arange(40_001, dtype=np.uint16).tobytes()
+    shards.save_shard(tmp_path / "00000.bin", [tokens], 50_000, "bytes", 0)
+    training, validation = datasets(f"--data={tmp_path}", "--context_len=100")
     first = lambda dataset, n: {dataset[index][0][0].item() for index in range(n)}
     trained, held_out = first(training, 396), first(validation, 4)
     assert len(trained) == 396
@@ -360,8 +357,7 @@ def test_a_run_is_known_by_its_samples(tmp_path):
         for shard in range(n):
             shards.save_shard(tmp_path / f"{shard:05d}.bin",
                             [np.arange(1001, dtype=np.uint16).tobytes()], 50_000, "bytes", 0)
-        dataset = data.make_data(arguments(f"--data={tmp_path}", "--context_len=100"),
-                                    Bytes(), niah.Needles)[0]
+        dataset, _ = datasets(f"--data={tmp_path}", "--context_len=100")
         prints.add(data.fingerprint(dataset))
         dataset.shards.sample = lambda index: tokens  # the first window may be the same
         prints.add(data.fingerprint(dataset))
@@ -630,7 +626,8 @@ def test_each_gpu_has_its_share_of_jobs(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     monkeypatch.setattr(runs.subprocess, "Popen", Process)
     meet = runs.threading.Barrier(4)
-    runs.on_all_gpus([lambda call: (meet.wait(30), call(["train.py"], tmp_path / "log"))] * 4, per_gpu=2)
+    job = lambda call: (meet.wait(30), call(["train.py"], tmp_path / "log"))
+    runs.on_all_gpus([job] * 4, per_gpu=2)
     assert sorted(seen) == ["2", "2", "5", "5"]
 
 
@@ -687,7 +684,7 @@ def test_lines_are_read_once_each(tmp_path):
 
 @pytest.fixture
 def asked(tmp_path):
-    """refuse_other_questions's arguments for two models, of which a folder holds answers already."""
+    """Arguments of refuse_other_questions for two models, of which a folder holds answers."""
     for name in "a", "b":
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(name)

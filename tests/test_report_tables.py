@@ -364,8 +364,9 @@ def coin(rng, p, q, r):
     return float(chance < p), float((chance if rng.random() < r else rng.random()) < q)
 
 
-@pytest.mark.parametrize("n, p, q, r", [(30, 0.5, 0.6, 0.8), (200, 0.8, 0.9, 0.5), (200, 0.5, 0.5, 0),
-                                        (10, 0.9, 0.9, 0.9), (50, 0.02, 0.05, 1)])
+@pytest.mark.parametrize("n, p, q, r", [(30, 0.5, 0.6, 0.8), (200, 0.8, 0.9, 0.5),
+                                        (200, 0.5, 0.5, 0), (10, 0.9, 0.9, 0.9),
+                                        (50, 0.02, 0.05, 1)])
 def test_the_interval_of_a_difference_covers_it(n, p, q, r):
     """95 % of such tables hold the truth: no interval of one model's, nor of width 0."""
     rng, inside, widths = random.Random(0), 0, []
