@@ -27,7 +27,6 @@ import argparse
 import gc
 import importlib
 import inspect
-import re
 import shutil
 import statistics
 import sys

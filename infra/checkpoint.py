@@ -27,9 +27,7 @@ import re
 import shutil
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError

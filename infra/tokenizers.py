@@ -9,8 +9,8 @@ Text to tokens and back: three tokenizers, and which of them belongs to a model.
 
 A model of bytes needs no file. A Hugging Face tokenizer.json is run by tiktoken, and refused unless
 tiktoken then gives the very same ids. A tokenizer.model is run by sentencepiece.
-tests/test_tokenizers.py holds them equal to Hugging Face's `tokenizers` and to sentencepiece. data.py
-turns texts into shards of these tokens, niah.py asks where in them an answer stands.
+tests/test_tokenizers.py holds them equal to Hugging Face's `tokenizers` and to sentencepiece.
+data.py turns texts into shards of these tokens, niah.py asks where in them an answer stands.
 """
 import functools
 import hashlib

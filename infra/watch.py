@@ -45,7 +45,6 @@ Older logs have fewer, forks may have more. `whole_step` in the plot is what `se
 mean of ten steps: passes, waiting for data, validation, checkpoints. Checked in
 tests/test_watch.py.
 """
-import argparse
 import json
 import statistics
 from pathlib import Path
@@ -280,8 +279,8 @@ def draw_fields(axis, runs, fields, title, right):
             else:
                 draw(axis, run["step"], run[field], color=f"C{j + right}", linestyle=STYLES[right])
         if "skipped" in title:  # at the panel's bottom, whatever its scale
-            at = run["step"][run["is_skipped"]]
-            axis.plot(at, np.full(len(at), 0.03), "x", color=f"C{i if several else 3}",
+            at, colour = run["step"][run["is_skipped"]], f"C{i}" if several else "C3"
+            axis.plot(at, np.full(len(at), 0.03), "x", color=colour,
                       transform=axis.get_xaxis_transform())
 
 

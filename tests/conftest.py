@@ -1,5 +1,6 @@
 """
-What the tests share: the originals' recorded data (oracle/), tiny random models, and one measure of error.
+What the tests share: the originals' recorded data (oracle/), tiny random models, and one measure of
+error.
 
     error(out, ref) = rms(out - ref) / rms(ref)
 """
@@ -12,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels' tests; on a CPU Triton's interpreter runs them
+# of the kernels' tests; on a CPU Triton's interpreter runs them
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
@@ -27,7 +29,8 @@ SLOW = False  # pytest --slow
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="all of the inputs, kills and draws of which CI takes a sample")
+    parser.addoption("--slow", action="store_true",
+                     help="all of the inputs, kills and draws of which CI takes a sample")
 
 
 def pytest_configure(config):  # before the tests are imported
@@ -40,7 +43,8 @@ def times(sample, all_of_them):
     return all_of_them if SLOW else sample
 
 
-RATPLUS_FORM = dict(tied=True, pre_norm=True, qk_norm=False, swiglu=False, output_gate=True, memory=True)
+RATPLUS_FORM = dict(tied=True, pre_norm=True, qk_norm=False, swiglu=False, output_gate=True,
+                    memory=True)
 FORMS = {  # of a tiny model
     "olmo2": {},
     "olmo2 tied": dict(tied=True),
@@ -75,13 +79,14 @@ def judged():
 
 def repair_interpreter():
     """
-    Three faults of Triton's interpreter (seen in 3.6 with numpy 2.4): a range() takes no bound that the kernel computed;
-    tl.dot multiplies the bit patterns of bf16 numbers; fp32 to bf16 cuts off instead of rounding to nearest.
+    Three faults of Triton's interpreter (seen in 3.6 with numpy 2.4): a range() takes no bound that
+    the kernel computed; tl.dot multiplies the bit patterns of bf16 numbers; fp32 to bf16 cuts off
+    instead of rounding to nearest.
     """
     import triton.language as tl
     from triton.runtime import interpreter
-    patch_tensor, dot, convert = (interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot,
-                                  interpreter._convert_float)
+    patch_tensor, convert = interpreter._patch_lang_tensor, interpreter._convert_float
+    dot = interpreter.InterpreterBuilder.create_dot
 
     def patched_tensor(tensor, *scope):  # none in Triton 3.5
         patch_tensor(tensor, *scope)
@@ -89,7 +94,8 @@ def repair_interpreter():
         change(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def patched_dot(self, a, b, *rest):
-        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+                for x in (a, b))
         return dot(self, a, b, *rest)
 
     def patched_convert(x, old, new, rounding):
@@ -115,7 +121,8 @@ elif DEVICE == "cpu":
 @pytest.fixture
 def poisoned():
     """torch.empty fills with NaN, or the largest integer: an element that no kernel wrote shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (torch.are_deterministic_algorithms_enabled(),
+              torch.is_deterministic_algorithms_warn_only_enabled())
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
@@ -144,17 +151,19 @@ def plain_references(monkeypatch):
 
 def assert_as_good(out, plain, ref, what="values", dtype=None):
     """
-    The house rule: at most twice as far from the exact `ref` as PyTorch (`plain`), plus a floor, both for the dtype that
-    went in (None: the one that came out).
+    The house rule: at most twice as far from the exact `ref` as PyTorch (`plain`), plus a floor,
+    both for the dtype that went in (None: the one that came out).
     """
     dtype = dtype or plain.dtype
-    assert out.shape == ref.shape and out.dtype == plain.dtype, f"{what}: {out.dtype} {tuple(out.shape)} for {plain.dtype} {tuple(ref.shape)}"
+    assert out.shape == ref.shape and out.dtype == plain.dtype, (
+        f"{what}: {out.dtype} {tuple(out.shape)} for {plain.dtype} {tuple(ref.shape)}")
     assert out.isfinite().all(), f"{what}: {(~out.isfinite()).sum()} elements are not finite"
     floor = {torch.float32: 1e-6, torch.bfloat16: 2e-3}[dtype]
     if ref.abs().max() < 1e-12:  # a gradient that is zero has no relative error
         return assert_close(out.double(), ref.double(), atol=floor, what=what)
     allowed, rms = min(2 * error(plain, ref) + floor, LIMIT[dtype]), error(out, ref)
-    assert rms <= allowed, f"{what}: rms error {rms:.2e}, allowed {allowed:.2e}, max {(out.double() - ref.double()).abs().max():.2e}"
+    worst = (out.double() - ref.double()).abs().max()
+    assert rms <= allowed, f"{what}: rms error {rms:.2e}, allowed {allowed:.2e}, max {worst:.2e}"
 
 
 def error(out, ref):
@@ -166,7 +175,8 @@ def assert_close(out, ref, atol=2e-5, what="values"):
     """Nowhere off by more than atol, nor NaN."""
     assert out.shape == ref.shape, f"{what}: {tuple(out.shape)} is not {tuple(ref.shape)}"
     worst = (out - ref).abs().max().item()
-    assert worst <= atol, f"{what} differ by up to {worst:.2e} (rms error {error(out, ref):.2e}), allowed {atol:.0e}"
+    assert worst <= atol, (f"{what} differ by up to {worst:.2e} (rms error "
+                           f"{error(out, ref):.2e}), allowed {atol:.0e}")
 
 
 @torch.no_grad()
@@ -184,8 +194,8 @@ def randomize(module, seed):
 
 def tiny(seed=0, **changes):
     """A random model that takes milliseconds."""
-    settings = dict(vocab_size=61, n_layer=2, width=32, n_head=4, n_kv_head=4, mlp_width=48, context_len=64,
-                    rope_theta=10000.0)
+    settings = dict(vocab_size=61, n_layer=2, width=32, n_head=4, n_kv_head=4, mlp_width=48,
+                    context_len=64, rope_theta=10000.0)
     return randomize(Transformer(Config(**settings | changes)), seed)
 
 
@@ -220,26 +230,29 @@ def refused(call, *words, error=ValueError):
 
 def official_names(ratplus):
     """The official RAT+ state dict among the oracle's tensors."""
-    return {name.removeprefix("packed/"): tensor for name, tensor in ratplus.items() if name.startswith("packed/")}
+    return {name.removeprefix("packed/"): tensor for name, tensor in ratplus.items()
+            if name.startswith("packed/")}
 
 
 def save_pth(path, state, monkeypatch, n_head=None):
     """
-    Write a .pth as the official trainer does, its config an easydict.EasyDict, which is installed only while saving.
-    Without n_head: weights alone.
+    Write a .pth as the official trainer does, its config an easydict.EasyDict, which is installed
+    only while saving. Without n_head: weights alone.
     """
     module = types.ModuleType("easydict")
     module.EasyDict = type("EasyDict", (dict,), {"__module__": "easydict"})
 
     def easy(tree):
-        tree = module.EasyDict({key: easy(value) if isinstance(value, dict) else value for key, value in tree.items()})
+        tree = module.EasyDict({key: easy(value) if isinstance(value, dict) else value
+                                for key, value in tree.items()})
         tree.__dict__.update(tree)  # as the real one does
         return tree
 
     file = {"task": state}
     if n_head is not None:
         seq_cell = {"_name_": "attention", "num_head": n_head}
-        file |= {"config": easy({"model": {"backbone": {"seq_cell": seq_cell}}, "data": {"vocab": 97}}), "step": 7}
+        config = {"model": {"backbone": {"seq_cell": seq_cell}}, "data": {"vocab": 97}}
+        file |= {"config": easy(config), "step": 7}
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "easydict", module)
         torch.save(file, path)

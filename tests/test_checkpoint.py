@@ -4,7 +4,6 @@ what was there.
 """
 import shutil
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import official_names, refused, save_pth, tiny
+from conftest import official_names, refused, save_pth
 from infra import checkpoint, parallel, weights
 from model import Transformer
 from on_disk import (INDEX, ONE, assert_same, config, foreign, not_loaded, save, split, tensors,

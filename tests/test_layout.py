@@ -16,7 +16,7 @@ ARROWS = {
     "cache": {"memory", "sparse"},
     "engine": {"cache", "memory", "sparse"},
     "model": {"engine", "memory", "sparse"},
-    "niah": {"data"},
+    "niah": set(),
     "data": set(),
     "recipes": {"memory", "model", "niah", "sparse"},
     "train": {"data", "eval_niah", "memory", "model", "niah", "recipes", "sparse"},

@@ -105,7 +105,8 @@ def test_a_memory_goes_on_where_it_stopped(kind, form):
 def test_the_memory_of_readme_is_one(monkeypatch):
     """An example that has gone stale."""
     text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    code = text.partition("## A memory of your own")[2].partition("```python\n")[2].partition("```")[0]
+    section = text.partition("## A memory of your own")[2]
+    code = section.partition("```python\n")[2].partition("```")[0]
     monkeypatch.setitem(MEMORIES, "shift", None)  # so that it is taken out again
     exec(code, {"torch": torch, "nn": torch.nn, "MEMORIES": MEMORIES})
     assert_goes_on("shift", "gqa")

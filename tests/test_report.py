@@ -161,7 +161,7 @@ def test_passes_count_what_they_read():
                        "dense": 3 * 64 * (per_token + 192 * 32)}
 
 
-# ---------------------------------------------------------------- samples.py, niah.py: what a run
+# ---------------------------------------------------------------- data.py, niah.py: what a run
 # trains on and is validated by
 
 def arguments(*flags):
@@ -416,7 +416,7 @@ def test_prompts_are_known_by_all_of_them():
     assert niah.prompt_hash([a, b]) == niah.prompt_hash([a, b])
 
 
-# ---------------------------------------------------------------- record.py: log.jsonl, train.json
+# ---------------------------------------------------------------- infra/runlog.py: log.jsonl, train.json
 
 def a_log(folder, done=0, before=None, rank=0, **changes):
     given = dict(of_pass={"arl": 3e9, "dense": 6e9}, peak=1e10, tokens=120) | changes

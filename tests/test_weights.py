@@ -19,7 +19,7 @@ from conftest import FORMS, RATPLUS_FORM, draw_tokens, official_names, refused, 
 from drawn import configs, dtypes, law, seeds
 from infra import weights
 from model import Transformer
-from on_disk import INDEX, ONE, assert_same, config, contents, not_loaded, save, tensors, unsealed
+from on_disk import INDEX, ONE, assert_same, contents, not_loaded, save, tensors, unsealed
 
 ROOT = Path(__file__).parent.parent
 
