@@ -25,6 +25,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from infra import cli
+from infra.files import short
 from memory import MEMORIES, Decay
 
 W = 4         # tokens that a convolution reads
@@ -105,7 +107,17 @@ MEMORIES |= {"keys": KeysAlone, "head-gate": HeadGate, "fixed-decay": FixedDecay
              "convolution": Convolution}
 
 
-if __name__ == "__main__":
-    script = sys.argv.pop(1)
-    sys.argv[0] = script
+SCRIPTS = "train.py", "eval_niah.py", "sample.py"
+
+
+def main():
+    script = sys.argv[1] if len(sys.argv) > 1 else "nothing"
+    if script not in SCRIPTS:
+        cli.end(f"memories.py: {short(script)} is no script to run: one of {', '.join(SCRIPTS)}, "
+                "and its flags")
+    sys.argv[:2] = [script]  # its own flags are what it finds
     importlib.import_module(Path(script).stem).main()
+
+
+if __name__ == "__main__":
+    main()

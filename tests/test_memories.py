@@ -145,6 +145,16 @@ def test_a_trained_model_is_given_any_memory(kind, tmp_path):
         loaded.add_memory(kind=kind)
 
 
+@pytest.mark.parametrize("words", [[], ["nowhere.py", "--steps=1"]])
+def test_what_is_no_script_is_one_line(words, monkeypatch, capsys):
+    """A traceback for a name that is missing or mistyped."""
+    monkeypatch.setattr("sys.argv", ["memories.py", *words])
+    with pytest.raises(SystemExit) as end:
+        memories.main()
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and told.count("\n") == 1 and "train.py" in told
+
+
 def test_a_memory_that_nobody_knows_is_refused(tmp_path, monkeypatch):
     """A KeyError, or a model that loads without its memory."""
     tiny(memory="convolution").save_pretrained(tmp_path)
