@@ -43,10 +43,11 @@ D head width, N blocks, S selected.
 """
 import math
 from dataclasses import dataclass, fields, replace
-from typing import get_args
 
 import torch
 from torch.nn import functional as F
+
+from infra.spelling import check, check_blocks, of_text, to_text
 
 NEVER, ALWAYS = -math.inf, math.inf  # scores of what must not and what must be selected
 
@@ -177,7 +178,7 @@ class Quest(Dense):
     random: int | None = None  # seed
 
     def __post_init__(self):
-        check_blocks(self, forced=self.keep_first + self.keep_current)
+        check_blocks(label_of(self), self, forced=self.keep_first + self.keep_current)
 
     def score(self, q, k, filled):
         """q: (B, 1, H, D), k: (B, Tk, KV, D), filled: (B, Tk) -> (B, KV, 1, N)"""
@@ -237,7 +238,7 @@ class MoBA(Dense):
     random: int | None = None  # seed
 
     def __post_init__(self):
-        check_blocks(self, forced=1 + self.keep_first)
+        check_blocks(label_of(self), self, forced=1 + self.keep_first)
 
     def score(self, q, k):
         """q: (B, Tq, H, D), k: (B, Tk, KV, D) -> (B, KV, Tq, N)"""
@@ -529,77 +530,20 @@ def parse(text, context_len):
     of each prompt). Other values are integers, true/false or none. ValueError names what is wrong
     and what is allowed.
     """
-    methods = []
-    for part in text.split("+"):
-        label, _, settings = part.strip().partition(":")
-        known = ", ".join(METHODS)
-        check(label in METHODS, f"unknown method {label!r} in {text!r}: use one of {known}")
-        method, values = METHODS[label], {}
-        allowed = {f.name: f.type for f in fields(method)}
-        for setting in filter(None, settings.split(",")):
-            key, _, value = setting.partition("=")
-            has = ", ".join(allowed) or "none"
-            check(key in allowed, f"{label} has no setting {key!r}: it has {has}")
-            setting = f"{label}:{setting}"
-            values[key] = value = parse_value(value, context_len, setting)
-            # true is an int to isinstance
-            kinds = get_args(allowed[key]) or [allowed[key]]
-            wanted = " or ".join(kind.__name__.removesuffix("Type").lower() for kind in kinds)
-            check(type(value) in kinds, f"{setting}: expected {wanted}")
-            check(type(value) is not int or value < 2**31, f"{setting}: must be below 2**31")
-        methods.append(method(**values))
+    methods = [of_text(part, context_len, METHODS) for part in text.split("+")]
     return methods[0] if len(methods) == 1 else compose(*methods)
-
-
-def parse_value(value, context_len, setting):
-    words = {"true": True, "false": False, "none": None}
-    if value.lower() in words:
-        return words[value.lower()]
-    numerator, slash, denominator = value.partition("/")
-    divides = denominator.isdecimal() and int(denominator) > 0 if slash else True
-    check(numerator.isdecimal() and divides,
-          f"{setting}: expected an integer, a fraction like 1/16, true, false or none")
-    if not slash:
-        return int(value)
-    tokens, rest = divmod(int(numerator) * context_len, int(denominator))
-    check(rest == 0, f"{setting}: {value} of the context length {context_len} is not a whole "
-          "number of tokens")
-    return tokens
 
 
 def name(method):
     """The text that parse would turn into this method: "quest:budget=256,block_size=64"."""
-    if isinstance(method, Compose):
-        parts = method.prefill_by, method.compress_by, method.decode_by
-        parts = {id(part): part for part in parts if type(part) is not Dense}
-        return "+".join(name(part) for part in parts.values()) or "dense"
-    label, settings = label_of(method), []
-    for field in fields(method):
-        value = getattr(method, field.name)
-        if field.name in ("budget", "block_size") or value != field.default:
-            settings.append(f"{field.name}={str(value).lower()}")
-    return ":".join([label, ",".join(settings)] if settings else [label])
+    if not isinstance(method, Compose):
+        return to_text(method, label_of(method))
+    parts = method.prefill_by, method.compress_by, method.decode_by
+    parts = {id(part): part for part in parts if type(part) is not Dense}
+    return "+".join(name(part) for part in parts.values()) or "dense"
 
 
 def label_of(method):
     """The name in METHODS, or its class's."""
     of_class = {kind: label for label, kind in METHODS.items()}
     return of_class.get(type(method), type(method).__name__.lower())
-
-
-def check(condition, message):
-    """ValueError with one line for what a user typed."""
-    if not condition:
-        raise ValueError(message)
-
-
-def check_blocks(method, forced):
-    """The budget of a method that selects blocks: whole blocks, and room for the forced ones."""
-    label, budget, size = label_of(method), method.budget, method.block_size
-    check(size > 0, f"{label}: block_size={size} must be positive")
-    nearest = max(1, round(budget / size)) * size
-    check(budget > 0 and budget % size == 0, f"{label}: budget={budget} is not a multiple of "
-          f"block_size={size}; use {nearest} or another block_size=")
-    check(budget // size >= forced, f"{label}: budget={budget} is {budget // size} blocks of "
-          f"{size}, fewer than the {forced} that are always read; raise the budget or use smaller "
-          "blocks")

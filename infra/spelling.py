@@ -1,0 +1,77 @@
+"""
+A sparse method as text, and back: what sparse.parse and sparse.name do for one method.
+
+    "quest:budget=1/16,block_size=64"  <->  Quest(budget=256, block_size=64)     in 4,096 tokens
+
+A method is a frozen dataclass whose fields are its settings. Their types say what may be given, so
+a class of your own needs nothing but its line in sparse.METHODS. All errors are ValueErrors of one
+line, for what a user typed. Checked in tests/test_sparse.py.
+"""
+from dataclasses import fields
+from typing import get_args
+
+
+def of_text(text, context_len, methods):
+    """One method, of a class in methods {label: class}. A fraction is one of context_len tokens."""
+    label, _, settings = text.strip().partition(":")
+    known = ", ".join(methods)
+    check(label in methods, f"unknown method {label!r} in {text!r}: use one of {known}")
+    allowed, values = {f.name: f.type for f in fields(methods[label])}, {}
+    for setting in filter(None, settings.split(",")):
+        key, _, value = setting.partition("=")
+        has = ", ".join(allowed) or "none"
+        check(key in allowed, f"{label} has no setting {key!r}: it has {has}")
+        setting = f"{label}:{setting}"
+        values[key] = value = value_of(value, context_len, setting)
+
+        # The exact type, as true is an int to isinstance.
+        kinds = get_args(allowed[key]) or [allowed[key]]
+        wanted = " or ".join(kind.__name__.removesuffix("Type").lower() for kind in kinds)
+        check(type(value) in kinds, f"{setting}: expected {wanted}")
+        check(type(value) is not int or value < 2**31, f"{setting}: must be below 2**31")
+    return methods[label](**values)
+
+
+def value_of(text, context_len, setting):
+    """True, False, None or an int. setting: the whole, for the error's line."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    numerator, slash, denominator = text.partition("/")
+    divides = denominator.isdecimal() and int(denominator) > 0 if slash else True
+    check(numerator.isdecimal() and divides,
+          f"{setting}: expected an integer, a fraction like 1/16, true, false or none")
+    if not slash:
+        return int(numerator)
+    tokens, rest = divmod(int(numerator) * context_len, int(denominator))
+    check(rest == 0, f"{setting}: {text} of the context length {context_len} is not a whole "
+          "number of tokens")
+    return tokens
+
+
+def to_text(method, label):
+    """The text of one method. What it selects is always told, other settings if not as usual."""
+    settings = []
+    for field in fields(method):
+        value = getattr(method, field.name)
+        if field.name in ("budget", "block_size") or value != field.default:
+            settings.append(f"{field.name}={str(value).lower()}")
+    return ":".join([label, ",".join(settings)] if settings else [label])
+
+
+def check(condition, message):
+    """ValueError with one line for what a user typed."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_blocks(label, method, forced):
+    """The budget of a method that selects blocks: whole blocks, and room for the forced ones."""
+    budget, size = method.budget, method.block_size
+    check(size > 0, f"{label}: block_size={size} must be positive")
+    nearest = max(1, round(budget / size)) * size
+    check(budget > 0 and budget % size == 0, f"{label}: budget={budget} is not a multiple of "
+          f"block_size={size}; use {nearest} or another block_size=")
+    check(budget // size >= forced, f"{label}: budget={budget} is {budget // size} blocks of "
+          f"{size}, fewer than the {forced} that are always read; raise the budget or use smaller "
+          "blocks")
