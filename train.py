@@ -67,7 +67,8 @@ def what_to_train(args, folder=None):
 
     wanted = wanted_memory(args, config)
     if config.memory and wanted != config.memory:
-        raise ValueError(f"{source} has a memory, which --memory={args.memory} cannot take out")
+        raise ValueError(f"{source} has the memory {config.memory}, which --memory={args.memory} "
+                         "cannot take out or exchange")
     if wanted and not config.memory:
         config = replace(config, memory=wanted)
         tensors = tensors | memory_tensors(MEMORIES[wanted], config, args.gate_start)

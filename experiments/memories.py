@@ -116,6 +116,7 @@ def main():
         cli.end(f"memories.py: {short(script)} is no script to run: one of {', '.join(SCRIPTS)}, "
                 "and its flags")
     sys.argv[:2] = [script]  # its own flags are what it finds
+    cli.STARTER[1:] = ["-m", "experiments.memories"]
     importlib.import_module(Path(script).stem).main()
 
 

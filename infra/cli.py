@@ -28,6 +28,7 @@ import torch
 from infra.files import short
 
 ROOT = Path(__file__).resolve().parents[1]  # of the project
+STARTER = ["python"]  # of a script at the top, in a report: experiments/memories.py adds itself
 
 
 # ---------------------------------------------------------------- types of flags
@@ -204,7 +205,7 @@ def command_line(argv, script):
     script = Path(script)
     if len(script.parts) > 1:  # in a folder: a module, by its dotted name
         return shlex.join(["python", "-m", ".".join(script.with_suffix("").parts), *argv])
-    return shlex.join(["python", str(script), *argv])
+    return shlex.join([*STARTER, str(script), *argv])
 
 
 def device_name(device):
