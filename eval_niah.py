@@ -17,7 +17,7 @@ too wide. They are of the prompts alone; what another training would give, only 
 
 A run that was stopped goes on with the same command and --out, also with more methods. Under
 torchrun each GPU takes its share of the batches. Checked in tests/test_eval_niah.py and, by hand,
-tests/test_report_tables.py. Read niah.py first, train.py next; sample.py asks a single prompt.
+tests/test_report_tables.py. Read niah.py first, data.py next; sample.py asks a single prompt.
 """
 import json
 import os
@@ -52,8 +52,9 @@ METHODS = [f"{kind}:budget={budget}" for kind in ("quest", "moba", "snapkv") for
 
 def answer(model, tokenizer, examples, methods, cache=None, selecting=()):
     """
-    One batch of examples (of niah.py) under each method. -> {method: an Answer for each example};
-    H1 of the methods `selecting`, {method: what `hits` says}; the cache, for the next batch
+    One batch of examples (of niah.py) under each method. Returns three:
+    {method: an Answer for each example}; H1, {method: what `hits` says}, of the methods
+    `selecting`; and the cache, to be passed on with the next batch.
     """
     answers, found = {}, {}
     gold = [sources(e, tokenizer) for e in examples] if selecting else []

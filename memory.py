@@ -14,7 +14,7 @@ in gradients:
     memory_loop   a Python loop over t. This is the definition; when in doubt it is right.
     memory_scan   all t at once in O(log T) steps, for training and prefill. kernels.memory_scan is
                   the same in Triton.
-    memory_step   one t, for decoding, carrying the state from call to call.
+    memory_step   one t, for decoding, carrying the state from call to call: the loop, once.
 
 In a model, a memory is a module that owns its parameters and its decoding state. Decay is the
 paper's; a memory of your own is one more class, in MEMORIES under a name that Config.memory and the
@@ -117,7 +117,7 @@ class Recurrence(torch.autograd.Function):
         dx[t] = (1 - g[t]) G[t]
         dgate[t] = g[t] (1 - g[t]) G[t] (m[t-1] - x[t])
 
-    Autograd through scan would keep every level of the recursion; this keeps x, gate and m alone.
+    Autograd through scan would keep every level of the recursion; this keeps x, gate, start and m.
     And autograd's sigmoid takes 1 - g from a rounded g, and multiplies by it last: at a saturated
     gate 0 * inf would be NaN.
     """
@@ -193,7 +193,7 @@ class Decay(nn.Module):
 
     def forward(
         self,
-        x,           # (B, T, C)      the block's input, at RMS 1
+        x,           # (B, T, C)      the block's input, normalised (Attention.at_rms_1)
         k, v,        # (B, T, KV, D)  before QK-norm and RoPE
         state=None,  # as state_shape says; None is zeros, and nobody asks for the new one
         real=None,   # (B, T) bool    False at padding; None: no padding
@@ -212,10 +212,10 @@ class Decay(nn.Module):
         return remember(k, v, gate, state)
 
     @torch.no_grad()
-    def start(self, gate):
-        """First values in a model that was trained without: every g is `gate`, in (0, 1)."""
+    def start(self, g):
+        """First values in a model that was trained without: every gate is g, in (0, 1)."""
         self.proj.weight.zero_()
-        self.proj.bias.fill_(math.log(gate / (1 - gate)))
+        self.proj.bias.fill_(math.log(g / (1 - g)))
 
 
 class ValuesAlone(Decay):

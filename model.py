@@ -122,7 +122,7 @@ class Attention(nn.Module):
         rope,        # cos and sin, see Transformer.rope
         prefill,     # of a sparse method, where there is no cache
         dice=None,   # (B, T)  chance, for the random selectors of H2
-        cache=None,  # engine.Cache: what came before, and which tokens are padding
+        cache=None,  # cache.Cache: what came before, and which tokens are padding
     ):               # -> (B, T, C)
         split = lambda y: y.unflatten(2, (-1, self.config.head_width))
         q = split(self.q_proj(x))  # (B, T, H, D)
@@ -155,7 +155,7 @@ class Attention(nn.Module):
         return cache.remember(self.index, self.memory, x, k, v)
 
     def at_rms_1(self, x):
-        """The block's input as a memory reads it. Pre-norm has seen to that."""
+        """The block's input as a memory reads it. With pre-norm it is normalised already."""
         if self.config.pre_norm:
             return x
         return F.rms_norm(x, x.shape[-1:], eps=self.config.norm_eps)
@@ -304,15 +304,15 @@ class Transformer(Inference, nn.Module):
                                  f"{self.config.vocab_size}: was the text encoded with this "
                                  "model's tokenizer?")
 
-    def add_memory(self, gate=0.5, kind="decay"):
+    def add_memory(self, g=0.5, kind="decay"):
         """
-        Give a model that has none a fresh memory, to be trained: every gate starts at `gate`, above
-        0 and below 1, whatever it reads. At 1/2, as in a model trained with a memory from the
-        start; experiments/gate_start.py says what other values do. kind: which of memory.MEMORIES.
-        ValueError for another gate, or if there is a memory.
+        Give a model that has none a fresh memory, to be trained: every gate starts at g, above 0
+        and below 1, whatever it reads. At 1/2, as in a model trained with a memory from the start;
+        experiments/gate_start.py says what other values do. kind: which of memory.MEMORIES.
+        ValueError for another g, or if there is a memory.
         """
-        if not 0 < gate < 1:
-            raise ValueError(f"gate={gate}: gates start above 0 and below 1")
+        if not 0 < g < 1:
+            raise ValueError(f"gate={g}: gates start above 0 and below 1")
         if self.config.memory:
             raise ValueError("this model has a memory already: load it without memory=True")
         self.config = replace(self.config, memory=kind)
@@ -320,7 +320,7 @@ class Transformer(Inference, nn.Module):
             like = layer.self_attn.k_proj.weight
             layer.self_attn.config = self.config
             layer.self_attn.memory = MEMORIES[kind](self.config).to(like.device, like.dtype)
-        made = memory_tensors(MEMORIES[kind], self.config, gate)
+        made = memory_tensors(MEMORIES[kind], self.config, g)
         self.load_state_dict({name: make() for name, make in made.items()}, strict=False)
         return self
 

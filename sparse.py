@@ -25,10 +25,11 @@ prefill, -1 for none, None where it is everything or is not told (Dilated.prefil
 looks at, and what a budget is held to: a method of your own must tell the truth in it. k and v are
 the remembered k~ and v~ (memory.py) where the model has a memory: a method need not know.
 
-A budget is in tokens per query, KV head and layer, and includes everything: forced blocks, the
-window. A slot is a place in the cache: a token's position, until SnapKV closes the gaps. `dice`
-(B, Tq) are integers that hash a row's tokens so far and the layer: only the random selectors of H2
-read them, as their source of chance.
+A budget is in tokens per query, KV head and layer. It holds in the phase that the method changes,
+and includes all that it reads or keeps there: forced blocks, the window. A slot is a place in the
+cache: a token's position, until SnapKV closes the gaps. `dice` (B, Tq) are integers that hash a
+row's tokens so far and the layer: only the random selectors of H2 read them, as their source of
+chance.
 
 Selection is per KV head: scores are averaged over the G query heads of its group (per_kv_head).
 The originals know no groups: they repeat k and v up to H heads and select for each. Checked against
@@ -151,7 +152,8 @@ class Dense:
         self,
         q,      # (B, 1, H, D)
         cache,  # cache.LayerCache: k, v (B, Tk, KV, D); used (B,) slots filled per row, the
-                # query's own token included
+                # query's own token included; filled_slots() (B, Tk); positions_of(slots), which
+                # `selected` is told in, as slots are no positions once SnapKV has dropped entries
     ):          # -> y (B, 1, H, D), selected (B, KV, S) positions (None: everything)
         """
         What k and v hold from `used` on may be anything finite. With `in_graph` they are all slots
@@ -313,7 +315,7 @@ class SnapKV(Dense):
               f"window={self.window}, which it includes; raise the budget or set window=")
 
     def score(self, q, k, lengths):
-        """q: (B, W, H, D) last queries, k: (B, Tk, KV, D) -> (B, KV, Tk), 0 from the window on"""
+        """q: (B, W, H, D), k: (B, Tk, KV, D) -> (B, KV, Tk), of use before the window alone"""
         B, Tk, KV, D = k.shape
         W, G = q.shape[1], q.shape[2] // KV
         slot = torch.arange(Tk, device=q.device)

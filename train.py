@@ -19,7 +19,7 @@ A run says what it will cost, then lives in out/NAME: log.jsonl, a line per step
 draws, and step_*/, complete checkpoints that model.Transformer, eval_niah and sample load. A run
 that was stopped, by ctrl-C, kill or a lost GPU, goes on with --resume as if it never had: on a CPU
 to the bit. What several GPUs, CUDA graphs and signals need is in infra/parallel. Checked in
-tests/test_train.py. Read niah.py before, eval_niah.py for what follows.
+tests/test_train.py. Read eval_niah.py and data.py before; recipes.py is next.
 """
 import json
 import math
@@ -96,7 +96,9 @@ def passes_of(args):
     T, passes = args.context_len, {}
     if args.arl:
         passes["arl"] = arl_passes(args.arl)[0], T / 2 / args.arl
-    if args.joint:  # attention's stand-in for ARL: as many optimizer steps, as few entries
+    # Attention's stand-in for ARL takes as many optimizer steps. It reads more entries: 64 where
+    # ARL, in 1,024 tokens, reads 8.
+    if args.joint:
         window = Dilated(dilation=None, local=args.joint, initial=0)
         passes["joint"] = window, min(args.joint, T / 2)
     passes["dense"] = None, T / 2
@@ -252,6 +254,8 @@ def run_in(processes, stop, run, args):
     device = device_name(args.device)
     of_pass, peak = flops_of(args, config), cost.peak_flops(device)
     room = processes.least(cost.room(args.device, processes_here=1 + len(processes.here)))
+    # The plan says how many sequences go through the model at a time, what stays on a GPU between
+    # such parts, and whether the model is small: then each process keeps all of it.
     plan = cost.plan_of(args, config, of_pass, world, room)
     args.device_batch = plan.device_batch
     start = f"a new {args.preset}"

@@ -65,7 +65,7 @@ class FixedDecay(Decay):
         logits = (L - 1).clamp_min(1e-13).log()                   # (KV,)  -30 where L = 1: g = 0
         return logits[:, None].expand(*x.shape[:2], KV, D)
 
-    def start(self, gate):
+    def start(self, g):
         pass
 
 
@@ -98,7 +98,7 @@ class Convolution(nn.Module):
         return *kv, state.float()
 
     @torch.no_grad()
-    def start(self, gate):
+    def start(self, g):
         """In a model that was trained without, k~ = k at first."""
         self.filters.zero_()
 

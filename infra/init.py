@@ -36,10 +36,10 @@ def fresh(kind, config, seed, device="cpu"):
             for name, shape in shapes.items()}
 
 
-def memory_tensors(kind, config, gate):
+def memory_tensors(kind, config, g):
     """
-    The tensors of a fresh memory in a trained model, likewise. kind: a class of memory.MEMORIES;
-    its `start` is given the gate, in (0, 1), if it has one.
+    The tensors of a fresh memory in a trained model, likewise. kind: a class of memory.MEMORIES; if
+    it has a `start`, that is given g, in (0, 1).
     """
     def make(layer, name):
         with torch.device("meta"):
@@ -49,7 +49,7 @@ def memory_tensors(kind, config, gate):
         for path, parameter in memory.named_parameters():
             first_values(path, parameter, source)
         if hasattr(memory, "start"):
-            memory.start(gate)
+            memory.start(g)
         return memory.state_dict()[name]
 
     with torch.device("meta"):

@@ -156,9 +156,10 @@ def table(
             lines.append(line("", method, [f"{cell[0]:+.1f}" for cell in cells],
                               f"{gain:+8.1f} ±{half:4.1f}"))
 
-    lines.append("\n±: half a 95 % interval, over prompts alone. Models that differ in nothing but "
-                 "their training's seed often differ by more: whether a recipe gains, several "
-                 "seeds of it must tell (reproduce.py)")
+    lines.append("\n±: half the width of a 95 % interval (Wilson's, which near 0 and 100 reaches "
+                 "further towards 50), over prompts alone. Models that differ in nothing but their "
+                 "training's seed often differ by more: whether a recipe gains, several seeds of "
+                 "it must tell (experiments/reproduce.py)")
     return "\n".join(lines)
 
 

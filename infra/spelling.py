@@ -7,8 +7,11 @@ A method is a frozen dataclass whose fields are its settings. Their types say wh
 a class of your own needs nothing but its line in sparse.METHODS. All errors are ValueErrors of one
 line, for what a user typed. Checked in tests/test_sparse.py.
 """
+import re
 from dataclasses import fields
 from typing import get_args
+
+FLOAT = re.compile(r"-?\d+(\.\d*)?(e-?\d+)?", re.ASCII)  # of a setting of type float
 
 
 def of_text(text, context_len, methods):
@@ -22,10 +25,13 @@ def of_text(text, context_len, methods):
         has = ", ".join(allowed) or "none"
         check(key in allowed, f"{label} has no setting {key!r}: it has {has}")
         setting = f"{label}:{setting}"
+        kinds = get_args(allowed[key]) or [allowed[key]]
+        if float in kinds and FLOAT.fullmatch(value):
+            values[key] = float(value)
+            continue
         values[key] = value = value_of(value, context_len, setting)
 
         # The exact type, as true is an int to isinstance.
-        kinds = get_args(allowed[key]) or [allowed[key]]
         wanted = " or ".join(kind.__name__.removesuffix("Type").lower() for kind in kinds)
         check(type(value) in kinds, f"{setting}: expected {wanted}")
         check(type(value) is not int or value < 2**31, f"{setting}: must be below 2**31")

@@ -1,11 +1,13 @@
 """
 Quest's decoding step: score the blocks of the cache, then attend to the best of them alone.
 
-    low[n, d], high[n, d] = min, max of k[t, d] over block n           block_bounds, once a prompt;
-                                                       then block.decode_step keeps them
+    low[n, d], high[n, d] = min, max of k[t, d] over block n           block_bounds, once a prompt
     score[n] = sum_d max(q[d] low[n, d], q[d] high[n, d])              quest_scores
     chosen   = the S blocks of the largest scores                      topk.select
     y        = softmax(q K_chosen^T / sqrt(D)) V_chosen                quest_attend
+
+selectors.quest_decode puts the four together. From step to step the fused block keeps the bounds up
+to date (decode_step in triton_ops/block.py).
 
 The score bounds q . k over the block from above, so for one head a block that scores low holds no
 key of a large product; of G heads it is the mean of their bounds. A step reads the bounds and the
@@ -32,10 +34,10 @@ from torch import Tensor
 from triton_ops.common import ROOM, check_heads, check_tensors, log_sum
 
 # Tile sizes, looked up at each launch: a tuning script may change them. A program has 16 to 64 KB
-# of loads in flight, and an SM has room for three or more: memory should not wait for arithmetic.
+# of loads in flight: memory should not wait for arithmetic.
 BOUNDS = dict(slots=64, num_warps=4)                                # slots of k per program
 SCORES = dict(BLOCK_N=32, num_warps=4)
-ATTEND = dict(programs=264, BLOCK_E=64, num_warps=4, num_stages=3)  # 2 on each of 132 SMs
+ATTEND = dict(programs=264, BLOCK_E=64, num_warps=4, num_stages=3)  # 2 an SM of an H100
 
 
 # ---------------------------------------------------------------- the blocks' bounds
@@ -135,7 +137,7 @@ def quest_scores_kernel(
     grid   (KV, cdiv(N, BLOCK_N), B): one program scores BLOCK_N blocks
     tile   above, below [D]; low, high [BLOCK_N, D], all loaded at once
     bytes  2 * N * D elements per KV head. Dense decoding reads 2 * Tk * D: block_size times as many
-    dtype  fp32 products and scores, so that TopK sees the order that the reference sees
+    dtype  fp32 products and scores: TopK sees the reference's order but for ties to rounding
     """
     kv, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     KV = tl.num_programs(0)
@@ -342,9 +344,10 @@ def attend_entries(
     check_tensors(q, k, v)
     assert q.shape == (B, 1, H, D), f"q is {tuple(q.shape)}, not {(B, 1, H, D)}"
     assert k.shape == v.shape, f"k is {tuple(k.shape)}, v {tuple(v.shape)}"
-    # fp32 has no tensor cores: half the tile and twice the threads, or registers spill
-    shrink = q.element_size() // 2
-    BLOCK_E = ATTEND["BLOCK_E"] // shrink
+    # Exact fp32 products (ieee) are not for tensor cores: half the tile and twice the threads, or
+    # registers spill.
+    wide = q.element_size() // 2  # 1 for bf16, 2 for fp32
+    BLOCK_E = ATTEND["BLOCK_E"] // wide
     # A tile of neighbouring slots needs at most one index. Else the indices are a tile too, loaded
     # two stages before k and v.
     num_stages = ATTEND["num_stages"]
@@ -362,7 +365,7 @@ def attend_entries(
         q, k, v, chosen, used, part, lse, slots, E, math.log2(math.e) / math.sqrt(D),
         q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3],
         G=H // KV, block_size=block_size, D=D, BLOCK_G=max(16, triton.next_power_of_2(H // KV)),
-        BLOCK_E=BLOCK_E, STAGES=num_stages, num_warps=ATTEND["num_warps"] * shrink)
+        BLOCK_E=BLOCK_E, STAGES=num_stages, num_warps=ATTEND["num_warps"] * wide)
     if splits > 1:
         combine_kernel[H, B](
             part, lse, y, splits, D=D, BLOCK_S=triton.next_power_of_2(splits), num_warps=4)
