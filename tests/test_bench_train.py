@@ -4,17 +4,18 @@ training.
 """
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import train
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
+import train
 from experiments import bench_train
 from infra import cost, parallel
 from model import PRESETS
 from ranks import on_two
+from test_train import ending
 
 FLAGS = ["--preset=pico", "--context_len=512", "--data=niah", "--tasks", "niah_single_1",
          "--protocol=sft", "--drills=1", "--steps=4", "--batch=4", "--device=cpu",
@@ -42,21 +43,16 @@ def test_shares_are_those_of_a_clock(spans):
     first, last = min(start for _, start, _ in kernels), max(end for *_, end in kernels)
     ticks = [{name for name, start, end in kernels if start <= t < end}
              for t in range(first, last)]
-    share = lambda holds: sum(bool(holds(running)) for running in ticks) / len(ticks)
+    share = lambda holds: pytest.approx(sum(map(holds, ticks)) / len(ticks), abs=1e-9)
     found = bench_train.shares(kernels)
-    assert found["computes"] == pytest.approx(share(lambda running: "gemm" in running))
-    talks = share(lambda running: len(running) > ("gemm" in running))
-    assert found["talks"] == pytest.approx(talks)
-    alone = share(lambda running: running and "gemm" not in running)
-    assert found["only talks"] == pytest.approx(alone)
-    assert found["waits"] == pytest.approx(share(lambda running: not running), abs=1e-9)
-    lengths = sum(length for *_, length in spans)
-    assert sum(found["kernels"].values()) == pytest.approx(lengths / len(ticks))
-
-
-def test_an_empty_trace_is_no_reason_to_lose_the_report():
-    """A machine that forbids tracing."""
-    assert bench_train.shares([]) == {}
+    assert sum(found.pop("kernels").values()) == pytest.approx(
+        sum(length for *_, length in spans) / len(ticks))
+    assert found == {
+        "computes": share(lambda running: "gemm" in running),
+        "talks": share(lambda running: len(running - {"gemm"})),
+        "only talks": share(lambda running: len(running) == 1 and "gemm" not in running),
+        "waits": share(lambda running: not running)}
+    assert bench_train.shares([]) == {}  # of a machine that forbids tracing
 
 
 def test_times_and_speeds_are_of_the_steps_between(monkeypatch):
@@ -74,13 +70,13 @@ def test_times_and_speeds_are_of_the_steps_between(monkeypatch):
     watch.planned = cost.Plan(1, 0, "nothing", bytes={"all": 2.5e9}, room=1e10)
     run = bench_train.report(watch, log, world=2)
     flops, tokens = 4 * 64 * cost.flops_per_token(PRESETS["pico"], 32), 4 * 64
-    assert run["seconds"] == {"dense": 5} and run["step_seconds"] == 6 and run["parts"] == 2
-    assert run["mfu"]["dense"] == pytest.approx(flops / 5 / 2 / 989e12)
-    assert run["mfu_of_step"] == pytest.approx(flops / 6 / 2 / 989e12)
-    assert run["tokens_per_second"] == pytest.approx(tokens / 6)
-    assert run["tokens_per_second_per_gpu"] == pytest.approx(tokens / 6 / 2)
-    assert run["hours_for_10B_tokens"] == pytest.approx(1e10 / (tokens / 6) / 3600)
-    assert (run["peak_gb"], run["predicted_gb"]) == (3.0, 2.5)
+    wanted = {
+        "seconds": {"dense": 5}, "step_seconds": 6, "parts": 2, "peak_gb": 3.0, "predicted_gb": 2.5,
+        "mfu": {"dense": flops / 5 / 2 / 989e12}, "mfu_of_step": flops / 6 / 2 / 989e12,
+        "tokens_per_second": tokens / 6, "tokens_per_second_per_gpu": tokens / 6 / 2,
+        "hours_for_10B_tokens": 1e10 / (tokens / 6) / 3600}
+    for field, value in wanted.items():
+        assert run[field] == pytest.approx(value), field
     assert "peak 3.0 GB, predicted 2.5 GB" in "\n".join(bench_train.lines_of(run))
 
 
@@ -90,26 +86,19 @@ def test_the_last_steps_passes_are_traced_in_their_order(monkeypatch):
                         "--device=cpu"])
     running, traced = [], []
 
-    class Trace:
-        def __init__(self, **_):
-            pass
-
-        def __enter__(self):
-            running.append(self)
-            return self
-
-        def __exit__(self, *_):
-            running.remove(self)
-
-    monkeypatch.setattr(bench_train, "profile", Trace)
+    @contextmanager
+    def profile(**_):
+        running.append(object())
+        yield running[-1]
+        running.clear()
+    monkeypatch.setattr(bench_train, "profile", profile)
     monkeypatch.setattr(bench_train.torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(parallel, "one_pass",
-                        lambda number, *_: traced.append((number, list(running))) or number)
+                        lambda number, *_: traced.append((number, *running)) or number)
     watch, args.device = bench_train.Watch(args), "cuda"
     more = None, None, None, None, parallel.Processes(), "nothing", 1.0
     assert [parallel.one_pass(number, *more) for number in range(10)] == list(range(10))
-    assert [number for number, by in traced if by] == [8, 9]
-    assert watch.traces == [by[0] for number, by in traced if by]
+    assert traced == [*((n,) for n in range(8)), *zip((8, 9), watch.traces, strict=True)]
 
 
 def bench(monkeypatch, *flags):
@@ -123,18 +112,16 @@ def test_a_run_is_train_py_s_and_is_added_to_the_file(monkeypatch, capsys, tmp_p
     Path("b.json").write_text(json.dumps({"what": "notes", "runs": []}))
     bench(monkeypatch, "--json=b.json", *FLAGS, "--name=by1")
     assert "1 x CPU" in capsys.readouterr().out.splitlines()[-2]
-    two = on_two("from experiments import bench_train; bench_train.main()", "--json=b.json",
-                 *FLAGS, "--name=by2", folder=tmp_path)
+    two = on_two(bench_train.main, "--json=b.json", *FLAGS, "--name=by2", folder=tmp_path)
     assert two.returncode == 0 and "2 x CPU" in two.stdout.splitlines()[-2], two.stderr
 
-    def losses(name):
-        lines = Path("out", name, "log.jsonl").read_text().splitlines()
-        return [json.loads(line)["loss"] for line in lines]
-    assert losses("by1") == losses("alone")
     report = json.loads(Path("b.json").read_text())
     first, second = report["runs"]
     assert report["what"] == "notes" and (first["gpus"], second["gpus"]) == (1, 2)
-    assert [entry["loss"] for entry in first["log"]] == losses("by1")
+    log_of = lambda name: map(json.loads, Path("out", name, "log.jsonl").read_text().splitlines())
+    losses = [entry["loss"] for entry in log_of("alone")]
+    assert losses == [entry["loss"] for entry in first["log"]]
+    assert first["log"] == list(log_of("by1"))
     module = "-m experiments.bench_train --json=b.json"
     assert first["command"].startswith(f"python {module}")
     assert second["command"].startswith(f"torchrun --nproc_per_node=2 {module}")
@@ -153,8 +140,5 @@ def test_what_cannot_be_run_is_one_line_before_it_starts(flags, says, monkeypatc
     """Ten minutes of training whose report cannot be written."""
     Path("bad.json").write_text("{")
     Path("list.json").write_text('{"runs": 5}')
-    with pytest.raises(SystemExit) as end:
-        bench(monkeypatch, *flags)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith(says) and error.count("\n") == 1, error
+    assert ending(lambda: bench(monkeypatch, *flags), capsys).startswith(says)
     assert not Path("out").exists()

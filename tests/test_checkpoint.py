@@ -4,6 +4,7 @@ what was there.
 """
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +12,10 @@ import torch
 from safetensors import safe_open
 
 import train
-from conftest import one_line, tiny
+from conftest import refused, tiny
 from experiments import export
 from infra import checkpoint, parallel, weights
-from model import Transformer
+from model import Config, Transformer
 from ranks import on_two
 
 ARGS = SimpleNamespace(lr=1e-3, memory_lr=1e-2, weight_decay=0.1, device="cpu", init=None)
@@ -39,28 +40,39 @@ def save(run, model, optimizer, *steps, processes=ALONE):
             saver.save(model, optimizer, {"step": step})
 
 
-def assert_same(a, b):
-    a, b = checkpoint.state_of(*a), checkpoint.state_of(*b)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
+def assert_loads(folder, state):
+    """A model and an optimizer that were others have this state."""
+    other = made(seed=1)
+    checkpoint.load(folder, *other, ALONE)
+    found = checkpoint.state_of(*other)
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_is_saved_is_loaded_and_only_two_are_kept(tmp_path):
-    """A moment left out; a disk that fills up over days."""
-    run, ours, other = tmp_path / "run", made(), made(seed=1)
+def test_what_is_saved_is_the_state_at_the_call_and_only_two_are_kept(tmp_path):
+    """
+    A moment left out; a checkpoint of two moments in one, as training goes on while it is written;
+    a disk that fills up over days.
+    """
+    run, ours = tmp_path / "run", made()
     (run / ".step_0000007.tmp").mkdir(parents=True)  # killed while it wrote
-    save(run, *ours, 1, 2, 3)
+    before = {name: tensor.clone() for name, tensor in checkpoint.state_of(*ours).items()}
+    with checkpoint.Saver(run, ALONE, BYTES) as saver, torch.no_grad():
+        for step in 1, 2, 3:
+            saver.save(*ours, {"step": step})
+        for tensor in checkpoint.state_of(*ours).values():
+            tensor.fill_(7)
     assert names_in(run) == ["step_0000002", "step_0000003"]
     assert names_in(run / "step_0000003") == ["config.json", "model.safetensors",
                                               "optimizer.safetensors", "train.json"]
-    checkpoint.load(run / "step_0000003", *other, ALONE)
-    assert_same(ours, other)
-    assert torch.equal(Transformer.from_pretrained(run).lm_head.weight, ours[0].lm_head.weight)
+    assert_loads(run / "step_0000003", before)
+    head = Transformer.from_pretrained(run).lm_head.weight
+    assert torch.equal(head, before["lm_head.weight"])
 
 
 def test_copies_and_halves_of_checkpoints_are_none(tmp_path):
@@ -80,35 +92,15 @@ def test_copies_and_halves_of_checkpoints_are_none(tmp_path):
                                   "step_0000009.bak", "step_old"]
 
 
-def test_what_is_saved_is_the_state_at_the_call(tmp_path):
-    """A checkpoint of two moments in one, as training goes on while it is written."""
-    ours = made()
-    before = {name: tensor.clone() for name, tensor in checkpoint.state_of(*ours).items()}
-    with checkpoint.Saver(tmp_path, ALONE, BYTES) as saver:
-        saver.save(*ours, {"step": 1})
-        with torch.no_grad():
-            for tensor in checkpoint.state_of(*ours).values():
-                tensor.fill_(7)
-    checkpoint.load(tmp_path / "step_0000001", *ours, ALONE)
-    for name, tensor in checkpoint.state_of(*ours).items():
-        assert torch.equal(tensor, before[name]), name
-
-
-TWO = """
-import sys
-from pathlib import Path
-import train
-from infra import checkpoint, parallel, weights
-from model import Config, Transformer
-from test_checkpoint import ARGS, save
-source, to = map(Path, sys.argv[1:])
-with parallel.join("cpu") as us:
-    config = Config(**weights.read(source)[0])
-    model = parallel.make_model(Transformer, config, None, ARGS, us)
-    optimizer = train.make_optimizer(model, ARGS)
-    checkpoint.load(source, model, optimizer, us)
-    save(to, model, optimizer, 5, processes=us)
-"""
+def rewrite():
+    """As one of two processes: the first of two folders into the second."""
+    source, to = map(Path, sys.argv[1:])
+    with parallel.join("cpu") as us:
+        config = Config(**weights.read(source)[0])
+        model = parallel.make_model(Transformer, config, None, ARGS, us)
+        optimizer = train.make_optimizer(model, ARGS)
+        checkpoint.load(source, model, optimizer, us)
+        save(to, model, optimizer, 5, processes=us)
 
 
 def test_one_writes_two_read_and_write_one_reads(tmp_path, monkeypatch, capsys):
@@ -116,70 +108,55 @@ def test_one_writes_two_read_and_write_one_reads(tmp_path, monkeypatch, capsys):
     Rows in the wrong order or of the wrong process; uneven ones, as 61 tokens on two; a moment of a
     scalar.
     """
-    ours, other = made(), made(seed=1)
-    save(tmp_path / "one", *ours, 5)
-    folder = tmp_path / "two" / "step_0000005"
-    done = on_two(TWO, str(tmp_path / "one" / folder.name), str(tmp_path / "two"), folder=tmp_path)
+    (model, optimizer), folder = made(), tmp_path / "two" / "step_0000005"
+    save(tmp_path / "one", model, optimizer, 5)
+    done = on_two(rewrite, str(tmp_path / "one" / folder.name), str(folder.parent), folder=tmp_path)
     assert folder.exists(), done.stderr[-3000:]
-    files = {path.name for path in folder.glob("*.safetensors")}
-    assert files == {f"{kind}-0000{n}-of-00002.safetensors" for kind in ("model", "optimizer")
-                     for n in (1, 2)}
+    assert [path.name for path in sorted(folder.glob("*.safetensors"))] == [
+        f"{kind}-0000{n}-of-00002.safetensors" for kind in ("model", "optimizer") for n in (1, 2)]
     with safe_open(folder / "model-00002-of-00002.safetensors", "pt") as mapped:
         assert mapped.get_slice("lm_head.weight").get_shape() == [30, 32]  # not all of it twice
         assert "sha256" in mapped.metadata()
-    checkpoint.load(folder, *other, ALONE)
-    assert_same(ours, other)
+    assert_loads(folder, checkpoint.state_of(model, optimizer))
     joined = Transformer.from_pretrained(folder).state_dict()
-    for name, tensor in ours[0].state_dict().items():
-        assert torch.equal(tensor, joined.pop(name)), name
-    assert not joined
+    assert joined.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, joined[name]), name
 
     # and it is exported
     plain = tmp_path / "plain"
-    command = ["export.py", str(tmp_path / "two"), str(plain), "--dtype=bfloat16"]
-    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(sys, "argv", ["export.py", str(folder.parent), str(plain),
+                                      "--dtype=bfloat16"])
     export.main()
     assert f"is now {plain}, bfloat16" in capsys.readouterr().out
     exported = Transformer.from_pretrained(plain).lm_head.weight
-    assert torch.equal(exported, ours[0].lm_head.weight.bfloat16())
-    with pytest.raises(SystemExit) as end:
-        export.main()
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and "exists" in said and said.count("\n") == 1
+    assert torch.equal(exported, model.lm_head.weight.bfloat16())
 
     # a part that is damaged or missing is named
     part = folder / "model-00001-of-00002.safetensors"
     content = bytearray(part.read_bytes())
     content[-5] ^= 1
     part.write_bytes(content)
-    loads = (lambda: Transformer.from_pretrained(folder),
-             lambda: checkpoint.load(folder, *other, ALONE))
-    for load in loads:
-        with pytest.raises(ValueError) as raised:
-            load()
-        one_line(raised, part, "damaged")
-    part.unlink()
-    for load in loads:
-        with pytest.raises(FileNotFoundError) as raised:
-            load()
-        one_line(raised, part, "missing")
+    for word, error in ("damaged", ValueError), ("missing", FileNotFoundError):
+        refused(lambda: Transformer.from_pretrained(folder), part, word, error=error)
+        refused(lambda: checkpoint.load(folder, model, optimizer, ALONE), part, word, error=error)
+        part.unlink(missing_ok=True)
 
 
 def test_a_checkpoint_without_weights_or_moments_or_of_another_model_is_refused(tmp_path):
     """A run that goes on with fresh moments, and tells nobody."""
     ours, other = made(), tiny(memory=True, width=64)
+    theirs = other, train.make_optimizer(other, ARGS)
     save(tmp_path, *ours, 1, 2)
     for missing, folder in ("model", "step_0000001"), ("optimizer", "step_0000002"):
-        with pytest.raises(ValueError) as raised:
-            checkpoint.load(tmp_path / folder, other, train.make_optimizer(other, ARGS), ALONE)
-        one_line(raised, folder, "another model")
+        load = lambda who: lambda: checkpoint.load(tmp_path / folder, *who, ALONE)
+        refused(load(theirs), folder, "another model")
         (tmp_path / folder / f"{missing}.safetensors").unlink()
-        with pytest.raises(FileNotFoundError) as raised:
-            checkpoint.load(tmp_path / folder, *ours, ALONE)
-        one_line(raised, f"{missing}.safetensors is missing")
+        refused(load(ours), f"{missing}.safetensors is missing", error=FileNotFoundError)
 
 
-def test_a_full_disk_is_told_at_the_next_call_and_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_full_disk_is_told_at_the_next_call_or_the_end_and_leaves_what_was_there(tmp_path,
+                                                                                  monkeypatch):
     """An error in a thread that nobody hears; a half checkpoint under its final name."""
     ours, original = made(), weights.save_file
     save(tmp_path, *ours, 1)
@@ -188,14 +165,11 @@ def test_a_full_disk_is_told_at_the_next_call_and_leaves_what_was_there(tmp_path
         if "optimizer" in str(file):
             raise OSError(28, "No space left on device")
         original(tensors, file, **more)
-    monkeypatch.setattr(weights, "save_file", full)
-    saver = checkpoint.Saver(tmp_path, ALONE, BYTES)
-    saver.save(*ours, {"step": 2})
-    with pytest.raises(OSError) as raised:
-        saver.save(*ours, {"step": 3})
-    one_line(raised, "step_0000002", "No space left on device", "--resume")
-    assert names_in(tmp_path) == ["step_0000001"]
-    monkeypatch.undo()
-    saver.save(*ours, {"step": 3})
-    saver.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "save_file", full)
+        for steps in (2,), (2, 3):
+            refused(lambda: save(tmp_path, *ours, *steps), "step_0000002", "--resume",
+                    "No space left on device", error=OSError)
+            assert names_in(tmp_path) == ["step_0000001"]
+    save(tmp_path, *ours, 3)
     assert names_in(tmp_path) == ["step_0000001", "step_0000003"]

@@ -12,12 +12,13 @@ TRIAL = ["--batch=2", "--device_batch=2", "--context_len=512", "--device=cpu", "
 def test_losses_are_the_logs(tmp_path):
     """A mean that reaches into other steps."""
     log = [{"step": n + 1, "loss": float(n + 1), "arl_loss": 2.0 * (n + 1)} for n in range(400)]
-    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
-    found = gate_start.losses(tmp_path)
-    assert list(found) == [1, 40, 100, 200, 400] and found[1] == {"dense": 1.0, "arl": 2.0}
-    assert found[40] == {"dense": 30.5, "arl": 61.0} and found[400]["dense"] == 390.5
+    write = lambda lines: (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write(log)
+    means = {1: 1.0, 40: 30.5, 100: 90.5, 200: 190.5, 400: 390.5}
+    assert gate_start.losses(tmp_path) == {step: {"dense": mean, "arl": 2 * mean}
+                                           for step, mean in means.items()}
     for lines in [], log[1:], ["no log"]:
-        (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        write(lines)
         with pytest.raises(ValueError, match=r"log\.jsonl lacks steps.* away"):
             gate_start.losses(tmp_path)
 

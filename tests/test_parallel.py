@@ -5,58 +5,29 @@ lost is told of.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.profiler import ProfilerActivity, profile
 
 import train
 from conftest import draw_tokens, tiny
 from infra import parallel
-from model import PRESETS
+from model import PRESETS, Transformer
 from ranks import by_torchrun, on_two
-from test_train import TINY
+from test_train import TINY, before_each_loss, send, train_tiny
 
-GRADIENTS = """
-import torch
-from infra import parallel
-from conftest import draw_tokens, tiny
-from model import Transformer
-from test_parallel import step_of, weights_of
-from torch.profiler import ProfilerActivity, profile
-from types import SimpleNamespace
-
-ways, talks = {}, {}
-ARGS = SimpleNamespace(device="cpu", init="here")
-with parallel.join("cpu") as us:
-    whole = tiny(memory=True)
-    tensors = {k: lambda v=v: v for k, v in whole.state_dict().items()}
-    tokens, weight = draw_tokens(8, 17), weights_of(8, 17)
-    mine = slice(us.rank * 4, us.rank * 4 + 4)
-    for name, parts, stays, recompute in (
-            ("one part", 1, "nothing", 0), ("parts", 2, "nothing", 1),
-            ("kept parts", 4, "all", 2), ("kept weights", 2, "weights", 0)):
-        model = parallel.make_model(Transformer, whole.config, tensors, ARGS, us, stays)
-        parallel.recompute_and_compile(model, recompute)
-        for step in range(2):
-            with profile(activities=[ProfilerActivity.CPU], acc_events=True) as trace:
-                some = zip(tokens[mine].chunk(parts), weight[mine].chunk(parts))
-                for n, (t, w) in enumerate(some, start=1):
-                    parallel.before_part(model, last=n == parts, stays=stays)
-                    (model.loss(t, w) * us.world).backward()
-            names = [event.name for event in trace.events()]
-            talks[f"{name}, step {step}"] = (names.count("c10d::_allgather_base_"),
-                                             names.count("c10d::_reduce_scatter_base_"))
-            ways[f"{name}, step {step}"] = step_of(model)
-            model.score(tokens, weight)  # as validation does, which leaves weights gathered
-    if us.rank == 0:
-        torch.save((ways, talks), "ways.pt")
-"""
-
-
-def weights_of(*shape):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(1))
+TOKENS = draw_tokens(8, 17)
+WEIGHT = torch.rand(8, 17, generator=torch.Generator().manual_seed(1))
+WAYS = {  # parts of a process's share of the batch, what stays between them, layers computed anew
+    "one part": (1, "nothing", 0), "parts": (2, "nothing", 1), "kept parts": (4, "all", 2),
+    "kept weights": (2, "weights", 0)}
 
 
 @torch.no_grad()
@@ -71,57 +42,75 @@ def step_of(model):
     return found
 
 
+def steps_of_two():
+    """ways.pt: {way: [(gradients of a step, how often something was gathered, and summed)]}"""
+    ways = {way: [] for way in WAYS}
+    with parallel.join("cpu") as us:
+        whole, args = tiny(memory=True), SimpleNamespace(device="cpu", init="here")
+        tensors = {k: lambda v=v: v for k, v in whole.state_dict().items()}
+        mine = slice(us.rank * 4, us.rank * 4 + 4)
+        for way, (n, stays, recompute) in WAYS.items():
+            model = parallel.make_model(Transformer, whole.config, tensors, args, us, stays)
+            parallel.recompute_and_compile(model, recompute)
+            parts = list(zip(TOKENS[mine].chunk(n), WEIGHT[mine].chunk(n)))
+            for _ in range(2):
+                with profile(activities=[ProfilerActivity.CPU], acc_events=True) as trace:
+                    for number, part in enumerate(parts, start=1):
+                        parallel.before_part(model, last=number == n, stays=stays)
+                        (model.loss(*part) * us.world).backward()
+                names = [event.name for event in trace.events()]
+                ways[way].append((step_of(model), names.count("c10d::_allgather_base_"),
+                                  names.count("c10d::_reduce_scatter_base_")))
+                model.score(TOKENS, WEIGHT)  # as validation does, which leaves weights gathered
+        if us.rank == 0:
+            torch.save(ways, "ways.pt")
+
+
 def test_two_processes_have_the_gradients_of_one_however_a_batch_is_cut(tmp_path):
     """
     Gradients averaged instead of summed; those of a part lost, or counted twice, or of rows that
     another keeps; stale weights; or what should stay travels all the same.
     """
-    done = on_two(GRADIENTS, folder=tmp_path)
+    done = on_two(steps_of_two, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    model, truth = tiny(memory=True), []
-    for _ in range(2):
-        model.loss(draw_tokens(8, 17), weights_of(8, 17)).backward()
-        truth.append(step_of(model))
-    ways, talks = torch.load(tmp_path / "ways.pt", weights_only=True)
-    assert len(ways) == 2 * 4
-    for way, gradients in ways.items():
-        for name, gradient in truth[int(way[-1])].items():
-            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5,
-                                       msg=f"{way} {name}")
+    ways, model = torch.load(tmp_path / "ways.pt", weights_only=True), tiny(memory=True)
+    for step in 0, 1:
+        model.loss(TOKENS, WEIGHT).backward()
+        for name, gradient in step_of(model).items():
+            for way in WAYS:
+                torch.testing.assert_close(ways[way][step][0][name], gradient, rtol=1e-4,
+                                           atol=1e-5, msg=f"{way} {step} {name}")
     # gathered and summed: two layers and the root; layers for forward and backward
-    assert talks["one part, step 0"] == (5, 3) and talks["parts, step 0"] == (2 * 5, 2 * 3)
-    assert talks["kept parts, step 0"] == (3, 3)
-    assert talks["kept weights, step 0"] == (3, 2 * 3)
+    assert {way: told[0][1:] for way, told in ways.items()} == {
+        "one part": (5, 3), "parts": (2 * 5, 2 * 3), "kept parts": (3, 3),
+        "kept weights": (3, 2 * 3)}
 
-
-SUMS = """
-import torch
-from infra import parallel
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 class Watched(parallel.SumAtOwner):
     dtypes = set()
+
     def __call__(self, output_tensor, input_tensor, **more):
         self.dtypes.add((input_tensor.dtype, output_tensor.dtype))
         super().__call__(output_tensor, input_tensor, **more)
 
-with parallel.join("cpu") as us:
-    ways = []
-    for ours in False, True:
-        torch.manual_seed(0)  # rows that do not divide
-        model = torch.nn.Sequential(torch.nn.Linear(33, 17), torch.nn.Linear(17, 5, bias=False))
-        fully_shard(model, mesh=us.mesh,
-                    mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
-        if ours:
-            model.set_custom_reduce_scatter(Watched())
-        for part in range(3):
-            drawn = torch.Generator().manual_seed(10 * part + us.rank)
-            model(torch.randn(8, 33, generator=drawn)).float().square().sum().backward()
-        ways.append([p.grad.full_tensor() for p in model.parameters()])
-    assert Watched.dtypes == {(torch.bfloat16, torch.float32)}, Watched.dtypes
-    if us.rank == 0:
-        torch.save(ways, "ways.pt")
-"""
+
+def sums_of_two():
+    """ways.pt: gradients of bf16 summed by fully_shard itself, and by the owner."""
+    ways, policy = [], MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    with parallel.join("cpu") as us:
+        for ours in False, True:
+            torch.manual_seed(0)  # rows that do not divide
+            model = torch.nn.Sequential(torch.nn.Linear(33, 17), torch.nn.Linear(17, 5, bias=False))
+            fully_shard(model, mesh=us.mesh, mp_policy=policy)
+            if ours:
+                model.set_custom_reduce_scatter(Watched())
+            for part in range(3):
+                drawn = torch.Generator().manual_seed(10 * part + us.rank)
+                model(torch.randn(8, 33, generator=drawn)).float().square().sum().backward()
+            ways.append([p.grad.full_tensor() for p in model.parameters()])
+        assert Watched.dtypes == {(torch.bfloat16, torch.float32)}, Watched.dtypes
+        if us.rank == 0:
+            torch.save(ways, "ways.pt")
 
 
 def test_gradients_summed_by_the_owner_are_those_of_reduce_scatter_in_fp32(tmp_path):
@@ -129,7 +118,7 @@ def test_gradients_summed_by_the_owner_are_those_of_reduce_scatter_in_fp32(tmp_p
     A sum where it should be the mean, of one process's rows twice, or in bf16: rounded once more.
     Or fp32 on the way after all.
     """
-    done = on_two(SUMS, folder=tmp_path)
+    done = on_two(sums_of_two, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     theirs, ours = torch.load(tmp_path / "ways.pt", weights_only=True)
     for a, b in zip(theirs, ours, strict=True):
@@ -169,98 +158,88 @@ def test_alive_knows_the_living_the_dead_and_the_undead():
     assert not parallel.alive(process.pid)
 
 
-FAILS = """
-import time, torch
-from infra import parallel
-from pathlib import Path
-with parallel.join("cpu") as us:
-    with parallel.Stop(us, Path("run")):
+def one_fails():
+    """The other waits for it, and would go on waiting."""
+    with parallel.join("cpu") as us, parallel.Stop(us, Path("run")):
         if us.rank == 1:
-            raise OSError("the disk\\nis full")
-        torch.distributed.all_reduce(torch.ones(1))  # waits for the other
+            raise OSError("the disk\nis full")
+        torch.distributed.all_reduce(torch.ones(1))
         time.sleep(60)
-"""
 
 
-def test_one_that_fails_says_why_and_the_others_follow_in_silence(tmp_path):
-    """A line of each process, or a traceback of the one that waited; or a wait for ever."""
-    done = on_two(FAILS, folder=tmp_path)
-    assert done.returncode and lines_of(done) == ["train.py: the disk is full"]
-
-
-LOST = """
-import os, signal, time
-from infra import parallel
-from pathlib import Path
-with parallel.join("cpu") as us:
-    with parallel.Stop(us, Path("run")):
+def one_is_killed():
+    """The other waits as in a call of NCCL's, which raises nothing."""
+    with parallel.join("cpu") as us, parallel.Stop(us, Path("run")):
         if us.rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(60)  # as in a call of NCCL's, which raises nothing
-"""
+            send(signal.SIGKILL)
+        time.sleep(60)
 
 
-def test_one_that_waits_for_a_lost_one_in_silence_hears_torchruns_signal(tmp_path):
-    """GPUs that are held for ever by processes that nobody will answer."""
-    began, done = time.time(), on_two(LOST, folder=tmp_path)
-    assert len(lines_of(done)) == 1 and "process 1 is gone" in lines_of(done)[0], done.stderr
+def line_of(done):
+    """The only one by which two processes say how they ended."""
+    line, = [line for line in done.stderr.splitlines() if line.startswith("train.py:")]
+    return line
+
+
+@pytest.mark.parametrize("end, says", [
+    (one_fails, "train.py: the disk is full"), (one_is_killed, "process 1 is gone")])
+def test_one_that_fails_says_why_and_the_others_follow_in_silence(end, says, tmp_path):
+    """A line of each process, or a traceback of the one that waited; or GPUs held for ever."""
+    began, done = time.time(), on_two(end, folder=tmp_path)
+    assert done.returncode and says in line_of(done)
     assert time.time() - began < 50
 
 
-TRAIN = """
-import os, signal, time
-import model, train, test_train
-from pathlib import Path
-model.PRESETS["pico"] = test_train.TINY
-victim, first, calls = os.environ.get("VICTIM"), time.time(), []
-forward = train.parallel.Loss.forward
-def newer():
-    return any(folder.stat().st_mtime > first for folder in Path("out/broken").glob("step_*"))
-def killed(*args):  # once it has made ten passes and a checkpoint, whenever that is
-    calls.append(1)
-    if victim == os.environ.get("RANK") and len(calls) > 10 and newer():
-        os.kill(os.getpid(), signal.SIGKILL)
-    return forward(*args)
-train.parallel.Loss.forward = killed
-train.main()
-"""
+def broken():
+    """train.py, of which VICTIM ends once it has made ten passes and a checkpoint."""
+    began = time.time()
+
+    def act(number):
+        folders = Path("out/broken").glob("step_*")
+        if (os.environ.get("VICTIM") == os.environ.get("RANK") and number > 10
+                and any(folder.stat().st_mtime > began for folder in folders)):
+            send(signal.SIGKILL)
+    before_each_loss(pytest.MonkeyPatch(), act)
+    train_tiny()
+
+
 FLAGS = ["--preset=pico", "--memory=on", "--arl=16", "--tasks", "niah_single_1", "--steps=36",
-         "--batch=4", "--log_every=10", "--eval_every=0", "--save_every=3", "--device=cpu"]
-
-
-def lines_of(done):
-    return [line for line in done.stderr.splitlines() if line.startswith("train.py:")]
+         "--batch=4", "--log_every=10", "--eval_every=0", "--save_every=3", "--device=cpu",
+         "--resume"]
 
 
 def curve(run):
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [[row[key] for key in ("step", "loss", "arl_loss", "grad_norm", "lr")] for row in rows]
+    """What a run has logged, for pytest.approx."""
+    rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [row[key] for row in rows for key in ("step", "loss", "arl_loss", "grad_norm", "lr")]
 
 
 def test_kill_of_any_of_two_costs_the_steps_since_the_last_checkpoint_and_one_end_by_one_alone(
         tmp_path, monkeypatch):
     """
     kill -9 of either process at some moment: one line, the last checkpoint whole, and the same
-    curve from there, on one as on two.
+    curve from there, on one as on two. Ranks that see the same samples, or gradients that are an
+    average over them: another curve.
     """
-    flags = [*FLAGS, f"--out={tmp_path / 'out'}"]
-    assert on_two(TRAIN, *flags, "--name=unbroken", folder=tmp_path).returncode == 0
-    unbroken, broken = curve(tmp_path / "out/unbroken"), tmp_path / "out/broken"
-    for victim, run in ("0", by_torchrun), ("1", on_two):
-        done = run(TRAIN, *flags, "--name=broken", "--resume", folder=tmp_path, VICTIM=victim)
-        assert len(lines_of(done)) == 1 and "--resume" in lines_of(done)[0], done.stderr[-2000:]
-        assert f"process {victim} is gone" in lines_of(done)[0]
-    assert curve(broken) == unbroken[:len(curve(broken))]
+    flags, out = [*FLAGS, f"--out={tmp_path / 'out'}"], tmp_path / "out"
+    done = by_torchrun(train_tiny, *flags, "--name=unbroken", folder=tmp_path)
+    assert done.returncode == 0 and "done" in done.stdout, done.stderr[-2000:]
+    unbroken = curve(out / "unbroken")
+    for victim, start in ("0", by_torchrun), ("1", on_two):
+        done = start(broken, *flags, "--name=broken", folder=tmp_path, VICTIM=victim)
+        assert f"process {victim} is gone" in line_of(done) and "--resume" in line_of(done)
+    until = curve(out / "broken")
+    assert until == unbroken[:len(until)]
 
-    shutil.copytree(broken, tmp_path / "alone/broken")
-    done = on_two(TRAIN, *flags, "--name=broken", "--resume", folder=tmp_path)
+    shutil.copytree(out / "broken", out / "alone")
+    done = on_two(train_tiny, *flags, "--name=broken", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert curve(broken) == unbroken and not list(broken.glob(".step*"))
+    assert curve(out / "broken") == unbroken and not list((out / "broken").glob(".step*"))
 
     monkeypatch.setitem(PRESETS, "pico", TINY)
-    train.train(train.parse([*FLAGS, f"--out={tmp_path / 'alone'}", "--name=broken", "--resume"]))
-    losses = [row[1] for row in curve(tmp_path / "alone/broken")]
-    assert losses == pytest.approx([row[1] for row in unbroken], rel=1e-4)
+    for name in "alone", "anew":
+        train.train(train.parse([*flags, f"--name={name}", "--device_batch=1"]))
+        assert curve(out / name) == pytest.approx(unbroken, rel=1e-4)
 
 
 def test_nothing_of_stop_outlives_it(tmp_path):
