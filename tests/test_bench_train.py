@@ -34,10 +34,7 @@ def put_back(monkeypatch, tmp_path):
 
 @given(SPANS)
 def test_shares_are_those_of_a_clock(spans):
-    """
-    Kernels side by side counted twice; a wait within a pass not counted; communication under a
-    product taken for its cost.
-    """
+    """Kernels side by side counted twice; communication under a product taken for its cost."""
     kernels = [("ncclDevKernel_AllGather" if talks else "gemm", start, start + length)
                for talks, start, length in spans]
     first, last = min(start for _, start, _ in kernels), max(end for *_, end in kernels)
@@ -56,10 +53,7 @@ def test_shares_are_those_of_a_clock(spans):
 
 
 def test_times_and_speeds_are_of_the_steps_between(monkeypatch):
-    """
-    Compilation, or the traced step, in a median; an MFU of one GPU given to two; a wait for data
-    that no speed shows.
-    """
+    """Compilation in a median; an MFU of one GPU given to two; a wait that no speed shows."""
     clock = [(1, 90, 100), (2, 9, 110), (3, 4, 115), (4, 6, 122), (5, 5, 128), (6, 50, 190)]
     log = [{"step": n, "dense_seconds": dense, "seconds": seconds, "memory_gb": 3.0}
            for n, dense, seconds in clock]
@@ -101,16 +95,12 @@ def test_the_last_steps_passes_are_traced_in_their_order(monkeypatch):
     assert traced == [*((n,) for n in range(8)), *zip((8, 9), watch.traces, strict=True)]
 
 
-def bench(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["bench_train.py", *flags])
-    bench_train.main()
-
-
 def test_a_run_is_train_py_s_and_is_added_to_the_file(monkeypatch, capsys, tmp_path):
     """A loop of its own; the report of an earlier run lost."""
     train.train(train.parse([*FLAGS, "--name=alone"]))
     Path("b.json").write_text(json.dumps({"what": "notes", "runs": []}))
-    bench(monkeypatch, "--json=b.json", *FLAGS, "--name=by1")
+    monkeypatch.setattr(sys, "argv", ["bench_train.py", "--json=b.json", *FLAGS, "--name=by1"])
+    bench_train.main()
     assert "1 x CPU" in capsys.readouterr().out.splitlines()[-2]
     two = on_two(bench_train.main, "--json=b.json", *FLAGS, "--name=by2", folder=tmp_path)
     assert two.returncode == 0 and "2 x CPU" in two.stdout.splitlines()[-2], two.stderr
@@ -136,9 +126,9 @@ def test_a_run_is_train_py_s_and_is_added_to_the_file(monkeypatch, capsys, tmp_p
     (FLAGS, "bench_train.py: the following arguments are required: --json"),
     (["--json=b.json", "--nonsense"], "train.py: "),
     (["--json=none/b.json", *FLAGS, "--batch=0"], "train.py: ")])
-def test_what_cannot_be_run_is_one_line_before_it_starts(flags, says, monkeypatch, capsys):
+def test_what_cannot_be_run_is_one_line_before_it_starts(flags, says, capsys):
     """Ten minutes of training whose report cannot be written."""
     Path("bad.json").write_text("{")
     Path("list.json").write_text('{"runs": 5}')
-    assert ending(lambda: bench(monkeypatch, *flags), capsys).startswith(says)
+    assert ending(bench_train.main, capsys, *flags).startswith(says)
     assert not Path("out").exists()

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import torch
 from safetensors import safe_open
 
@@ -54,42 +53,27 @@ def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_is_saved_is_the_state_at_the_call_and_only_two_are_kept(tmp_path):
-    """
-    A moment left out; a checkpoint of two moments in one, as training goes on while it is written;
-    a disk that fills up over days.
-    """
+def test_what_is_saved_is_the_state_at_the_call_and_two_are_kept_of_ours(tmp_path):
+    """A moment left out; two moments in one, as training goes on; a copy that counts as newest."""
     run, ours = tmp_path / "run", made()
     (run / ".step_0000007.tmp").mkdir(parents=True)  # killed while it wrote
+    (run / "step_0000003").mkdir()                   # half of one, in the way
+    (run / "step_0000003" / "model.safetensors").touch()
+    save(run, *ours, 1, 2)
+    shutil.copytree(run / "step_0000001", run / "step_0000009.bak")
+    assert weights.resolve(run).name == "step_0000002"
+
     before = {name: tensor.clone() for name, tensor in checkpoint.state_of(*ours).items()}
     with checkpoint.Saver(run, ALONE, BYTES) as saver, torch.no_grad():
-        for step in 1, 2, 3:
-            saver.save(*ours, {"step": step})
+        saver.save(*ours, {"step": 3})
         for tensor in checkpoint.state_of(*ours).values():
             tensor.fill_(7)
-    assert names_in(run) == ["step_0000002", "step_0000003"]
+    assert names_in(run) == ["step_0000002", "step_0000003", "step_0000003.1", "step_0000009.bak"]
     assert names_in(run / "step_0000003") == ["config.json", "model.safetensors",
                                               "optimizer.safetensors", "train.json"]
     assert_loads(run / "step_0000003", before)
     head = Transformer.from_pretrained(run).lm_head.weight
     assert torch.equal(head, before["lm_head.weight"])
-
-
-def test_copies_and_halves_of_checkpoints_are_none(tmp_path):
-    """
-    A user's copy that is taken for the newest, or deleted as the oldest; a half one in whose way
-    the next cannot be saved.
-    """
-    ours = made()
-    save(tmp_path, *ours, 1, 2)
-    for name in "step_0000009.bak", "step_old":
-        shutil.copytree(tmp_path / "step_0000001", tmp_path / name)
-    (tmp_path / "step_0000003").mkdir()
-    (tmp_path / "step_0000003" / "model.safetensors").touch()
-    assert weights.resolve(tmp_path).name == "step_0000002"
-    save(tmp_path, *ours, 3, 4)
-    assert names_in(tmp_path) == ["step_0000003", "step_0000003.1", "step_0000004",
-                                  "step_0000009.bak", "step_old"]
 
 
 def rewrite():
@@ -104,10 +88,7 @@ def rewrite():
 
 
 def test_one_writes_two_read_and_write_one_reads(tmp_path, monkeypatch, capsys):
-    """
-    Rows in the wrong order or of the wrong process; uneven ones, as 61 tokens on two; a moment of a
-    scalar.
-    """
+    """Rows in the wrong order; uneven ones, as 61 tokens on two; a moment of a scalar."""
     (model, optimizer), folder = made(), tmp_path / "two" / "step_0000005"
     save(tmp_path / "one", model, optimizer, 5)
     done = on_two(rewrite, str(tmp_path / "one" / folder.name), str(folder.parent), folder=tmp_path)

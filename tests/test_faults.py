@@ -116,10 +116,7 @@ def made(folder):
 
 
 def lasting(found):
-    """
-    Of what made tells, what does not depend on where a run was asked to stop, which it then saves
-    without a validation.
-    """
+    """Of it, what does not depend on where a run was stopped, which saves but does not validate."""
     kept = {name: content for name, content in found.items()
             if not name.startswith("step_") or "0000024" in name}
     kept["log.jsonl"] = [row[:5] for row in found.get("log.jsonl", [])]
@@ -128,11 +125,8 @@ def lasting(found):
 
 @pytest.mark.parametrize("script, kills", [
     ("train", times(2, 25)), ("eval_niah", times(2, 15)), ("data", times(2, 10))])
-def test_killed_at_random_moments_it_ends_with_the_same_files(script, kills, go):
-    """
-    A file half written, an answer asked twice or lost, a step that counts twice, a temporary file
-    that nobody takes away.
-    """
+def test_killed_at_random_moments_it_ends_with_the_same_files(script, kills, go, out):
+    """A file half written, an answer asked twice or lost, a step that counts twice."""
     undisturbed, seconds = go.undisturbed(script)
     chance, done = random.Random(script), 0
     while done < kills:
@@ -146,10 +140,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_files(script, kills, go)
 @pytest.mark.parametrize("script, says", [
     ("train", "same command"), ("eval_niah", "--out out/it"), ("data", "same command")])
 def test_sigterm_saves_and_says_how_to_go_on(script, says, go, out):
-    """
-    Schedulers send it some seconds before they kill. A traceback, work lost, or an end that looks
-    like success.
-    """
+    """A traceback, work lost, or an end like success, where a scheduler is about to kill."""
     undisturbed, seconds = go.undisturbed(script)
     for part in times((0.6,), (0.1, 0.3, 0.5, 0.7, 0.9)):
         code, said = go(script, kill_after=part * seconds, signal=signal.SIGTERM)

@@ -14,7 +14,9 @@ def drawn(N=37, C=16, V=61):
     source = torch.Generator().manual_seed(N)
     x, head = (torch.randn(n, C, generator=source).requires_grad_() for n in (N, V))
     weight = torch.rand(N, generator=source).masked_fill(torch.rand(N, generator=source) < 0.3, 0)
-    return x, head, torch.randint(V, (N,), generator=source), weight
+    target = torch.randint(V, (N,), generator=source)
+    target[::3] = F.linear(x, head).argmax(-1)[::3]  # some that are right
+    return x, head, target, weight
 
 
 def whole(x, head, target, weight):
@@ -24,10 +26,7 @@ def whole(x, head, target, weight):
 # a token at a time, uneven chunks, one
 @pytest.mark.parametrize("most", [1, 61, 200, 61 * 36, 61 * 37, 10**9])
 def test_chunks_give_loss_gradients_and_right_ones_of_all_logits_at_once(most, monkeypatch):
-    """
-    A chunk left out or counted twice; a gradient without its weight or the upstream one; padding
-    counted as right or wrong.
-    """
+    """A chunk lost or counted twice; a gradient without its weight; padding that counts."""
     monkeypatch.setattr(loss, "CHUNK_LOGITS", most)
     x, head, target, weight = args = drawn()
     ours, ref = loss.weighted_loss(*args), whole(*args)
@@ -69,11 +68,3 @@ def test_compiled_chunk_is_the_plain_one():
              torch.rand(300, device=DEVICE))
     for ours, ref in zip(loss.compiled_chunk_loss(*chunk), loss.chunk_loss(*chunk)):
         torch.testing.assert_close(ours, ref, rtol=1e-5, atol=1e-6)
-
-
-def test_large_scores_do_not_overflow():
-    """exp of a logit instead of its distance to logsumexp."""
-    x = torch.tensor([[1e4, 0.0], [0.0, 1e4]], requires_grad=True)
-    value = loss.weighted_loss(x, torch.eye(2), torch.tensor([0, 0]), torch.ones(2))
-    value.backward()
-    assert value.item() == 1e4 and x.grad.isfinite().all()

@@ -10,7 +10,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,19 +93,14 @@ def send(number):
     os.kill(os.getpid(), number)
 
 
-def ending(main, capsys):
-    """-> the one line with which main() ends, and with exit 2"""
-    with pytest.raises(SystemExit) as stop:
+def ending(main, capsys, *flags):
+    """-> the one line with which a script of these flags ends, and with exit 2"""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["script.py", *map(str, flags)])
         main()
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and len(error) < 500, error
     return error
-
-
-def main_says(capsys, monkeypatch, *flags):
-    """-> the line with which `python train.py FLAGS` ends."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-    return ending(train.main, capsys)
 
 
 # ---------------------------------------------------------------- recipes and flags
@@ -134,10 +128,7 @@ PAPER = {  # arXiv 2605.28640 and 2602.18196; (c): the configs of official RAT+,
 
 @pytest.mark.parametrize("recipe", PAPER)
 def test_recipes_are_the_papers(recipe):
-    """
-    A digit of the paper's settings lost, or a default that has changed under a recipe; a gate in
-    the wrong group, which would stall or spike.
-    """
+    """A digit of the paper's lost; a default changed under a recipe; a gate in the wrong group."""
     source = [] if recipe in ("ratplus-1b", "ratplus-7b") else ["--init=x"]
     text = "niah" if recipe == "niah-sft" else "x"
     args = train.parse([f"--recipe={recipe}", f"--data={text}", *source])
@@ -184,7 +175,7 @@ REFUSED = [
 def test_bad_flags_are_one_line_and_exit_2(flags, message, capsys, monkeypatch):
     """A traceback tells a user nothing."""
     monkeypatch.setitem(PRESETS, "olmo2-1b", replace(TINY, vocab_size=1000, eos_id=None))
-    assert message in main_says(capsys, monkeypatch, *flags.split(), "--device=cpu")
+    assert message in ending(train.main, capsys, *flags.split(), "--device=cpu")
 
 
 # ---------------------------------------------------------------- what a step does
@@ -221,10 +212,7 @@ def test_graphed_steps_are_the_plain_ones():
 
 @pytest.mark.parametrize("clip", [0.5, 1e9])
 def test_update_clips_as_torch_does(clip):
-    """
-    A gradient scaled twice or not at all: parallel.update leaves clipping to the fused AdamW. A
-    gradient below the norm is as it is.
-    """
+    """A gradient scaled twice or not at all, as clipping is left to the fused AdamW."""
     ours, theirs = models = tiny(memory=True), tiny(memory=True)
     for model in models:
         optimizer = train.make_optimizer(model, train.parse([*BASE, "--lr=1e-2"]))
@@ -259,10 +247,7 @@ def test_fresh_weights_are_those_of_a_new_model():
 # ---------------------------------------------------------------- what is trained, on what
 
 def test_a_longer_context_is_the_models_and_is_told_once(capsys):
-    """
-    A model continued at 1,024 tokens whose config.json says 512: its evaluation would ask at 512. A
-    shorter one changes nothing. Or numbers at positions that it has never seen, without a word.
-    """
+    """A config.json that says 512: an evaluation asks at 512. Positions never seen, and no word."""
     newest, _ = run("--name=at512", "--arl=0")
     for context_len, notes in (1024, 1), (512, 0):
         flags = f"--context_len={context_len}", f"--name=then{context_len}", "--arl=0", "--resume"
@@ -277,21 +262,6 @@ def test_a_longer_context_is_the_models_and_is_told_once(capsys):
     assert "was trained for" not in capsys.readouterr().out
 
 
-def some_shards(folder, text=b"to be or not to be. "):
-    Path(folder).mkdir(parents=True)
-    document = np.array([*text * 20, 256], np.uint16).tobytes()
-    shards.save_shard(Path(folder, "00000.bin"), [document] * 200, 257, "bytes", 0)
-
-
-def test_shards_train_and_are_checked_against_the_vocabulary():
-    """Another loop for text from data.py; a foreign vocabulary, known at some later step."""
-    some_shards("shards")
-    flags = ["--data=shards", "--context_len=64", "--arl=0", "--drills=0"]
-    assert run(*flags)[1]["val_loss"] < 5.5
-    foreign, args = SimpleNamespace(name="bpe"), train.parse([*BASE, *flags])
-    refused(lambda: data.Text(args, foreign, "train"), "tokenizer bytes")
-
-
 @pytest.mark.parametrize("death, says", [
     (lambda: send(signal.SIGKILL), "a process that makes batches is gone"),
     (lambda: files.refuse_number("x"), "train.py: x is no number\n")])
@@ -300,17 +270,13 @@ def test_what_ends_a_worker_is_one_line(death, says, monkeypatch, capsys):
     sample = niah.Needles.__getitem__
     monkeypatch.setattr(niah.Needles, "__getitem__", lambda self, index: death() if (
         index >= 8 and torch.utils.data.get_worker_info()) else sample(self, index))
-    assert says in main_says(capsys, monkeypatch, *BASE, "--workers=1")
+    assert says in ending(train.main, capsys, *BASE, "--workers=1")
 
 
 # ---------------------------------------------------------------- stopped and resumed
 
 def test_resumed_run_equals_uninterrupted_run(monkeypatch):
-    """
-    State that a checkpoint forgets (moments, position in the data, schedule) would change the
-    weights; or chance that goes on otherwise, as of a fork's dropout; or a log that a crash has
-    torn, or that is lost.
-    """
+    """State that a checkpoint forgets; chance that goes on otherwise; a log torn or lost."""
     hidden = Transformer.hidden
     monkeypatch.setattr(Transformer, "hidden", lambda self, *given, **more: (
         torch.nn.functional.dropout(hidden(self, *given, **more), 0.1, self.training)))
@@ -322,6 +288,8 @@ def test_resumed_run_equals_uninterrupted_run(monkeypatch):
     end = run("--name=parts", "--resume")
     assert_same_files(whole, resumed)
     assert log_of("whole") == log_of("parts")
+    seconds = [json.loads(line)["seconds"] for line in log.read_text().splitlines()]
+    assert seconds == sorted(seconds)  # not of the last process alone
     assert run("--name=parts", "--resume") == end  # where nothing is left to do
     log.unlink()
     assert run("--name=parts", "--resume", "--save_every=0")[0] == resumed
@@ -339,10 +307,7 @@ def in_a_thread(*flags):
     (in_a_thread, lambda: Path("out/pico/stop").touch())])
 def test_a_wish_to_stop_saves_a_checkpoint_and_the_next_run_goes_on(start, wish, capsys,
                                                                     monkeypatch):
-    """
-    A last step that is lost, an end that looks like success, handlers that stay; a file that stops
-    the next run too; a thread that does not say what it cannot hear, or fails as it sets handlers.
-    """
+    """A last step lost, an end like success, handlers that stay; a thread that claims to hear."""
     before_each_loss(monkeypatch, lambda n: n == 5 and wish())  # in step 3 of 4
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as stop:
@@ -370,10 +335,7 @@ def interrupted():
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
-    """
-    One that leaves while the other waits for it for ever; lines for steps that the checkpoint has
-    not seen.
-    """
+    """One that waits for the other for ever; lines for steps that the checkpoint has not seen."""
     done = on_two(interrupted, *BASE, "--steps=12", *RARELY, folder=tmp_path)
     assert "stopped after step 4" in done.stdout, done.stdout + done.stderr[:4000]
     assert [row["step"] for row in log_of("pico")] == [1, 2, 3, 4]
@@ -383,10 +345,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
 # ---------------------------------------------------------------- may it go on?
 
 def test_runs_do_not_mix(monkeypatch):
-    """
-    A second run under the same name that overwrites the first, or goes on with other settings or
-    samples, as of a newer version, another Python's help pages, or new shards.
-    """
+    """A run that is written over, or goes on with other settings, or with samples of other code."""
     checkpoint, _ = run("--steps=2")
     again = lambda *flags: lambda: run("--steps=2", *flags)
     refused(again(), "--resume")
@@ -402,11 +361,14 @@ def test_runs_do_not_mix(monkeypatch):
         refused(again("--resume"), words)
 
 
+def some_shards(folder, text=b"to be or not to be. "):
+    Path(folder).mkdir(parents=True)
+    document = np.array([*text * 20, 256], np.uint16).tobytes()
+    shards.save_shard(Path(folder, "00000.bin"), [document] * 200, 257, "bytes", 0)
+
+
 def test_a_run_goes_on_with_the_same_files_wherever_they_are(tmp_path):
-    """
-    Shards, essays and models compared by how their paths are spelled: refused after a move, or
-    taken though others are there now.
-    """
+    """Files known by their paths: refused after a move, or taken though others are there now."""
     some_shards("shards")
     some_shards("others", b"it was a dark night. ")
     text = ["--name=text", "--context_len=64", "--arl=0", "--steps=2", "--resume"]
@@ -434,10 +396,7 @@ def test_a_run_goes_on_with_the_same_files_wherever_they_are(tmp_path):
 
 
 def test_a_checkpoint_has_the_tokenizer_it_was_trained_with_and_goes_on_with_no_other(monkeypatch):
-    """
-    A model that carries the tokenizer.json beside the one that was named; a second half trained on
-    other tokens.
-    """
+    """The tokenizer.json beside the one that was named; a second half trained on other tokens."""
     monkeypatch.setitem(PRESETS, "pico", replace(TINY, vocab_size=700, eos_id=None))
     train_bpe(Path("one"), "gpt2"), train_bpe(Path("two"), "llama3")
     shutil.copy("two/tokenizer.json", "one/mine.json")
@@ -451,6 +410,9 @@ def test_a_checkpoint_has_the_tokenizer_it_was_trained_with_and_goes_on_with_no_
     for same in ["--tokenizer=two"], ["--tokenizer=two/tokenizer.json"], []:  # []: the checkpoint's
         assert run(*flags, *same)[0] == checkpoint
     refused(lambda: run(*flags, "--tokenizer=one"), name)
+    some_shards("shards")
+    text = ["--name=text", "--data=shards", "--context_len=64", "--arl=0"]
+    refused(lambda: run(*text, "--tokenizer=two"), "tokenizer bytes")
 
 
 # ---------------------------------------------------------------- log and record
@@ -520,10 +482,7 @@ def poison(monkeypatch, *passes):
 
 @pytest.mark.parametrize("every", [1, 1000])
 def test_a_pass_that_is_not_finite_is_skipped_counted_and_told(every, monkeypatch, capsys):
-    """
-    NaN in a batch that reaches the weights or the moments; or whose whole run is lost for it; a
-    resume that forgets the count.
-    """
+    """NaN that reaches weights or moments, or ends the run; a resume that forgets the count."""
     poison(monkeypatch, 3)  # step 2's dense pass
     for resume in [], ["--resume"]:
         checkpoint, _ = run(f"--log_every={every}", "--eval_every=1000", *resume)
@@ -545,10 +504,7 @@ def test_a_few_steps_in_a_row_that_are_not_finite_end_the_run(monkeypatch):
 
 
 def test_a_batch_without_a_token_that_counts_learns_nothing_and_says_so(monkeypatch, capsys):
-    """
-    0/0 told as divergence, which ends a run of three such batches; weight decay on nothing; a stack
-    of calls for such a validation.
-    """
+    """0/0 told as divergence, or as a stack of calls in validation; weight decay on nothing."""
     sample = niah.Needles.__getitem__
 
     def weightless(self, index):  # but for the first batch

@@ -40,10 +40,7 @@ def write(folder, lines, end=""):
 
 @pytest.fixture
 def tell(capsys, monkeypatch):
-    """
-    Run watch.py: -> cells of the table without its head, what is printed below, and the figure's
-    axes.
-    """
+    """Run watch.py: -> cells of the table without its head, lines below it, the figure's axes."""
     pyplot = pytest.importorskip("matplotlib.pyplot", reason="pip install matplotlib")
     figures = []
     monkeypatch.setattr(pyplot, "close", figures.append)
@@ -68,10 +65,7 @@ def panels(axes):
 
 
 def test_table_and_plot_tell_what_the_log_says(tell, tmp_path):
-    """
-    A number below another's heading, a mean for a median, the newest for the highest; a panel that
-    is lost; a file that is no PNG.
-    """
+    """A number below another's heading, a mean for a median, the newest for the highest."""
     lines = a_log(1200)
     lines[600] |= {"memory_gb": 75.04, "tokens_per_second": 1, "mfu": 0.01}
     run = write(tmp_path / "run", lines)
@@ -90,10 +84,7 @@ def test_table_and_plot_tell_what_the_log_says(tell, tmp_path):
 
 
 def test_older_and_newer_runs_are_drawn_together(tell, tmp_path):
-    """
-    A field that one of the logs lacks, of which no line has ever been told, or that has one layer
-    less; hours of the last process alone, as `seconds` began at 0 again.
-    """
+    """A field that one log lacks; hours of the last process alone, as `seconds` began anew."""
     lines = a_log(120, older=True)
     for line in lines[60:]:
         line["seconds"] -= 3.6 * 59
@@ -158,16 +149,13 @@ def test_a_torn_last_line_is_passed_over(tmp_path):
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path, capsys):
-    """
-    A stack of calls for a wrong path; a run that is drawn without what a damaged line in its middle
-    hides.
-    """
+    """A stack of calls for a wrong path; a plot that hides a damaged line in the middle."""
     begun = write(tmp_path / "begun", [], '{"st')
     for words, *flags in (
             ["required"], ["is not there", tmp_path / "none"],
             ["log.jsonl is not there", tmp_path], ["no step yet", write(tmp_path / "empty", [])],
             ["no step yet", begun], ["line 1 is no step", Path(__file__)]):
-        line = ending(lambda: watch.main(list(map(str, flags))), capsys)
+        line = ending(watch.main, capsys, *flags)
         assert line.startswith("watch.py: ") and words in line
 
     log = write(tmp_path / "damaged", a_log(5)) / "log.jsonl"
@@ -175,7 +163,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path, capsys):
     # the last: two processes wrote
     for bad in b'{"step": 3, "lo\xff\n', b"\n", b"[3]\n", b'{"lr": 0.1}\n', good[1]:
         log.write_bytes(b"".join([*good[:2], bad, *good[3:]]))
-        line = ending(lambda: watch.main([str(log.parent)]), capsys)
+        line = ending(watch.main, capsys, log.parent)
         assert "log.jsonl, line 3 is no step after 2" in line and '{"step": 3} there' in line
     log.write_bytes(b"".join([*good[:2], b'{"step": 3}\n', *good[3:]]))  # what it advises
     assert watch.read(log)["step"].tolist() == [1, 2, 3, 4, 5]
