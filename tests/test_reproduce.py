@@ -24,35 +24,23 @@ SIZED = [cli.sized(method, 1024, ByteTokenizer(), sparse.METHODS) for method in 
 QUEST = SIZED[0]
 
 
-def report(score, n_hit=0):
-    """As eval_niah.py writes it, with the same score everywhere; n_hit of 24 heads hit always."""
+def report(score, n_hit=0, brief=False, finished=True, **settings):
+    """
+    As eval_niah.py writes it, with the same score everywhere; n_hit of 24 heads hit always. brief:
+    without draws and hits.
+    """
     hits = [[1.0 if 6 * layer + head < n_hit else 0.0 for head in range(6)] for layer in range(4)]
     rows = []
-    for method in ["dense", *SIZED]:
-        selects = method.startswith(("quest", "snapkv"))
-        for task in niah.TASKS:
-            for draw in [None, 0, 1] if "1/4" in method else [None]:
-                rows.append({"method": method, "task": task, "random": draw, "n": 3,
-                             "prompts": "p", "ruler": [score - (draw or 0), 0, 100],
-                             "hits": hits if draw is None and selects else None})
-    return {"finished": True, "results": rows, "command": "python eval_niah.py", "commit": "c",
-            "device": "d", "torch": "t",
-            "settings": {"samples": 3, "seed": 0, "protocol": "sft", "context_len": 1024,
-                         "methods": ["dense", *SIZED]}}
-
-
-def brief(score):
-    """Likewise, without draws and hits."""
-    found = report(score)
-    found["results"] = [row | {"hits": None} for row in found["results"] if row["random"] is None]
-    return found
-
-
-def answered(hits, random):
-    """A report that was asked for these."""
-    found = report(1)
-    found["settings"] |= {"hits": hits, "random": random}
-    return found
+    for method, task in itertools.product(["dense", *SIZED], niah.TASKS):
+        selects = method.startswith(("quest", "snapkv")) and not brief
+        for draw in [None, 0, 1] if "1/4" in method and not brief else [None]:
+            rows.append({"method": method, "task": task, "random": draw, "n": 3,
+                         "prompts": "p", "ruler": [score - (draw or 0), 0, 100],
+                         "hits": hits if draw is None and selects else None})
+    given = {"samples": 3, "seed": 0, "protocol": "sft", "context_len": 1024,
+             "methods": ["dense", *SIZED]}
+    return {"finished": finished, "results": rows, "command": "python eval_niah.py", "commit": "c",
+            "device": "d", "torch": "t", "settings": given | settings}
 
 
 def record(steps, recipe, made_from):
@@ -64,20 +52,21 @@ def record(steps, recipe, made_from):
 MADE = record(60, "micro-sft", record(40, "micro", None))
 
 
-def write(folder, name, content):
-    (folder / f"{name}.json").write_text(json.dumps(content))
+def write(folder, **content):
+    """NAME.json, of which underscores are hyphens."""
+    for name, of in content.items():
+        (folder / f"{name.replace('_', '-')}.json").write_text(json.dumps(of))
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Two seeds of attention at 40 and 50, of memory at 60 and 64; a third that is not done."""
-    for name, score, n_hit in (("attention-0", 40, 0), ("attention-1", 50, 0),
-                               ("memory-0", 60, 1), ("memory-1", 64, 24)):
-        write(tmp_path, name, report(score, n_hit))
-        write(tmp_path, f"{name}-more", report(score, n_hit) | {"results": []})
-        write(tmp_path, f"{name}-train", MADE)
-    for part in "", "-more":
-        write(tmp_path, f"memory-2{part}", report(99) | {"finished": False})
+    for name, score, n_hit in (("attention_0", 40, 0), ("attention_1", 50, 0),
+                               ("memory_0", 60, 1), ("memory_1", 64, 24)):
+        write(tmp_path, **{name: report(score, n_hit), f"{name}_train": MADE,
+                           f"{name}_more": report(score, n_hit) | {"results": []}})
+    half = report(99, finished=False)
+    write(tmp_path, memory_2=half, memory_2_more=half)
     return tmp_path
 
 
@@ -110,17 +99,15 @@ def test_nothing_is_bold_where_only_seeds_differ():
 def test_differences_are_of_the_seeds_that_both_have(folder):
     """Attention's seed 0 subtracted from memory's seed 1, as each is the first of its list."""
     (folder / "attention-0.json").unlink()
-    for name, score in ("memory-2", 66), ("memory-10", 10):
-        write(folder, name, report(score))
-        for part in "more", "train":
-            shutil.copy(folder / f"memory-0-{part}.json", folder / f"{name}-{part}.json")
+    write(folder, memory_2=report(66), memory_10=report(10), memory_2_train=MADE,
+          memory_10_train=MADE)
+    (folder / "memory-2-more.json").unlink()
     summary, text = summary_of(folder)
     against = summary["against_attention"]["scores"]["memory"]
     assert against[QUEST] == {"gain": 14, "p": None, "by_seed": [14], "holm": None}
     assert f"| {QUEST} | 50.0 | 50.0 ± 26.8 | +14.0 |" in text
     (folder / "attention-1.json").unlink()
-    write(folder, "attention-7", report(1))
-    write(folder, "attention-7-train", MADE)
+    write(folder, attention_7=report(1), attention_7_train=MADE)
     summary, text = summary_of(folder)
     assert summary["against_attention"]["scores"]["memory"] == {}
     assert f"| {QUEST} | 1.0 | 50.0 ± 26.8 |  |" in text
@@ -142,33 +129,35 @@ def test_results_of_other_prompts_do_not_mix(folder):
         reproduce.read_results(folder)
 
 
-def test_what_only_some_seeds_were_asked_waits(folder):
-    """A traceback while the second seed is still at work; methods beside those of other samples."""
+def test_results_are_those_of_finished_runs_that_were_asked_alike(folder):
+    """A run that is not over in a mean; -more of one seed, or of other prompts; dense twice."""
     more = report(33)
-    more["results"] = [row | {"method": "dilated"} for row in more["results"][:8]]
+    more["results"] = [row | {"method": method} for row in more["results"][:8]
+                       for method in ("dense", "dilated")]
     scores = lambda: summary_of(folder)[0]["scores"]["memory"]
-    write(folder, "memory-0-more", more)
-    assert "dilated" not in scores() and scores()[QUEST] == [60, 64]
-    write(folder, "memory-1-more", more)
-    assert scores()["dilated"] == [33, 33]
-    more["settings"]["samples"] = 4
-    write(folder, "memory-1-more", more)
-    assert "dilated" not in scores()
+    write(folder, memory_0_more=more)
+    assert "dilated" not in scores() and scores()[QUEST] == scores()["dense"] == [60, 64]
+    write(folder, memory_1_more=more)
+    assert scores()["dilated"] == [33, 33] and scores()["dense"] == [60, 64]
+    assert reproduce.read_results(folder)["memory"][1]["train"]["step"] == 60
+    for of in dict(samples=4), dict(seed=1):
+        write(folder, memory_1_more=more | {"settings": more["settings"] | of})
+        assert "dilated" not in scores()
 
 
 def test_arms_that_are_asked_less_leave_cells_empty(folder):
     """A figure of another arm in the cell of one that was never asked."""
-    write(folder, "long-0", brief(70))
-    write(folder, "long-0-train", MADE)
+    write(folder, long_0=report(70, brief=True), long_0_train=MADE)
     found = reproduce.read_results(folder)
     summary = reproduce.summarise(found)
     for arm in "attention", "memory":
         summary["scores"][arm]["dilated"] = [1.0, 1.0]
     text = reproduce.markdown(summary, found)
-    assert f"| {QUEST} | 45.0 ± 7.1 | 70.0 | 62.0 ± 2.8 | +17.0 (0.11) |" in text
-    assert "| dilated | 1.0 ± 0.0 |  | 1.0 ± 0.0 |" in text
-    assert f"| {QUEST} by chance | 44.5 ± 7.1 | 61.5 ± 2.8 | +17.0 (0.11) |" in text
-    assert f"| {QUEST} | 0.0 ± 0.0 | 100.0 ± 0.0 | +100.0 |" in text  # H1
+    for line in (f"| {QUEST} | 45.0 ± 7.1 | 70.0 | 62.0 ± 2.8 | +17.0 (0.11) |",
+                 "| dilated | 1.0 ± 0.0 |  | 1.0 ± 0.0 |",
+                 f"| {QUEST} by chance | 44.5 ± 7.1 | 61.5 ± 2.8 | +17.0 (0.11) |",
+                 f"| {QUEST} | 0.0 ± 0.0 | 100.0 ± 0.0 | +100.0 |"):  # H1
+        assert line in text
 
 
 def test_plots_are_of_the_arms_that_are_no_controls(folder):
@@ -176,7 +165,7 @@ def test_plots_are_of_the_arms_that_are_no_controls(folder):
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
     accuracy, hits = folder / "accuracy.png", folder / "hits.png"
     for arm, plotted in ("long", False), ("converted", True):
-        found = {arm: {0: brief(70) | {"train": MADE}}}
+        found = {arm: {0: report(70, brief=True) | {"train": MADE}}}
         text = reproduce.markdown(reproduce.summarise(found), found)
         assert "H1" not in text and "H2" not in text and f"| {QUEST} | 70.0 |\n" in text
         reproduce.plots(found, folder)
@@ -213,7 +202,7 @@ def calls(monkeypatch, tmp_path):
                 run = Path(settings.out, settings.name, "step_0000001")
                 run.mkdir(parents=True, exist_ok=True)
                 (run / "config.json").write_text("{}")
-                write(run, "train", {
+                write(run, train={
                     "step": settings.steps, "settings": vars(settings), "made": next(numbers),
                     "first_sample": "s", "from": runlog.begun(settings, None)["from"]})
 
@@ -225,108 +214,85 @@ def calls(monkeypatch, tmp_path):
     return made, asked_before
 
 
-def do_all(folder, *arms, seeds=(0,), **more):
-    given = dict(results=str(folder), random=5, samples=3, eval_seed=0, batch=200, train=[],
-                 arms=arms, seeds=seeds, per_gpu=1)
-    reproduce.do_all(SimpleNamespace(**given | more))
+@pytest.fixture
+def do(folder, calls):
+    """-> do_all of some arms, which gives the scripts that it ran"""
+    def do_all(*arms, seeds=(0,), **more):
+        given = dict(results=str(folder), random=5, samples=3, eval_seed=0, batch=200, train=[],
+                     arms=arms, seeds=seeds, per_gpu=1)
+        calls[0].clear()
+        reproduce.do_all(SimpleNamespace(**given | more))
+        return [words[0] for words in calls[0]]
+    return do_all
 
 
-def scripts(made):
-    """What was run since the last time."""
-    names = [words[0] for words in made]
-    made.clear()
-    return names
+TRAIN, ASK = ["train.py"], ["eval_niah.py"]
 
 
-def test_what_is_there_is_not_made_again(folder, calls, monkeypatch):
+def test_what_is_there_is_not_made_again(folder, calls, do, monkeypatch):
     """Hours of training repeated; half a run taken for a whole one; a new model's old answers."""
-    made, asked_before = calls
-    do_all(folder, "memory")
-    # the results there were of another model
-    assert scripts(made) == ["train.py", "train.py", "eval_niah.py", "eval_niah.py"]
+    assert do("memory") == 2 * TRAIN + 2 * ASK  # the results there were of another model
     # not memory-0, nor -2, half done
-    assert [file.stem for file in asked_before[0]] == ["attention-0", "attention-1", "memory-1"]
-    write(folder, "memory-0", answered(hits=True, random=5))
-    write(folder, "memory-0-more", answered(hits=False, random=0))
-    do_all(folder, "memory")
-    assert scripts(made) == []
-    do_all(folder, "memory", random=6)
-    assert scripts(made) == ["eval_niah.py"]  # -more has no draws
+    stay = [file.stem for file in calls[1][0]]
+    assert stay == ["attention-0", "attention-1", "memory-1"]
+    write(folder, memory_0=report(1, hits=True, random=5),
+          memory_0_more=report(1, hits=False, random=0))
+    assert do("memory") == []
+    assert do("memory", random=6) == ASK  # -more has no draws
     with monkeypatch.context() as patch:
         patch.setattr(runs, "prompts_of", lambda *_: {"niah_single_1": "another"})
-        do_all(folder, "memory")
-    assert scripts(made) == ["eval_niah.py", "eval_niah.py"]
+        assert do("memory") == 2 * ASK
     half = Path("out/reproduce/memory-0/step_0000001/train.json")
     half.write_text(half.read_text().replace('"step": 1280', '"step": 640'))
-    do_all(folder, "memory")
-    assert scripts(made) == ["train.py", "eval_niah.py", "eval_niah.py"]
+    assert do("memory") == TRAIN + 2 * ASK
 
 
-def test_answers_of_another_model_that_came_back_are_asked_anew(folder, calls):
+def test_answers_of_another_model_that_came_back_are_asked_anew(folder, do):
     """git checkout, or a second --results: reports, whole, but not of the model in out/."""
-    made, _ = calls
-    do_all(folder, "joint")
-    write(folder, "joint-0", answered(hits=False, random=0))
-    made.clear()
-    do_all(folder, "joint")
-    assert made == [] and (folder / "joint-0.json").exists()
-    write(folder, "joint-0-train", MADE)
-    do_all(folder, "joint")
-    assert scripts(made) == ["eval_niah.py"] and not (folder / "joint-0.json").exists()
+    do("joint")
+    write(folder, joint_0=report(1, hits=False, random=0))
+    assert do("joint") == [] and (folder / "joint-0.json").exists()
+    write(folder, joint_0_train=MADE)
+    assert do("joint") == ASK and not (folder / "joint-0.json").exists()
     assert json.loads((folder / "joint-0-train.json").read_text())["step"] == 1280
 
 
-def test_what_was_made_of_an_older_model_is_not_taken_for_new(folder, calls):
+def test_what_was_made_of_an_older_model_is_not_taken_for_new(calls, do):
     """Pretraining done again, and the answers of the model that was fine-tuned before it."""
-    made, _ = calls
-    do_all(folder, "attention", "converted")
+    do("attention", "converted")
     shutil.rmtree("out/reproduce/attention-0-pretrained")
-    made.clear()
     with pytest.raises(ValueError, match="attention-0 did not start from out/reproduce/attention-0-"
                                          "pretrained as it is now"):
-        do_all(folder, "attention")
-    assert made == []  # known before anything is trained
+        do("attention")
+    assert calls[0] == []  # known before anything is trained
     shutil.rmtree("out/reproduce/attention-0")
-    do_all(folder, "attention")
-    assert scripts(made) == ["train.py", "train.py", "eval_niah.py", "eval_niah.py"]
+    assert do("attention") == 2 * TRAIN + 2 * ASK
     with pytest.raises(ValueError, match="converted-0-pretrained did not start from"):
-        do_all(folder, "converted")
+        do("converted")
 
 
-def test_a_damaged_result_is_known_before_the_training(folder, calls):
-    made, _ = calls
+def test_a_damaged_result_is_known_before_the_training(folder, calls, do):
     for name in "memory-0-train", "memory-0-more", "memory-0", "attention-1":
         (folder / f"{name}.json").write_text("{")
         with pytest.raises(ValueError, match=f"{name}.json is damaged"):
-            do_all(folder, "memory")
-        assert made == []
+            do("memory")
+        assert calls[0] == []
 
 
-def test_a_trial_is_not_taken_for_the_run(folder, calls):
-    do_all(folder, "memory", train=["--steps=2", "--batch=2", "--device_batch=2"])
+def test_a_trial_is_not_taken_for_the_run_and_a_failure_is_named(do):
+    """A table of two steps; a failure whose log has to be looked for."""
+    do("memory", train=["--steps=2", "--batch=2", "--device_batch=2"])
     with pytest.raises(ValueError, match="steps=2"):
-        do_all(folder, "memory")
+        do("memory")
+    with pytest.raises(ValueError, match="long-0: train.py ended with code 3, .*long-0.log"):
+        do("long", train=["--steps=3"])
 
 
-def test_a_training_that_fails_is_named(folder, calls):
-    """A failure whose log has to be looked for."""
-    with pytest.raises(ValueError, match="memory-0: train.py ended with code 3, .*memory-0.log"):
-        do_all(folder, "memory", train=["--steps=3"])
-
-
-def test_brief_arms_are_asked_the_nine_alone(tmp_path, calls):
-    made, _ = calls
-    do_all(tmp_path / "new", "joint", "long")
-    asked = [words for words in made if words[0] == "eval_niah.py"]
-    assert [words[words.index("--methods") + 1:] for words in asked] == [reproduce.NINE] * 2
-
-
-def test_converted_models_come_after_those_they_start_from(tmp_path, calls):
-    made, _ = calls
+def test_converted_models_come_after_those_they_start_from(calls, do):
     with pytest.raises(ValueError, match="attention-0"):
-        do_all(tmp_path / "new", "converted", seeds=(0, 1))
-    do_all(tmp_path / "new", "converted", "attention", seeds=(0, 1))
-    flag = lambda name: [word for words in made if words[0] == "train.py" for word in words
+        do("converted", seeds=(0, 1))
+    do("converted", "attention", seeds=(0, 1))
+    flag = lambda name: [word for words in calls[0] if words[0] == "train.py" for word in words
                          if word.startswith(f"--{name}=")]
     assert flag("name") == [f"--name={arm}-{seed}{stage}" for arm in ("attention", "converted")
                             for seed in (0, 1) for stage in ("-pretrained", "")]
@@ -337,15 +303,17 @@ def test_converted_models_come_after_those_they_start_from(tmp_path, calls):
 def test_every_arm_is_two_commands_that_train_accepts():
     """A flag renamed in train.py alone; fine-tuning that has ARL, or differs between the arms."""
     tuning = set()
-    stages = lambda arm, *flags: reproduce.stages_of(arm, 0, SimpleNamespace(train=[*flags]))
+    stages = lambda arm, *flags: reproduce.stages_of(arm, 7, SimpleNamespace(train=[*flags]))
     for arm in reproduce.ARMS:
-        first, last = map(train.parse, stages(arm).values())
+        first, last = map(train.parse, stages(arm, "--lr=0.5").values())
         assert bool(first.arl) == (arm in ("memory", "converted"))
         assert bool(first.joint) == (arm == "joint")
         assert (first.batch, first.context_len, first.protocol) == (64, 1024, "sft")
-        assert first.name == f"{arm}-0-pretrained"
         assert (last.arl, last.joint, last.context_len) == (0, 0, 4096)
-        assert last.init == f"out/reproduce/{arm}-0-pretrained"
+        assert last.init == f"out/reproduce/{arm}-7-pretrained"
+        for settings, name in (first, f"{arm}-7-pretrained"), (last, f"{arm}-7"):
+            assert (settings.name, settings.out) == (name, "out/reproduce")
+            assert (settings.seed, settings.lr, settings.resume) == (7, 0.5, True)
         tuning.add(json.dumps(vars(last) | {"init": None, "name": None}))
     assert len(tuning) == 1
     for word in *runs.OURS, "--arl", "--joint":
