@@ -294,23 +294,23 @@ def test_jsonl_written_is_jsonl_read(tmp_path):
     examples = [make("niah_multiquery", 2048, index, max_new_tokens=128) for index in range(3)]
     path = tmp_path / "niah_multiquery" / "validation.jsonl"
     niah.write_jsonl(path, examples)
-    fields = json.loads(path.read_text().splitlines()[0]).keys()
-    assert fields == set(ORACLE["row"]) - {"length_w_model_temp"}
-    back = niah.read_jsonl(path, Bytes())
-    for field in "task", "prompt", "ids", "target", "answers", "spans":
-        assert [getattr(e, field) for e in back] == [getattr(e, field) for e in examples], field
+    assert json.loads(path.read_text().splitlines()[0]).keys() | {"length_w_model_temp"} == set(
+        ORACLE["row"])
+    for e, back in zip(examples, niah.read_jsonl(path, Bytes()), strict=True):
+        for field in "task", "prompt", "ids", "target", "answers", "spans":
+            assert getattr(back, field) == getattr(e, field), field
 
 
 def test_predictions_are_in_the_form_that_rulers_evaluation_reads(tmp_path):
     """evaluate.py finds a task by its file's name and stops at a line without `others`."""
-    tasks = ["niah_single_1"] * 2 + ["niah_multivalue"] * 2
-    examples = [make(task, 2048, index) for index, task in enumerate(tasks)]
+    tasks = "niah_multivalue", "niah_single_1"
+    examples = [make(task, 2048, index) for index in (0, 1) for task in tasks]
     niah.write_predictions(tmp_path, examples, [e.target for e in examples])
-    files = sorted(file.name for file in tmp_path.iterdir())
-    assert files == ["niah_multivalue.jsonl", "niah_single_1.jsonl"]
-    rows = [json.loads(line) for line in (tmp_path / files[0]).read_text().splitlines()]
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == [f"{task}.jsonl" for task in tasks]
+    rows = [json.loads(line) for line in files[0].read_text().splitlines()]
     fields = {"index", "pred", "input", "outputs", "others", "truncation", "length"}
-    for row, e in zip(rows, examples[2:], strict=True):
+    for row, e in zip(rows, examples[::2], strict=True):
         assert row.keys() == fields and row["others"].get("id", row["index"]) == row["index"]
         assert (row["pred"], row["outputs"]) == (e.target, e.answers)
 
@@ -342,16 +342,12 @@ def test_a_disk_that_fills_up_leaves_the_files_that_were_there(tmp_path, monkeyp
             return niah.write_jsonl(tmp_path / "new folder" / "a.jsonl", examples)
         niah.write_predictions(tmp_path, examples, [e.target for e in examples])
 
-    def kept():
-        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-
-    write_text = Path.write_text
-
-    def full(path, text, **how):
-        if "single" in path.name:
-            return write_text(path, text, **how)
-        write_text(path, text[:100], **how)
-        raise OSError(28, "No space left on device")
+    def full(path, text, write_text=Path.write_text, **how):
+        short = "single" not in path.name
+        write_text(path, text[:100] if short else text, **how)
+        if short:
+            raise OSError(28, "No space left on device")
+    kept = lambda: {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     save(seed=0)
     before = kept()
     with monkeypatch.context() as patch:
@@ -374,14 +370,13 @@ def test_every_reader_of_lines_takes_the_same_files(tmp_path, content):
              "text": f"{i}\u2028"} for i in range(2)]
     file = tmp_path / "niah_single_1.jsonl"
     file.write_bytes(content % tuple(json.dumps(row, ensure_ascii=False).encode() for row in rows))
-    readers = {"input": lambda: [e.prompt for e in niah.read_jsonl(file, Bytes())],
-               "text": lambda: [text for text, _ in shards.documents([file], "text")]}
-    for field, read in readers.items():
+    whole = file.read_bytes()
+    for field, read in (("input", lambda: [e.prompt for e in niah.read_jsonl(file, Bytes())]),
+                        ("text", lambda: [text for text, _ in shards.documents([file], "text")])):
+        file.write_bytes(whole)
         assert read() == [row[field] for row in rows]
-    number = file.read_bytes().count(b"\n") + 1
-    file.write_bytes(file.read_bytes() + b"{")  # lines that are skipped are counted
-    for read in readers.values():
-        refused(read, f"line {number}: not JSON")
+        file.write_bytes(whole + b"{")  # lines that are skipped are counted
+        refused(read, f"line {whole.count(10) + 1}: not JSON")
 
 
 def test_a_haystack_that_is_no_text_is_named(tmp_path):
@@ -435,12 +430,9 @@ def test_training_answers_are_right_and_weighted(tokenizer, context_len, many, p
 @pytest.mark.parametrize("context_len, least", [(256, 90), (512, 100)])
 def test_toy_lengths_hold_two_needles_and_an_answer(context_len, least):
     """The first third of a toy run is this short: a sample without an answer teaches nothing."""
-    whole = 0
-    for index in range(100):
-        tokens, weights = niah.training_sample(context_len, Bytes(), 0, index, many=1)
-        assert Bytes().decode(tokens).count("One of the special magic") >= 2
-        whole += ((weights == 1) & (tokens == 256)).any()
-    assert whole >= least
+    samples = [niah.training_sample(context_len, Bytes(), 0, index, many=1) for index in range(100)]
+    assert all(len(needles_in(Bytes().decode(tokens))) >= 2 for tokens, _ in samples)
+    assert sum(((weights == 1) & (tokens == 256)).any() for tokens, weights in samples) >= least
 
 
 def test_a_training_sample_depends_on_seed_and_index_only():

@@ -20,13 +20,14 @@ from infra import files
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    """A script of ours: it says "up", lives for so many seconds and ends with a code."""
+    """-> a job's script of ours: it says "up", lives for so many seconds and ends with a code"""
     # per_gpu jobs at a time, no more
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     file = tmp_path / "script.py"
     file.write_text("import sys, time\nprint('up', flush=True)\n"
                     "time.sleep(float(sys.argv[1]))\nsys.exit(int(sys.argv[2]))")
-    return str(file)
+    return lambda call, log, seconds=600, code=0: call([str(file), str(seconds), str(code)],
+                                                       tmp_path / f"{log}.log")
 
 
 def wait_for(condition):
@@ -40,51 +41,47 @@ def is_up(log):
     return log.exists() and "up" in log.read_text()
 
 
-def test_the_first_failure_ends_all(script, tmp_path):
-    """Hours of training after the failure, if its script runs, is about to, or waits its turn."""
-    ended, log = [], lambda name: tmp_path / f"{name}.log"
-
-    def fails(call):
-        wait_for(lambda: is_up(log("runs")))
-        call([script, "0", "3"], log("fails"))
-
-    def runs_on(call):
+def runs_on(script, ended):
+    """A job that lives until it is ended, and tells how."""
+    def job(call):
         try:
-            call([script, "600", "0"], log("runs"))
+            script(call, "runs")
         except ValueError as error:
             ended.append(str(error))
             raise
+    return job
+
+
+def test_the_first_failure_ends_all(script, tmp_path):
+    """Hours of training after the failure, if its script runs, is about to, or waits its turn."""
+    ended = []
+
+    def fails(call):
+        wait_for(lambda: is_up(tmp_path / "runs.log"))
+        script(call, "fails", 0, 3)
 
     def is_between(call):
-        call([script, "0", "0"], log("between"))
+        script(call, "between", 0)
         wait_for(lambda: ended)  # so all know of the failure
-        call([script, "600", "0"], log("second"))
-
-    def waits(call):
-        call([script, "600", "0"], log("third"))
+        script(call, "second")
     last_words = "fails: .* ended with code 3, its last words: up.*/fails.log"
     with pytest.raises(ValueError, match=last_words):
-        runs.on_all_gpus([fails, runs_on, is_between, waits], per_gpu=3)
-    assert "ended with code -15" in ended[0] and log("between").exists()
-    assert not log("second").exists() and not log("third").exists()
+        runs.on_all_gpus([fails, runs_on(script, ended), is_between,
+                          lambda call: script(call, "third")], per_gpu=3)
+    assert "ended with code -15" in ended[0]
+    assert {file.stem for file in tmp_path.glob("*.log")} == {"fails", "runs", "between"}
 
 
 def test_kill_ends_all_as_ctrl_c_does(script, tmp_path):
     """A training that goes on alone after its parent, and is started again beside itself."""
-    log, before, ended = tmp_path / "one.log", signal.getsignal(signal.SIGTERM), []
-
-    def job(call):
-        try:
-            call([script, "600", "0"], log)
-        except ValueError as error:
-            ended.append(str(error))
+    before, ended = signal.getsignal(signal.SIGTERM), []
 
     def kill():
-        wait_for(lambda: is_up(log))
+        wait_for(lambda: is_up(tmp_path / "runs.log"))
         os.kill(os.getpid(), signal.SIGTERM)
     threading.Thread(target=kill).start()
     with pytest.raises(KeyboardInterrupt):
-        runs.on_all_gpus([job])
+        runs.on_all_gpus([runs_on(script, ended)])
     assert "ended with code -15" in ended[0] and signal.getsignal(signal.SIGTERM) == before
 
 
@@ -104,6 +101,7 @@ def test_prompts_of_a_model_not_yet_made_are_those_it_is_asked(tmp_path, monkeyp
 
 
 def test_only_results_are_results(tmp_path):
+    """Another arm's, or another kind's, in a mean."""
     for name in ("memory-10", "memory-2", "memory-2-more", "memory-2-train", "no-arl-0", "memory",
                  "other-1"):
         (tmp_path / f"{name}.json").touch()
