@@ -16,12 +16,11 @@ thousand of each kernel.
 """
 import math
 import random
-from types import SimpleNamespace
 
 import torch
 from torch.nn import functional as F
 
-from conftest import DEVICE, LIMIT, error
+from conftest import DEVICE, FLOOR, LIMIT, error, layer_cache
 import kernels
 from memory import memory_scan as plain_scan
 from memory import memory_step
@@ -31,7 +30,6 @@ from triton_ops.dilated import dilated as dilated_attention
 from triton_ops.moba import moba_attend as attend_to_chosen
 
 BF16, FP32 = torch.bfloat16, torch.float32
-FLOOR = {FP32: 1e-6, BF16: 2e-3}  # conftest.assert_as_good's
 inf, nan = math.inf, math.nan
 shrink = 16 if DEVICE == "cpu" else 1  # of large sizes: the interpreter is slow
 KERNELS = {}                           # name -> fields, settings, function
@@ -153,10 +151,6 @@ def same_forced(scores, ref):
 
 # ---------------------------------------------------------------- the memory
 
-def plain_memory(k, v, gate, state=None):
-    return plain_scan(k, v, gate, state)
-
-
 @kernel("B KV D T dtype packed",
         (1, 1, 16, (1, 200), FP32, False), (2, 1, 64, (1, 600), BF16, True),
         (3, 2, 16, (100, 2000), FP32, True), (2, 3, 32, (1, 100), BF16, False),
@@ -186,7 +180,7 @@ def memory_scan(case, B, KV, D, T, dtype, packed):
         return [*with_gradients(kernels.memory_scan, inputs, (dk, dv, dstate)), *alone]
 
     def check(outs):
-        plain, exact = (with_gradients(plain_memory, x, (dk, dv, dstate))
+        plain, exact = (with_gradients(plain_scan, x, (dk, dv, dstate))
                         for x in (inputs, doubled(inputs)))
         names = ["k~", "v~", "state", "dk", "dv", "dgate", "dstate"][:len(plain)]
         return worst(names + names[:3], outs, plain + plain[:3], exact + exact[:3], dtype)
@@ -398,19 +392,17 @@ def draw_cache(case, H, KV, D, Tk, dtype, low=1, name="used", Tq=1):
     Tk, B = case.size("Tk", *Tk), case.size("B", 1, 4)
     used = case.lengths(name, B, Tk, low)
     q = draw(B, Tq, H + 2 * KV, D, dtype=dtype, seed=case.seed())[:, :, :H]
-    k, v = draw(2, B, Tk + 5, KV, D, dtype=dtype, seed=case.seed())[:, :, :Tk] + 0.5
+    k, v = (draw(2, B, Tk + 5, KV, D, dtype=dtype, seed=case.seed()) + 0.5)[:, :, :Tk]
     for x in k, v:
         x[torch.arange(Tk, device=DEVICE) >= used[:, None]] = nan
     case.rows(q, k, v)
     return q, k, v, used
 
 
-def layer_cache(k, v, used):
-    """k, v as sparse.py expects them: without garbage."""
-    filled = torch.arange(k.shape[1], device=DEVICE) < used[:, None]
-    k, v = (x.masked_fill(~filled[..., None, None], 0) for x in (k, v))
-    return SimpleNamespace(k=k, v=v, used=used, filled_slots=lambda: filled,
-                           positions_of=lambda slots: slots)
+def behind(k, v, end, value):
+    """k and v with this value in the slots from `end` on, which no query may read."""
+    late = (torch.arange(k.shape[1], device=DEVICE) >= end[:, None])[..., None, None]
+    return k.masked_fill(late, value), v.masked_fill(late, value)
 
 
 def bounds_of(k, used, block_size):
@@ -441,7 +433,7 @@ def quest_scores(case, H, KV, D, block_size, Tk, dtype):
     keep = case.pick("keep", (True, True), (False, False), (True, False), (False, True))
 
     def check(outs):
-        scores, cache = outs[0], layer_cache(k, v, used)
+        scores, cache = outs[0], layer_cache(*behind(k, v, used, 0), used)
         method = Quest(2 * block_size, block_size, *keep)
         free = method.score(q, cache.k, cache.filled_slots())  # (B, KV, 1, N)
         ref = method.forced(free, used).squeeze(2)
@@ -497,8 +489,7 @@ def quest_attend(case, H, KV, D, block_size, Tk, dtype):
         expected = chosen.long()[..., None] * block_size + torch.arange(block_size, device=DEVICE)
         unread = (chosen < 0)[..., None] | (expected >= used[:, None, None, None])
         assert torch.equal(slots, expected.masked_fill(unread, -1).flatten(2)), "reports others"
-        cache = layer_cache(k, v, used)
-        return compare(y, lambda *x: attend_to_slots(*x, slots), q, cache.k, cache.v)
+        return compare(y, lambda *x: attend_to_slots(*x, slots), q, *behind(k, v, used, 0))
     return lambda: list(quest.quest_attend(q, k, v, chosen, used, block_size)), check
 
 
@@ -507,9 +498,8 @@ def attend_slots(case, H, KV, D, _, Tk, dtype):
     q, k, v, used = draw_cache(case, H, KV, D, Tk, dtype)
 
     def check(outs):
-        cache = layer_cache(k, v, used)
-        keep = cache.filled_slots()[:, None, None]
-        return compare(outs[0], lambda *x: attend(*x, keep), q, cache.k, cache.v)
+        keep = (torch.arange(k.shape[1], device=DEVICE) < used[:, None])[:, None, None]
+        return compare(outs[0], lambda *x: attend(*x, keep), q, *behind(k, v, used, 0))
     return lambda: [quest.attend_slots(q, k, v, used)], check
 
 
@@ -523,7 +513,7 @@ def snapkv_scores(case, H, KV, D, W, kernel, Tk, dtype):
     q = 3 * q
 
     def check(outs):
-        scores, clean = outs[0], layer_cache(k, v, lengths).k
+        scores, (clean, _) = outs[0], behind(k, v, lengths, 0)
         method = SnapKV(W + 1, W, kernel)
         plain, exact = (method.score(*x, lengths) for x in ((q, clean), doubled((q, clean))))
         ref = method.forced(exact, lengths)
@@ -544,12 +534,6 @@ PROMPTS = (  # H KV D block_size S keep_first T dtype
     (4, 1, 64, 64, 2, True, (64, 1000), BF16), (1, 1, 128, 128, 2, True, (1, 2000), BF16),
     (1, 1, 16, 160, 2, True, (1, 1500), BF16),  # a block longer than a tile
     (3, 1, 32, 32, 6, True, (1, 1000), BF16), (1, 1, 64, 64, 8, True, (4000, 6000), BF16))
-
-
-def behind(k, v, end, value):
-    """k and v with this value in the slots from `end` on, which no query may read."""
-    late = (torch.arange(k.shape[1], device=DEVICE) >= end[:, None])[..., None, None]
-    return k.masked_fill(late, value), v.masked_fill(late, value)
 
 
 def draw_prompt(B, Tq, H, KV, D, Tk, dtype, seed):
@@ -663,17 +647,21 @@ PATTERNS = {  # dilation, local, initial
     "arl": (8, 0, 0), "sparse chunks": (16, 0, 0), "all three": (8, 5, 3),
     "streaming": (None, 6, 2), "own only": (None, 0, 0), "dense": (1, 0, 0),
     "wide window": (4, 40, 0), "initial beyond a chunk": (64, 16, 70),
+    "everything": (None, 2**40, 2**40), "far": (2**40, 20, 30),
 }
 ARL, RATPLUS = (64, 0, 0), (16, 256, 4)  # as the paper has them
 
 
-def dilated_prompt(pattern):
-    """sparse.Dilated of a whole prompt; written out for fp64, which its own form rounds to fp32."""
+def plainly_dilated(pattern, start):
+    """sparse.Dilated; written out for fp64, which its own form rounds to fp32. Padding gives 0."""
     def attention(q, k, v):
+        slot = query_slots(q, start)
         if q.dtype != torch.float64:
-            return Dilated(*pattern).prefill(q, k, v, 0, None)[0]
-        slot = torch.arange(q.shape[1], device=DEVICE)
-        return attend(q, k, v, Dilated(*pattern).pattern(slot[:, None], slot))
+            y, _ = Dilated(*pattern).prefill(q, k, v, start, None)
+        else:
+            key = torch.arange(k.shape[1], device=DEVICE)
+            y = attend(q, k, v, Dilated(*pattern).pattern(slot[:, None, :, None], key))
+        return y.where((slot < k.shape[1])[..., None, None], 0)
     return attention
 
 
@@ -702,7 +690,7 @@ def dilated(case, H, KV, D, pattern, T, dtype):
     start = torch.zeros(B, dtype=torch.long, device=DEVICE)
 
     def check(outs):
-        plain, exact = (with_gradients(dilated_prompt(pattern), x, [dy])
+        plain, exact = (with_gradients(plainly_dilated(pattern, start), x, [dy])
                         for x in ((q, k, v), doubled((q, k, v))))
         return worst(("y", "dq", "dk", "dv"), outs, plain, exact, dtype)
     ours = lambda *x: dilated_attention(*x, start, *pattern)
@@ -725,17 +713,9 @@ def dilated_step(case, H, KV, D, pattern, Tk, dtype):
     case.rows(q, k, v)
     clean = behind(k, v, start + Tq, 0)
     k, v = behind(k, v, start + Tq, nan)
-    slot = torch.arange(Tk, device=DEVICE)
-    of_query = query_slots(q, start)                     # (B, Tq)
-    real = (of_query < Tk)[..., None, None]              # what padding gets is only finite
-
-    def plain(q, k, v):
-        if q.dtype != torch.float64:
-            return Dilated(*pattern).prefill(q, k, v, start, None)[0].where(real, 0)
-        keep = Dilated(*pattern).pattern(of_query[:, None, :, None], slot)
-        return attend(q, k, v, keep).where(real, 0)
+    real = (query_slots(q, start) < Tk)[..., None, None]  # what padding gets is only finite
 
     def check(outs):
         assert outs[0].isfinite().all(), "padding is not finite"
-        return compare(outs[0].where(real, 0), plain, q, *clean)
+        return compare(outs[0].where(real, 0), plainly_dilated(pattern, start), q, *clean)
     return lambda: [dilated_attention(q, k, v, start, *pattern)], check

@@ -44,13 +44,12 @@ import triton  # noqa: E402
 import kernel_cases  # noqa: E402
 from infra.cli import made_by, natural, positive  # noqa: E402
 from infra.files import load, save  # noqa: E402
-from kernel_cases import BF16, FP32, KERNELS, Case  # noqa: E402
+from kernel_cases import KERNELS, Case  # noqa: E402
 from triton_ops import backend  # noqa: E402
 
 ON_GPU = DEVICE == "cuda"
 if ON_GPU and CHECKED:
     kernel_cases.shrink = 8
-NAMES = {BF16: "bf16", FP32: "fp32"}
 BUSY = torch.ones(2**24, device=DEVICE) if ON_GPU else None
 SIDE = torch.cuda.Stream() if ON_GPU else None
 
@@ -94,11 +93,9 @@ def run_case(name, index, seed, row):
         try_case(*make(case, *setting), row)
     except Exception as error:  # whatever it is, the other cases are run
         row["failures"] += 1
-        # ranges give way to what was drawn
-        values = {field: NAMES.get(value, value) for field, value in zip(fields, setting)}
-        drawn = " ".join(f"{key}={value}" for key, value in (values | case.drawn).items())
+        values = dict(zip(fields, setting)) | case.drawn  # ranges give way to what was drawn
+        drawn = " ".join(f"{key}={value}" for key, value in values.items()).replace(", ", ",")
         reason = (str(error).strip() or "?").splitlines()[0][:300]
-        drawn = drawn.replace(", ", ",")
         print(f"FAILED {name} {index}: {drawn}: {type(error).__name__}: {reason}", flush=True)
         end_if_the_gpu_is_gone(name, index)
     row["seconds"] += time.time() - started

