@@ -7,34 +7,30 @@ What cannot be had, and is not asked for here: products q . k, RMSNorm's squares
 weighted rows overflow where their value does; torch's scaled_dot_product_attention already where a
 sum of values does (test_plain_attention_of_large_values).
 """
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from conftest import DEVICE, assert_close, draw_tokens, error, times, tiny
+from conftest import DEVICE, assert_close, draw_tokens, error, layer_cache, times, tiny
 
 pytest.importorskip("triton", reason="half of this file is about the kernels")
 import kernels  # noqa: E402
-from cache import LayerCache  # noqa: E402
 from infra.init import fresh, memory_tensors  # noqa: E402
 from infra.loss import chunk_loss, weighted_loss  # noqa: E402
+from kernel_cases import BF16, FP32, draw as normal, inf, nan, with_gradients  # noqa: E402
 from memory import Decay, effective_length, memory_loop, memory_scan, memory_step  # noqa: E402
 from model import Transformer  # noqa: E402
 from sparse import NEVER, Dense, Dilated, MoBA, Quest, SnapKV, attend, compose, name  # noqa: E402
 from triton_ops import backend, block, dilated, moba, moba_route, quest  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-FP32, BF16 = torch.float32, torch.bfloat16
-inf, nan = torch.inf, torch.nan
 LARGE = 3.38e38  # the largest bf16 number is 3.39e38, the largest fp32 number 3.40e38
 TILE = kernels.TILE["ROWS"] * kernels.TILE["STRIPS"]
 dtypes = pytest.mark.parametrize("dtype", [FP32, BF16])
 dtypes_if_slow = pytest.mark.parametrize("dtype", times([FP32], [FP32, BF16]))
-
-
-def normal(*shape, seed=0, dtype=FP32):
-    source = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=source).to(DEVICE, dtype)
 
 
 def pick(values, like, seed):
@@ -52,13 +48,15 @@ def assert_right(out, ref, dtype, what="y", terms=0.0):
 
 # ---------------------------------------------------------------- the forms of the memory
 
-def step_by_step(k, v, gate, state):
-    """memory_step over a whole sequence."""
-    outs = []
-    for now in zip(*(x.split(1, dim=1) for x in (k, v, gate))):
-        *out, state = memory_step(*now, state)
-        outs.append(torch.stack(out))
-    return *torch.cat(outs, dim=2), state
+def in_pieces(form, length):
+    """The form over one piece of a sequence after the other."""
+    def whole(k, v, gate, state):
+        outs = []
+        for now in zip(*(x.split(length, dim=1) for x in (k, v, gate))):
+            *out, state = form(*now, state)
+            outs.append(torch.stack(out))
+        return *torch.cat(outs, dim=2), state
+    return whole
 
 
 def fused_steps(k, v, gate, state):
@@ -74,7 +72,7 @@ def fused_steps(k, v, gate, state):
 
 
 FORMS = {"loop": memory_loop, "scan": memory_scan, "kernel": kernels.memory_scan,
-         "step": step_by_step, "fused step": fused_steps}  # the last has no gradients
+         "step": in_pieces(memory_step, 1), "fused step": fused_steps}  # the last has no gradients
 forms = pytest.mark.parametrize("name", FORMS)
 NAMES = "k~", "v~", "state", "dk", "dv", "dgate", "dstate"
 
@@ -98,14 +96,11 @@ def large_for(name):
     return 1e37 if name in ("loop", "step") else LARGE
 
 
-def run(form, k, v, gate, state, dk, dv, dstate):
+def run(form, k, v, gate, state, *gradients):
     """k~, v~, last state and, but for the fused step, the gradients of k, v, gate and state."""
-    inputs = [x.detach().requires_grad_(form is not fused_steps) for x in (k, v, gate, state)]
-    outputs, gradients = form(*inputs), ()
-    if form is not fused_steps:
-        given = dk, dv, dstate.to(outputs[2].dtype)
-        gradients = torch.autograd.grad(outputs, inputs, given)
-    return [*(x.detach() for x in outputs), *gradients]
+    if form is fused_steps:
+        return form(k, v, gate, state)
+    return with_gradients(form, (k, v, gate, state), gradients)
 
 
 def exactly(*inputs):
@@ -173,37 +168,10 @@ def test_a_gate_of_zero_gives_x_bit_for_bit(name, dtype):
     assert torch.equal(k_mem, k) and torch.equal(v_mem, v)
     assert torch.equal(last, torch.stack([k, v])[:, :, -1].float())
     if grads:
-        for d, given in zip(grads, gradients[:2]):
-            assert torch.equal(d[:, :-1], given[:, :-1])
-        dgate, dstate = grads[2:]
+        *d, dgate, dstate = grads
+        assert all(torch.equal(x[:, :-1], given[:, :-1]) for x, given in zip(d, gradients))
         assert dgate.isfinite().all() and (dstate.abs() < 1e-37).all()
         assert (dgate[..., 10:] == 0).all() and (dstate[..., 10:] == 0).all()
-
-
-@forms
-def test_padding_changes_nothing(name):
-    """A gate of +inf over whatever finite padding holds, in values and gradients."""
-    k, v, gate, state, *gradients = draw(name, 3, seed=3)
-    large = large_for(name)
-    for b, length in enumerate((k.shape[1], 4, 0)):
-        gate[b, length:] = inf
-        for x in k, v:
-            x[b, length:] = pick([-large, large, 0, 1], x[b, length:], b)
-        for x in gradients[:2]:
-            x[b, length:] = 0
-    padded = run(FORMS[name], k, v, gate, state, *gradients)
-    assert all(x.isfinite().all() for x in padded)
-    assert all((x[2] == 0).all() for x in padded[3:6]) and torch.equal(padded[2][:, 2], state[:, 2])
-
-    dk, dv, dstate = gradients  # of the second row alone, without padding
-    alone = run(FORMS[name], *(x[1:2, :4] for x in (k, v, gate)), state[:, 1:2], dk[1:2, :4],
-                dv[1:2, :4], dstate[:, 1:2])
-    for what, out, ref in zip(NAMES, padded, alone):
-        own = out[:, 1:2] if "state" in what else out[1:2, :4]
-        assert_close(own, ref, atol=1e-6, what=what)
-        if "state" not in what:
-            behind = torch.zeros_like(out[1:2, 3:4]) if what[0] == "d" else out[1:2, 3:4]
-            assert (out[1:2, 4:] == behind).all(), f"{what} at padding"
 
 
 @dtypes
@@ -225,46 +193,26 @@ def test_memory_of_the_largest_numbers(name, dtype):
 
 
 @dtypes_if_slow
-@forms
+@pytest.mark.parametrize("name", ["loop", "scan", "step"])  # of the kernels test_kernels.py has it
 def test_nan_in_memory_stays_in_its_row(name, dtype):
-    """A tile, a strip or a state of another row in a sum; backward too."""
-    inputs = draw(name, 3, dtype, seed=14)
-    axes = 0, 0, 0, 1, 0, 0, 1
+    """A state of another row in a sum; backward too."""
+    inputs, axes = draw(name, 3, dtype, seed=14), (0, 0, 0, 1, 0, 0, 1)
     spoilt = [spoil(x, 1, axis, i) for i, (x, axis) in enumerate(zip(inputs, axes))]
-    for what, out, ref in zip(NAMES, run(FORMS[name], *spoilt), run(FORMS[name], *inputs)):
-        if "state" in what:
-            out, ref = out.transpose(0, 1), ref.transpose(0, 1)
+    for what, *pair in zip(NAMES, run(FORMS[name], *spoilt), run(FORMS[name], *inputs)):
+        out, ref = (x.transpose(0, 1) if "state" in what else x for x in pair)
         assert torch.equal(out[::2], ref[::2]), what
-        assert not out[1].isfinite().all() or what == "dgate"
 
 
 # ---------------------------------------------------------------- 131,072 steps
 
-LONG = 131072
 KINDS = "drawn", "g = 0.99", "g = 0.9999", "g = 1 - 1e-6"  # a head for each
-PIECE = 128  # autograd writes all of a loop's gate gradient at each of its steps
+# autograd writes all of a loop's gate gradient at each of its steps, and keeps all that it needs
+LOOP = in_pieces(partial(checkpoint, memory_loop, use_reentrant=False), 128)
 
 
-def whole(form, k, v, gate, dk, dv):
+def from_zero(form, k, v, gate, dk, dv):
     state = torch.zeros(2, 1, *k.shape[2:], dtype=torch.promote_types(k.dtype, FP32), device=DEVICE)
     return run(form, k, v, gate, state, dk, dv, torch.zeros_like(state))[:6]
-
-
-def in_pieces(form, *inputs):
-    """`whole` of one piece after the other, and backwards from the last to the first."""
-    pieces, state = list(zip(*(x.split(PIECE, dim=1) for x in inputs))), None
-    starts, outs, grads = [], [], []
-    with torch.no_grad():
-        for piece in pieces:
-            starts.append(state)
-            *out, state = form(*piece[:3], state)
-            outs.append(torch.stack(out))
-    dstate = torch.zeros_like(state)
-    for piece, start in zip(reversed(pieces), reversed(starts)):
-        start = dstate * 0 if start is None else start
-        *some, dstate = run(form, *piece[:3], start, *piece[3:], dstate)[3:]
-        grads.append(torch.stack(some))
-    return *torch.cat(outs, dim=2), state, *torch.cat(grads[::-1], dim=2)
 
 
 def errors(outs, refs):
@@ -274,7 +222,7 @@ def errors(outs, refs):
             for what, out, ref in zip(NAMES, outs, refs)}
 
 
-@pytest.mark.parametrize("T", [1024, *times([], [8192, LONG])])
+@pytest.mark.parametrize("T", [1024, *times([], [8192, 131072])])
 def test_errors_grow_with_length_no_faster_than_the_loops(T):
     """
     Decays multiplied, or terms summed, so that errors add up over 131,072 steps where the loop's,
@@ -286,19 +234,18 @@ def test_errors_grow_with_length_no_faster_than_the_loops(T):
     # of mean 0 and 1: a sum of many rounding errors of one sign shows
     inputs = k + 1, v + 0.1, gate, dk + 1, dv
     doubles = [x.double() for x in inputs]
-    exact = whole(memory_scan, *doubles)  # test_memory.py holds it to the loop in fp64
-    loop, right = (errors(in_pieces(memory_loop, *x), exact) for x in (inputs, doubles))
+    exact = from_zero(memory_scan, *doubles)  # test_memory.py holds it to the loop in fp64
+    loop, right = (errors(from_zero(LOOP, *x), exact) for x in (inputs, doubles))
     assert max(x.max() for x in right.values()) < 1e-10
     for name in "scan", "kernel":
         with pytest.MonkeyPatch.context() as patch:
             if DEVICE == "cpu":  # the interpreter's time goes by rows, one after the other
                 patch.setitem(kernels.TILE, "STRIPS", 128)
                 patch.setitem(kernels.TILE, "ROWS", max(4, T // 512))
-            form = errors(whole(FORMS[name], *inputs), exact)
+            form = errors(from_zero(FORMS[name], *inputs), exact)
         for what, ours in form.items():
-            print(f"{name}, {T=:7,}, {what:6}: {ours.tolist()} for {KINDS}, "
-                  f"the loop's {loop[what].tolist()}")
-            assert (ours <= 2 * loop[what] + 1e-7).all(), f"{name}: {what} at {T=}"
+            print(name, T, what, KINDS, ours.tolist(), "the loop's:", loop[what].tolist())
+            assert (ours <= 2 * loop[what] + 1e-7).all(), f"{name}: {what}"
 
 
 # ---------------------------------------------------------------- the largest numbers in attention
@@ -310,11 +257,9 @@ def values(like, signs, seed=7):
     return pick([-3.3e38, 3.3e38], like, seed)
 
 
-def draw_qkv(B, Tq, H, KV, dtype=FP32, Tk=None, seed=0, D=16):
-    Tk = Tk or Tq
-    x = normal(B, H + 2 * KV, max(Tq, Tk), D, seed=seed, dtype=dtype).transpose(1, 2)
-    q, k, v = x.split([H, KV, KV], dim=2)
-    return q[:, :Tq].contiguous(), k[:, :Tk].contiguous(), v[:, :Tk].contiguous()
+def draw_qkv(B, Tq, H, KV, dtype=FP32, Tk=None, seed=0):
+    q, kv = normal(B, Tq, H, 16, seed=seed), normal(2, B, Tk or Tq, KV, 16, seed=seed + 1)
+    return q.to(dtype), *kv.to(dtype)
 
 
 def softmax_over(q, k, v, keep):
@@ -327,17 +272,12 @@ def softmax_over(q, k, v, keep):
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
-def gradients_of(f, q, k, v, dy):
-    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    y = f(*inputs)
-    return y.detach(), *torch.autograd.grad(y, inputs, dy.to(y.dtype))
-
-
 def assert_attention(f, q, k, v, keep):
     """f is softmax_over(keep), with gradients for dy that keep dy . v finite."""
     dy = normal(*q.shape, seed=1) * 1e-4
-    ours = gradients_of(f, q, k, v, dy)
-    exact = gradients_of(lambda *x: softmax_over(*x, keep), q.double(), k.double(), v.double(), dy)
+    ours = with_gradients(f, (q, k, v), [dy])
+    exact = with_gradients(lambda *x: softmax_over(*x, keep), (q.double(), k.double(), v.double()),
+                           [dy])
     # of equal values dq and dk are 0: all dy . v - dy . y cancel
     terms = 0.0 if (v != v[:1, :1, :1, :1]).any() else 1e-4 * LARGE
     for what, out, ref in zip(("y", "dq", "dk", "dv"), ours, exact):
@@ -475,11 +415,6 @@ def who(request, monkeypatch):
     return request.param
 
 
-def layer(k, v, used):
-    """A LayerCache of k, v (B, Tk, KV, D) with `used` slots filled."""
-    return LayerCache(k, v, used, True, None, None, lambda size: quest.block_bounds(k, used, size))
-
-
 def lists(x):
     """(B, KV, ..., S) -> the rows, without -1."""
     return [[n for n in row if n >= 0] for row in x.flatten(0, -2).tolist()]
@@ -499,41 +434,35 @@ tie_dtypes = pytest.mark.parametrize("dtype", times([BF16], [FP32, BF16]))
 
 @tie_dtypes
 @TIES
-def test_ties_in_a_decoding_step(q_size, spread, dtype, who):
-    """Of equal scores too many, one twice, an unfilled slot, or others at the next call."""
-    q, k, v = draw_qkv(3, 1, 4, 2, dtype, Tk=75, seed=12)
-    q, k = q * q_size, k[:, :1] + (k - k[:, :1]) * spread
-    used = torch.tensor([75, 64, 3], device=DEVICE)
-    for method in Quest(24, 8), Quest(24, 8, False, False), Dilated(8, 5, 2):
-        y, selected = repeats(method, "decode", v, q, layer(k, v, used))
-        read = torch.zeros(3, 2, 76, dtype=torch.bool, device=DEVICE)
-        read = read.scatter(2, selected.where(selected >= 0, 75).long(), True)[..., None, :75]
-        assert_right(y, softmax_over(q, k, v, read), dtype)
+def test_ties(q_size, spread, dtype, who):
+    """
+    Of equal scores too many, one twice, a slot that is not filled or a later block, entries out of
+    order, or others at the next call.
+    """
+    T, used = 29, torch.tensor([75, 64, 3], device=DEVICE)
+    q, k, v = draw_qkv(3, T, 4, 2, dtype, Tk=75, seed=13)
+    q, k, slot = q * q_size, k[:, :1] + (k - k[:, :1]) * spread, torch.arange(75, device=DEVICE)
+    for first in True, False:
+        method = Quest(24, 8, first, first)
+        y, selected = repeats(method, "decode", v, q[:, -1:], layer_cache(k, v, used))
+        read = (selected.unsqueeze(-1) == slot).any(2)[:, :, None]                 # (B, KV, 1, Tk)
+        assert_right(y, softmax_over(q[:, -1:], k, v, read), dtype)
         for i, row in enumerate(lists(selected)):
             n = used[i // 2].item()
             assert len(row) == len(set(row)) and max(row) < n
-            if isinstance(method, Dilated):
-                assert len(row) == method.pattern(n - 1, torch.arange(n)).sum()
-                continue
             assert 24 - 7 <= len(row) <= 24 or len(row) == n  # the last block may be partly filled
-            assert {0, n - 1} <= set(row) or not method.keep_first
+            assert {0, n - 1} <= set(row) or not first
 
-
-@tie_dtypes
-@TIES
-def test_ties_in_a_prompt(q_size, spread, dtype, who):
-    """As in a step; MoBA's blocks no later than the query's own, SnapKV's entries in order."""
-    T, lengths = 29, torch.tensor([29, 17], device=DEVICE)
-    q, k, v = draw_qkv(2, T, 2, 1, dtype, seed=13)
-    q, k, slot = q * q_size, k[:, :1] + (k - k[:, :1]) * spread, torch.arange(T, device=DEVICE)
-    for method in MoBA(24, 8), MoBA(24, 8, keep_first=False):
-        y, chosen = repeats(method, "prefill", v, q, k, v, 0, None)
+    q, k, v, slot = q[:2, :, :2], k[:2, :T, :1], v[:2, :T, :1], slot[:T]
+    for first in True, False:
+        y, chosen = repeats(MoBA(24, 8, first), "prefill", v, q, k, v, 0, None)
         for i, row in enumerate(lists(chosen)):
             own = i % T // 8
             assert len(row) == len(set(row)) == min(3, own + 1) and max(row) == own
-            assert 0 in row or not method.keep_first
+            assert 0 in row or not first
         keep = (chosen.unsqueeze(-1) == slot // 8).any(3) & (slot <= slot[:, None])  # (B, KV, T, T)
         assert_right(y, softmax_over(q, k, v, keep), dtype)
+    lengths = torch.tensor([T, 17], device=DEVICE)
     window = torch.stack([q[b, n - 6:n] for b, n in enumerate(lengths.tolist())])
     kept = repeats(SnapKV(20, 6), "compress", v, window, k, v, lengths, None)
     for n, row in zip(lengths.tolist(), lists(kept)):
@@ -557,52 +486,37 @@ def spoil(x, row, axis=0, seed=0):
 
 EACH = [Dense(), Quest(24, 8), MoBA(24, 8), SnapKV(20, 6), Dilated(8, 5, 2), Dilated(8, 0, 0)]
 each = pytest.mark.parametrize("method", EACH, ids=name)
-
-
-def after_a_prompt(method, q, k, v, used, cache=None):
-    """
-    The last chunk of a prompt, compression and a decoding step: all results, batch first. cache:
-    the step's k, v; None: these.
-    """
-    chunk = torch.stack([q[b, n - 10:n] for b, n in enumerate(used.tolist())])
-    y, blocks = backend.hook(method, "prefill", v)(chunk, k, v, used - 10, None)
-    kept = backend.hook(method, "compress", v)(chunk, k, v, used, None)
-    cache = layer(*(cache or (k, v)), used)
-    step, selected = backend.hook(method, "decode", v)(chunk[:, -1:], cache)
-    return [x for x in (y, blocks, kept, step, selected) if x is not None]
+PHASES = "prefill", "compress", "decode"
 
 
 @dtypes_if_slow
 @each
-def test_nan_in_attention_stays_in_its_row(method, dtype, who):
-    """A NaN in another row's tile, softmax or selection, or left where its results go."""
-    inputs = draw_qkv(3, 27, 2, 1, dtype, seed=15)
-    used, results = torch.tensor([27, 25, 12], device=DEVICE), []
+def test_nan_in_attention_stays_where_it_is(method, dtype, who):
+    """
+    A NaN in another row's tile, softmax or selection, or left where its results go; a slot that a
+    row has not filled, in a tile or a mask with those it has: 0 * NaN is NaN. In PyTorch's steps,
+    where to mask such slots would be to copy them all, the cache sees to it: it begins as zeros, is
+    cleared to zeros, and takes real tokens only.
+    """
+    inputs, used = draw_qkv(3, 27, 2, 1, dtype, seed=15), torch.tensor([25, 27, 12], device=DEVICE)
+    empty = (torch.arange(27, device=DEVICE) >= used[:, None])[..., None, None]
+    junk = pick(BAD, inputs[2], 16)
+    junk[0] = LARGE
     spoilt = [spoil(x, 1, seed=i) for i, x in enumerate(inputs)]
-    for q, k, v in spoilt, inputs:
-        prefill = backend.hook(method, "prefill", v)
-        whole = gradients_of(lambda *x: prefill(*x, 0, None)[0], q, k, v, torch.ones_like(q))
-        results.append([*whole, *after_a_prompt(method, q, k, v, used)])
-    for i, (out, ref) in enumerate(zip(*results, strict=True)):
-        assert torch.equal(out[::2], ref[::2]), i
 
+    def results(q, k, v, behind):
+        prefill, compress, decode = (backend.hook(method, phase, v) for phase in PHASES)
+        stored = [x.where(~empty, behind) for x in (k, v)]
+        cache = layer_cache(*((k, v) if who == "torch" else stored), used)
+        chunk = torch.stack([q[b, n - 10:n] for b, n in enumerate(used.tolist())])
+        whole = lambda *x: prefill(*x, 0, None)[0]
+        found = [*with_gradients(whole, (q, k, v), [torch.ones_like(q)]),
+                 *prefill(chunk, *stored, used - 10, None),
+                 compress(chunk, *stored, used, None), *decode(chunk[:, -1:], cache)]
+        return [x[::2] for x in found if x is not None]
 
-@each
-def test_nan_behind_the_last_query_reaches_none(method, who):
-    """
-    Slots that a row has not filled, in a tile or a mask with those it has: 0 * NaN is NaN. In
-    PyTorch's steps, where to mask them would be to copy them all, the cache sees to it: it begins
-    as zeros, is cleared to zeros, and takes real tokens only.
-    """
-    q, k, v = draw_qkv(3, 27, 2, 1, seed=16)
-    used = torch.tensor([27, 25, 12], device=DEVICE)
-    behind = (torch.arange(27, device=DEVICE) >= used[:, None])[..., None, None]
-    clean = after_a_prompt(method, q, k, v, used)
-    for junk in times([nan], BAD):
-        stored = [x.masked_fill(behind, junk) for x in (k, v)]
-        spoilt = after_a_prompt(method, q, *stored, used, (k, v) if who == "torch" else None)
-        for i, (out, ref) in enumerate(zip(spoilt, clean, strict=True)):
-            assert torch.equal(out, ref), f"{junk}: {i}"
+    for i, pair in enumerate(zip(results(*spoilt, junk), results(*inputs, 0 * inputs[2]))):
+        assert torch.equal(*pair), i
 
 
 def test_what_does_not_count_does_not_reach_the_loss(monkeypatch):
