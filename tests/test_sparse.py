@@ -425,7 +425,7 @@ def test_parse_takes_or_refuses_any_text(text):
     "dense:budget=64": ["dense", "'budget'", "none"],
     "quest:budget=many": ["budget=many", "1/16"],
     "quest:budget=-64": ["budget=-64"],
-    "quest:budget=1.5": ["budget=1.5"],
+    "quest:budget=1.5": ["budget=1.5", "integer"],
     "quest:budget=²": ["budget=²", "integer"],
     "quest:budget=1/0": ["budget=1/0"],
     "quest:budget": ["budget"],
