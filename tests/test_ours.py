@@ -50,8 +50,12 @@ def test_saving_leaves_files_of_other_names(tmp_path, monkeypatch):
     assert torch.equal(Transformer.from_pretrained(tmp_path).norm.weight, tiny(3).norm.weight)
 
 
-def write(name, text):
-    return lambda folder: (folder / name).write_text(text)
+def written(name, text):
+    """A change to a folder: this file is written."""
+    def change(folder):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    return change
 
 
 def edited(folder):
@@ -59,26 +63,26 @@ def edited(folder):
     file.write_text(file.read_text().replace("10000.0", "5.0"))
 
 
-def anew(make, *args):
-    return lambda folder: (shutil.rmtree(folder), make(folder, *args))
+def anothers(n_files):
+    """A model of somebody else's takes the place of ours."""
+    return lambda folder: (shutil.rmtree(folder), foreign(folder, n_files))
 
 
-def a_file(folder):
-    return next(folder.glob("model*.safetensors"))
+def rewritten(folder):
+    tensors(folder, lambda found: None, next(folder.glob("model*.safetensors")).name)
 
 
 NINTH = "model-00001-of-00009.safetensors"
 IN_THE_WAY = {  # of one file, and of shards
-    "another's model": anew(foreign, 1),
-    "another's shards": anew(foreign, 3),
-    "another's config": write("config.json", '{"model_type": "bert"}'),
+    "another's model": anothers(1),
+    "another's shards": anothers(3),
+    "another's config": written("config.json", '{"model_type": "bert"}'),
     "a config that was edited": edited,
-    "a config that is no JSON": write("config.json", "my notes"),
-    "weights under our name": lambda folder: tensors(folder, lambda found: None,
-                                                     a_file(folder).name),
-    "a shard more": write(NINTH, "half of a download"),
-    "an index": write(INDEX, '{"weight_map": {"a": "theirs.safetensors"}}'),
-    "an index that is none": write(INDEX, "[]"),
+    "a config that is no JSON": written("config.json", "my notes"),
+    "weights under our name": rewritten,
+    "a shard more": written(NINTH, "half of a download"),
+    "an index": written(INDEX, '{"weight_map": {"a": "theirs.safetensors"}}'),
+    "an index that is none": written(INDEX, "[]"),
     "a link to another's": lambda folder: (folder / NINTH).symlink_to("gone"),
 }
 
@@ -131,54 +135,38 @@ def test_another_tokenizer_in_the_way_is_left(tmp_path):
 FIRST = "step_0000001"
 
 
-def user_model(run):
-    foreign(run / FIRST, 1)
-
-
-def with_notes(run):
-    (run / FIRST / "notes.txt").write_text("lr was wrong here")
-
-
 def elsewhere(run):
     """A checkpoint moved to another disk, a link in its place."""
     shutil.move(run / FIRST, run.parent / "disk")
     (run / FIRST).symlink_to(run.parent / "disk")
 
 
-def edited_one(run):
-    edited(run / FIRST)
+def in_place_of_ours(change):
+    return lambda run: (change(run), shutil.rmtree(run / FIRST))
 
 
 def copies(run):
     for name in "step_0000500_best", f"{FIRST}.bak", ".step_mine.tmp", "best":
         shutil.copytree(run / FIRST, run / name)
-    shutil.rmtree(run / FIRST)
 
 
-def in_temporary(run):
-    """A user who looked into what a kill had left."""
-    (run / ".step_0000009.tmp").mkdir()
-    (run / ".step_0000009.tmp" / "why.txt").write_text("?")
-    shutil.rmtree(run / FIRST)
+USERS = {
+    "notes": written(f"{FIRST}/notes.txt", "lr was wrong here"),
+    "a link": elsewhere,
+    "an edited config": lambda run: edited(run / FIRST),
+    "copies": in_place_of_ours(copies),
+    "in what a kill had left": in_place_of_ours(written(".step_0000009.tmp/why.txt", "?")),
+    "under the next name": in_place_of_ours(written("step_0000004/samples.txt", "texts")),
+    "a model": lambda run: anothers(1)(run / FIRST),
+}
 
 
-def under_the_next_name(run):
-    (run / "step_0000004").mkdir()
-    (run / "step_0000004" / "samples.txt").write_text("texts")
-    shutil.rmtree(run / FIRST)
-
-
-USERS = [with_notes, elsewhere, edited_one, copies, in_temporary, under_the_next_name, user_model]
-
-
-@pytest.mark.parametrize("put", USERS)
-def test_a_run_deletes_no_file_of_the_users(put, tmp_path):
+@pytest.mark.parametrize("what", USERS)
+def test_a_run_deletes_no_file_of_the_users(what, tmp_path):
     """Notes in a checkpoint, or a copy of it, deleted with the oldest; a save that fails for it."""
     run, ours = tmp_path / "run", made()
-    run.mkdir()
-    if put is not user_model:
-        save_checkpoint(run, *ours, 1)
-    put(run)
+    save_checkpoint(run, *ours, 1)
+    USERS[what](run)
     before = contents(tmp_path)
     for step in 2, 3, 4, 5:
         save_checkpoint(run, *ours, step)
@@ -206,11 +194,11 @@ def test_what_a_kill_left_is_taken_away(tmp_path):
 def test_the_tokenizer_goes_along_though_its_first_place_is_gone(tmp_path):
     """A run has its tokenizer from its first checkpoint, which is deleted in the end."""
     run, ours = tmp_path / "run", made()
-    with checkpoint.Saver(run, parallel.Processes(), mine(tmp_path)) as saver:
-        saver.save(*ours, {"step": 1})
-    with checkpoint.Saver(run, parallel.Processes(), mine(run / FIRST, "tokenizer.json")) as saver:
-        for step in 2, 3, 4, 5:
-            saver.save(*ours, {"step": step})
+    for steps in (1,), (2, 3, 4, 5):
+        tokenizer = mine(tmp_path) if steps == (1,) else mine(run / FIRST, "tokenizer.json")
+        with checkpoint.Saver(run, parallel.Processes(), tokenizer) as saver:
+            for step in steps:
+                saver.save(*ours, {"step": step})
     for step in 4, 5:
         found = contents(run / f"step_000000{step}")
         assert found["tokenizer.json"] == b"mine" and len(found) == 5
