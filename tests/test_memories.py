@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICE, assert_close, draw_tokens, error, one_line, tiny
+from conftest import DEVICE, assert_close, draw_tokens, error, refused, tiny
+from drawn import ROOM, told
 
 from experiments import memories
 from memory import MEMORIES, memory_loop
 from model import Config, Transformer
+from on_disk import not_loaded
 from triton_ops import backend
 
 kinds = pytest.mark.parametrize("kind", MEMORIES)
@@ -78,21 +80,12 @@ def test_convolution_is_torch_s(one_layer):
 @torch.no_grad()
 def assert_goes_on(kind, form):
     """Ragged chunks and steps give what a row alone gives, all at once."""
-    model, tokens = tiny(memory=kind, **FORMS[form]), draw_tokens(3, 30)
-    first, second = torch.tensor([9, 1, 4]), torch.tensor([3, 8, 0])
-    cache = model.new_cache(3, 30)
-    logits = [model.prefill(tokens[:, :9], first, cache)]
-    more = torch.stack([tokens[b, n:n + 8] for b, n in enumerate(first)])
-    logits.append(model.prefill(more, second, cache))
-    for t in range(3):
-        token = torch.stack([tokens[b, n + t] for b, n in enumerate(first + second)])
-        logits.append(model.step(token, cache))
-    for b in range(3):
-        alone = model(tokens[b:b + 1])[0]
-        ends = [first[b], first[b] + second[b], *(first[b] + second[b] + 1 + t for t in range(3))]
-        for at, found in zip(ends, logits):
-            if at > first[b] or found is logits[0]:  # a row without tokens has no logits
-                assert_close(found[b], alone[at - 1], what=f"row {b}, {at} tokens")
+    model, tokens = tiny(memory=kind, **FORMS[form]), draw_tokens(3, ROOM)
+    turns = [[9, 1, 4], [3, 8, 0], None, None, None]
+    logits, _ = told(model, tokens, turns)  # (turns, B, V)
+    for b, alone in enumerate(model(tokens)):
+        fed = torch.tensor([1 if turn is None else turn[b] for turn in turns]).cumsum(0)
+        assert_close(logits[:, b], alone[fed - 1], what=f"row {b}")
 
 
 @kinds
@@ -116,33 +109,22 @@ def test_the_memory_of_readme_is_one(monkeypatch):
 
 
 @kinds
-def test_a_memory_is_one(kind):
-    """A class that is never called: its line of a table would be attention's."""
-    tokens = draw_tokens(2, 20)
-    plain, with_it = tiny(), tiny(memory=kind)
-    with_it.load_state_dict(plain.state_dict(), strict=False)
-    assert error(with_it(tokens), plain(tokens)) > 0.01
-
-
-@kinds
-def test_a_model_is_saved_with_its_memory_s_name(kind, tmp_path):
-    """A checkpoint that does not know what it was trained as."""
-    model, tokens = tiny(memory=kind), draw_tokens(2, 20)
-    model.save_pretrained(tmp_path)
-    loaded = Transformer.from_pretrained(tmp_path)
-    assert loaded.config.memory == kind and torch.equal(loaded(tokens), model(tokens))
-
-
-@kinds
-def test_a_trained_model_is_given_any_memory(kind, tmp_path):
-    """Tensors of one memory made for another; a convolution that starts far from the identity."""
-    plain, tokens = tiny(), draw_tokens(2, 20)
-    plain.save_pretrained(tmp_path)
-    loaded = Transformer.from_pretrained(tmp_path, memory=kind)
-    assert loaded.config.memory == kind
-    assert torch.equal(loaded(tokens), plain(tokens)) == (kind == "convolution")
-    with pytest.raises(ValueError, match="a memory already"):
-        loaded.add_memory(kind=kind)
+def test_a_model_is_saved_with_its_memory_and_may_be_given_one(kind, tmp_path):
+    """
+    A class that is never called: its line of a table would be attention's. A checkpoint that does
+    not know what it was trained as; a convolution that starts far from the identity.
+    """
+    plain, model, tokens = tiny(), tiny(memory=kind), draw_tokens(2, 20)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    assert error(model(tokens), plain(tokens)) > 0.01
+    model.save_pretrained(tmp_path / "model")
+    plain.save_pretrained(tmp_path / "plain")
+    loaded = Transformer.from_pretrained(tmp_path / "model")
+    given = Transformer.from_pretrained(tmp_path / "plain", memory=kind)
+    assert loaded.config.memory == given.config.memory == kind
+    assert torch.equal(loaded(tokens), model(tokens))
+    assert torch.equal(given(tokens), plain(tokens)) == (kind == "convolution")
+    refused(lambda: given.add_memory(kind=kind), "a memory already")
 
 
 @pytest.mark.parametrize("words", [[], ["nowhere.py", "--steps=1"]])
@@ -159,42 +141,29 @@ def test_a_memory_that_nobody_knows_is_refused(tmp_path, monkeypatch):
     """A KeyError, or a model that loads without its memory."""
     tiny(memory="convolution").save_pretrained(tmp_path)
     monkeypatch.delitem(MEMORIES, "convolution")
-    with pytest.raises(ValueError) as raised:
-        Transformer.from_pretrained(tmp_path)
-    one_line(raised, tmp_path, "convolution", "memory.MEMORIES")
+    not_loaded(tmp_path, "convolution", "memory.MEMORIES")
     for old, now in (True, "decay"), (False, None):  # files from when there was but one
         assert Config(memory=old).memory == now
 
 
 @pytest.mark.skipif(not backend.HAS_TRITON, reason="no Triton here")
 @kinds
-def test_the_kernels_refuse_a_memory_that_they_do_not_know(kind, both, capsys):
-    """Decoding by the paper's recurrence whatever the memory is; or without a word."""
-    model = tiny(memory=kind, n_layer=1, width=64, n_kv_head=2).to(DEVICE)
-    tokens = draw_tokens(1, 9).to(DEVICE)
+def test_a_memory_decodes_and_trains_alike_with_either_backend(kind, both, capsys):
+    """
+    Decoding by the paper's recurrence whatever the memory is, or without a word; gates of other
+    strides, or an unused k~ or v~, that confuse a kernel's gradient.
+    """
+    tokens = draw_tokens(1, 20).to(DEVICE)
     backend.tell.cache_clear()
 
-    @torch.no_grad()
     def run():
+        model = tiny(memory=kind, n_layer=1, width=64, n_kv_head=2).to(DEVICE)
         cache = model.new_cache(1, 9)
         logits = [model.prefill(tokens[:, :6], None, cache)]
-        logits += [model.step(token, cache).clone() for token in tokens[0, 6:, None]]
-        return torch.cat(logits)
-    plain, ours = both(run)
-    assert_close(ours, plain, 1e-4)
+        logits += [model.step(token, cache).clone() for token in tokens[0, 6:9, None]]
+        model(tokens).square().mean().backward()
+        return [torch.cat(logits), *(p.grad for p in model.parameters())]
+    for plain, ours in zip(*both(run)):
+        assert_close(ours, plain, atol=1e-4, what="logits or gradients")
     told = capsys.readouterr().err
     assert (told == "") == (kind == "decay") and told.count("\n") == told.count("as it is written")
-
-
-@pytest.mark.skipif(not backend.HAS_TRITON, reason="no Triton here")
-@kinds
-def test_a_memory_trains_alike_with_either_backend(kind, both):
-    """Gates of other strides, or an unused k~ or v~, that confuse a kernel's gradient."""
-    tokens = draw_tokens(1, 20).to(DEVICE)
-
-    def gradients():
-        model = tiny(memory=kind, n_layer=1, width=64, n_kv_head=2).to(DEVICE)
-        model(tokens).square().mean().backward()
-        return [p.grad for p in model.parameters()]
-    for plain, ours in zip(*both(gradients)):
-        assert_close(ours, plain, atol=1e-4, what="gradients")
