@@ -3,13 +3,15 @@ experiments/ablations.py: each variant is made once, as what its name says, and 
 """
 import json
 import math
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_close, draw_tokens, tiny
+from conftest import tiny
 
 import eval_niah
 import niah
@@ -31,6 +33,20 @@ def kernels_stay_as_they_were(monkeypatch):
     monkeypatch.setattr(backend, "choice", backend.choice)
 
 
+@pytest.fixture
+def refusal(tmp_path, monkeypatch, capsys):
+    """A function of flags, which end the command in an empty folder: the line that it says."""
+    monkeypatch.chdir(tmp_path)
+
+    def line(*argv):
+        with pytest.raises(SystemExit) as end:
+            ablations.main([*argv])
+        told = capsys.readouterr().err
+        assert end.value.code == 2 and told.count("\n") == 1, told
+        return told
+    return line
+
+
 # ---------------------------------------------------------------- lengths, loss
 
 def constant_gates(model, most=10):
@@ -49,26 +65,10 @@ def constant_gates(model, most=10):
     return torch.stack(expected)
 
 
-def test_lengths_of_constant_gates():
-    """Layers, heads or channels in the wrong place; a gate that is not the one the layer used."""
-    model, tokens = tiny(memory=True, n_kv_head=2), draw_tokens(2, 300)
-    expected = constant_gates(model)
-    found = ablations.lengths(model, tokens)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
-    assert torch.equal(ablations.lengths(model, tokens), found)  # the first call's hooks are gone
-    found = ablations.lengths(tiny(memory="fixed-decay", n_kv_head=2), tokens)
-    expected = torch.tensor([1., 64])[:, None].expand(2, 2, 8)
-    assert_close(found, expected, atol=20)  # the text is short for a memory of 64 tokens
-
-
 def test_lm_loss_of_an_untrained_model_is_that_of_guessing():
-    """
-    Targets off by one place, a sum for a mean, or logits in another unit: none would give
-    log(vocabulary).
-    """
+    """Targets off by one place, a sum for a mean, logits in another unit: no log(vocabulary)."""
     torch.manual_seed(0)
-    model = Transformer(Config(257, n_layer=1, width=32, n_head=2, n_kv_head=2, mlp_width=64,
-                               context_len=128, memory=True))
+    model = Transformer(replace(TINY, context_len=128, memory=True))
     loss = ablations.lm_loss(model, ByteTokenizer(), n_windows=4)
     assert loss == pytest.approx(math.log(257), abs=0.05)
     ids = torch.tensor(ByteTokenizer().encode(ablations.docstrings())[:4 * 129]).view(4, 129)
@@ -78,10 +78,7 @@ def test_lm_loss_of_an_untrained_model_is_that_of_guessing():
 
 
 def test_docstrings_are_text_that_training_never_saw():
-    """
-    A text that the essays hold as well, that changes from call to call, or that is too short for 64
-    windows of 1024.
-    """
+    """A text of the essays, that changes from call to call, or too short for 64 windows of 1024."""
     text = ablations.docstrings()
     assert text == ablations.docstrings() and len(text) > 64 * 1025
     words, essays = text.split(), " ".join(niah.essay_words()[0])
@@ -91,26 +88,21 @@ def test_docstrings_are_text_that_training_never_saw():
 
 # ---------------------------------------------------------------- the command
 
-@pytest.fixture
-def small_run(tmp_path, monkeypatch):
-    monkeypatch.setitem(PRESETS, "micro", TINY)
-    monkeypatch.setattr(eval_niah, "METHODS", ["quest:budget=1/4", "snapkv:budget=1/4"])
-    monkeypatch.chdir(tmp_path)
-    trial = ["--run=fixed-decay-0", "--samples=1", *RUN, "--steps=2", "--save_every=1"]
-    return lambda *flags: ablations.main([*trial, *flags])
-
-
-def test_a_variant_is_trained_once_as_itself_and_evaluated(small_run, monkeypatch, capsys):
+def test_a_variant_is_trained_once_as_itself_and_evaluated(tmp_path, monkeypatch, capsys):
     """
     Training without the change, evaluation of something else, a finished run trained again, one
     that cannot go on.
     """
-    small_run()
+    monkeypatch.setitem(PRESETS, "micro", TINY)
+    monkeypatch.setattr(eval_niah, "METHODS", ["quest:budget=1/4", "snapkv:budget=1/4"])
+    monkeypatch.chdir(tmp_path)
+    trial = ["--run=fixed-decay-0", "--samples=1", *RUN, "--steps=2", "--save_every=1"]
+    again = lambda *flags: ablations.main([*trial, *flags])
+    again()
     run = Path("out/ablations/ablation-fixed-decay-0")
     result = Path("results/ablations/fixed-decay-0.json")
     record = json.loads(result.read_text())
-    assert record["command"] == ("python -m experiments.ablations --run=fixed-decay-0 --samples=1 "
-                                 + " ".join(RUN) + " --steps=2 --save_every=1")
+    assert record["command"] == "python -m experiments.ablations " + " ".join(trial)
     trained, asked = record["train"]["settings"], record["eval"]["settings"]
     assert trained["seed"] == 0 and trained["batch"] == 2
     assert {"command", "commit", "device", "torch"} <= record["train"].keys()
@@ -122,29 +114,29 @@ def test_a_variant_is_trained_once_as_itself_and_evaluated(small_run, monkeypatc
     assert record["median_length"] == pytest.approx(1)  # of lengths 1 and 16, the lower
     args = train.parse(["--memory=fixed-decay", "--recipe=micro", *RUN])
     new = train.parallel.make_model(Transformer, *train.what_to_train(args), args)
-    model = Transformer.from_pretrained(run)
-    trained, untrained = model.layers[0].self_attn, new.layers[0].self_attn
-    assert not torch.equal(trained.k_proj.weight, untrained.k_proj.weight)
+    trained, untrained = (model.layers[0].self_attn.k_proj.weight
+                          for model in (Transformer.from_pretrained(run), new))
+    assert not torch.equal(trained, untrained)
 
     for path in run, f"{run}-pretrained":  # as a checkpoint it is still what it was trained as
         assert Transformer.from_pretrained(path).config.memory == "fixed-decay"
     shutil.rmtree(run / "step_0000002")
     # its train.json differs in the time it took
     result.write_text(json.dumps(record | {"median_length": "of another model"}))
-    small_run()  # goes on after step 1, though AdamW has no state of the gate, and is asked again
+    again()  # goes on after step 1, though AdamW has no state of the gate, and is asked again
     assert json.loads(result.read_text())["median_length"] == pytest.approx(1)
     monkeypatch.setattr(train, "train", lambda args: pytest.fail("trained again"))
-    small_run("--samples=2")
+    again("--samples=2")
     assert json.loads(result.read_text())["eval"]["settings"]["samples"] == 2
     monkeypatch.setattr(eval_niah, "main", lambda argv: pytest.fail("evaluated again"))
-    small_run("--samples=2")
+    again("--samples=2")
     monkeypatch.setattr(runs, "prompts_of", lambda *_: {"niah_single_1": "of other words"})
     with pytest.raises(pytest.fail.Exception, match="evaluated again"):
-        small_run("--samples=2")
+        again("--samples=2")
     monkeypatch.setattr(runs, "prompts_of", lambda *_: json.loads(result.read_text())["prompts"])
-    small_run("--samples=2")
+    again("--samples=2")
     with pytest.raises(SystemExit) as end:  # a run of other flags is not this one
-        small_run("--lr=1e-5")
+        again("--lr=1e-5")
     assert end.value.code == 2 and "--lr" in capsys.readouterr().err and result.exists()
 
 
@@ -174,18 +166,10 @@ def test_lengths_and_lm_loss_of_a_checkpoint(tmp_path, monkeypatch, capsys):
     assert Path("results/lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_all_variants_stop_at_the_first_that_fails(tmp_path, monkeypatch, capsys):
-    """
-    A table of what is left, or a wait for the rest; and a line that does not tell which run, or
-    why.
-    """
+def test_all_variants_stop_at_the_first_that_fails(refusal, monkeypatch):
+    """A table of what is left, or a wait for the rest; a line that tells not which run, or why."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # one at a time
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as end:
-        ablations.main(["--variants", "head-gate", "memory", "--steps=1",
-                        "--haystack=nowhere.txt", *RUN])
-    line = capsys.readouterr().err
-    assert end.value.code == 2 and line.count("\n") == 1, line
+    line = refusal("--variants", "head-gate", "memory", "--steps=1", "--haystack=nowhere.txt", *RUN)
     assert line.startswith("ablations.py: ablation-head-gate-0: ") and "nowhere.txt" in line
     assert not Path("out/ablations/ablation-memory-0.log").exists()
     assert not Path("results").exists()
@@ -198,39 +182,38 @@ def written(variant, seed, score, prompts="a hash"):
                f"results/ablations/{variant}-{seed}.json")
 
 
-def test_all_runs_make_one_table(tmp_path, monkeypatch, capsys):
+def test_all_runs_make_one_table(refusal, monkeypatch, capsys):
     """
     A row under another variant's name, seeds that are left out or run twice, results that were
     there and are not told.
     """
-    monkeypatch.chdir(tmp_path)
     made, asked_before = [], []
 
     class Process:  # in place of a run
         def __init__(self, command, **_):
             made.append(command[2].removeprefix("--run="))
-            variant, seed = ablations.named(made[-1])
-            written(variant, seed, 10.0 * len(made))
+            written(*ablations.named(made[-1]), 10.0 * len(made))
 
         def wait(self):
             return 0
     monkeypatch.setattr(runs, "subprocess", SimpleNamespace(Popen=Process))
     written("values-only", 0, 90.0)
-    with pytest.raises(SystemExit):  # it was asked other prompts than these would be
-        ablations.main(["--variants", "no-arl", *RUN])
-    assert "values-only-0.json was asked other prompts" in capsys.readouterr().err and made == []
-    Path("results/ablations/no-arl-1.json").write_text("{")
-    with pytest.raises(SystemExit):  # of a wanted run, but who knows what it was
-        ablations.main(["--variants", "no-arl", "--seeds", "1", *RUN])
-    assert "no-arl-1.json is damaged" in capsys.readouterr().err and made == []
-    Path("results/ablations/no-arl-1.json").unlink()
+    # it was asked other prompts than these would be
+    line = refusal("--variants", "no-arl", *RUN)
+    assert "values-only-0.json was asked other prompts" in line and made == []
+    damaged = Path("results/ablations/no-arl-1.json")
+    damaged.write_text("{")  # of a wanted run, but who knows what it was
+    line = refusal("--variants", "no-arl", "--seeds", "1", *RUN)
+    assert "no-arl-1.json is damaged" in line and made == []
+    damaged.unlink()
+
     monkeypatch.setattr(runs, "refuse_other_prompts", lambda stay, _: asked_before.append(stay))
     ablations.main(["--variants", "no-arl", "memory", "--seeds", "3", "1", "3", *RUN])
     rows = {row[0]: row[1:] for row in map(str.split, capsys.readouterr().out.splitlines()) if row}
     assert made == ["no-arl-3", "memory-3", "no-arl-1", "memory-1"]
-    assert rows["no-arl"] == ["2", *["20.0±14.1"] * 10, "7.0"]
-    assert rows["memory"] == ["2", *["30.0±14.1"] * 10, "7.0"]
-    assert rows["values-only"] == ["1", *["90.0"] * 10, "7.0"]
+    assert {variant: rows[variant] for variant in rows if variant in ablations.VARIANTS} == {
+        "no-arl": ["2", *["20.0±14.1"] * 10, "7.0"], "memory": ["2", *["30.0±14.1"] * 10, "7.0"],
+        "values-only": ["1", *["90.0"] * 10, "7.0"]}
     ablations.main(["--variants"])  # the table again, and nothing else
     assert "30.0" in capsys.readouterr().out and len(made) == 4
     ablations.main(["--variants", "no-arl", "--seeds", "3", *RUN])
@@ -238,48 +221,34 @@ def test_all_runs_make_one_table(tmp_path, monkeypatch, capsys):
     assert stay == [["values-only-0"], ["memory-1", "memory-3", "no-arl-1", "values-only-0"]]
 
 
-def test_results_that_make_no_table_are_refused(tmp_path, monkeypatch, capsys):
-    """
-    None at all, one of other prompts, a foreign file: the line must say which, and how to go on.
-    """
-    monkeypatch.chdir(tmp_path)
-
-    def refused():
-        with pytest.raises(SystemExit) as end:
-            ablations.main(["--variants"])
-        line = capsys.readouterr().err
-        assert end.value.code == 2 and line.count("\n") == 1, line
-        return line
-    assert "--variants" in refused()
+def test_results_that_make_no_table_are_refused(refusal):
+    """None at all, one of other prompts, a foreign file: which, and how to go on."""
+    assert "--variants" in refusal("--variants")
     written("memory", 0, 1.0)
     written("no-arl", 0, 1.0, "other prompts")
-    assert "no-arl-0.json" in refused()
+    assert "no-arl-0.json" in refusal("--variants")
     for foreign in "{}", "[]", "{":
         Path("results/ablations/memory-0.json").write_text(foreign)
-        assert "memory-0.json" in refused()
+        assert "memory-0.json" in refusal("--variants")
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--frobnicate"], "--frobnicate"),
-    (["--variants", "valuesonly"], "valuesonly"),
-    (["--variants", "fixed-decay", "--steps=0"], "--steps"),
-    (["--run", "fixed-decay"], "fixed-decay"),
-    (["--run", "memory-0", "--seed=3"], "--seed=3"),
-    (["--variants", "memory", "--memory=off"], "--memory=off"),
-    (["--variants", "--frobnicate"], "--frobnicate"),
-    (["--seeds", "-1"], "-1"),
-    (["--run", "decay-0"], "decay-0"),
-    (["--run", "memory-0", f"--results={__file__}"], "--results"),
-    (["--samples=0"], "--samples"),
-    (["--lengths", "nowhere"], "nowhere"),
-    (["--lm_loss", "nowhere"], "nowhere"),
-    (["--lm_loss", "nowhere", "--steps=3"], "--steps"),
+@pytest.mark.parametrize("flags, word", [
+    ("--frobnicate", "--frobnicate"),
+    ("--variants valuesonly", "valuesonly"),
+    ("--variants fixed-decay --steps=0", "--steps"),
+    ("--run fixed-decay", "fixed-decay"),
+    ("--run memory-0 --seed=3", "--seed=3"),
+    ("--variants memory --memory=off", "--memory=off"),
+    ("--variants --frobnicate", "--frobnicate"),
+    ("--seeds -1", "-1"),
+    ("--run decay-0", "decay-0"),
+    (f"--run memory-0 --results={os.devnull}", "--results"),
+    ("--samples=0", "--samples"),
+    ("--lengths nowhere", "nowhere"),
+    ("--lm_loss nowhere", "nowhere"),
+    ("--lm_loss nowhere --steps=3", "--steps"),
 ])
-def test_a_wrong_flag_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, argv, words):
+def test_a_wrong_flag_is_one_line_and_exit_2(flags, word, refusal, monkeypatch):
     """A traceback, or six processes that each end in one."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "subprocess", None)  # no run may start
-    with pytest.raises(SystemExit) as end:
-        ablations.main(argv)
-    line = capsys.readouterr().err
-    assert end.value.code == 2 and words in line and line.count("\n") == 1, line
+    assert word in refusal(*flags.split())
