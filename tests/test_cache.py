@@ -16,8 +16,8 @@ from torch import nn
 import engine
 from conftest import (DEVICE, FORMS, assert_close, draw_tokens, in_pieces, refused, times, tiny)
 from drawn import (ROOM, configs, decisive, dtypes, exact, junk, law, methods, seeds, talks, told)
-from sparse import (Compose, Dense, Dilated, MoBA, Quest, SnapKV, attend_to_slots, compose, drops,
-                    name, phases, window_of)
+from sparse import (Dense, Dilated, MoBA, Quest, SnapKV, attend_to_slots, compose, drops, name,
+                    phases, window_of)
 from test_sparse import cells, listed, reads
 from triton_ops import backend
 
@@ -66,9 +66,8 @@ COMBINED = compose(MoBA(6, 2), SnapKV(7, 3), Quest(6, 2))
 @example(dict(n_kv_head=2, seed=0), COMBINED, [[20, 5], [0, 7], None, None], torch.float32, 0)
 def test_no_query_reads_more_than_its_budget(config, method, turns, dtype, seed):
     """
-    Forced blocks, the window and the query's own entry on top of it; an entry read twice, of the
-    future, or of no token; slots reported as positions; a prompt cut between its chunks; a method
-    that is off in a phase.
+    Forced blocks, the window and the query's own entry on top of it; an entry read twice, or of the
+    future; slots reported as positions; a prompt cut between chunks; a method off in a phase.
     """
     model, B = tiny(**config).to(dtype), len(turns[0])
     rows, seen, by = draw_tokens(B, ROOM, seed), [], phases(method)
@@ -142,10 +141,7 @@ def assert_blocks(selected, slot, method):
 @given(configs(), methods, talks(), exact, junk.filter(math.isfinite), one_for_all, seeds)
 def test_a_row_among_others_gives_what_it_gives_alone(config, method, turns, dtype, behind,
                                                       together, seed):
-    """
-    Padding in a block mean, a page's bounds, a window, the memory or the dice, the commonest wrong
-    benchmark; junk behind a row's entries; the part of a batch that a row falls into.
-    """
+    """Padding, or junk behind a row's entries, in a block mean, bounds, a window or the dice."""
     model = tiny(**config).to(dtype)
     rows = draw_tokens(len(turns[0]), ROOM, seed)
     with decisive():
@@ -163,10 +159,7 @@ def test_a_row_among_others_gives_what_it_gives_alone(config, method, turns, dty
 
 
 def cut(turns, cuts):
-    """
-    Every prompt and chunk in pieces: of each row, up to `cuts` parts of 9 first. -> turns, and
-    where each old one ends among them.
-    """
+    """Turns in pieces, each row's after `cuts` ninths of it. -> pieces, each turn's last of them"""
     pieces, ends = [], []
     for turn in turns:
         done, first = [0] * len(turn or ()), not pieces
@@ -186,10 +179,7 @@ def cut(turns, cuts):
 @given(configs(), methods, talks(), exact, st.lists(st.integers(1, 8), max_size=4, unique=True),
        one_for_all, seeds)
 def test_a_prompt_in_pieces_is_the_prompt(config, method, turns, dtype, cuts, together, seed):
-    """
-    A last piece of one token taken for a decoding step, blocks counted from a piece's start, other
-    entries kept because each layer was compressed at once.
-    """
+    """A last piece of one token taken for a step, blocks counted from a piece's start."""
     model, rows = tiny(**config).to(dtype), draw_tokens(len(turns[0]), ROOM, seed)
     pieces, ends = cut(turns, cuts)
     with decisive():
@@ -214,10 +204,7 @@ scripts = st.lists(
 @given(configs(), st.integers(1, 3), st.lists(st.integers(1, 15), min_size=3, max_size=3), scripts,
        exact, seeds)
 def test_one_cache_serves_as_fresh_ones(config, B, prompt, script, dtype, seed):
-    """
-    A setting, or its question, that leaks into the next one, in its turn or in a fork; a text that
-    reads the entries of a cleared one, or inherits its memory.
-    """
+    """A setting, or its question, that leaks into the next one; a text that reads a cleared one."""
     model, W = tiny(**config).to(dtype), 8
     cache, turns, rows = model.new_cache(B, 90, W), [], draw_tokens(B, 90, seed)
 
@@ -258,25 +245,17 @@ def test_one_cache_serves_as_fresh_ones(config, B, prompt, script, dtype, seed):
 @given(configs(), methods, st.lists(st.integers(1, 30), min_size=1, max_size=3), st.integers(1, 8),
        st.integers(0, 99), seeds)
 def test_generate_takes_the_likeliest_token_each_time(config, method, lengths, n_new, pick, seed):
-    """
-    A cache that is one token off, a row that knows of another, a last token computed in vain; text
-    after the end, or an end too soon.
-    """
+    """A cache that is one token off, text after the end, or an end too soon."""
     model, B, n = tiny(**config), len(lengths), torch.tensor(lengths)
     tokens = draw_tokens(B, max(lengths), seed)
     with decisive():
         new = model.generate(tokens, n_new, n, sparse=method)
     assert new.shape == (B, n_new)
-    rows = [torch.cat([tokens[b, :n[b]], new[b], tokens.new_zeros(ROOM)])[:ROOM] for b in range(B)]
-    rows = torch.stack(rows)
+    rows = torch.stack([torch.cat([tokens[b, :n[b]], new[b], tokens.new_zeros(ROOM)])[:ROOM]
+                        for b in range(B)])
     logits, _ = told(model, rows, [lengths, *[None] * (n_new - 1)], method)
-    found = [logits.transpose(0, 1)]  # (B, n_new, V)
-    if phases(method) == Compose() or isinstance(method, Dilated):  # forward without a cache too
-        with torch.no_grad():
-            found.append(torch.stack([model(row[None], sparse=method)[0, end - 1:][:n_new]
-                                      for row, end in zip(rows, lengths)]))
-    for z in found:
-        assert_close(z.gather(2, new[..., None]).squeeze(2), z.amax(2), what="its logit, the most")
+    logits = logits.transpose(0, 1)  # (B, n_new, V)
+    assert_close(logits.gather(2, new[..., None]).squeeze(2), logits.amax(2), what="the highest")
 
     eos = new.flatten()[pick % new.numel()].item()
     ended, is_end = model.generate(tokens, n_new, n, sparse=method, eos_id=eos), new == eos
@@ -390,20 +369,17 @@ def test_snapkv_never_holds_a_whole_prompt(monkeypatch):
     assert asked == [20 + 10] * 2 and entries(cache) == [30] * 4
 
 
-def test_what_is_compressed_leaves_the_cache_and_serves_again():
-    """A prompt lost to its first setting; new tensors, and so a new graph, for a batch or seed."""
-    model, methods = tiny(**GQA), [SnapKV(20, 6, random=n) for n in (None, 0, 1)]
-    cache, places = model.new_cache(2, 60), set()
+def test_what_is_compressed_serves_again():
+    """New tensors, so a new graph, for a batch or a seed; a prompt lost to its first setting."""
+    model, places = tiny(**GQA), set()
+    cache = model.new_cache(2, 60)
     for seed in 1, 2:
-        tokens = draw_tokens(2, 40, seed)
-        logits = model.prefill(tokens, None, cache)
-        for method in methods:
-            with cache.turn(method) as own:
+        model.prefill(draw_tokens(2, 40, seed), None, cache)
+        for random in None, 0, 1:
+            with cache.turn(SnapKV(20, 6, random=random)) as own:
                 places.add(own.k[0].data_ptr())
                 assert entries(cache) == [60] * 4 and entries(own) == [40] * 4
                 assert cache.filled == 40 and own.filled == 20
-                new = model.decode(logits, own, 6, method)
-            assert torch.equal(new, model.generate(tokens, 6, sparse=method))
         cache.clear()
     assert len(places) == len(cache.compressed_by) == 1
 
@@ -569,10 +545,7 @@ WRONG = [  # what is said, of which talk, and what is done
 
 @pytest.mark.parametrize("words, of, use", WRONG, ids=range(len(WRONG)))
 def test_a_wrong_use_is_refused_before_anything_happens(words, of, use, monkeypatch):
-    """
-    Entries dropped in the middle of an answer, or where they should come back; tokens written over
-    others; a first part of a batch fed, and the second refused; tokens lost with a full cache.
-    """
+    """Entries dropped in the middle of an answer, tokens written over others, half a batch fed."""
     talk = Talk(**of)
     monkeypatch.setattr(engine, "TOGETHER", 40)  # a row at a time
     before = state_of(talk.cache)
@@ -620,9 +593,10 @@ def test_a_prompt_that_fails_leaves_the_cache_as_it_was(method, together, path, 
         for cache in caches if start else ():
             model.prefill(tokens[:, :start], lengths.clamp(max=start), cache, method)
         before = state_of(failed)
-        with failing(model, path, error, after=together == 100):  # the second part
-            feed(failed)
-        assert same(state_of(failed), before)
+        for _ in "ab":  # twice, as the first may leave the cache off its guard
+            with failing(model, path, error, after=together == 100):  # the second part
+                feed(failed)
+            assert same(state_of(failed), before)
         logits = [feed(cache) for cache in caches]
         assert torch.equal(*logits)
         assert torch.equal(*(model.decode(logits[0], cache, 6, method) for cache in caches))
