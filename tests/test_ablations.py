@@ -1,6 +1,4 @@
-"""
-experiments/ablations.py: each variant is made once, as what its name says, and told in a table.
-"""
+"""experiments/ablations.py: each variant is made once, as what its name says, and told."""
 import json
 import math
 import os
@@ -50,10 +48,7 @@ def refusal(tmp_path, monkeypatch, capsys):
 # ---------------------------------------------------------------- lengths, loss
 
 def constant_gates(model, most=10):
-    """
-    Give each channel of each layer a gate of its own that reads nothing. -> its length 1 / (1 - g),
-    (layers, KV, D)
-    """
+    """Give each channel a gate that reads nothing. -> lengths 1 / (1 - g), (layers, KV, D)"""
     expected = []
     for i, layer in enumerate(model.layers):
         projection = layer.self_attn.memory.proj
@@ -89,10 +84,7 @@ def test_docstrings_are_text_that_training_never_saw():
 # ---------------------------------------------------------------- the command
 
 def test_a_variant_is_trained_once_as_itself_and_evaluated(tmp_path, monkeypatch, capsys):
-    """
-    Training without the change, evaluation of something else, a finished run trained again, one
-    that cannot go on.
-    """
+    """Training without the change, an evaluation of something else, a finished run made again."""
     monkeypatch.setitem(PRESETS, "micro", TINY)
     monkeypatch.setattr(eval_niah, "METHODS", ["quest:budget=1/4", "snapkv:budget=1/4"])
     monkeypatch.chdir(tmp_path)
@@ -183,10 +175,7 @@ def written(variant, seed, score, prompts="a hash"):
 
 
 def test_all_runs_make_one_table(refusal, monkeypatch, capsys):
-    """
-    A row under another variant's name, seeds that are left out or run twice, results that were
-    there and are not told.
-    """
+    """A row of another variant, seeds left out or run twice, results that were there untold."""
     made, asked_before = [], []
 
     class Process:  # in place of a run

@@ -39,10 +39,7 @@ def draw(*shape, seed):
 
 @torch.no_grad()
 def hooks_of(method):
-    """
-    What the three hooks make of a whole prompt, of its last tokens as a chunk, and of a step:
-    floats and indices.
-    """
+    """Of the three hooks, on a prompt, on its last tokens as a chunk, and in a step: y, kept."""
     B, T, H, KV, D = 2, 37, 4, 2, 16
     q, k, v = draw(B, T, H, D, seed=1), draw(B, T, KV, D, seed=2), draw(B, T, KV, D, seed=3)
     used, dice = torch.tensor([T, 26], device=DEVICE), draw(B, T, seed=4).mul(1e6).long()
@@ -58,10 +55,7 @@ def hooks_of(method):
 
 
 def assert_decides(method, both, stock=None):
-    """
-    Both backends tell the same of a method, and something else than `stock`, what plain PyTorch
-    told before the change.
-    """
+    """Both backends tell the same, and something else than `stock`, told before the change."""
     plain, ours = both(lambda: hooks_of(method))
     assert_close(ours[0], plain[0], atol=1e-4, what="Triton's y")
     assert ours[1] is plain[1] or torch.equal(ours[1], plain[1]), "other entries kept"
@@ -208,10 +202,7 @@ def place_of(name):
 
 
 def test_the_kernels_know_the_code_that_they_were_written_from():
-    """
-    A definition changed without its kernel: on a GPU nobody would compute by kernels any more, or
-    by wrong ones. A new name in CODE that no test makes perverse.
-    """
+    """A definition changed without its kernel; a new name in CODE that no test makes perverse."""
     now = {name: backend.code_of(getattr(*place_of(name)).__code__) for name in backend.CODE}
     changed = "".join(f'\n    "{name}": "{code}",' for name, code in now.items()
                       if code != backend.CODE[name])
@@ -220,9 +211,7 @@ def test_the_kernels_know_the_code_that_they_were_written_from():
 
 
 def test_comments_and_docstrings_are_no_code(tmp_path):
-    """
-    A fork that explains a line loses its kernels; one that indents a line otherwise keeps them.
-    """
+    """A fork that explains a line loses its kernels, one that indents it otherwise keeps them."""
     def code(text):
         (tmp_path / "some.py").write_text(text)
         space = {}
@@ -240,10 +229,7 @@ def test_comments_and_docstrings_are_no_code(tmp_path):
 # ---------------------------------------------------------------- methods
 
 def own(method, function, change):
-    """
-    As somebody would write it: a frozen dataclass that overrides one function of a method's class,
-    with the method's settings.
-    """
+    """A frozen dataclass that overrides one function of the method's, as anybody would write it."""
     kind = type(method)
     changed = {function: change(getattr(kind, function))}
     return dataclass(frozen=True)(type(f"My{kind.__name__}", (kind,), changed))(*astuple(method))
@@ -256,10 +242,7 @@ def upside_down(method):
 
 @pytest.mark.parametrize("name", SPARSE_EDITS)
 def test_a_changed_definition_decides(name, both, monkeypatch):
-    """
-    A selector of one's own, or a fork that changes a line of sparse.py, ignored on a GPU: its table
-    would be that of the stock method.
-    """
+    """A selector of one's own, or a changed line of sparse.py: its table is the stock method's."""
     change, method = SPARSE_EDITS[name]
     stock, (kind, _, function) = plainly(hooks_of, method), name.rpartition(".")
     if kind:
@@ -463,10 +446,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_module_of_ones_own_decides(what, both):
-    """
-    An adapter, a bias, an eps of which the kernels know nothing; activations patched at a module
-    that they go around; a layer without the parts that they look for.
-    """
+    """An adapter, a bias or a hook that the kernels go around; a layer without what they take."""
     assert_model_decides(both, stock_logits(), CHANGES[what])
 
 
@@ -477,10 +457,7 @@ def test_a_norm_that_the_preset_has_not_decides(both):
 
 
 def test_nothing_with_a_hook_is_recorded(monkeypatch):
-    """
-    Activations that somebody records: a graph would call the hook once. A weight that was replaced:
-    it would read the old one.
-    """
+    """A hook that a graph would call once, or a weight that was replaced: it would read the old."""
     monkeypatch.setattr(backend, "choice", "triton")
     model, tokens = a_model(), draw_tokens(1, 6).to(DEVICE)
 

@@ -42,10 +42,7 @@ def imported(file):
 
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_imports_run_one_way(file):
-    """
-    A definition that needs what is built on it: nobody could read one without the other. Machinery
-    that knows the model, and so cannot be skipped on a first reading.
-    """
+    """A definition that needs what is built on it; machinery that knows the model."""
     if file.parent.name:
         allowed = {file.parent.name} | UPWARD.get(file.as_posix(), set())
     else:

@@ -110,10 +110,7 @@ def test_the_memory_of_readme_is_one(monkeypatch):
 
 @kinds
 def test_a_model_is_saved_with_its_memory_and_may_be_given_one(kind, tmp_path):
-    """
-    A class that is never called: its line of a table would be attention's. A checkpoint that does
-    not know what it was trained as; a convolution that starts far from the identity.
-    """
+    """A class that is never called, a name that is lost, a convolution that starts far from k."""
     plain, model, tokens = tiny(), tiny(memory=kind), draw_tokens(2, 20)
     model.load_state_dict(plain.state_dict(), strict=False)
     assert error(model(tokens), plain(tokens)) > 0.01
@@ -149,10 +146,7 @@ def test_a_memory_that_nobody_knows_is_refused(tmp_path, monkeypatch):
 @pytest.mark.skipif(not backend.HAS_TRITON, reason="no Triton here")
 @kinds
 def test_a_memory_decodes_and_trains_alike_with_either_backend(kind, both, capsys):
-    """
-    Decoding by the paper's recurrence whatever the memory is, or without a word; gates of other
-    strides, or an unused k~ or v~, that confuse a kernel's gradient.
-    """
+    """The paper's recurrence whatever the memory is; an unused k~ that confuses a gradient."""
     tokens = draw_tokens(1, 20).to(DEVICE)
     backend.tell.cache_clear()
 

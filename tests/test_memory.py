@@ -51,10 +51,7 @@ forms = st.sampled_from([memory_loop, memory_scan, memory_step])
 @given(shapes, dtypes, st.booleans(), st.booleans(),
        st.lists(st.tuples(st.integers(1, 70), forms), max_size=6), seeds)
 def test_loop_scan_and_steps_are_one_memory(shape, dtype, extreme, with_state, pieces, seed):
-    """
-    A scan that is wrong off a power of two, or in its gradient; a state lost or repeated where one
-    piece ends and another form goes on; 0 * inf at an infinite gate.
-    """
+    """A scan that is wrong off a power of two; a state lost between pieces; 0 * inf at a gate."""
     inputs = [x.requires_grad_() for x in draw(*shape, seed, dtype, extreme)]
     k, v, gate, state = inputs
     doubles = [x.detach().double().requires_grad_() for x in inputs]
@@ -101,10 +98,7 @@ def test_memory_scan_matches_official_scan(ratplus):
 
 @pytest.mark.parametrize("form", [memory_loop, memory_scan, memory_step])
 def test_bf16_costs_only_the_rounding_of_the_output(form):
-    """
-    bf16 anywhere inside: 200 decays of 0.99 in bf16 are off by several percent. Or a state that is
-    rounded at each step, as the original's: up to 0.03 in the logits.
-    """
+    """Decays multiplied in bf16, or a state that is rounded at each step, as the original's is."""
     k, v, gate, _ = draw(2, 200, 3, 4, seed=5, dtype=torch.bfloat16)
     gate = gate * 0.25 + 5  # memories of about 150 tokens
     exact = memory_loop(k.double(), v.double(), gate.double())
