@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICE, assert_close, draw_tokens, error, refused, tiny
+from conftest import DEVICE, FORMS, assert_close, draw_tokens, error, refused, tiny
 from drawn import ROOM, told
 
 from experiments import memories
@@ -16,24 +16,19 @@ from on_disk import not_loaded
 from triton_ops import backend
 
 kinds = pytest.mark.parametrize("kind", MEMORIES)
-FORMS = {"olmo2": {}, "gqa": dict(n_kv_head=2),
-         "ratplus": dict(pre_norm=True, qk_norm=False, output_gate=True)}
 
 
-@pytest.fixture
-def one_layer():
-    """A function kind -> memory, x (B, T, C), k, v (B, T, KV, D), and the gate of Decay on x."""
-    def make(kind):
-        model, source = tiny(memory=kind), torch.Generator().manual_seed(1)
-        x = torch.randn(2, 20, 32, generator=source)
-        k, v = torch.randn(2, 2, 20, 4, 8, generator=source)
-        return model.layers[0].self_attn.memory, x, k, v
-    return make
+def one_layer(kind):
+    """-> a memory, x (B, T, C), k, v (B, T, KV, D)"""
+    model, source = tiny(memory=kind), torch.Generator().manual_seed(1)
+    x = torch.randn(2, 20, 32, generator=source)
+    k, v = torch.randn(2, 2, 20, 4, 8, generator=source)
+    return model.layers[0].self_attn.memory, x, k, v
 
 
 # ---------------------------------------------------------------- each is what its name says
 
-def test_keys_and_values_are_the_memory_s_halves(one_layer):
+def test_keys_and_values_are_the_memory_s_halves():
     """k and v confused, or both changed: two lines of a table would be exchanged, or equal."""
     decay, x, k, v = one_layer("decay")
     k_mem, v_mem, _ = memory_loop(k, v, decay.gate(x))
@@ -43,7 +38,7 @@ def test_keys_and_values_are_the_memory_s_halves(one_layer):
             assert_close(out, ref, what=kind)
 
 
-def test_head_gate_is_the_mean_of_a_head_s_channels(one_layer):
+def test_head_gate_is_the_mean_of_a_head_s_channels():
     """A mean over another dimension: over heads, or over tokens, which would see the future."""
     memory, x, k, v = one_layer("head-gate")
     gate, own = memory.gate(x), one_layer("decay")[0].gate(x)
@@ -53,7 +48,7 @@ def test_head_gate_is_the_mean_of_a_head_s_channels(one_layer):
         assert_close(out, ref)
 
 
-def test_fixed_decay_has_its_lengths_whatever_it_reads(one_layer):
+def test_fixed_decay_has_its_lengths_whatever_it_reads():
     """Lengths that are not 1 to 64; -inf where L = 1; a gate that depends on x."""
     memory, x, k, v = one_layer("fixed-decay")
     gate = memory.gate(x)
@@ -65,7 +60,7 @@ def test_fixed_decay_has_its_lengths_whatever_it_reads(one_layer):
     assert torch.equal(k_mem[:, :, 0], k[:, :, 0])
 
 
-def test_convolution_is_torch_s(one_layer):
+def test_convolution_is_torch_s():
     """A filter that runs backwards, sees the future, or reads another channel."""
     memory, x, k, v = one_layer("convolution")
     for out, x, filters in zip(memory(x, k, v), (k, v), memory.filters):
@@ -80,7 +75,7 @@ def test_convolution_is_torch_s(one_layer):
 @torch.no_grad()
 def assert_goes_on(kind, form):
     """Ragged chunks and steps give what a row alone gives, all at once."""
-    model, tokens = tiny(memory=kind, **FORMS[form]), draw_tokens(3, ROOM)
+    model, tokens = tiny(**FORMS[form] | dict(memory=kind)), draw_tokens(3, ROOM)
     turns = [[9, 1, 4], [3, 8, 0], None, None, None]
     logits, _ = told(model, tokens, turns)  # (turns, B, V)
     for b, alone in enumerate(model(tokens)):
@@ -89,7 +84,7 @@ def assert_goes_on(kind, form):
 
 
 @kinds
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["olmo2", "gqa", "ratplus"])
 def test_a_memory_goes_on_where_it_stopped(kind, form):
     """A state that is lost, another row's, or of padding; a change that training alone sees."""
     assert_goes_on(kind, form)
