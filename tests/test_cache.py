@@ -499,9 +499,6 @@ class Talk:
         with self.cache.rewinding():
             self.decode(3, method)
 
-    def without(self, *args, **settings):
-        return self.model.prefill(TOKENS, *args, **settings)
-
 
 SNAPKV, THREE = SnapKV(20, 6), draw_tokens(3, 30)
 EMPTY, FULL, DROPPED = dict(empty=True), dict(room=30), dict(method=SNAPKV, whole=True)
@@ -519,23 +516,22 @@ WRONG = [  # what is said, of which talk, and what is done
     (["budget=10", "budget=20"], DROPPED, lambda t: t.decode(3, SnapKV(10, 6))),
     (["dilated", "snapkv", "every position"], DROPPED, lambda t: t.prefill(method=Dilated())),
     (["window=8", "4", "new_cache"], dict(window=4), lambda t: t.decode(3, SnapKV(12, 8))),
-    (["need a cache"], {}, lambda t: t.without(whole=True)),
-    (["need a cache"], {}, lambda t: t.without(watch=print)),
+    (["need a cache"], {}, lambda t: t.model.prefill(TOKENS, whole=True)),
+    (["need a cache"], {}, lambda t: t.model.prefill(TOKENS, watch=print)),
     (["no tokens"], EMPTY, lambda t: t.prefill(TOKENS[:, :0])),
     *((["30", "31", "larger max_len"], FULL, use) for use in (
         lambda t: t.step(), lambda t: t.prefill(TOKENS[:, :1]), lambda t: t.decode(2),
         lambda t: t.model(TOKENS[:, :1], torch.tensor([1, 1]), t.cache))),
-    *((["34", "35", "max_len"], dict(room=34), lambda t, method=method: t.decode(6, method))
-      for method in (None, SNAPKV)),
+    *((["34", "35", "max_len"], dict(room=34), lambda t, by=by: t.decode(6, by))
+      for by in (None, SNAPKV)),
     *((["30", "35", "larger max_len"], FULL | EMPTY,
-       lambda t, lengths=lengths: t.prefill(draw_tokens(2, 35), lengths))
-      for lengths in (None, [10, 35])),
-    *(([f"lengths={lengths}"], EMPTY, lambda t, lengths=lengths: t.prefill(lengths=lengths))
-      for lengths in ([0, 8], [31, 8], [-1, 8], [0, 0], [3, 3, 3])),
-    (["lengths=[0, 8]"], EMPTY, lambda t: t.without(torch.tensor([0, 8]))),
-    *(([f"{key}={value}"], {}, lambda t, key=key, value=value: t.decode(**{"n": 2} | {key: value}))
-      for key, value in [("temperature", -1), ("temperature", math.nan), ("temperature", math.inf),
-                         ("top_k", 0)]),
+       lambda t, n=n: t.prefill(draw_tokens(2, 35), n)) for n in (None, [10, 35])),
+    *(([f"lengths={n}"], EMPTY, lambda t, n=n: t.prefill(lengths=n))
+      for n in ([0, 8], [31, 8], [-1, 8], [0, 0], [3, 3, 3])),
+    (["lengths=[0, 8]"], EMPTY, lambda t: t.model.prefill(TOKENS, torch.tensor([0, 8]))),
+    *(([f"temperature={x}"], {}, lambda t, x=x: t.decode(2, temperature=x))
+      for x in (-1, math.nan, math.inf)),
+    (["top_k=0"], {}, lambda t: t.decode(2, top_k=0)),
     (["max_new_tokens=0"], {}, lambda t: t.decode(0)),
 ]
 
