@@ -398,7 +398,7 @@ def turned(linear):
 
 
 def layer_norm(norm):
-    found = nn.LayerNorm(norm.weight.shape, device=DEVICE)
+    found = nn.LayerNorm(norm.weight.shape, norm.eps, device=DEVICE)
     found.weight = norm.weight
     return found
 
@@ -434,7 +434,7 @@ CHANGES = {
     "a bias": put("self_attn.v_proj.bias", lambda _: nn.Parameter(torch.ones(32, device=DEVICE))),
     "a forward": put("mlp.up_proj.forward", then(rolled)),
     "an eps": put("self_attn.q_norm.eps", lambda _: 1.0),
-    "a norm without weight": put(NORMS[1], lambda _: nn.RMSNorm(32, elementwise_affine=False)),
+    "a norm without weight": put(NORMS[1], lambda _: nn.RMSNorm(32, 1e-6, False)),
     "a norm less": put(NORMS[0], lambda _: nn.Identity()),
     "a block": put("", Own),
     "attention": put("self_attn", lambda attention: Own(attention, mean_so_far)),
