@@ -203,6 +203,8 @@ scripts = st.lists(
 @law(50)
 @given(configs(), st.integers(1, 3), st.lists(st.integers(1, 15), min_size=3, max_size=3), scripts,
        exact, seeds)
+@example(dict(n_kv_head=2, seed=0), 2, [15, 9, 5],
+         [("turn", compose(SnapKV(12, 3), Quest(6, 2, random=1)), 0)], torch.float32, 0)
 def test_one_cache_serves_as_fresh_ones(config, B, prompt, script, dtype, seed):
     """A setting, or its question, that leaks into the next one; a text that reads a cleared one."""
     model, W = tiny(**config).to(dtype), 8
