@@ -400,9 +400,13 @@ def draw_cache(case, H, KV, D, Tk, dtype, low=1, name="used", Tq=1):
 
 
 def behind(k, v, end, value):
-    """k and v with this value in the slots from `end` on, which no query may read."""
+    """
+    k and v with this value in the slots from `end` on, which no query may read: slices of a larger
+    cache, NaN beyond.
+    """
     late = (torch.arange(k.shape[1], device=DEVICE) >= end[:, None])[..., None, None]
-    return k.masked_fill(late, value), v.masked_fill(late, value)
+    return [F.pad(x.masked_fill(late, value), (0, 0, 0, 0, 0, 5), value=nan)[:, :x.shape[1]]
+            for x in (k, v)]
 
 
 def bounds_of(k, used, block_size):
