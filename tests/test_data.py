@@ -4,7 +4,6 @@ killed, interrupted, repeated and fed damaged files. Tokenizers are in test_toke
 """
 import errno
 import gzip
-import io
 import itertools
 import json
 import os
@@ -12,22 +11,24 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, example, given, settings, strategies as st
 
 import data
 from conftest import refused
 from infra import shards
 from infra.shards import builtin_text, open_shard, save_shard
 from infra.tokenizers import ByteTokenizer, get_tokenizer
+from on_disk import contents
+from test_refusals import parquet, refusal
 from test_tokenizers import NASTY, train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,40 +53,42 @@ def test_shuffled_is_a_permutation(n, key):
     assert sorted(data.shuffled(i, n, key) for i in range(n)) == list(range(n))
 
 
-def test_each_epoch_visits_every_window_once_in_another_order(tmp_path):
-    """Windows lost, repeated or cut wrongly where shards meet; an order that repeats."""
-    folder = write_stream(tmp_path / "s", [101, 3, 1, 1, 2, 700])
-    orders = []
-    for seed, epoch in (1, 0), (1, 1), (2, 0):
-        stream = data.Shards(folder, 8, seed)
-        samples = [stream.sample(epoch * len(stream) + i) for i in range(len(stream))]
-        for sample in samples:
-            assert sample.dtype == np.int64
-            np.testing.assert_array_equal(sample, np.arange(sample[0], sample[0] + 8 + 1))
-        orders.append([int(sample[0]) for sample in samples])
-        assert sorted(orders[-1]) == [8 * w for w in range(len(stream))]
-    for a, b in itertools.combinations(orders, 2):  # by chance two agree at about one place
-        assert sum(x == y for x, y in zip(a, b)) < 8
-    assert np.corrcoef(orders[0], range(len(orders[0])))[0, 1] < 0.5
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6), context_len=st.integers(1, 9),
+       seed=st.integers(0, 9))
+@example(lengths=[8 * 250 + 1], context_len=8, seed=0)
+@example(lengths=[8 * 250], context_len=8, seed=0)  # the last window lacks its last target
+@settings(max_examples=60, deadline=None)
+def test_an_epoch_visits_every_window_of_its_split_once(lengths, context_len, seed):
+    """Windows lost, repeated or cut wrongly where shards meet; validation on training's."""
+    n_windows = (sum(lengths) - 1) // context_len
+    assume(n_windows >= 2)
+    n_val = {250: 2, 249: 2}.get(n_windows, 1)
+    windows = {"train": range(n_windows - n_val), "val": range(n_windows - n_val, n_windows)}
+    with tempfile.TemporaryDirectory() as folder:
+        write_stream(Path(folder), lengths)
+        for split, expected in windows.items():
+            stream = data.Shards(folder, context_len, seed, split)
+            samples = [stream.sample(i) for i in range(len(stream), 2 * len(stream))]  # epoch 1
+            assert sorted(sample[0] // context_len for sample in samples) == list(expected)
+            for sample in samples:
+                assert sample.dtype == np.int64 and sample[0] % context_len == 0
+                assert sample.tolist() == list(range(sample[0], sample[0] + context_len + 1))
 
 
 def test_a_sample_depends_on_seed_and_index_only(tmp_path):
-    """Hidden state, by which a resumed run, or other ranks, would train on other data."""
+    """
+    Hidden state, by which a resumed run, or other ranks, would train on other data; an order that
+    repeats in the next epoch, or with another seed.
+    """
     folder = write_stream(tmp_path / "s", [3000])
-    forward = list(map(data.Shards(folder, 16, seed=5).sample, range(500)))
-    for i in reversed(range(500)):
-        np.testing.assert_array_equal(data.Shards(folder, 16, seed=5).sample(i), forward[i])
-
-
-@pytest.mark.parametrize("length, n_train, n_val",
-                         [(17, 1, 1), (8 * 250 + 1, 248, 2), (8 * 250, 247, 2)])
-def test_train_and_val_share_no_window_and_miss_none(tmp_path, length, n_train, n_val):
-    """Validation on what was trained on, and a last window without its last target."""
-    folder = write_stream(tmp_path / "s", [length])
-    train, val = (data.Shards(folder, 8, seed=1, split=split) for split in ("train", "val"))
-    starts = [sorted(int(s.sample(i)[0]) for i in range(len(s))) for s in (train, val)]
-    assert (len(train), len(val)) == (n_train, n_val)
-    assert starts[0] + starts[1] == [8 * w for w in range(n_train + n_val)]
+    stream = data.Shards(folder, 30, seed=1)
+    n, alone = len(stream), lambda seed, i: data.Shards(folder, 30, seed).sample(i)[0] // 30
+    orders = [range(n), *([alone(seed, first + i) for i in range(n)]
+                          for seed, first in ((1, 0), (1, n), (2, 0)))]
+    assert orders[1] == [stream.sample(i)[0] // 30 for i in range(n)]
+    for a, b in itertools.combinations(orders, 2):  # by chance two agree at about one place
+        assert sum(x == y for x, y in zip(a, b)) < 8
+    assert np.corrcoef(*orders[:2])[0, 1] < 0.5
 
 
 @pytest.mark.parametrize("n_vocab, width", [(257, 2), (65536, 2), (65537, 4), (100278, 4)])
@@ -97,27 +100,15 @@ def test_tokens_are_as_wide_as_the_vocabulary_needs(tmp_path, n_vocab, width):
     assert data.Shards(tmp_path, 4, seed=0).sample(0).tolist() == [n_vocab - 1] * 5
 
 
-def test_an_interrupted_write_leaves_no_shard(tmp_path, monkeypatch):
-    """Tokens written under the final name, where a kill leaves a shard that looks like one."""
-    def killed(_):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(os, "fsync", killed)
-    with pytest.raises(KeyboardInterrupt):
-        save_shard(tmp_path / "00000.bin", [bytes(100)], 257, "bytes", job=0)
-    assert not list(tmp_path.glob("*.bin"))
-
-
-@pytest.mark.parametrize("damage, problem", [
-    (lambda raw: b"PK" + raw[2:], "not a nanoRAT shard"),
-    (lambda raw: raw[:63], "not a nanoRAT shard"),
-    (lambda raw: raw[:8] + b"\x09" + raw[9:], "shard version"),
-    (lambda raw: raw[:12] + b"\x04" + raw[13:], "bytes per token"),
-    (lambda raw: raw[:-1], "header says"),
-    (lambda raw: raw[:24] + bytes(8) + raw[32:64], "empty shard")])
-def test_a_damaged_shard_is_refused(tmp_path, damage, problem):
-    """A half-copied or foreign file read as tokens."""
+@pytest.mark.parametrize("at, content, problem", [
+    (0, b"PK", "not a nanoRAT shard"), (63, None, "not a nanoRAT shard"),
+    (8, b"\x09", "shard version 9"), (12, b"\x04", "4 bytes per token"),
+    (-1, None, "header says"), (24, bytes(8), "empty shard")])
+def test_a_damaged_shard_is_refused(tmp_path, at, content, problem):
+    """A half-copied or foreign file read as tokens. None: cut off there."""
     path = write_stream(tmp_path / "s", [100]) / "00000.bin"
-    path.write_bytes(damage(path.read_bytes()))
+    raw = path.read_bytes()
+    path.write_bytes(raw[:at] + (content + raw[at + len(content):] if content else b""))
     refused(lambda: data.Shards(path.parent, 4, seed=0), path, problem)
 
 
@@ -142,36 +133,21 @@ def run_main(*args):
     data.main(list(map(str, args)))
 
 
-def ends(capsys, *args, code=2):
-    """The script ends with this code and one line, which is returned."""
-    with pytest.raises(SystemExit) as end:
-        run_main(*args)
-    said = capsys.readouterr().err
-    assert end.value.code == code and said.startswith("data.py: ") and said.count("\n") == 1, said
-    return said
-
-
-def parquet(**columns):
-    """-> bytes of a .parquet, row groups of 37 rows, its text plain, so that tests can damage it"""
-    out = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), out, row_group_size=37,
-                                compression="none", use_dictionary=False)
-    return out.getvalue()
-
-
 def make_input(folder, n_docs=300):
-    """The same documents as a .jsonl, a .jsonl.gz, a .parquet and one .txt each. -> documents"""
-    topics = builtin_text().split("\n\n")
+    """
+    The same documents as a .jsonl, a .jsonl.gz, a .parquet and one .txt each, some with the mark in
+    front that editors leave. -> documents
+    """
+    topics, mark = builtin_text().split("\n\n"), b"\xef\xbb\xbf"
     docs = [f"{i} {NASTY[i % len(NASTY)]} {topics[i % len(topics)]}" for i in range(n_docs)]
     (folder / "d").mkdir(parents=True)
-    lines = "".join(json.dumps({"id": i, "text": doc}) + "\n" + "\n" * (i % 3 == 0)
-                    for i, doc in enumerate(docs)).encode()
+    lines = mark + "".join(json.dumps({"id": i, "text": doc}) + "\n" + "\n" * (i % 3 == 0)
+                           for i, doc in enumerate(docs)).encode()
     (folder / "a.jsonl").write_bytes(lines)
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines))
-    pyarrow.parquet.write_table(pyarrow.table({"id": range(n_docs), "text": docs}),
-                                folder / "c.parquet", row_group_size=37)
+    (folder / "c.parquet").write_bytes(parquet(id=range(n_docs), text=docs))
     for i, doc in enumerate(docs):
-        (folder / "d" / f"{i:04d}.txt").write_bytes(doc.encode())
+        (folder / "d" / f"{i:04d}.txt").write_bytes(mark * (i % 3 == 0) + doc.encode())
     (folder / "ignored.md").write_text("not read")
     return docs
 
@@ -193,10 +169,6 @@ def written_plainly(docs, files, out, tok, shard_tokens):
             save_shard(path, shard, tok.n_vocab, tok.name, job)
             shard, n_tokens = [], 0
     return contents(out)
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.glob("*")}
 
 
 @pytest.mark.parametrize("workers, group_bytes", [(1, 64e6), (3, 64e6), (3, 0)])
@@ -308,8 +280,15 @@ def no_room(_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("fault", ["a damaged row group", "a killed worker", "a full disk"])
-def test_a_fault_is_one_line_and_once_mended_the_run_goes_on(tmp_path, monkeypatch, capsys, fault):
+@pytest.mark.parametrize("fault, said", [
+    (lambda patch, source: damage(source, [17]), "in.parquet: "),
+    (lambda patch, _: patch.setattr(shards, "encode_unit", killed_in_row_group_17),
+     "a worker was killed"),
+    (lambda patch, _: patch.setattr(os, "fsync", no_room),
+     "00000.bin: not written (No space left on device)")],
+    ids=["a damaged row group", "a killed worker", "a full disk"])
+def test_a_fault_is_one_line_and_once_mended_the_run_goes_on(
+        tmp_path, monkeypatch, capsys, fault, said):
     """
     Whole shards that are lost, a traceback, a line that does not name the file or the disk, half a
     shard that keeps the disk full. The kernel kills what takes too much memory.
@@ -317,21 +296,13 @@ def test_a_fault_is_one_line_and_once_mended_the_run_goes_on(tmp_path, monkeypat
     docs = [f"{i} text" for i in range(37 * 20)]
     source, out = tmp_path / "in.parquet", tmp_path / "out"
     source.write_bytes(whole := parquet(id=range(len(docs)), text=docs))
-    command = "--input", source, "--output", out, "--workers=1", "--shard_tokens=1000"
+    command = ["--input", source, "--output", out, "--workers=1", "--shard_tokens=1000"]
     with monkeypatch.context() as patch:
-        if fault == "a damaged row group":
-            damage(source, [17])
-            said = f"data.py: {source}: "
-        elif fault == "a killed worker":
-            patch.setattr(shards, "encode_unit", killed_in_row_group_17)
-            said = "data.py: a worker was killed"
-        else:
-            patch.setattr(os, "fsync", no_room)
-            said = f"data.py: {out / '00000.bin'}: not written (No space left on device)"
-        assert ends(capsys, *command).startswith(said)
+        fault(patch, source)
+        refusal("data", command, said, capsys)
     # 629 rows come before row group 17, and 1,000 tokens are 104 to 112 of them
-    expected = [] if fault == "a full disk" else [f"{n:05d}.bin" for n in range(5)]
-    assert sorted(contents(out)) == expected
+    n_whole = 0 if said.startswith("00000") else 5
+    assert sorted(contents(out)) == [f"{n:05d}.bin" for n in range(n_whole)]
     source.write_bytes(whole)
     run_main(*command)
     assert contents(out) == written_plainly(docs, [source], tmp_path / "plain", ByteTokenizer(),
@@ -354,65 +325,3 @@ def test_workers_leave_ctrl_c_to_their_parent():
     with ProcessPoolExecutor(1, initializer=shards.start_worker,
                              initargs=(ByteTokenizer(),)) as pool:
         assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
-
-
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123456\n"
-BAD_INPUT = {
-    "bad.jsonl": (b'{"text": "a"}\n\n{"text": \n', "line 3: not JSON"),
-    "field.jsonl": (b'{"text": "a"}\n{"content": "b"}\n', "line 2: no text under 'text'"),
-    "null.jsonl": (b'{"text": null}\n', "line 1: no text under 'text'"),
-    "array.jsonl": (b'["text"]\n', "line 1: no text under 'text'"),
-    "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 1000)[:-20], "end-of-stream"),
-    "plain.jsonl.gz": (b'{"text": "a"}\n', "gzip"),
-    "cut.parquet": (parquet(text=["a"] * 99)[:-99], "arquet"),
-    "null.parquet": (parquet(text=["a"] * 40 + [None]), "row 41: no text under 'text'"),
-    "number.parquet": (parquet(text=[1]), "row 1: no text under 'text'"),
-    "column.parquet": (parquet(id=[1], content=["a"]), "no column 'text' among ['id', 'content']"),
-    "empty.parquet": (parquet(text=pyarrow.array([], "string")), "no documents"),
-    "latin.txt": ("naïve".encode("latin1"), "utf-8"),
-    "empty.jsonl": (b"", "no documents"),
-    "blank.jsonl": (b"\xef\xbb\xbf \r\n\n\t\n", "no documents"),
-    "lfs.jsonl": (POINTER, "git lfs pull"),
-    "lfs.txt": (POINTER, "git lfs pull"),
-    "lfs.parquet": (POINTER, "git lfs pull"),
-    "notes.md": (b"", "nothing to read"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input_is_one_line_and_exit_2(tmp_path, capsys, name):
-    """A traceback, or a message that leaves the reader to find the file and the line."""
-    content, message = BAD_INPUT[name]
-    (tmp_path / name).write_bytes(content)
-    said = ends(capsys, "--input", tmp_path / name, "--output", tmp_path / "out", "--workers=1")
-    assert message in said and (name in said or name.startswith(("empty", "blank")))
-    assert not list((tmp_path / "out").glob("*.bin"))
-
-
-@pytest.mark.parametrize("args, message", [
-    ("--worker=2", "--worker=2"), ("--workers=0", "--workers"), ("--workers=inf", "--workers"),
-    ("--workers=1e9", "1 to 1,024"), ("--shard_tokens=many", "many"),
-    ("--shard_tokens=nan", "--shard_tokens"), ("--shard_tokens=1e999", "--shard_tokens"),
-    ("--shard_tokens=-1", "--shard_tokens"), ("--shard_tokens=1.5", "--shard_tokens"),
-    ("--input=x", "--output"), ("--input=x --output=y", "x: no such file"),
-    ("--tokenizer=nowhere --output=y", "nowhere: no tokenizer here")])
-def test_bad_flags_are_one_line_and_exit_2(tmp_path, monkeypatch, capsys, args, message):
-    """A mistyped flag that is ignored or completed to another."""
-    monkeypatch.chdir(tmp_path)
-    assert message in ends(capsys, *args.split())
-
-
-def test_shards_of_another_run_are_not_continued(tmp_path, capsys):
-    """A folder whose first shards are of one tokenizer or input and whose last are of another."""
-    (tmp_path / "in.jsonl").write_text('{"text": "a", "body": "b"}\n')
-    base = "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out", "--workers=1"
-    run_main(*base)
-    gpt2 = train_bpe(tmp_path / "bpe", "gpt2")
-    for change in "--shard_tokens=999", f"--tokenizer={gpt2}", "--text_field=body":
-        assert "a shard of another run" in ends(capsys, *base, change)
-
-
-def test_the_mark_that_an_editor_begins_a_text_with_is_no_part_of_it(tmp_path):
-    """A first token that stands for nothing, in each document of a folder."""
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\n")
-    assert [text for text, _ in shards.documents([tmp_path / "a.txt"], "text")] == ["one\n"]

@@ -1,34 +1,86 @@
 """
-What a user can mend is one line that names it, and exit 2: eval_niah.py, sample.py and the
+What a user can mend is one line that names it, and exit 2: data.py, eval_niah.py, sample.py and the
 experiments. A traceback tells a user nothing, and a long run that ends in one even less.
 """
+import gzip
 import importlib
+import io
 import json
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
-from conftest import tiny
-from test_niah import Bytes
 
+import data
 import eval_niah
 import niah
+from conftest import tiny
 from experiments import runs
 from infra import runlog
+from test_niah import Bytes
+from test_tokenizers import train_bpe
 from triton_ops import backend
 
-MODEL, TRIAL = "--ckpt=model", ["--steps=2", "--batch=2", "--device_batch=2", "--context_len=512",
-                                "--device=cpu", "--compile=off", "--arl=16"]
-BRIEF = ["--arms", "memory", "--seeds", "0", "--samples=1"]  # the last of two flags counts
-CONVERT = ["--init=plain", *TRIAL]
 
-# script: [(flags, what the line names)]
+def parquet(**columns):
+    """-> bytes of a .parquet, row groups of 37 rows, its text plain, so that tests can damage it"""
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), out, row_group_size=37,
+                                compression="none", use_dictionary=False)
+    return out.getvalue()
+
+
+BRIEF = ["--arms", "memory", "--seeds", "0", "--samples=1"]  # the last of two flags counts
+CONVERT = ["--init=plain", "--steps=2", "--batch=2", "--device_batch=2", "--context_len=512",
+           "--device=cpu", "--compile=off", "--arl=16"]
+SHARDS = ["--input=two.jsonl", "--output=shards", "--workers=1"]
+POINTER, NO_TEXT = b"version https://git-lfs.github.com/spec/v1\noid", "no text under 'text'"
+
+# what data.py cannot read: (content, what the line says of it)
+BAD_INPUT = {
+    "bad.jsonl": (b'{"text": "a"}\n\n{"text": \n', "bad.jsonl: line 3: not JSON"),
+    "field.jsonl": (b'{"text": "a"}\n{"content": "b"}\n', f"field.jsonl: line 2: {NO_TEXT}"),
+    "null.jsonl": (b'{"text": null}\n', f"null.jsonl: line 1: {NO_TEXT}"),
+    "array.jsonl": (b'["text"]\n', f"array.jsonl: line 1: {NO_TEXT}"),
+    "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 1000)[:-20],
+                     "cut.jsonl.gz: Compressed file ended before the end-of-stream"),
+    "plain.jsonl.gz": (b'{"text": "a"}\n', "plain.jsonl.gz: Not a gzipped file"),
+    "cut.parquet": (parquet(text=["a"] * 99)[:-99], "cut.parquet: Parquet magic bytes"),
+    "null.parquet": (parquet(text=["a"] * 40 + [None]), f"null.parquet: row 41: {NO_TEXT}"),
+    "number.parquet": (parquet(text=[1]), f"number.parquet: row 1: {NO_TEXT}"),
+    "column.parquet": (parquet(id=[1], content=["a"]),
+                       "column.parquet: no column 'text' among ['id', 'content']"),
+    "empty.parquet": (parquet(text=pyarrow.array([], "string")), "no documents"),
+    "latin.txt": ("naïve".encode("latin1"), "latin.txt: 'utf-8' codec can't decode"),
+    "empty.jsonl": (b"", "no documents"),
+    "blank.jsonl": (b"\xef\xbb\xbf \r\n\n\t\n", "no documents"),
+    **{f"lfs{suffix}": (POINTER, "git lfs pull") for suffix in (".jsonl", ".txt", ".parquet")},
+    "notes.md": (b"", "notes.md: nothing to read"),
+}
+
+
+def alone(flags, *before):
+    """Rows of one bad flag each, which the line names."""
+    return [([*before, flag], flag.partition("=")[0]) for flag in flags.split()]
+
+
+# script: [(flags, what the line says)]
 REFUSED = {
+    "data": [
+        *(([f"--input={name}", "--output=nothing", "--workers=1"], says)
+          for name, (_, says) in BAD_INPUT.items()),
+        *alone("--worker=2 --workers=0 --workers=inf --workers=1e9 --shard_tokens=many "
+               "--shard_tokens=nan --shard_tokens=1e999 --shard_tokens=-1 --shard_tokens=1.5"),
+        (["--workers=1e9"], "1 to 1,024"),
+        (["--input=x"], "--output"),
+        (["--input=x", "--output=y"], "x: no such file"),
+        *((["--output=nothing", f"--tokenizer={path}"], f"{path}: no tokenizer here")
+          for path in ("nowhere", "byte", "a", "a/tokenizer.json")),
+        *(([*SHARDS, other], "a shard of another run")
+          for other in ("--shard_tokens=999", "--tokenizer=bpe", "--text_field=body")),
+    ],
     "eval_niah": [
-        (["--frobnicate"], "--frobnicate"),
-        (["--samples=0"], "--samples"),
-        (["--seed=-2147483649"], "--seed"),
-        (["--seed=2147483648"], "--seed"),
-        (["--words=none"], "--words"),
+        *alone("--frobnicate --samples=0 --seed=-2147483649 --seed=2147483648 --words=none"),
         (["--device=toaster"], "toaster"),
         (["--tasks", "niah_single_9"], "niah_single_9"),
         (["--ckpt", "nowhere"], "nowhere"),
@@ -42,14 +94,10 @@ REFUSED = {
         (["--jsonl", "niah_single_2.jsonl", "a/niah_single_2.jsonl"], "second file of niah_single"),
     ],
     "sample": [
-        (["--frobnicate"], "--frobnicate"),
+        *alone("--frobnicate --prompt= --max_new_tokens=0 --temperature=nan --seed=2147483648 "
+               "--words=none"),
         (["--ckpt=nowhere"], "nowhere"),
         (["--method=qwest"], "qwest"),
-        (["--prompt="], "--prompt"),
-        (["--max_new_tokens=0"], "--max_new_tokens"),
-        (["--temperature=nan"], "--temperature"),
-        (["--seed=2147483648"], "--seed"),
-        (["--words=none"], "--words"),
         (["--context_len=64"], "64"),
         ([f"--prompt={'a' * 600}", "--method=quest:budget=1/4"], "--context_len=768"),
     ],
@@ -65,26 +113,33 @@ REFUSED = {
         (["--arms", "--results=model"], "no finished run"),
     ],
     "experiments.gate_start": [
-        ([*CONVERT, "--g0=1"], "--g0"),
-        ([*CONVERT, "--init=nowhere"], "nowhere"),
-        ([*CONVERT, "--steps=none"], "--steps"),
+        *alone("--g0=1 --steps=none --name=other", *CONVERT),
         ([*CONVERT, "--arl=0"], "--arl=0"),
-        ([*CONVERT, "--name=other"], "--name"),
+        ([*CONVERT, "--init=nowhere"], "nowhere"),
         ([*CONVERT], "train.json"),
         ([*CONVERT, "--init=model"], "memory already"),
     ],
     "experiments.moba_question": [
+        *alone("--method=dense --question=0", "--ckpt=model"),
         (["--ckpt", "model", "nowhere"], "nowhere"),
-        ([MODEL, "--method=dense"], "--method"),
         (["--ckpt=damaged"], "damaged/train.json is damaged"),
-        ([MODEL, "--question=0"], "--question"),
     ],
     "experiments.snapkv_answer": [
+        *alone("--method=dense --batch=0", "--ckpt=model"),
         (["--ckpt=nowhere"], "nowhere"),
-        ([MODEL, "--method=dense"], "--method"),
-        ([MODEL, "--batch=0"], "--batch"),
     ],
 }
+
+
+def refusal(script, flags, words, capsys):
+    """The script ends with exit 2 and one line that says these words."""
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(script).main(list(map(str, flags)))
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1 and len(line) < 700, line
+    # gate_start's --steps are a flag of train.py, which refuses them itself
+    assert line.startswith((f"{script.rpartition('.')[2]}.py: ", "train.py: ")), line
+    assert words in line, line
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +156,13 @@ def folder(tmp_path_factory):
     example = niah.make_example("niah_single_2", 512, Bytes(), 0, 0, max_new_tokens=48)
     for file in "other.jsonl", "niah_single_2.jsonl", "a/niah_single_2.jsonl":
         niah.write_jsonl(folder / file, [example])
+    for name, (content, _) in BAD_INPUT.items():
+        (folder / name).write_bytes(content)
+    train_bpe(folder / "bpe", "gpt2")
+    (folder / "two.jsonl").write_text('{"text": "a", "body": "b"}\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        data.main(SHARDS)
     return folder
 
 
@@ -113,11 +175,5 @@ def test_a_refusal_is_one_line_and_exit_2(script, flags, words, folder, monkeypa
     monkeypatch.setattr(backend, "choice", backend.choice)  # which the experiments set
     monkeypatch.setattr(runs, "subprocess", None)  # nothing is started, and nobody asked
     monkeypatch.setattr(eval_niah, "prefill", lambda *_: pytest.fail("asked"))
-    main = importlib.import_module(script).main
-    with pytest.raises(SystemExit) as end:
-        main(flags)
-    line = capsys.readouterr().err
-    assert end.value.code == 2 and line.count("\n") == 1 and len(line) < 700, line
-    # gate_start's --steps are a flag of train.py, which refuses them itself
-    assert line.startswith((f"{script.rpartition('.')[2]}.py: ", "train.py: ")), line
-    assert words in line, line
+    refusal(script, flags, words, capsys)
+    assert not (folder / "nothing" / "00000.bin").exists()
