@@ -20,7 +20,7 @@ import shutil
 import struct
 import sys
 import zipfile
-from collections import Counter, OrderedDict
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +35,11 @@ import niah
 import train
 from conftest import official_names, save_pth, times
 from infra import answers, shards, weights
-from infra.files import write_lines
 from infra.tokenizers import ByteTokenizer
 from judge import ROOT
 from model import Config, Transformer
 from on_disk import INDEX, ONE, config, foreign, save
+from test_data import write_stream
 from test_tokenizers import train_bpe, train_sentencepiece
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="judge.py reads /proc")
@@ -49,29 +49,20 @@ INPUTS = {"olmo2": 500, "olmo2 shards": 300, "olmo2 config": 300, "ours": 400, "
           "sentencepiece": 200}
 
 
-# ---------------------------------------------------------------- the generator: bytes
+# ---------------------------------------------------------------- the generator: bytes, JSON
 
 def change_bytes(data, random):
     """-> what was done, and the changed bytes"""
-    at = random.randrange(len(data))
-    length = min(len(data) - at, random.choice([1, 4, 8, 64, 1024]))
+    at, length = random.randrange(len(data)), random.choice([1, 4, 8, 64, 1024])
     before, part, after = data[:at], data[at:at + length], data[at + length:]
-    what = random.choice(["flip", "byte", "cut", "grow", "drop", "twice", "zeros", "ones", "swap"])
-    if what == "swap":
-        changed, other = bytearray(data), random.randrange(len(data) - length + 1)
-        changed[at:at + length], changed[other:other + length] = data[other:other + length], part
-        return f"swap at {at} and {other}, {length} bytes", bytes(changed)
-    changed = {
-        "flip": lambda: before + bytes([data[at] ^ 1 << random.randrange(8)]) + data[at + 1:],
-        "byte": lambda: before + bytes([random.randrange(256)]) + data[at + 1:],
-        "cut": lambda: before, "grow": lambda: data + bytes(length),
-        "drop": lambda: before + after, "twice": lambda: before + part + part + after,
-        "zeros": lambda: before + bytes(length) + after,
-        "ones": lambda: before + b"\xff" * length + after}[what]()
-    return f"{what} at {at}, {length} bytes", changed
+    what, changed = random.choice([
+        ("flip", bytes([part[0] ^ 1 << random.randrange(8)]) + part[1:] + after),
+        ("byte", bytes([random.randrange(256)]) + part[1:] + after),
+        ("cut", b""), ("grow", part + after + bytes(length)), ("drop", after),
+        ("twice", part + part + after), ("swap", after[:length] + part + after[length:]),
+        ("zeros", bytes(len(part)) + after), ("ones", b"\xff" * len(part) + after)])
+    return f"{what} at {at}, {length} bytes", before + changed
 
-
-# ---------------------------------------------------------------- JSON
 
 class Pairs(list):
     """A JSON object as pairs, so that a key may come twice."""
@@ -87,55 +78,39 @@ STRANGE = [
 def dump(tree):
     if isinstance(tree, Pairs):
         return "{" + ",".join(f"{json.dumps(key)}:{dump(value)}" for key, value in tree) + "}"
-    if isinstance(tree, list):
-        return "[" + ",".join(map(dump, tree)) + "]"
-    return json.dumps(tree)
+    return "[" + ",".join(map(dump, tree)) + "]" if isinstance(tree, list) else json.dumps(tree)
 
 
 def nodes(tree):
     """All (container, position) in the tree."""
-    children = range(len(tree)) if isinstance(tree, list) else ()
-    for i in children:
+    for i in range(len(tree)) if isinstance(tree, list) else ():
         yield tree, i
         yield from nodes(tree[i][1] if isinstance(tree, Pairs) else tree[i])
 
 
-def change_json(text, random):
-    """-> what was done, and the changed text"""
-    tree = json.loads(text, object_pairs_hook=Pairs)
+def change_json(data, random):
+    """-> what was done, and the changed bytes"""
+    tree = json.loads(data, object_pairs_hook=Pairs)
     container, i = random.choice(list(nodes(tree)))
-    is_object = isinstance(container, Pairs)
-    key, old = container[i] if is_object else (i, container[i])
-    entry = lambda value: (key, value) if is_object else value
-    what = random.choice(["replace", "replace", "replace", "drop", "twice", "rename", "deep",
-                          "root", "near"])
-    strange = random.choice(STRANGE)
-    if what == "near" and isinstance(old, (int, float)) and not isinstance(old, bool):
-        strange = old + random.choice([-1, 1, 8, -8])
-        container[i] = entry(strange)
-    elif what == "drop":
-        del container[i]
-    elif what == "twice":
-        container.insert(i, entry(strange))
-    elif what == "rename" and is_object:
-        container[i] = random.choice(["", "x", f"{key}x", "../x", "\n"]), old
-    elif what == "deep":
-        deep = random.choice([50, 900, 100_000])
-        container[i] = entry("@@")
-        return f"{deep} deep at {key!r}", dump(tree).replace('"@@"', "[" * deep + "]" * deep, 1)
-    elif what == "root":
-        return f"all is {strange!r:.60}", dump(strange)
-    else:
-        container[i] = entry(strange)
-    return f"{what} {key!r}: {strange!r:.60}", dump(tree)
+    keyed = isinstance(container, Pairs)
+    key, old = container[i] if keyed else (i, container[i])
+    entry = lambda value, key=key: (key, value) if keyed else value
+    strange, deep = random.choice(STRANGE), random.choice([50, 900, 100_000])
+    near = old + random.choice([-1, 1, 8, -8]) if type(old) in (int, float) else strange
+    name = random.choice(["", "x", f"{key}x", "../x", "\n"])
+    what, container[i:i + 1] = random.choice([
+        *3 * [("replace", [entry(strange)])], ("near", [entry(near)]), ("drop", []),
+        ("twice", [entry(strange), entry(old)]),
+        ("rename", [entry(old if keyed else strange, name)]),
+        ("deep", [entry("@@")]), ("root", [entry(old)])])
+    text = dump(strange if what == "root" else tree)
+    text = text.replace('"@@"', "[" * deep + "]" * deep, 1)
+    return f"{what} {key!r}: {strange!r:.60}", text.encode(errors="surrogatepass")
 
 
 def change_text(data, random):
-    """JSON files and lines: half of the changes are to the tree, half to the bytes."""
-    if random.random() < 0.3:
-        return change_bytes(data, random)
-    what, text = change_json(data.decode(), random)
-    return what, text.encode(errors="surrogatepass")
+    """JSON: seven of ten changes are to the tree, the others to the bytes."""
+    return (change_bytes if random.random() < 0.3 else change_json)(data, random)
 
 
 def change_lines(data, random):
@@ -148,147 +123,53 @@ def change_lines(data, random):
 # ---------------------------------------------------------------- safetensors, token shards, .pth
 
 def change_safetensors(data, random):
-    """
-    Half of the changes are to the header's tree, whose length stays right; the others to the
-    length, the head's or the body's bytes.
-    """
+    """The header's tree, with its length put right; the length; bytes of the head or the body."""
     length, = struct.unpack("<Q", data[:8])
     header, body = data[8:8 + length], data[8 + length:]
-    what = random.choice(["header", "header", "length", "head", "body", "body", "not finite"])
-    if what == "header":
-        done, text = change_json(header.decode(), random)
-        header = text.encode(errors="surrogatepass")
-        header += b" " * (-len(header) % 8)
-        return f"header: {done}", struct.pack("<Q", len(header)) + header + body
-    if what == "length":
-        other = random.choice([0, 1, 2, length - 1, length + 8, len(data), 10**8, 2**31, 2**32,
-                               2**63, 2**64 - 1, random.randrange(2**64)])
-        return f"length {other}", struct.pack("<Q", other) + header + body
-    if what == "head":
-        done, header = change_bytes(header, random)
-        return f"head: {done}", data[:8] + header + body
-    if what == "body":
-        done, body = change_bytes(body, random)
-        return f"body: {done}", data[:8] + header + body
+    file = lambda header, body, length=length: struct.pack("<Q", length) + header + body
+    done, tree = change_json(header, random)
+    tree += b" " * (-len(tree) % 8)
+    other = random.choice([0, 1, 2, length - 1, length + 8, len(data), 10**8, 2**31, 2**32, 2**63,
+                           2**64 - 1, random.randrange(2**64)])
+    (of_head, head), (of_body, changed) = (change_bytes(part, random) for part in (header, body))
     at = random.randrange(len(body) // 4) * 4  # fp32
     number = struct.pack("<f", random.choice([math.nan, math.inf, -math.inf]))
-    return f"not finite at {at}", data[:8] + header + body[:at] + number + body[at + 4:]
+    return random.choice([
+        *2 * [(f"header: {done}", file(tree, body, len(tree)))],
+        *2 * [(f"body: {of_body}", file(header, changed))], (f"head: {of_head}", file(head, body)),
+        (f"length {other}", file(header, body, other)),
+        (f"not finite at {at}", file(header, body[:at] + number + body[at + 4:]))])
 
 
 def change_shard(data, random):
     """Half of the changes are to the 64 bytes of header."""
-    if random.random() < 0.5:
-        what, head = change_bytes(data[:64], random)
-        return f"header: {what}", head + data[64:]
-    return change_bytes(data, random)
+    size = random.choice([64, len(data)])
+    what, head = change_bytes(data[:size], random)
+    return what, head + data[size:]
 
 
-class Reduced:
-    """A pickle that calls something."""
-
-    def __init__(self, function, *args):
-        self.reduced = function, args
-
-    def __reduce__(self):
-        return self.reduced
-
-
-def change_state(state, random):
-    """A RAT+ state dict that torch.save writes: names, shapes, types, or what is no tensor."""
-    state = dict(state)
-    name = random.choice(list(state))
-    tensor = state.pop(name)
-    what = random.choice(["drop", "rename", "dtype", "shape", "not finite", "no tensor", "huge",
-                          "sparse", "strided", "layers"])
-    if what == "rename":
-        others = [name.replace("layers.0", f"layers.{n}") for n in ("x", 99)]
-        state[random.choice(["x", name + ".x", *others, "backbone.layers.", ""])] = tensor
-    elif what == "dtype":
-        state[name] = tensor.to(random.choice([torch.int64, torch.bool, torch.complex64,
-                                               torch.float8_e4m3fn]))
-    elif what == "shape":
-        expanded = tensor.unsqueeze(-1).expand(*tensor.shape, 2)
-        state[name] = random.choice([tensor.flatten(), tensor[:-1], tensor[None], tensor[:0],
-                                     torch.zeros(()), expanded])
-    elif what == "not finite":
-        state[name] = tensor.clone()
-        number = random.choice([math.nan, math.inf, -math.inf])
-        state[name].view(-1)[random.randrange(tensor.numel())] = number
-    elif what == "no tensor":
-        state[name] = random.choice([None, 1, "x", [1, 2], {}, b"x"])
-    elif what == "huge":
-        shape = random.choice([(10**6, 10**6), (2**40,), (97, 10**9), (10**5, 64)])
-        state[name] = torch.zeros(1).expand(*shape)
-    elif what == "sparse":
-        state[name] = random.choice([tensor.to_sparse(), tensor.to("meta")])
-    elif what == "strided":
-        state[name] = tensor.t() if tensor.dim() == 2 else tensor.repeat(2)[::2]
-    elif what == "layers":
-        state[f"backbone.layers.{random.choice([5, 10**9, -1])}.x"] = tensor
-    return f"{what} {name}", state
-
-
-EVIL = {  # what a pickle might call
-    "system": Reduced(os.system, "true"), "eval": Reduced(eval, "1"),
-    "open": Reduced(open, "evil", "w"), "attribute": Reduced(getattr, "x", "__class__"),
-    "bytes": [Reduced(bytearray, 10**9), Reduced(bytearray, 10**9)],
-    "module": Reduced(torch.nn.Linear, 3, 3), "load": Reduced(torch.hub.load, "x", "y"),
-    "storage": Reduced(torch.UntypedStorage, 10**10), "tensor": Reduced(torch.zeros, 10**10),
-    "numpy": np.zeros(3), "deep": None}
+BOMB = bytes(10**8)
 
 
 def change_pth(data, random):
-    what = random.choice(["bytes", "state", "state", "evil", "pickle", "members"])
-    if what == "bytes":
+    """Bytes of it or of its pickle, or which parts the zip file has that it is."""
+    if random.random() < 0.3:
         return change_bytes(data, random)
-    change = {"state": change_task, "evil": change_task, "pickle": change_members,
-              "members": change_members}[what]
-    done, changed = change(what, data, random)
-    return f"{what}: {done}", changed
-
-
-def change_task(what, data, random):
-    with torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):
-        file = torch.load(io.BytesIO(data), weights_only=True)
-    if what == "state":
-        done, file["task"] = change_state(file["task"], random)
-    else:
-        done = random.choice(list(EVIL))
-        place, evil = random.choice([file, file["task"]]), EVIL[done]
-        for _ in range(200 if done == "deep" else 0):  # as deep as pickle.dump goes
-            evil = [evil]
-        place[random.choice(["evil", next(iter(place))])] = evil
-    saved = io.BytesIO()
-    torch.save(file, saved, _use_new_zipfile_serialization=random.random() < 0.9)
-    return done, saved.getvalue()
-
-
-def change_members(what, data, random):
-    """Of the zip file that a .pth is."""
     with zipfile.ZipFile(io.BytesIO(data)) as file:
-        members = {info.filename: file.read(info) for info in file.infolist()}
-    packed = zipfile.ZIP_STORED
-    if what == "pickle":
-        name = next(name for name in members if name.endswith("data.pkl"))
-        done, members[name] = change_bytes(members[name], random)
-    else:
-        name = random.choice(list(members))
-        done = random.choice(["drop", "rename", "bomb", "escape", "empty"])
-        if done == "drop":
-            del members[name]
-        elif done == "rename":
-            members[name + "x"] = members.pop(name)
-        elif done == "bomb":
-            members[name], packed = members[name] + bytes(3 * 10**8), zipfile.ZIP_DEFLATED
-        elif done == "escape":
-            members["../../evil"] = b"evil"
-        else:
-            members[name] = b""
-    saved = io.BytesIO()
+        parts = {part: file.read(part) for part in file.namelist()}
+    pickle, = (part for part in parts if part.endswith("data.pkl"))
+    name, saved = random.choice(list(parts)), io.BytesIO()
+    done, broken = change_bytes(parts[pickle], random)
+    what, changed = random.choice([
+        *5 * [(f"pickle: {done}", {pickle: broken})], ("drop", {name: None}),
+        ("rename", {name: None, f"{name}x": parts[name]}), ("empty", {name: b""}),
+        ("escape", {"../../evil": b"evil"}), ("bomb", {name: BOMB})])
+    packed = zipfile.ZIP_DEFLATED if what == "bomb" else zipfile.ZIP_STORED
     with zipfile.ZipFile(saved, "w", packed) as file:
-        for called, content in members.items():
-            file.writestr(called, content)
-    return f"{done} {name}", saved.getvalue()
+        for called, content in (parts | changed).items():
+            if content is not None:
+                file.writestr(called, content)
+    return f"{what}, {name}", saved.getvalue()
 
 
 # ---------------------------------------------------------------- the files before, what is right
@@ -300,16 +181,14 @@ def originals(tmp_path_factory, ratplus):
     foreign(root / "olmo2", 1)
     foreign(root / "olmo2 shards", 3)
     save(root / "ours", memory=True)
-    for name in "pth", "shards", "answers":
-        (root / name).mkdir()
+    (root / "pth").mkdir()
+    (root / "answers").mkdir()
     save_pth(root / "pth" / "model.pth", official_names(ratplus), pytest.MonkeyPatch(), n_head=4)
     train_bpe(root / "tokenizer", "gpt2")
     (root / "tokenizer" / "tokenizer_config.json").write_text(
         json.dumps({"eos_token": "<|endoftext|>", "added": {"x": [1, 2]}}))
     train_sentencepiece(root / "sentencepiece")
-    for n, length in enumerate((3000, 2000)):
-        tokens = np.random.default_rng(n).integers(0, 257, length).astype("<u2")
-        shards.save_shard(root / "shards" / f"{n:05d}.bin", [tokens.tobytes()], 257, "bytes", 0)
+    write_stream(root / "shards", [3000, 2000])
     examples = [niah.make_example(f"niah_single_{n}", 1024, ByteTokenizer(), 0, 0)
                 for n in (1, 1, 2)]
     niah.write_jsonl(root / "ruler" / "niah_single_1.jsonl", examples)
@@ -322,19 +201,17 @@ def originals(tmp_path_factory, ratplus):
     lines = [answers.Line("a", "niah_single_1", "quest:budget=64", [i], told(i)) for i in range(9)]
     (root / "answers" / "answers-0.jsonl").write_bytes(b"".join(map(answers.written, lines)))
 
-    safetensors = lambda folder: sorted(path.relative_to(root / folder)
-                                        for path in (root / folder).rglob("*.safetensors"))
-    step = Path("step_0000001")
-    of_run = [*safetensors("checkpoint"), step / "config.json", step / "train.json"]
-    of_tokenizer = 4 * ["tokenizer.json"] + ["tokenizer_config.json"]
+    tensors = lambda kind: [str(file.relative_to(root / kind))
+                            for file in sorted((root / kind).rglob("*.safetensors"))]
+    of_run = [f"step_0000001/{name}.json" for name in ("config", "train")]
     return root, {
-        "olmo2": ("model", "", safetensors("olmo2"), change_safetensors),
-        "olmo2 shards": ("model", "", [*safetensors("olmo2 shards"), *3 * [INDEX]], None),
+        "olmo2": ("model", "", tensors("olmo2"), change_safetensors),
+        "olmo2 shards": ("model", "", [*tensors("olmo2 shards"), *3 * [INDEX]], None),
         "olmo2 config": ("model", "", ["config.json"], None),
-        "ours": ("model", "", [*safetensors("ours"), "config.json"], None),
-        "checkpoint": ("checkpoint", "", of_run, None),
+        "ours": ("model", "", [*tensors("ours"), "config.json"], None),
+        "checkpoint": ("checkpoint", "", [*tensors("checkpoint"), *of_run], None),
         "pth": ("model", "model.pth", ["model.pth"], change_pth),
-        "tokenizer": ("tokenizer", "", of_tokenizer, None),
+        "tokenizer": ("tokenizer", "", 4 * ["tokenizer.json"] + ["tokenizer_config.json"], None),
         "shards": ("shards", "", ["00000.bin", "00001.bin"], change_shard),
         "ruler": ("ruler", "niah_single_1.jsonl", ["niah_single_1.jsonl"], change_lines),
         "answers": ("answers", "", ["answers-0.jsonl"], change_lines),
@@ -350,10 +227,9 @@ def plain_safetensors(folder):
         header, body = json.loads(data[8:8 + length]), data[8 + length:]
         header.pop("__metadata__", None)
         for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            of_bytes = hashlib.sha256(body[begin:end]).hexdigest()[:16]
-            dtype = {"F32": "torch.float32"}[entry["dtype"]]
-            found[name.removeprefix("model.")] = [dtype, entry["shape"], of_bytes]
+            assert entry["dtype"] == "F32"
+            of_bytes = hashlib.sha256(body[slice(*entry["data_offsets"])]).hexdigest()[:16]
+            found[name.removeprefix("model.")] = ["torch.float32", entry["shape"], of_bytes]
     return found
 
 
@@ -362,15 +238,14 @@ def right(kind, loaded, original, path):
     if kind == "answers":  # a last line without its end was cut off by a kill, and is asked again
         return loaded == original[:len(loaded)] and len(loaded) >= len(original) - 1
     if kind in ("olmo2", "olmo2 shards"):
-        return loaded[0] == original[0] and loaded[1] == plain_safetensors(path)
+        return loaded == [original[0], plain_safetensors(path)]
     if kind == "olmo2 config":
         found, settings = json.loads((path / "config.json").read_text()), loaded[0]
         theirs = {"norm_eps": "rms_norm_eps", "context_len": "max_position_embeddings",
                   "n_head": "num_attention_heads", "n_layer": "num_hidden_layers"}
         eos, theta = found.get("eos_token_id"), found.get("rope_parameters", found)["rope_theta"]
-        return (loaded[1] == original[1]
+        return (loaded[1] == original[1] and settings["rope_theta"] == theta
                 and all(settings[ours] == found[name] for ours, name in theirs.items())
-                and settings["rope_theta"] == theta
                 and settings["eos_id"] in (None, eos, *(eos if isinstance(eos, list) else [])))
     if kind == "ruler":
         lines = (path / "niah_single_1.jsonl").read_bytes().splitlines()
@@ -380,21 +255,17 @@ def right(kind, loaded, original, path):
     if kind == "sentencepiece":
         oracle = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
         return loaded[0] == oracle.encode(judge.TEXT) and loaded[2] == oracle.eos_id()
-    if kind == "tokenizer":
-        return loaded == original or loaded[:2] == [of_hugging_face(path), True]
+    if kind == "tokenizer" and loaded != original:
+        oracle = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        oracle.encode_special_tokens = True
+        return loaded[:2] == [oracle.encode(judge.TEXT, add_special_tokens=False).ids, True]
     # ours, checkpoints, shards: any change is found; pth: zip's checksums cover it all
     return loaded == original
 
 
-def of_hugging_face(path):
-    oracle = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-    oracle.encode_special_tokens = True
-    return oracle.encode(judge.TEXT, add_special_tokens=False).ids
-
-
 def verdict_of(judged, reader, path):
     """-> "loaded", "refused" or "defect", and what was loaded or said. A refusal is one line."""
-    verdict, message = next(iter(judged(reader, path).items()))
+    (verdict, message), = judged(reader, path).items()
     if verdict == "refused" and not (str(path) in message and message.isprintable()
                                      and len(message) < 700):
         return "defect", f"no clear line: {message!r:.700}"
@@ -407,8 +278,7 @@ def test_changed_files_are_read_right_or_refused(kind, judged, originals, tmp_pa
     root, kinds = originals
     reader, what, files, change = kinds[kind]
     source = root / kind.removesuffix(" config")
-    original, found, defects = judged(reader, source / what), Counter(), []
-    assert "loaded" in original, original
+    original, found, defects = judged(reader, source / what)["loaded"], Counter(), []
     for index in range(times(INPUTS[kind] // 10, INPUTS[kind])):
         chance, path = random.Random(f"{kind} {index}"), tmp_path / str(index)
         shutil.copytree(source, path)
@@ -417,7 +287,7 @@ def test_changed_files_are_read_right_or_refused(kind, judged, originals, tmp_pa
         done, changed = how(file.read_bytes(), chance)
         file.write_bytes(changed)
         verdict, message = verdict_of(judged, reader, path / what)
-        if verdict == "loaded" and not right(kind, message, original["loaded"], path):
+        if verdict == "loaded" and not right(kind, message, original, path):
             verdict, message = "defect", f"loaded wrong: {str(message):.300}"
         if verdict == "defect":
             defects.append(f"{kind} {index}, {file.name}, {done}: {message}")
@@ -430,6 +300,79 @@ def test_changed_files_are_read_right_or_refused(kind, judged, originals, tmp_pa
 
 # ---------------------------------------------------------------- what no mutation makes
 
+class Reduced:
+    """A pickle that calls something."""
+
+    def __init__(self, *called):
+        self.called = called
+
+    def __reduce__(self):
+        return self.called[0], self.called[1:]
+
+
+EVIL = [Reduced(os.system, "true"), Reduced(eval, "1"), Reduced(open, "evil", "w"),
+        Reduced(getattr, "x", "__class__"), 2 * [Reduced(bytearray, 10**9)],
+        Reduced(torch.nn.Linear, 3, 3), Reduced(torch.hub.load, "x", "y"), np.zeros(3),
+        Reduced(torch.UntypedStorage, 10**10), Reduced(torch.zeros, 10**10)]
+NO_WEIGHTS = [  # instead of a tensor; lambdas: made of it
+    None, 1, "x", [1, 2], {}, b"x", torch.zeros(()),
+    *(lambda x, dtype=dtype: x.to(dtype)
+      for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)),
+    *(lambda x, number=number: x.flatten().index_fill(0, torch.tensor(7), number).view_as(x)
+      for number in (math.nan, math.inf, -math.inf)),
+    *(torch.zeros(1).expand(size) for size in ((10**6, 10**6), (2**40,), (97, 10**9), (10**5, 64))),
+    lambda x: x[..., :-1], lambda x: x[None], lambda x: x[:0], lambda x: x.to_sparse(),
+    lambda x: x.repeat_interleave(2, 0)[::2], lambda x: x[..., None].expand(*x.shape, 2),
+    lambda x: x.to("meta")]
+
+
+def of_weights(state):
+    """What the official trainer saves."""
+    return {"task": state, "config": {"model": {"backbone": {"seq_cell": {"num_head": 4}}}}}
+
+
+def all_refused(judged, contents, file):
+    for content in contents:
+        torch.save(content, file)
+        assert verdict_of(judged, "model", file)[0] == "refused", str(content)[-500:]
+
+
+@pytest.mark.parametrize("name", [
+    "embedding.wte", *(f"backbone.layers.{part}" for part in (
+        "1.seq_layer.in_proj", "0.hidden_layer.fc1", "1.hidden_layer.ln"))])
+def test_a_pth_of_what_is_no_ratplus_is_refused(name, judged, ratplus, tmp_path):
+    """One that takes all memory; a RAT+ of another form, loaded as far as it goes."""
+    state, name = official_names(ratplus), f"{name}.weight"
+    x, rest = state[name], {other: x for other, x in state.items() if other != name}
+    states = [rest, *(rest | {name: odd(x) if callable(odd) else odd} for odd in NO_WEIGHTS)]
+    states += [rest | {other: x} for other in (
+        "x", f"{name}.x", name.replace(".", ".x", 1), "backbone.layers.", "", None)]
+    states += [state | {f"backbone.layers.{n}.x": x} for n in (1, 5, 10**9, -1)]
+    all_refused(judged, map(of_weights, states), tmp_path / "last.pth")
+
+
+def test_a_pickle_runs_no_code(judged, ratplus, tmp_path):
+    """A .pth from the internet that deletes one's home."""
+    state, file = official_names(ratplus), tmp_path / "last.pth"
+    beside = [of_weights(state) | {"evil": evil} for evil in EVIL]
+    all_refused(judged, beside + [of_weights(state | {"evil": evil}) for evil in EVIL], file)
+    torch.save(of_weights(state), file)
+    assert verdict_of(judged, "model", file)[0] == "loaded"
+    # without a config its heads are of 128, in a width of 64
+    all_refused(judged, [{"task": state}], file)
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"no pickle at all", b"PK\x03\x04 half a zip", [1, 2], {"task": [1, 2]}, {"task": {}},
+    {"model": {}}, {"task": {"wte.weight": torch.zeros(4, 4)}}], ids=str)
+def test_a_file_that_is_no_pth_is_refused(content, judged, tmp_path):
+    """A traceback of the unpickler's."""
+    file = tmp_path / "last.pth"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    assert verdict_of(judged, "model", file)[0] == "refused"
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123456\n"
 PLACES = [("olmo2", "config.json"), ("olmo2", ONE), ("olmo2 shards", INDEX), ("pth", "model.pth"),
           ("tokenizer", "tokenizer.json"), ("tokenizer", "tokenizer_config.json"),
           ("shards", "00000.bin"), ("ruler", "niah_single_1.jsonl"),
@@ -437,16 +380,21 @@ PLACES = [("olmo2", "config.json"), ("olmo2", ONE), ("olmo2 shards", INDEX), ("p
 
 
 @pytest.mark.parametrize("kind, name", PLACES)
-def test_what_has_no_end_is_refused_at_once(kind, name, judged, originals, tmp_path):
-    """A pipe that nobody writes into, a link to a device: waiting for ever, memory without end."""
+def test_what_is_no_file_is_refused_at_once(kind, name, judged, originals, tmp_path):
+    """
+    A pipe that nobody writes into, a link to a device: waiting for ever, memory without end. What a
+    clone without git-lfs has: "fetch it again", by which one does the same again.
+    """
     root, kinds = originals
     reader, what, *_ = kinds[kind]
-    for make in os.mkfifo, lambda file: file.symlink_to("/dev/zero"), Path.mkdir:
+    pointer = lambda file: file.write_text(POINTER)
+    for make in os.mkfifo, lambda file: file.symlink_to("/dev/zero"), Path.mkdir, pointer:
         shutil.copytree(root / kind, tmp_path / kind)
         (tmp_path / kind / name).unlink()
         make(tmp_path / kind / name)
         verdict, message = verdict_of(judged, reader, tmp_path / kind / what)
         assert verdict == "refused" and name in message, message
+        assert make is not pointer or "git lfs pull" in message, message
         shutil.rmtree(tmp_path / kind)
 
 
@@ -465,23 +413,6 @@ def rows_of_names(folder):
               metadata={weights.PLACES: json.dumps(places)})
 
 
-def large(memory):
-    return Transformer(Config(vocab_size=100_000, n_layer=1, width=256, n_head=4, n_kv_head=4,
-                              mlp_width=256, memory=memory))
-
-
-def honest(folder):
-    model = large(memory=False)
-    config(folder, **weights.described(model.config, "float32"))
-    save_file({weights.hf_name(name): tensor for name, tensor in model.state_dict().items()},
-              folder / ONE)
-
-
-def ours(folder):
-    shutil.rmtree(folder)
-    large(memory=True).save_pretrained(folder)
-
-
 MANY = "[]," * 10**7 + "[]"
 BOMBS = {  # files whose content would be much larger in memory
     "config": lambda folder: (folder / "config.json").write_text(f"[{MANY}]"),
@@ -489,30 +420,39 @@ BOMBS = {  # files whose content would be much larger in memory
         "{" + ",".join(f'"{i}":0' for i in [*range(90_000), 89_999]) + "}"),
     "files": lambda folder: config(folder, files=[1]),
     "index": lambda folder: (folder / INDEX).write_text(f'{{"weight_map": [{MANY}]}}'),
-    "header": model_of_names, "places": rows_of_names, "honest": honest, "ours": ours}
+    "header": model_of_names, "places": rows_of_names}
 
 
 @pytest.mark.parametrize("what", BOMBS)
 def test_memory_is_at_most_twice_the_files_and_time_is_short(what, judged, tmp_path):
-    """JSON that Python blows up; work that grows with its square; a model that is kept twice."""
+    """JSON that Python blows up; work that grows with its square."""
     foreign(tmp_path / "model", 1)
     BOMBS[what](tmp_path / "model")
-    verdict, message = verdict_of(judged, "model", tmp_path / "model")
-    assert verdict == ("loaded" if what in ("honest", "ours") else "refused"), message
+    assert verdict_of(judged, "model", tmp_path / "model")[0] == "refused"
 
 
-def test_many_answers_in_a_long_prompt_are_refused(judged, tmp_path):
-    """A search for each of 100,000 answers in a prompt of a million characters."""
-    file = tmp_path / "niah_single_1.jsonl"
-    write_lines({file: [{"index": 0, "input": "x" * 10**6 + " a", "outputs": ["a"] * 100_000}]})
-    assert verdict_of(judged, "ruler", file)[0] == "refused"
+def test_a_large_model_is_not_kept_twice(judged, tmp_path):
+    """A model that is read whole, and then copied."""
+    form = dict(vocab_size=50_000, n_layer=1, width=256, mlp_width=256)
+    foreign(tmp_path / "theirs", 1, **form)
+    save(tmp_path / "ours", memory=True, **form)
+    for whose in "theirs", "ours":
+        assert verdict_of(judged, "model", tmp_path / whose)[0] == "loaded"
 
 
 @pytest.mark.parametrize("line", ['["sha256"]', '"sha256"', "3", "{}", '{"sha256": 1}', "null"])
 def test_odd_lines_of_answers_are_refused(line, judged, tmp_path):
+    """What is JSON, and no answer."""
     (tmp_path / "answers-0.jsonl").write_text(line + "\n")
     verdict, message = verdict_of(judged, "answers", tmp_path)
     assert verdict == "refused" and "answers-0.jsonl line 1" in message, message
+
+
+def test_many_answers_in_a_long_prompt_are_refused(judged, tmp_path):
+    """A search for each of 100,000 answers in a prompt of a million characters."""
+    row = {"index": 0, "input": "x" * 10**6 + " a", "outputs": ["a"] * 100_000}
+    (tmp_path / "niah_single_1.jsonl").write_text(json.dumps(row) + "\n")
+    assert verdict_of(judged, "ruler", tmp_path / "niah_single_1.jsonl")[0] == "refused"
 
 
 def test_what_the_world_writes_is_not_refused(judged, tmp_path):
@@ -539,15 +479,12 @@ IMPORTS = {"pickle", "marshal", "shelve", "dill", "joblib", "urllib", "http", "r
 def test_no_script_runs_what_it_reads_or_asks_the_network(file):
     """A pickle, an eval or a download that a change brings in."""
     for node in ast.walk(ast.parse(file.read_text())):
-        names, where = [], f"{file.name} line {getattr(node, 'lineno', 0)}"
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-        elif isinstance(node, ast.Call):
+        what = ast.unparse(node) if isinstance(node, (ast.Import, ast.ImportFrom, ast.Call)) else ""
+        if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in CALLS, f"{where}: {called}"
-            if called in ("torch.load", "np.load", "numpy.load"):
-                flags = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                assert flags.get("weights_only") == "True" and file.name == "ratplus.py", where
-        assert IMPORTS.isdisjoint(name.split(".")[0] for name in names), f"{where}: {names}"
+            assert called not in CALLS, what
+            safe = file.name == "ratplus.py" and "weights_only=True" in what
+            assert safe or called not in ("torch.load", "np.load", "numpy.load"), what
+        elif what:
+            names = [getattr(node, "module", None) or "", *(a.name for a in node.names)]
+            assert IMPORTS.isdisjoint(name.split(".")[0] for name in names), what
