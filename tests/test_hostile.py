@@ -37,7 +37,6 @@ from conftest import official_names, save_pth, times
 from infra import answers, shards, weights
 from infra.tokenizers import ByteTokenizer
 from judge import ROOT
-from model import Config, Transformer
 from on_disk import INDEX, ONE, config, foreign, save
 from test_data import write_stream
 from test_tokenizers import train_bpe, train_sentencepiece

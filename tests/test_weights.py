@@ -211,8 +211,8 @@ def test_of_several_ends_of_text_one_is_kept_and_it_is_said(tmp_path, capsys):
     """The others dropped without a word."""
     save(tmp_path, eos_id=3)
     told = f"note: {tmp_path / 'config.json'}: of eos_token_id=[3, 4] the first is kept; "
-    for given, said in ([3, 4], f"{told}texts end at the tokenizer's\n"), ([3], ""):
-        unsealed(eos_token_id=given)(tmp_path)
+    for listed, said in ([3, 4], f"{told}texts end at the tokenizer's\n"), ([3], ""):
+        unsealed(eos_token_id=listed)(tmp_path)
         assert load(tmp_path).config.eos_id == 3 and capsys.readouterr().err == said
 
 
