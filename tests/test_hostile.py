@@ -162,7 +162,7 @@ def change_pth(data, random):
     what, changed = random.choice([
         *5 * [(f"pickle: {done}", {pickle: broken})], ("drop", {name: None}),
         ("rename", {name: None, f"{name}x": parts[name]}), ("empty", {name: b""}),
-        ("escape", {"../../evil": b"evil"}), ("bomb", {name: BOMB})])
+        ("escape", {"../../evil": b"evil"}), ("bomb", {pickle: BOMB})])
     packed = zipfile.ZIP_DEFLATED if what == "bomb" else zipfile.ZIP_STORED
     with zipfile.ZipFile(saved, "w", packed) as file:
         for called, content in (parts | changed).items():
