@@ -61,7 +61,8 @@ def to_text(method, label):
     for field in fields(method):
         value = getattr(method, field.name)
         if field.name in ("budget", "block_size") or value != field.default:
-            settings.append(f"{field.name}={str(value).lower()}")
+            text = str(value).lower().replace("e+", "e")  # a + would begin another method
+            settings.append(f"{field.name}={text}")
     return ":".join([label, ",".join(settings)] if settings else [label])
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import train
 from conftest import DEVICE, FORMS, assert_close, draw_tokens, error, refused, tiny
 from drawn import ROOM, told
 
 from experiments import memories
+from infra import cli
 from memory import MEMORIES, memory_loop
 from model import Config, Transformer
 from on_disk import not_loaded
@@ -127,6 +129,16 @@ def test_what_is_no_script_is_one_line(words, monkeypatch, capsys):
         memories.main()
     told = capsys.readouterr().err
     assert end.value.code == 2 and told.count("\n") == 1 and "train.py" in told
+
+
+def test_a_record_says_who_called_the_script(monkeypatch):
+    """A command in a report that ends at a memory it does not know."""
+    monkeypatch.setattr(train, "main", lambda: None)
+    monkeypatch.setattr(cli, "STARTER", ["python"])
+    monkeypatch.setattr("sys.argv", ["memories.py", "train.py", "--memory=keys"])
+    memories.main()
+    assert cli.command_line(None, "train.py") == (
+        "python -m experiments.memories train.py --memory=keys")
 
 
 def test_a_memory_that_nobody_knows_is_refused(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 import math
 import sys
 import types
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -450,6 +450,21 @@ def test_parse_takes_or_refuses_any_text(text):
 def test_bad_settings_are_one_clear_line(text, words):
     """A typing error that becomes a traceback, or worse, another experiment."""
     refused(lambda: parse(text, context_len=4096), *words)
+
+
+def test_a_setting_may_be_a_float(monkeypatch):
+    """A selector of one's own with a width that no command line can set."""
+    @dataclass(frozen=True)
+    class Wide(Quest):
+        width: float = 1.0
+
+    monkeypatch.setitem(sparse.METHODS, "wide", Wide)
+    for text, width in {"0.5": 0.5, "2": 2.0, "-1e-3": -0.001, "3e20": 3e20}.items():
+        method = parse(f"wide:width={text}", 4096)
+        assert method.width == width and type(method.width) is float
+        assert parse(name(method), 4096) == method
+    for wrong in "1/2", "true", "many":
+        refused(lambda: parse(f"wide:width={wrong}", 4096), "wide:width")
 
 
 # ---------------------------------------------------------------- README's selector
