@@ -529,7 +529,7 @@ def parse(text, context_len):
     ("moba:budget=1/8+snapkv").
 
     A budget is in tokens, or a fraction of context_len (the nominal length of the evaluation, not
-    of each prompt). Other values are integers, true/false or none. ValueError names what is wrong
+    of each prompt). Other values are numbers, true/false or none. ValueError names what is wrong
     and what is allowed.
     """
     methods = [of_text(part, context_len, METHODS) for part in text.split("+")]
