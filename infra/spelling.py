@@ -11,7 +11,8 @@ import re
 from dataclasses import fields
 from typing import get_args
 
-FLOAT = re.compile(r"-?\d+(\.\d*)?(e-?\d+)?", re.ASCII)  # of a setting of type float
+# Of a setting of type float. It is finite.
+FLOAT = re.compile(r"-?\d{1,30}(\.\d{0,30})?(e-?\d{1,2})?", re.ASCII)
 
 
 def of_text(text, context_len, methods):

@@ -463,7 +463,7 @@ def test_a_setting_may_be_a_float(monkeypatch):
         method = parse(f"wide:width={text}", 4096)
         assert method.width == width and type(method.width) is float
         assert parse(name(method), 4096) == method
-    for wrong in "1/2", "true", "many":
+    for wrong in "1/2", "true", "many", "1e999":
         refused(lambda: parse(f"wide:width={wrong}", 4096), "wide:width")
 
 
