@@ -48,6 +48,8 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and torch.cuda.is_available():
     os.environ.setdefault("PYTORCH_ALLOC_CONF" if newer else "PYTORCH_CUDA_ALLOC_CONF",
                           "expandable_segments:True")
 
+ENDING = threading.Lock()  # of the thread that ends this process, until it has
+
 
 # ---------------------------------------------------------------- the processes
 
@@ -80,6 +82,9 @@ class Processes:
 
     def fail(self, line, code):
         """End this process, as one of several, with one line for all of them."""
+        # Of its threads, the main one and Stop's may both find that another process is gone: the
+        # second waits here, as it would end the process before the first has said why.
+        ENDING.acquire()
         # The first to fail knows why. The others follow, and their errors would only bury its.
         try:
             if self.store.add("failed", 1) == 1:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -222,6 +223,30 @@ def test_kill_of_any_of_two_costs_the_steps_since_the_last_checkpoint_and_one_en
     for name in "alone", "anew":
         train.train(train.parse([*flags, f"--name={name}", "--device_batch=1"]))
         assert curve(out / name) == pytest.approx(unbroken, rel=1e-4)
+
+
+def test_of_two_threads_that_fail_the_first_says_why(monkeypatch, capsys):
+    """
+    A lost process that both threads of another hear of: the second ended it before the first had
+    spoken, and nobody said a word.
+    """
+    added, ended = [], threading.Event()
+
+    class Store:
+        def add(self, *_):
+            added.append(1)
+            place = len(added)
+            time.sleep(0.3 if place == 1 else 0)  # the answer is on its way
+            return place
+    monkeypatch.setattr(parallel, "ENDING", threading.Lock())
+    monkeypatch.setattr(parallel.os, "_exit", lambda code: ended.set() or time.sleep(60))
+    processes = parallel.Processes()
+    processes.store = Store()
+    for line in "why", "another":
+        threading.Thread(target=processes.fail, args=(line, 1), daemon=True).start()
+        time.sleep(0.1)
+    assert ended.wait(10)
+    assert capsys.readouterr().err == "train.py: why\n"
 
 
 def test_nothing_of_stop_outlives_it(tmp_path, monkeypatch):
