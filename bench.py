@@ -410,7 +410,7 @@ def bench_block(table):
         normed = lambda w: F.linear(F.rms_norm(x, (C,), eps=1e-6), w, weight)
         for name, shapes, ours, plain in (
                 ("products q, k, v", [(C, C)] * 3, few, many),
-                ("products q, k, v, gate", [(C, C)] * 4, lambda *w: products(x, w, weight, 1e-6),
+                ("products q, k, v, gate", [(C, C)] * 4, lambda *w: products(x, w, [weight], 1e-6),
                  lambda *w: [*many(*w[:3]), normed(w[3])]),
                 ("products out", [(C, C)], few, many),
                 ("swiglu_products", [(N, C)] * 2, lambda *w: [swiglu_products(x, *w)],

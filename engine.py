@@ -366,7 +366,7 @@ def fused_attention(attention, x, rope, dice, cache):
         q = norm_rotate(q, norms[0], config.norm_eps, *rope)
         k = norm_rotate(k, norms[1], config.norm_eps, *rope)
         y = cache.attend(index, q, k, v, dice)
-    y = y.flatten(2)  # (B, T, C)
+    y = y.flatten(2)  # (B, T, H * D)
     if output_gate is not None:
         y = y * torch.sigmoid(output_gate)
     return product(attention.o_proj, y)
@@ -374,30 +374,31 @@ def fused_attention(attention, x, rope, dice, cache):
 
 def projections(attention, x):
     """
-    (B, T, C) -> q (B, T, H, D), k, v and the memory's gate (B, T, KV, D), output gate (B, T, C);
-    None: not in this model.
+    (B, T, C) -> q (B, T, H, D), k, v and the memory's gate (B, T, KV, D), output gate
+    (B, T, H * D); None: not in this model.
     """
     from triton_ops.block import products
     config, own = attention.config, attention.memory
     heads = lambda y: y.unflatten(2, (-1, config.head_width))
     linears = [attention.q_proj, attention.k_proj, attention.v_proj]
-    if attention.output_gate is not None:
-        linears.append(attention.output_gate)
+    if attention.output_gate is not None:  # first, as those with a bias must be the last
+        linears.insert(0, attention.output_gate)
 
     gate = None
     if is_few(x):  # all in one launch, the gate's norm included
-        weights, bias = [linear.weight for linear in linears], None
         if own is not None:
-            weights, bias = [*weights, own.proj.weight], own.proj.bias
-        normed = None if config.pre_norm else config.norm_eps
-        q, k, v, *rest = products(x, weights, bias, normed)
+            linears.append(own.proj)
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        normed = config.norm_eps if own is not None and not config.pre_norm else None
+        parts = products(x, [linear.weight for linear in linears], biases, normed)
         if own is not None:
-            gate = heads(rest.pop())
+            gate = heads(parts.pop())
     else:
-        q, k, v, *rest = (linear(x) for linear in linears)
+        parts = [linear(x) for linear in linears]
         if own is not None:
             gate = own.gate(attention.at_rms_1(x))
-    return heads(q), heads(k), heads(v), gate, rest[0] if rest else None
+    *output_gate, q, k, v = parts
+    return heads(q), heads(k), heads(v), gate, output_gate[0] if output_gate else None
 
 
 def fused_mlp(mlp, x):
@@ -475,12 +476,14 @@ def is_stock(layer, config):
 
 def is_known(name, module, config):
     """
-    Whether the kernels know all of a module of a stock layer: they take its weight, of the memory's
-    projection the bias too, and config's eps. If they do not, a run says so once.
+    Whether the kernels know all of a module of a stock layer: they take its weight, the bias of the
+    memory's projection and of q, k and v, and config's eps. If they do not, a run says so once.
     """
     kind = type(module)
     if kind is nn.Linear:
-        known = kind.forward is LINEAR and (module.bias is None or name == "proj")
+        with_bias = config.qkv_bias and name in ("q_proj", "k_proj", "v_proj")
+        known = kind.forward is LINEAR
+        known &= (module.bias is not None) == with_bias or name == "proj"
     elif name in ("q_norm", "k_norm") and not config.qk_norm:
         known = kind is nn.Identity
     else:

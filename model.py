@@ -1,24 +1,31 @@
 """
-OLMo 2 (arXiv 2501.00656) and RAT+ (arXiv 2602.18196): one decoder, whole, in this file.
+OLMo 2 (arXiv 2501.00656), Llama, Qwen and RAT+ (arXiv 2602.18196): one decoder, whole.
 
     tokens -> embedding -> [ attention block -> MLP block ] x n_layer -> norm -> head -> logits
 
 In attention: project q, k, v  ->  decaying memory on k, v (memory.py)  ->  QK-norm  ->  RoPE  ->
-sparse method (sparse.py)  ->  output projection. A model without memory is plain attention: that
-is all that separates the two.
+sparse method (sparse.py)  ->  output projection. A model without memory is plain attention.
 
-    OLMo 2 normalises each sublayer's output, with QK-norm and SwiGLU:
-        x = x + norm(attn(x)); x = x + norm(mlp(x))
-    RAT+ normalises its input, as Llama does, with an output gate and GELU:
-        x = x + attn(norm(x)); x = x + mlp(norm(x))
+What separates the families is a few fields of Config:
+
+                 OLMo 2          Llama     Qwen 2    Qwen 3      RAT+
+    pre_norm     no, the output  yes       yes       yes         yes     which side of a sublayer
+    qk_norm      all heads       none      none      each head   none    has the norm; norm of q, k
+    qkv_bias     no              no        yes       no          no      biases of q, k and v
+    head width   C / H           C / H     C / H     its own     C / H
+    MLP          SwiGLU          SwiGLU    SwiGLU    SwiGLU      GELU, and a gate on attention
+
+    norm of the output:  x = x + norm(attn(x)); x = x + norm(mlp(x))
+    norm of the input:   x = x + attn(norm(x)); x = x + mlp(norm(x))
 
 Modules carry the names of Hugging Face's OLMo 2, so a parameter and its tensor in a file are called
-the same. With a cache the model continues what it has read, and generates: that is engine.py, which
-also runs the same blocks in fused kernels. Checked against transformers' Olmo2 and the official
-RAT+ in tests/test_model.py. Read memory.py next, then sparse.py.
+the same (infra/names.py has the exceptions). With a cache the model continues what it has read, and
+generates: that is engine.py, which also runs the same blocks in fused kernels. Checked against
+transformers' models and the official RAT+ in tests/test_model.py, and on real weights in
+tests/test_real_model.py. Read memory.py next, then sparse.py.
 
-Letters: B batch, T tokens, C model width, H query heads, KV key/value heads, D = C / H head width,
-V vocabulary.
+Letters: B batch, T tokens, C model width, H query heads, KV key/value heads, D head width (C / H in
+most models), V vocabulary.
 """
 from dataclasses import dataclass, replace
 
@@ -30,6 +37,7 @@ from engine import Inference
 from infra import weights
 from infra.init import first_values, memory_tensors
 from infra.loss import weighted_loss, weighted_score
+from infra.rope import stretched
 from memory import MEMORIES
 from sparse import Dense, dice_of, dice_of_layers
 from triton_ops import backend
@@ -37,7 +45,7 @@ from triton_ops import backend
 
 @dataclass
 class Config:
-    """The defaults are OLMo 2's form; RAT+ changes the fields from pre_norm on."""
+    """The defaults are OLMo 2's form; the others change fields from head_dim on."""
     vocab_size: int = 100352
     n_layer: int = 16
     width: int = 2048          # C
@@ -48,8 +56,11 @@ class Config:
     rope_theta: float = 500000.0
     norm_eps: float = 1e-6
     tied: bool = False         # one matrix for embedding and head
-    pre_norm: bool = False     # normalise each sublayer's input (RAT+), not its output (OLMo 2)
-    qk_norm: bool = True       # RMS norm over the whole q and k projections, all heads together
+    head_dim: int | None = None        # D, where it is not C / H
+    rope_scaling: dict | None = None   # Llama 3's stretch for longer contexts: infra/rope.py
+    pre_norm: bool = False     # normalise each sublayer's input, not its output
+    qk_norm: str | None = "all"  # RMS norm of q and k, over "all" heads together or each "head"
+    qkv_bias: bool = False     # q, k and v have biases
     swiglu: bool = True        # else exact (erf) GELU
     output_gate: bool = False  # attention output times sigmoid of one more projection
     memory: str | None = None  # which of memory.MEMORIES, None for none. True is read as "decay"
@@ -59,6 +70,8 @@ class Config:
         """ValueError unless a model can be made of it: it may come from a stranger's file."""
         if type(self.memory) is bool:  # in files from when there was but one
             self.memory = "decay" if self.memory else None
+        if type(self.qk_norm) is bool:  # likewise
+            self.qk_norm = "all" if self.qk_norm else None
         weights.check_config(self)
         if self.memory not in (None, *MEMORIES):
             raise ValueError(f"memory={self.memory} is not in memory.MEMORIES: import its file, or "
@@ -66,12 +79,13 @@ class Config:
 
     @property
     def head_width(self):
-        return self.width // self.n_head  # D
+        return self.head_dim or self.width // self.n_head  # D
 
 
-RATPLUS = dict(vocab_size=32000, rope_theta=10000.0, tied=True, pre_norm=True, qk_norm=False,
+RATPLUS = dict(vocab_size=32000, rope_theta=10000.0, tied=True, pre_norm=True, qk_norm=None,
                swiglu=False, output_gate=True, memory="decay", eos_id=2)
 OLMO2 = dict(eos_id=100257)
+LLAMA = dict(tied=True, pre_norm=True, qk_norm=None, norm_eps=1e-5)
 BYTES = dict(vocab_size=257, rope_theta=10000.0, eos_id=256)
 PRESETS = {
     # ours, over bytes (256 values and the end of text): to train in minutes
@@ -88,6 +102,18 @@ PRESETS = {
                         **OLMO2),
     "olmo2-32b": Config(n_layer=64, width=5120, n_head=40, n_kv_head=8, mlp_width=27648,  # 32.2B
                         **OLMO2),
+    # HuggingFaceTB/SmolLM2-135M, meta-llama/Llama-3.2-1B, Qwen/Qwen3-0.6B
+    "smollm2-135m": Config(n_layer=30, width=576, n_head=9, n_kv_head=3, mlp_width=1536,  # 134.5M
+                           vocab_size=49152, context_len=8192, rope_theta=100000.0, eos_id=0,
+                           **LLAMA),
+    "llama3.2-1b": Config(n_layer=16, width=2048, n_head=32, n_kv_head=8, mlp_width=8192,  # 1.24B
+                          vocab_size=128256, context_len=131072, eos_id=128001, **LLAMA,
+                          rope_scaling=dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0,
+                                            high_freq_factor=4.0,
+                                            original_max_position_embeddings=8192)),
+    "qwen3-0.6b": Config(n_layer=28, width=1024, n_head=16, n_kv_head=8, mlp_width=3072,  # 596M
+                         vocab_size=151936, context_len=40960, rope_theta=1e6, tied=True,
+                         head_dim=128, pre_norm=True, qk_norm="head", eos_id=151643),
     # barpitf/ratplus; LLaMA's tokenizer, whose end of text is 2
     "ratplus-1b": Config(n_layer=24, width=2048, n_head=16, n_kv_head=16, mlp_width=8192,  # 1.5B
                          **RATPLUS),
@@ -106,15 +132,18 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.index = index  # which layer this is
-        C, kv_width = config.width, config.n_kv_head * config.head_width
-        self.q_proj = nn.Linear(C, C, bias=False)
-        self.k_proj = nn.Linear(C, kv_width, bias=False)
-        self.v_proj = nn.Linear(C, kv_width, bias=False)
-        self.o_proj = nn.Linear(C, C, bias=False)
-        self.q_norm = nn.RMSNorm(C, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(kv_width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        C, D = config.width, config.head_width
+        q_width, kv_width = config.n_head * D, config.n_kv_head * D
+        self.q_proj = nn.Linear(C, q_width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(C, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(C, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_width, C, bias=False)
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        if config.qk_norm:
+            widths = (D, D) if config.qk_norm == "head" else (q_width, kv_width)
+            self.q_norm, self.k_norm = (nn.RMSNorm(n, eps=config.norm_eps) for n in widths)
         self.memory = MEMORIES[config.memory](config) if config.memory else None
-        self.output_gate = nn.Linear(C, C, bias=False) if config.output_gate else None
+        self.output_gate = nn.Linear(C, q_width, bias=False) if config.output_gate else None
 
     def forward(
         self,
@@ -133,15 +162,18 @@ class Attention(nn.Module):
         if self.memory is not None:
             k, v = self.remember(x, k, v, cache)
 
-        # QK-norm spans the whole projection, all heads together
-        q = self.rotate(self.q_norm(q.flatten(2)).view_as(q), rope)
-        k = self.rotate(self.k_norm(k.flatten(2)).view_as(k), rope)
+        if self.config.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        else:  # over all heads together; without QK-norm this does nothing
+            q = self.q_norm(q.flatten(2)).view_as(q)
+            k = self.k_norm(k.flatten(2)).view_as(k)
+        q, k = self.rotate(q, rope), self.rotate(k, rope)
 
         if cache is None:
             y, _ = prefill(q, k, v, 0, dice)
         else:  # the same, with what the cache holds before k and v
             y = cache.attend(self.index, q, k, v, dice)
-        y = y.flatten(2)  # (B, T, C)
+        y = y.flatten(2)  # (B, T, H * D)
         if self.output_gate is not None:
             y = y * torch.sigmoid(self.output_gate(x))
         return self.o_proj(y)
@@ -196,7 +228,7 @@ class Block(nn.Module):
             self.post_attention_layernorm, self.post_feedforward_layernorm = norm(), norm()
 
     def forward(self, x, rope, prefill, dice=None, cache=None):  # x (B, T, C); as in Attention
-        if self.pre_norm:  # RAT+, and Llama
+        if self.pre_norm:  # Llama, Qwen, RAT+
             x = x + self.self_attn(self.input_layernorm(x), rope, prefill, dice, cache)
             x = x + self.mlp(self.pre_feedforward_layernorm(x))
         else:              # OLMo 2
@@ -272,7 +304,10 @@ class Transformer(Inference, nn.Module):
         """position (1 or B, T) -> cos and sin of RoPE's angles, each (1 or B, T, 1, D/2), fp32."""
         D = self.config.head_width
         pair = torch.arange(0, D, 2, device=position.device).float()
-        angle = position[..., None] * (1 / self.config.rope_theta ** (pair / D))
+        frequency = 1 / self.config.rope_theta ** (pair / D)
+        if self.config.rope_scaling:
+            frequency = stretched(frequency, self.config.rope_scaling)
+        angle = position[..., None] * frequency
         return angle.cos().unsqueeze(2), angle.sin().unsqueeze(2)
 
     def loss(
@@ -327,8 +362,8 @@ class Transformer(Inference, nn.Module):
     @classmethod
     def from_pretrained(cls, path, dtype=None, device="cpu", memory=None):
         """
-        Load a Hugging Face OLMo 2 directory, one that save_pretrained wrote, or an official RAT+
-        .pth file (infra/weights.py).
+        Load a Hugging Face directory of OLMo 2, Llama, Qwen 2 or Qwen 3, one that save_pretrained
+        wrote, or an official RAT+ .pth file (infra/weights.py).
 
         dtype: e.g. torch.bfloat16; None keeps what the file holds. memory=True, or a name of
         memory.MEMORIES, adds a fresh memory to a model that has none. Files are mapped: beyond the
@@ -346,9 +381,9 @@ class Transformer(Inference, nn.Module):
     def save_pretrained(self, path, tokenizer=None):
         """
         Write config.json and safetensors into the directory `path`, and the tokenizer's files
-        (data.get_tokenizer) if one is given; transformers opens it if it is pure OLMo 2. What is
-        there of ours is replaced. ValueError, and nothing is changed, if something else has the
-        name of a file to be written.
+        (data.get_tokenizer) if one is given; transformers opens what has no memory. What is there
+        of ours is replaced. ValueError, and nothing is changed, if something else has the name of a
+        file to be written.
         """
         weights.write(path, self.config, self.state_dict(), tokenizer)
 

@@ -54,11 +54,12 @@ def state_of(model, optimizer):
     {name: tensor}, the very ones that model and optimizer use: of each the rows that this process
     keeps.
     """
+    family = weights.family_of(model.config)
     # The weights come first: state_dict drops what forward has gathered.
-    state = {weights.hf_name(name): tensor for name, tensor in model.state_dict().items()}
+    state = {weights.hf_name(name, family): tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         assert optimizer.state[parameter], f"the optimizer knows no moments of {name}"
-        stored = weights.stored_name(name)
+        stored = weights.stored_name(name, family)
         state |= {f"{stored}/{key}": value for key, value in optimizer.state[parameter].items()}
     return state
 

@@ -2,8 +2,8 @@
 What a training run will cost, told before it starts: parameters, FLOPs, memory per GPU, time. What
 cannot fit is refused.
 
-    FLOPs a token   6 * parameters + 12 * layers * C * entries read, for each pass (causal attention
-                    reads T / 2)
+    FLOPs a token   6 * parameters + 12 * layers * H * D * entries read, for each pass (causal
+                    attention reads T / 2)
     memory a GPU    16 bytes a parameter / GPUs       weights, two moments and a gradient, fp32; or
                                                       12 / GPUs and all gradients
                   + 2 tokens * layers * (a C + b M)   what backward needs of a layer, bf16; a layer
@@ -15,7 +15,7 @@ a and b are what torch.compile keeps (per_width). plan() chooses how a GPU's sha
 into parts, and what stays on it between them. tests/test_cost.py holds the formula within 3 % of
 the peaks that GPUs measured. Read parallel.py next.
 
-Letters: C model width, M width of the MLP, T context, V vocabulary.
+Letters: C model width, H query heads, D head width, M width of the MLP, T context, V vocabulary.
 """
 import math
 import os
@@ -48,16 +48,19 @@ def peak_flops(device_name):
 
 def parameters(config):
     """-> how many a model has; in one layer; in embedding, head and last norm"""
-    C, M, kv = config.width, config.mlp_width, config.n_kv_head * config.head_width
-    layer = 2 * C * C + 2 * C * kv               # q and o; k and v
+    C, M, D = config.width, config.mlp_width, config.head_width
+    q, kv = config.n_head * D, config.n_kv_head * D
+    layer = 2 * C * q + 2 * C * kv               # q and o; k and v
     layer += matrices_of_mlp(config) * C * M
     layer += 2 * C                               # two norms
+    if config.qkv_bias:
+        layer += q + 2 * kv
     if config.qk_norm:
-        layer += C + kv
+        layer += 2 * D if config.qk_norm == "head" else q + kv
     if config.memory:                            # of any kind, counted as the paper's
         layer += (C + 1) * kv                    # the gates' projection and their biases
     if config.output_gate:
-        layer += C * C
+        layer += C * q
     ends = config.vocab_size * C + C             # head and last norm
     if not config.tied:
         ends += config.vocab_size * C            # the embedding
@@ -79,7 +82,7 @@ def flops_per_token(config, reads):
         used -= config.vocab_size * config.width
     # A parameter takes a product and a sum forward, and twice that backward. So does each channel
     # of an entry that is read, once in q k and once in p v.
-    return 6 * used + 12 * config.n_layer * config.width * reads
+    return 6 * used + 12 * config.n_layer * config.n_head * config.head_width * reads
 
 
 # ---------------------------------------------------------------- memory
@@ -170,7 +173,8 @@ def per_width(config):
         of_kv += 1                           # k~, before its norm
     if config.output_gate:
         of_block += 2
-    return of_block + of_q + of_kv * config.n_kv_head / config.n_head
+    of_heads = of_q + of_kv * config.n_kv_head / config.n_head  # times H * D, which may not be C
+    return of_block + of_heads * config.n_head * config.head_width / config.width
 
 
 def room(device, processes_here):

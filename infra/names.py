@@ -5,30 +5,37 @@ What parameters are called: in model.py, and in files.
     files      model.layers.0.self_attn.q_proj.weight   model.layers.0.self_attn.memory_proj.weight
 
 Files have the names of Hugging Face's OLMo 2, so that others open them. The memory of RAT+ was in
-files before there were other memories, so there its name stays as it was.
+files before there were other memories, so there its name stays as it was. A norm before the MLP is
+pre_feedforward_layernorm here, and post_attention_layernorm in the files of Llama and Qwen, where
+OLMo 2 has another norm of that name.
 """
 import re
 
 # What torch.compile, DDP, FSDP and activation checkpointing leave in names.
 WRAPPERS = re.compile(
     r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+LLAMAS = "llama", "qwen2", "qwen3"  # families whose files name the MLP's norm in another way
+OURS, THEIRS = ".pre_feedforward_layernorm.", ".post_attention_layernorm."
 
 
-def our_name(theirs):
+def our_name(theirs, family=None):
     """
     A tensor's name in model.py: without what the model, or a part of it, was wrapped in ("model.",
-    and WRAPPERS at any place), and with the memory's projection in the memory.
+    and WRAPPERS at any place), and with the memory's projection in the memory. family: the file's
+    model_type.
     """
     name = re.sub(r"^(model\.)+", "", WRAPPERS.sub("", theirs))
-    return name.replace(".self_attn.memory_proj.", ".self_attn.memory.proj.")
+    name = name.replace(".self_attn.memory_proj.", ".self_attn.memory.proj.")
+    return name.replace(THEIRS, OURS) if family in LLAMAS else name
 
 
-def stored_name(name):
+def stored_name(name, family=None):
     """The inverse, without "model."."""
-    return name.replace(".self_attn.memory.proj.", ".self_attn.memory_proj.")
+    name = name.replace(".self_attn.memory.proj.", ".self_attn.memory_proj.")
+    return name.replace(OURS, THEIRS) if family in LLAMAS else name
 
 
-def hf_name(name):
+def hf_name(name, family=None):
     """A parameter's name in files."""
-    name = stored_name(name)
+    name = stored_name(name, family)
     return name if name.startswith("lm_head") else f"model.{name}"

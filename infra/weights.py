@@ -7,8 +7,8 @@ Weights on disk: which files hold a model, and under which names.
     write(path, config, state)                            config.json and safetensors, atomically
 
 Read are:
-    a directory in Hugging Face layout: config.json of model_type olmo2, and .safetensors files
-    a directory written here: the same, of model_type nanorat if it is more than OLMo 2
+    a directory in Hugging Face layout: config.json of a family in families.py, and .safetensors
+    a directory written here: the same, of model_type nanorat if it is none of these families
     a run of train.py (out/NAME): its newest checkpoint, which is such a directory. If several GPUs
         trained, each wrote a file with its rows of every tensor (checkpoint.py). They are joined
         here, and python -m experiments.export out/NAME DIR writes them as others read them
@@ -17,14 +17,14 @@ Read are:
 Every file is checked before use: one line tells the file, the field and the remedy. Where one thing
 is said in two places, they must agree (tests/test_contradictions.py): nobody guesses which counts.
 Checked in tests/test_weights.py, and in tests/test_hostile.py against whatever strangers might put
-there. Names are in names.py, the rules for all files in files.py.
+there. families.py has what a config.json says, names.py what tensors are called, files.py the rules
+for all files.
 """
 import hashlib
 import json
 import re
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from shutil import copyfile
 from typing import get_args
@@ -33,6 +33,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from infra import rope
+from infra.families import described, family_of, settings_of
 from infra.files import (SEAL, all_or_nothing, opened_seal, parse_json, read_json, regular, sealed,
                          short)
 from infra.names import hf_name, our_name, stored_name
@@ -99,16 +101,16 @@ def fill(model, tensors, path, dtype, device):
     Load `tensors` into `model`, whose parameters are on the meta device. dtype None: as they are.
     ValueError, which names `path`, unless they fit exactly.
     """
-    wanted = model.state_dict()
+    wanted, family = model.state_dict(), family_of(model.config)
     missing = sorted(wanted.keys() - tensors.keys())
     foreign = sorted(tensors.keys() - wanted.keys())
     again = [name for name in foreign if is_said_again(name, model.config)]
     foreign = [name for name in foreign if name not in again]
     if missing or foreign:
         if missing:
-            what = f"lacks {stored_name(missing[0])!r}"
+            what = f"lacks {stored_name(missing[0], family)!r}"
         else:
-            what = f"has {short(stored_name(foreign[0]))}, which this model has not"
+            what = f"has {short(stored_name(foreign[0], family))}, which this model has not"
         more = len(missing) + len(foreign) - 1
         others = f" (and {more} more differ)" if more else ""
         raise ValueError(f"{path} {what}{others}: its config and its weights are not of one model")
@@ -117,9 +119,9 @@ def fill(model, tensors, path, dtype, device):
     for name, parameter in wanted.items():
         tensor = tensors[name]()
         if tensor.shape != parameter.shape:
-            raise ValueError(f"{path}: {stored_name(name)} is {tuple(tensor.shape)}, its config "
-                             f"asks for {tuple(parameter.shape)}: config and weights are not of "
-                             "one model")
+            called = stored_name(name, family)
+            raise ValueError(f"{path}: {called} is {tuple(tensor.shape)}, its config asks for "
+                             f"{tuple(parameter.shape)}: config and weights are not of one model")
         # Of what fully_shard has divided among processes, which are DTensors, we take our rows.
         mesh = getattr(parameter, "device_mesh", None)
         if mesh:
@@ -131,7 +133,8 @@ def fill(model, tensors, path, dtype, device):
         tensor = there.to(dtype or tensor.dtype, copy=there is tensor)
         # A number that is finite in the file may not be so in bf16 or fp16.
         if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
-            raise ValueError(f"{path}: {stored_name(name)} holds numbers that are not finite in "
+            called = stored_name(name, family)
+            raise ValueError(f"{path}: {called} holds numbers that are not finite in "
                              f"{str(tensor.dtype).removeprefix('torch.')}: fetch it again")
         if mesh:
             tensor = type(parameter.data).from_local(
@@ -163,6 +166,8 @@ def check_said_again(name, tensors, config, path):
     # What RoPE computes from the base. Files of 16 bits round it.
     D = config.head_width
     ours = config.rope_theta ** -(torch.arange(0, D, 2).double() / D)
+    if config.rope_scaling:
+        ours = rope.stretched(ours, config.rope_scaling)
     near = found.shape == ours.shape
     near = near and torch.allclose(found.double(), ours, rtol=0.02, atol=1e-7)
     if not near:
@@ -183,14 +188,20 @@ def check_config(config):
             raise ValueError(f"{field.name} is {short(value)}, not of type {wanted}")
     sizes = (config.vocab_size, config.n_layer, config.width, config.n_head, config.n_kv_head,
              config.mlp_width, config.context_len)
-    if (min(sizes) < 1 or max(sizes) >= 2**28 or config.width % config.n_head
-            or config.n_head % config.n_kv_head or config.head_width % 2):
+    own = config.head_dim is not None  # then heads need not divide the width among them
+    if (min(sizes) < 1 or max(sizes) >= 2**28 or config.n_head % config.n_kv_head
+            or not own and (config.width % config.n_head or config.head_width % 2)):
         raise ValueError(f"sizes do not fit together: width={config.width} must be "
                          f"n_head={config.n_head} heads of an even width, n_head a multiple of "
                          f"n_kv_head={config.n_kv_head}, and all at least 1 and below 2**28")
+    if own and not (0 < config.head_dim < 2**16 and config.head_dim % 2 == 0):
+        raise ValueError(f"head_dim={short(config.head_dim)} is no even width of a head")
     if not (0 < config.rope_theta < 1e30 and 0 <= config.norm_eps < 1):
         raise ValueError(f"rope_theta={short(config.rope_theta)} must be above 0 and below 1e30, "
                          f"norm_eps={config.norm_eps} from 0 to 1")
+    rope.check(config.rope_scaling)
+    if config.qk_norm not in ("all", "head", None):
+        raise ValueError(f"qk_norm={short(config.qk_norm)} is none of 'all', 'head' and null")
     if config.eos_id is not None and not 0 <= config.eos_id < config.vocab_size:
         raise ValueError(f"eos_id={short(config.eos_id)} is no token of {config.vocab_size}")
 
@@ -212,10 +223,7 @@ def settings_of_directory(path):
     if kind == "nanorat":
         others = "model_type", "architectures", "files", "tokenizer"
         return {name: value for name, value in found.items() if name not in others}
-    if kind == "olmo2":
-        return settings_of_olmo2(found, config_file)
-    raise ValueError(f"{config_file}: model_type is {short(kind)}, and only 'olmo2' and 'nanorat' "
-                     "can be loaded here")
+    return settings_of(found, config_file)
 
 
 def found_config(path):
@@ -229,98 +237,6 @@ def found_config(path):
     return opened_seal(found, config_file)
 
 
-# With other values it would be another model.
-OLMO2 = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "clip_qkv": None,
-         "sliding_window": None, "partial_rotary_factor": 1.0, "quantization_config": None}
-# Our names for OLMo 2's sizes: Hugging Face's.
-SIZES = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "width": "hidden_size",
-         "n_head": "num_attention_heads", "mlp_width": "intermediate_size",
-         "norm_eps": "rms_norm_eps", "context_len": "max_position_embeddings"}
-
-
-def settings_of_olmo2(found, config_file):
-    """Hugging Face's names -> ours."""
-    for name, value in OLMO2.items():
-        if found.get(name, value) != value:
-            raise ValueError(f"{config_file}: {name}={short(found[name])}, and OLMo 2 has "
-                             f"{value!r}: this is another model")
-    architectures = found.get("architectures") or ["Olmo2ForCausalLM"]
-    if architectures != ["Olmo2ForCausalLM"]:
-        raise ValueError(f"{config_file}: architectures={short(architectures)}, and model_type is "
-                         "'olmo2': this is another model")
-    thetas = thetas_of(found, config_file)
-    try:
-        settings = {ours: found[theirs] for ours, theirs in SIZES.items()}
-        settings["rope_theta"] = one_theta(thetas, config_file)
-    except KeyError as error:
-        raise ValueError(f"{config_file} lacks {error}: fetch it again") from None
-
-    # OLMo 2's heads divide its width among them. head_dim may say so again, and nothing else.
-    head_dim, width, n_head = found.get("head_dim"), settings["width"], settings["n_head"]
-    ints = all(type(size) is int for size in (head_dim, width, n_head))
-    if head_dim is not None and not (ints and head_dim * n_head == width):
-        raise ValueError(f"{config_file}: head_dim={short(head_dim)}, and OLMo 2 has "
-                         f"hidden_size={short(width)} / num_attention_heads={short(n_head)}: this "
-                         "is another model")
-    kv_heads = found.get("num_key_value_heads")
-    settings["n_kv_head"] = n_head if kv_heads is None else kv_heads
-    settings["tied"] = found.get("tie_word_embeddings", False)
-    settings["eos_id"] = eos_of(found.get("eos_token_id"), settings["vocab_size"], config_file)
-    return settings
-
-
-def thetas_of(found, config_file):
-    """
-    rope_theta's fields, {field: value or None}: transformers 4 writes it at the top, 5 inside
-    rope_parameters. ValueError unless RoPE is the ordinary one.
-    """
-    thetas = {}
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = found.get(name)
-        if not rope:
-            continue
-        if not isinstance(rope, dict):
-            raise ValueError(f"{config_file}: {name}={short(rope)} is no object: fetch it again")
-        for key in "rope_type", "type":  # older files say type
-            if (rope.get(key) or "default") != "default":
-                raise ValueError(f"{config_file}: {key}={short(rope[key])} is not supported, only "
-                                 "'default' is")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(f"{config_file}: {name} rotates a part of each head, and OLMo 2 all "
-                             "of it: this is another model")
-        thetas[f"{name}.rope_theta"] = rope.get("rope_theta")
-    return thetas | {"rope_theta": found.get("rope_theta")}
-
-
-def one_theta(thetas, config_file):
-    """The value that all of them have. ValueError if two differ, KeyError if there is none."""
-    given = {field: value for field, value in thetas.items() if value is not None}
-    if not given:
-        raise KeyError("rope_theta")
-    first, *_ = given
-    for field, value in given.items():
-        if value != given[first]:
-            raise ValueError(f"{config_file}: {first}={short(given[first])} and "
-                             f"{field}={short(value)}: which of them counts? Take the other out")
-    return given[first]
-
-
-def eos_of(given, vocab_size, config_file):
-    """
-    config.json's end of text; None if the vocabulary has no such token, as one that was cut to a
-    smaller size.
-    """
-    # Nothing is computed by it: sample.py and eval_niah.py end a text at the tokenizer's. A list
-    # may name several, as chat models' do. Then the first alone is kept, and we say so.
-    if isinstance(given, list) and given:
-        if given != given[:1] * len(given):
-            print(f"note: {config_file}: of eos_token_id={short(given)} the first is kept; texts "
-                  "end at the tokenizer's", file=sys.stderr)
-        given = given[0]
-    outside = type(given) is int and type(vocab_size) is int and not 0 <= given < vocab_size
-    return None if outside else given
-
-
 def config_json(config, dtype, hashes, tokenizer=None):
     """
     config.json's text, sealed. hashes: {file of weights beside it: the hash in it}; tokenizer: its
@@ -328,24 +244,6 @@ def config_json(config, dtype, hashes, tokenizer=None):
     """
     known = {} if tokenizer is None else {"tokenizer": tokenizer}
     return json.dumps(sealed(described(config, dtype) | known | {"files": hashes}), indent=1)
-
-
-def described(config, dtype):
-    """What config.json says of the model."""
-    # A pure OLMo 2 is written as one, and opens in transformers. Anything else gets a model_type of
-    # its own, so that no other program drops its gates unknowingly.
-    more = config.pre_norm or config.output_gate or config.memory
-    if more or not (config.qk_norm and config.swiglu):
-        return {"model_type": "nanorat", "architectures": ["Transformer"], **asdict(config)}
-    return {
-        "model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], "torch_dtype": dtype,
-        "vocab_size": config.vocab_size, "num_hidden_layers": config.n_layer,
-        "hidden_size": config.width, "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_kv_head, "intermediate_size": config.mlp_width,
-        "max_position_embeddings": config.context_len, "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tied, "hidden_act": "silu",
-        "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": config.eos_id,
-        "bos_token_id": None, "pad_token_id": None}
 
 
 # ---------------------------------------------------------------- the files of a directory
@@ -396,6 +294,7 @@ def weight_map(index_file):
 def tensors_of_directory(path, hashed=True):
     """{name: () -> tensor}. Files stay mapped; a tensor is read when its function is called."""
     files, placed = files_of_directory(path)
+    family = found_config(path).get("model_type")
     with ThreadPoolExecutor(max_workers=8) as pool:  # hashing is all arithmetic, on a core each
         open_one = checked if hashed else opened
         mapped = dict(zip(files, pool.map(open_one, [path / file for file in files])))
@@ -405,7 +304,7 @@ def tensors_of_directory(path, hashed=True):
     for file, content in mapped.items():
         places = rows_of(content, path / file)
         for theirs in content.keys():
-            ours, part = our_name(theirs), content.get_slice(theirs)
+            ours, part = our_name(theirs, family), content.get_slice(theirs)
             dtype, shape = part.get_dtype(), part.get_shape()
             if dtype not in DTYPES:
                 raise ValueError(f"{path / file}: {short(theirs)} is of type {dtype}, and weights "
@@ -422,9 +321,9 @@ def tensors_of_directory(path, hashed=True):
                 rows.setdefault(ours, {})[first] = load, shape
             else:
                 tensors[ours] = load
-        here = {our_name(theirs) for theirs in content.keys()}
+        here = {our_name(theirs, family) for theirs in content.keys()}
         for theirs in sorted(name for name, where in placed.items() if where == file):
-            if our_name(theirs) not in here:
+            if our_name(theirs, family) not in here:
                 raise ValueError(f"{path / file} has no {short(theirs)}, which the index sees "
                                  "there: fetch both again")
     return tensors | {name: joined(name, parts, path) for name, parts in rows.items()}
@@ -602,7 +501,7 @@ def write(
                          "another folder, or move it away")
     path.mkdir(parents=True, exist_ok=True)
 
-    state = {hf_name(name): tensor for name, tensor in state.items()}
+    state = {hf_name(name, family_of(config)): tensor for name, tensor in state.items()}
     shards = in_shards(state)
     placed, hashes, files = {}, {}, {}
 

@@ -44,8 +44,13 @@ def times(sample, all_of_them):
     return all_of_them if SLOW else sample
 
 
-RATPLUS_FORM = dict(tied=True, pre_norm=True, qk_norm=False, swiglu=False, output_gate=True,
+RATPLUS_FORM = dict(tied=True, pre_norm=True, qk_norm=None, swiglu=False, output_gate=True,
                     memory=True)
+STRETCH = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=2.0,
+               original_max_position_embeddings=16)
+LLAMA_FORM = dict(pre_norm=True, qk_norm=None)
+QWEN2_FORM = dict(pre_norm=True, qk_norm=None, qkv_bias=True)
+QWEN3_FORM = dict(pre_norm=True, qk_norm="head", head_dim=16)
 FORMS = {  # of a tiny model
     "olmo2": {},
     "olmo2 tied": dict(tied=True),
@@ -53,6 +58,11 @@ FORMS = {  # of a tiny model
     "memory": dict(memory=True),
     "gqa memory": dict(n_kv_head=2, memory=True),
     "ratplus": RATPLUS_FORM,
+    "llama": LLAMA_FORM | dict(n_head=6, n_kv_head=2, width=48, tied=True, rope_scaling=STRETCH),
+    "qwen2": QWEN2_FORM | dict(n_kv_head=2),
+    "qwen2 memory": QWEN2_FORM | dict(n_kv_head=1, memory=True),
+    "qwen3": QWEN3_FORM | dict(n_kv_head=2, tied=True),
+    "qwen3 memory": QWEN3_FORM | dict(memory=True),
 }
 
 

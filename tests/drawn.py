@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, assume, settings, strategies as st
 
 import engine
 import sparse
-from conftest import RATPLUS_FORM, times
+from conftest import (LLAMA_FORM, QWEN2_FORM, QWEN3_FORM, RATPLUS_FORM, STRETCH, times)
 from sparse import Dense, Dilated, MoBA, Quest, SnapKV, compose, drops, phases, top
 
 
@@ -54,7 +54,7 @@ seeds = st.integers(0, 2**31 - 1)
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
 exact = st.sampled_from([torch.float32, torch.float64])
 junk = st.sampled_from([0, -77, 1e4, math.inf, math.nan])  # what may stand where nothing counts
-heads = st.sampled_from([(1, 1), (2, 2), (2, 1), (4, 4), (4, 2), (4, 1), (6, 2)])  # H, KV
+heads = st.sampled_from([(1, 1), (2, 2), (2, 1), (4, 4), (4, 2), (4, 1), (6, 2), (7, 1)])  # H, KV
 
 sizes, few = st.sampled_from([1, 2, 3, 4, 8]), st.integers(0, 3)
 seed_or_none = st.none() | few
@@ -81,7 +81,9 @@ methods = st.sampled_from(kinds).flatmap(lambda kind: kind)  # each kind as ofte
 def configs(draw):
     """Settings of a tiny model."""
     (H, KV), D = draw(heads), draw(st.sampled_from([8, 16]))
-    form = draw(st.sampled_from([{}, dict(memory=True), RATPLUS_FORM]))
+    families = [{}, RATPLUS_FORM, LLAMA_FORM | dict(rope_scaling=STRETCH), QWEN2_FORM, QWEN3_FORM]
+    form = draw(st.sampled_from(families))
+    form = form | dict(memory=form is RATPLUS_FORM or draw(st.booleans()))
     return form | dict(n_layer=draw(st.integers(1, 2)), n_head=H, n_kv_head=KV, width=H * D,
                        tied=draw(st.booleans()), seed=draw(seeds))
 

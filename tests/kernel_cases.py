@@ -194,9 +194,9 @@ def rms_norm(x, weight):
 
 
 def norm_and_rotate(x, weight, cos, sin):
-    """As model.py: QK-norm over all heads, if there is a weight, and RoPE."""
+    """As model.py: QK-norm over all heads or over each, if there is a weight, and RoPE."""
     if weight is not None:
-        x = rms_norm(x.flatten(2), weight).view(x.shape)
+        x = rms_norm(x.flatten(2).unflatten(2, (-1, len(weight))), weight).view(x.shape)
     a, b = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -223,7 +223,8 @@ def step_inputs(B, H, KV, D, slots, blocks, dtype, memory=True, norm=True, seed=
     packed = rand(B, 1, (H + 3 * KV) * D).to(dtype).unflatten(-1, (-1, D))
     q, k, v, gate = packed.split([H, KV, KV, KV], dim=2)
     angle = 6 * rand(B, 1, 1, D // 2)
-    weights = [rand(heads * D).to(dtype) if norm else None for heads in (H, KV)]
+    widths = (D, D) if norm == "head" else (H * D, KV * D)
+    weights = [rand(width).to(dtype) if norm else None for width in widths]
     k_cache, v_cache = rand(2, B, slots, KV, D).to(dtype).unbind()
     low, high = rand(2, B, blocks, KV, D).to(dtype).unbind()
     return dict(q=q, k=k, v=v, gate=gate if memory else None, q_weight=weights[0],
@@ -238,8 +239,8 @@ def step_inputs(B, H, KV, D, slots, blocks, dtype, memory=True, norm=True, seed=
         (8, 1, 128, 64, (1, 1000), BF16, False, True, True),
         (3, 3, 32, 1, (1, 500), FP32, True, False, True),
         (32, 32, 128, 64, (1, 64), BF16, True, True, True),
-        (6, 2, 64, 16, (1, 500), BF16, True, True, False),
-        (32, 8, 128, 64, (1, 64), BF16, False, True, False),
+        (9, 3, 64, 16, (1, 500), BF16, True, "head", False),
+        (32, 8, 128, 64, (1, 64), BF16, False, "head", True),
         (1, 1, 16, 12, (1, 2000), FP32, True, True, True))
 def decode_step(case, H, KV, D, block_size, slots, dtype, memory, norm, bounds):
     B, slots = case.size("B", 1, 9), case.size("slots", *slots)
@@ -302,26 +303,28 @@ ROWS = (  # dtype R K
     (BF16, (1, 1), (2049, 5000)), (FP32, (1, 1), (65, 128)), (BF16, (2, 16), (65, 3000)),
     (FP32, (2, 16), (130, 1000)), (BF16, (1, 1), (513, 1024)), (BF16, (2, 16), (17, 32)),
     (FP32, (1, 1), (2049, 4096)), (BF16, (2, 16), (4097, 5000)))
-PARTS = (  # of products: n matrices, all but the last of multiples of `unit` rows
-    (16, 3, None), (16, 2, "bias"), (64, 3, "rms"), (16, 4, "bias"), (32, 4, "rms"), (16, 2, None),
-    (16, 1, "rms"), (16, 1, None))
+PARTS = (  # of products: n matrices, all but the last of multiples of `unit` rows; last have biases
+    (16, 3, 0, None), (16, 2, 1, None), (64, 3, 1, "rms"), (16, 4, 3, None), (32, 4, 1, "rms"),
+    (16, 2, 2, None), (16, 1, 1, "rms"), (16, 1, 0, None))
 
 
-@kernel("dtype R K unit n gate", *(rows + parts for rows, parts in zip(ROWS, PARTS, strict=True)))
-def products(case, dtype, R, K, unit, n, gate):
+@kernel("dtype R K unit n biased gate",
+        *(rows + parts for rows, parts in zip(ROWS, PARTS, strict=True)))
+def products(case, dtype, R, K, unit, n, biased, gate):
     R, K = case.size("R", *R), case.size("K", *K)
     sizes = [*(unit * case.rng.randint(1, 8) for _ in range(n - 1)), case.size("last", 1, 300)]
     case.drawn["sizes"] = sizes
     x, weights = matrices(case, dtype, R, K, sizes)
-    bias = draw(sizes[-1], dtype=dtype, seed=case.seed()) if gate else None
+    biases = [draw(N, dtype=dtype, seed=case.seed()) for N in sizes[n - biased:]]
     eps = 1e-6 if gate == "rms" else None
 
-    def plain(x, bias, *weights):
-        last = F.rms_norm(x, (K,), eps=eps) if eps else x
-        return [*(F.linear(x, w) for w in weights[:-1]), F.linear(last, weights[-1], bias)]
+    def plain(x, *rest):
+        weights, biases = rest[:n], [None] * (n - biased) + [*rest[n:]]
+        inputs = [x] * (n - 1) + [F.rms_norm(x, (K,), eps=eps) if eps else x]
+        return [F.linear(*of_one) for of_one in zip(inputs, weights, biases, strict=True)]
 
-    return (lambda: list(block.products(x, weights, bias, eps)),
-            lambda outs: compare_products(outs, plain, (x, bias, *weights), K))
+    return (lambda: block.products(x, weights, biases, eps),
+            lambda outs: compare_products(outs, plain, (x, *weights, *biases), K))
 
 
 @kernel("dtype R K", *ROWS[:6])
@@ -346,12 +349,13 @@ def add_norm(case, dtype, C):
 
 
 @kernel("H D dtype normed one_angle", (1, 16, FP32, True, True), (3, 32, BF16, True, False),
-        (4, 64, BF16, False, True), (8, 128, BF16, True, True), (32, 128, BF16, True, False),
-        (5, 64, FP32, False, False))
+        (4, 64, BF16, False, True), (8, 128, BF16, "head", True), (32, 128, BF16, True, False),
+        (5, 64, FP32, "head", False))
 def norm_rotate(case, H, D, dtype, normed, one_angle):
     B, T = case.size("B", 1, 4), case.size("T", 1, 2000 if H * D < 512 else 100)
     x = draw(B, T, H + 2, D, dtype=dtype, seed=case.seed())[:, :, 1:-1]
-    weight = draw(H * D, dtype=dtype, seed=case.seed()) if normed else None
+    width = D if normed == "head" else H * D
+    weight = draw(width, dtype=dtype, seed=case.seed()) if normed else None
     angle = 3 * draw(1 if one_angle else B, T, 1, D // 2, seed=case.seed())
     case.rows(x)
     inputs = x, weight, angle.cos(), angle.sin()

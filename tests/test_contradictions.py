@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import official_names, refused, save_pth
+from conftest import (LLAMA_FORM, QWEN2_FORM, QWEN3_FORM, STRETCH, official_names, refused,
+                      save_pth)
 from infra import checkpoint, parallel, weights
 from model import Transformer
 from on_disk import (INDEX, ONE, assert_same, config, foreign, not_loaded, save, split, tensors,
@@ -21,6 +22,7 @@ from on_disk import (INDEX, ONE, assert_same, config, foreign, not_loaded, save,
 from test_checkpoint import BYTES, made
 
 HEAD, EMBEDDING, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
+MLP_NORM = "model.layers.1.post_attention_layernorm.weight"  # a Llama's
 UP, GATE = "model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.memory_proj.weight"
 FREQUENCIES = "model.rotary_emb.inv_freq"
 AWAY = "Move the others away"
@@ -99,6 +101,15 @@ def ours(then, **form):
     return both
 
 
+def of(form, then=lambda folder: None):
+    """A model of another family, as others write it, then changed."""
+    def both(folder):
+        shutil.rmtree(folder)
+        foreign(folder, 1, **form)
+        then(folder)
+    return both
+
+
 def other_weights(folder):
     """Ours too, of another model."""
     save(folder / "other", seed=1)
@@ -173,7 +184,8 @@ REFUSED = {
                             ["layers.1.mlp.up_proj.weight", "(32, 48)", "(48, 32)"]),
     "a gate without a memory": (put(GATE, torch.zeros(32, 32)), ["memory_proj"]),
     # which model
-    "another model": (said(model_type="llama"), ["'llama'", "olmo2"]),
+    "another model": (said(model_type="mamba"), ["'mamba'", "olmo2"]),
+    "a near one": (said(model_type="olmo3"), ["'olmo3'", "windows", "take OLMo 2"]),
     "no model": (said(model_type=None), ["None"]),
     "an activation": (said(hidden_act="gelu"), ["hidden_act", "'gelu'"]),
     "a bias": (said(attention_bias=True), ["attention_bias"]),
@@ -186,6 +198,48 @@ REFUSED = {
     "a memory in the weights": (ours(unsealed(memory=False), **RAT), ["memory_proj"]),
     "a memory in the config": (ours(unsealed(memory=True, pre_norm=False), output_gate=True),
                                ["lacks", "memory_proj"]),
+    # families
+    "OLMo 2's weights as a Llama's": (
+        said(model_type="llama", architectures=None), ["lacks", "input_layernorm"]),
+    "a Llama's weights as OLMo 2's": (
+        of(LLAMA_FORM, said(model_type="olmo2", architectures=None)), ["lacks"]),
+    "Qwen 2's weights as a Llama's": (
+        of(QWEN2_FORM, said(model_type="llama", architectures=None)), ["has", "k_proj.bias"]),
+    "a Llama's weights as Qwen 2's": (
+        of(LLAMA_FORM, said(model_type="qwen2", architectures=None)), ["lacks", "k_proj.bias"]),
+    "a Llama with biases": (of(LLAMA_FORM, said(attention_bias=True)), ["attention_bias=True"]),
+    "a Llama with biases in its MLP": (of(LLAMA_FORM, said(mlp_bias=True)), ["mlp_bias=True"]),
+    "a Llama with both names of a norm": (of(LLAMA_FORM, put(
+        "model.layers.0.pre_feedforward_layernorm.weight", torch.ones(32))), ["another place"]),
+    "a Llama's tensor less": (
+        of(LLAMA_FORM, change(lambda found: found.pop(MLP_NORM))), ["lacks", "post_attention"]),
+    "Qwen 2 with windows": (
+        of(QWEN2_FORM, said(use_sliding_window=True, sliding_window=64)), ["use_sliding_window"]),
+    "Qwen 3 with windows in some layers": (
+        of(QWEN3_FORM, said(layer_types=["full_attention", "sliding_attention"])), ["layer_types"]),
+    "Qwen 2 with wide heads": (of(QWEN2_FORM, said(head_dim=16)), ["head_dim=16"]),
+    "Qwen 3 without its head width": (of(QWEN3_FORM, said(head_dim=None)), ["asks for (512"]),
+    "heads of an odd width": (of(QWEN3_FORM, said(head_dim=15)), ["head_dim=15", "even"]),
+    # Llama 3's RoPE
+    "a stretch beside none": (
+        of(LLAMA_FORM, said(rope_scaling=STRETCH, rope_parameters={"rope_type": "default"})),
+        ["rope_parameters=None", "rope_scaling={", "which of them counts"]),
+    "two stretches": (
+        of(LLAMA_FORM, said(rope_scaling=STRETCH, rope_parameters=STRETCH | {"factor": 8.0})),
+        ["rope_parameters={", "rope_scaling={", "which of them counts"]),
+    "two kinds of RoPE in one object": (
+        of(LLAMA_FORM, said(rope_scaling=STRETCH | {"type": "default"})), ["rope_type='llama3'"]),
+    "a stretch without its name": (
+        of(LLAMA_FORM, said(rope_scaling={name: STRETCH[name] for name in ("factor",)})),
+        ["factor=4.0", "'default'", "which of them counts"]),
+    "a stretch without its old length": (
+        of(LLAMA_FORM, said(rope_scaling={"rope_type": "llama3", "factor": 8.0,
+                                          "low_freq_factor": 1.0, "high_freq_factor": 4.0})),
+        ["original_max_position_embeddings", "fetch it again"]),
+    **{f"a stretch with {name}={value!r}": (
+        of(LLAMA_FORM, said(rope_scaling=STRETCH | {name: value})), ["rope_scaling={"])
+       for name, value in (("factor", 0.5), ("factor", "8"), ("high_freq_factor", 1.0),
+                           ("low_freq_factor", 0), ("original_max_position_embeddings", True))},
     # a config that is none: an error page, a field from a fork or a typing error
     **{f"a config that is {content!r}": (text(content), ["config.json"])
        for content in ("", "{", "[]", "3", '"olmo2"')},
@@ -271,14 +325,23 @@ CONSISTENT = {
     "shards without an index": sharded(index=False),
     "files of other names beside": others_beside,
     "a byte order mark": byte_order_mark,
+    "the same stretch twice": (said(rope_parameters=STRETCH | {"rope_theta": 10000.0}),
+                               LLAMA_FORM | {"rope_scaling": STRETCH}),
+    "an older Llama without rope_theta": (said(rope_theta=None), LLAMA_FORM),
+    "a Llama's fields that change nothing": (
+        said(pretraining_tp=1, mlp_bias=False, layer_types=2 * ["full_attention"]), LLAMA_FORM),
+    "a Qwen's windows that are off": (
+        said(use_sliding_window=False, sliding_window=64, max_window_layers=1), QWEN2_FORM),
 }
 
 
 @pytest.mark.parametrize("what", CONSISTENT)
 def test_what_agrees_or_is_of_no_matter_loads(what, tmp_path):
     """A refusal of what the world writes; a dtype taken from a field that is often wrong."""
-    model = foreign(tmp_path, 1)
-    CONSISTENT[what](tmp_path)
+    changed = CONSISTENT[what]
+    changed, form = changed if isinstance(changed, tuple) else (changed, {})
+    model = foreign(tmp_path, 1, **form)
+    changed(tmp_path)
     assert_same(Transformer.from_pretrained(tmp_path), model)
 
 

@@ -33,7 +33,8 @@ from safetensors.torch import save_file
 import judge
 import niah
 import train
-from conftest import official_names, save_pth, times
+from conftest import (LLAMA_FORM, QWEN2_FORM, QWEN3_FORM, STRETCH, official_names, save_pth,
+                      times)
 from infra import answers, shards, weights
 from infra.tokenizers import ByteTokenizer
 from judge import ROOT
@@ -42,8 +43,11 @@ from test_data import write_stream
 from test_tokenizers import train_bpe, train_sentencepiece
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="judge.py reads /proc")
+FAMILIES = {"llama": LLAMA_FORM | dict(rope_scaling=STRETCH), "qwen2": QWEN2_FORM,
+            "qwen3": QWEN3_FORM}
 # With --slow. CI tries a tenth.
 INPUTS = {"olmo2": 500, "olmo2 shards": 300, "olmo2 config": 300, "ours": 400, "checkpoint": 200,
+          "llama": 200, "llama config": 300, "qwen2": 200, "qwen3": 200, "qwen3 config": 300,
           "pth": 400, "tokenizer": 300, "shards": 300, "ruler": 300, "answers": 200,
           "sentencepiece": 200}
 
@@ -179,6 +183,8 @@ def originals(tmp_path_factory, ratplus):
     root = tmp_path_factory.mktemp("originals")
     foreign(root / "olmo2", 1)
     foreign(root / "olmo2 shards", 3)
+    for family, form in FAMILIES.items():
+        foreign(root / family, 1, **form)
     save(root / "ours", memory=True)
     (root / "pth").mkdir()
     (root / "answers").mkdir()
@@ -207,6 +213,8 @@ def originals(tmp_path_factory, ratplus):
         "olmo2": ("model", "", tensors("olmo2"), change_safetensors),
         "olmo2 shards": ("model", "", [*tensors("olmo2 shards"), *3 * [INDEX]], None),
         "olmo2 config": ("model", "", ["config.json"], None),
+        **{family: ("model", "", tensors(family), None) for family in FAMILIES},
+        **{f"{family} config": ("model", "", ["config.json"], None) for family in FAMILIES},
         "ours": ("model", "", [*tensors("ours"), "config.json"], None),
         "checkpoint": ("checkpoint", "", [*tensors("checkpoint"), *of_run], None),
         "pth": ("model", "model.pth", ["model.pth"], change_pth),
@@ -217,7 +225,7 @@ def originals(tmp_path_factory, ratplus):
         "sentencepiece": ("tokenizer", "", ["tokenizer.model"], change_bytes)}
 
 
-def plain_safetensors(folder):
+def plain_safetensors(folder, family):
     """Another reader, in numpy: {our name: [dtype, shape, hash]}, as judge.digest gives it."""
     found = {}
     for file in folder.glob("*.safetensors"):
@@ -228,7 +236,10 @@ def plain_safetensors(folder):
         for name, entry in header.items():
             assert entry["dtype"] == "F32"
             of_bytes = hashlib.sha256(body[slice(*entry["data_offsets"])]).hexdigest()[:16]
-            found[name.removeprefix("model.")] = ["torch.float32", entry["shape"], of_bytes]
+            ours = name.removeprefix("model.")
+            if family in FAMILIES:
+                ours = ours.replace("post_attention_layernorm", "pre_feedforward_layernorm")
+            found[ours] = ["torch.float32", entry["shape"], of_bytes]
     return found
 
 
@@ -236,14 +247,17 @@ def right(kind, loaded, original, path):
     """Whether what was loaded from the changed files is what is in them."""
     if kind == "answers":  # a last line without its end was cut off by a kill, and is asked again
         return loaded == original[:len(loaded)] and len(loaded) >= len(original) - 1
-    if kind in ("olmo2", "olmo2 shards"):
-        return loaded == [original[0], plain_safetensors(path)]
-    if kind == "olmo2 config":
+    if kind in ("olmo2", "olmo2 shards", *FAMILIES):
+        return loaded == [original[0], plain_safetensors(path, kind)]
+    if kind.endswith(" config"):
         found, settings = json.loads((path / "config.json").read_text()), loaded[0]
         theirs = {"norm_eps": "rms_norm_eps", "context_len": "max_position_embeddings",
                   "n_head": "num_attention_heads", "n_layer": "num_hidden_layers"}
-        eos, theta = found.get("eos_token_id"), found.get("rope_parameters", found)["rope_theta"]
-        return (loaded[1] == original[1] and settings["rope_theta"] == theta
+        given = found.get("rope_parameters") or found
+        eos, theta = found.get("eos_token_id"), given.get("rope_theta", 10000.0)
+        stretch = (found.get("rope_scaling") or {"rope_type": "default"})
+        same = stretch["rope_type"] == "default" or stretch == settings["rope_scaling"]
+        return (loaded[1] == original[1] and settings["rope_theta"] == theta and same
                 and all(settings[ours] == found[name] for ours, name in theirs.items())
                 and settings["eos_id"] in (None, eos, *(eos if isinstance(eos, list) else [])))
     if kind == "ruler":

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from conftest import FORMS, RATPLUS_FORM, draw_tokens, official_names, refused, save_pth, tiny
 from drawn import configs, dtypes, law, seeds
 from infra import weights
+from infra.families import family_of
 from model import Transformer
 from on_disk import INDEX, ONE, assert_same, contents, not_loaded, save, tensors, unsealed
 
@@ -53,8 +54,26 @@ def test_saving_what_was_loaded_writes_the_same_bytes(form, tmp_path):
         # transformers before 5 refuses files without the format
         assert file.metadata()["format"] == "pt" and len(file.metadata()["sha256"]) == 64
     # another program that loads a memory as OLMo 2 would drop its gates without a word
-    ours = form in ("memory", "gqa memory", "ratplus")
-    assert json.loads(first["config.json"])["model_type"] == ("nanorat" if ours else "olmo2")
+    ours, family = form == "ratplus" or "memory" in form, form.split()[0].replace("gqa", "olmo2")
+    assert json.loads(first["config.json"])["model_type"] == ("nanorat" if ours else family)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_files_have_the_names_of_their_family(form, tmp_path):
+    """A Llama's second norm under OLMo 2's name; a memory that no longer finds its norms."""
+    model = save(tmp_path, **FORMS[form])
+    names = {name.rpartition("layers.0.")[2] for name in load_file(tmp_path / ONE)}
+    of_llama = family_of(model.config) in ("llama", "qwen2", "qwen3")
+    assert ("post_attention_layernorm.weight" in names) == (of_llama or not model.config.pre_norm)
+    assert ("pre_feedforward_layernorm.weight" in names) == (model.config.pre_norm and not of_llama)
+
+
+@pytest.mark.parametrize("form, as_bool", [("memory", True), ("ratplus", False)])
+def test_an_older_config_says_whether_there_is_qk_norm(form, as_bool, tmp_path):
+    """A checkpoint from when there was but one kind of QK-norm that no longer loads."""
+    model = save(tmp_path, **FORMS[form])
+    unsealed(qk_norm=as_bool)(tmp_path)
+    assert_same(load(tmp_path), model)
 
 
 @pytest.mark.parametrize("before, after",

@@ -56,7 +56,7 @@ CODE = {
     "memory.remember": "82e25362",
     "memory.scan": "508c6457",
     "model.Attention.at_rms_1": "ae2b6fcb",
-    "model.Attention.forward": "a4d83851",
+    "model.Attention.forward": "e6a90e32",
     "model.Attention.remember": "b1898dcf",
     "model.Attention.rotate": "9355eb20",
     "model.Block.forward": "a1d11e14",

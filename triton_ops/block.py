@@ -84,13 +84,19 @@ def remember_halves(
 
 @triton.jit
 def norm_and_rotate(
-    left, right, weight_ptr, cos_ptr, sin_ptr, n, eps, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
+    left, right, weight_ptr, cos_ptr, sin_ptr, n, eps,
+    PER_HEAD: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
 ):
-    """QK-norm over all n heads together (weight_ptr None: without), then RoPE."""
+    """QK-norm over all n heads together or over each (weight_ptr None: without), then RoPE."""
     if weight_ptr is not None:
-        squares = tl.sum(left * left) + tl.sum(right * right)
-        scale = tl.rsqrt(squares / (n * 2 * HALF) + eps)
-        weight_left, weight_right = load_halves(weight_ptr, n, HALF, BLOCK_H)
+        if PER_HEAD:
+            squares = (tl.sum(left * left, 1) + tl.sum(right * right, 1))[:, None]  # [BLOCK_H, 1]
+            scale = tl.rsqrt(squares / (2 * HALF) + eps)
+            weight_left, weight_right = load_halves(weight_ptr, 1, HALF, 1)         # [1, HALF]
+        else:
+            squares = tl.sum(left * left) + tl.sum(right * right)
+            scale = tl.rsqrt(squares / (n * 2 * HALF) + eps)
+            weight_left, weight_right = load_halves(weight_ptr, n, HALF, BLOCK_H)
         left, right = left * scale * weight_left, right * scale * weight_right
     d = tl.arange(0, HALF)[None]
     cos, sin = tl.load(cos_ptr + d), tl.load(sin_ptr + d)
@@ -103,7 +109,7 @@ def norm_and_rotate(
 def decode_step_kernel(
     q_ptr,                        # (B, H, D)   projections of one token per row
     k_ptr, v_ptr, gate_ptr,       # (B, KV, D)  gate None: no memory
-    q_weight_ptr, k_weight_ptr,   # (H * D), (KV * D)  of QK-norm, or None
+    q_weight_ptr, k_weight_ptr,   # (H * D), (KV * D)  of QK-norm; PER_HEAD: (D); or None
     cos_ptr, sin_ptr,             # (1 or B, D / 2)  fp32
     state_ptr,                    # (2, B, KV, D)  fp32, updated in place
     k_cache_ptr, v_cache_ptr,     # (B, slots, KV, D)  written at the token's slot
@@ -112,7 +118,7 @@ def decode_step_kernel(
     q_out_ptr,                    # (B, H, D)
     B, H, KV, eps,
     q_stride, k_stride, v_stride, gate_stride, cos_stride,  # from row to row
-    k_cache_stride, v_cache_stride, bounds_stride,
+    k_cache_stride, v_cache_stride, bounds_stride, PER_HEAD: tl.constexpr,
     HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):
     """
@@ -132,7 +138,8 @@ def decode_step_kernel(
     if part == 0:
         left, right = load_halves(q_ptr + b * q_stride, H, HALF, BLOCK_H)
         left, right = norm_and_rotate(
-            left, right, q_weight_ptr, cos_ptr + angle, sin_ptr + angle, H, eps, HALF, BLOCK_H)
+            left, right, q_weight_ptr, cos_ptr + angle, sin_ptr + angle, H, eps,
+            PER_HEAD, HALF, BLOCK_H)
         store_halves(q_out_ptr + b * H * D, left, right, H, HALF, BLOCK_H)
     elif part == 1:
         left, right = load_halves(k_ptr + b * k_stride, KV, HALF, BLOCK_H)
@@ -140,7 +147,8 @@ def decode_step_kernel(
             left, right = remember_halves(
                 left, right, gate_ptr + b * gate_stride, state_ptr + b * KV * D, KV, HALF, BLOCK_H)
         left, right = norm_and_rotate(
-            left, right, k_weight_ptr, cos_ptr + angle, sin_ptr + angle, KV, eps, HALF, BLOCK_H)
+            left, right, k_weight_ptr, cos_ptr + angle, sin_ptr + angle, KV, eps,
+            PER_HEAD, HALF, BLOCK_H)
         at = k_cache_ptr + b * k_cache_stride + slot * KV * D
         store_halves(at, left, right, KV, HALF, BLOCK_H)
         if low_ptr is not None:
@@ -174,8 +182,8 @@ def decode_step(
     q: Tensor,                   # (B, 1, H, D)   projections of the new token
     k: Tensor, v: Tensor,        # (B, 1, KV, D)
     gate: Optional[Tensor],      # (B, 1, KV, D)  logits; None: a model without memory
-    q_weight: Optional[Tensor],  # (H * D,)       of QK-norm; None: without
-    k_weight: Optional[Tensor],  # (KV * D,)
+    q_weight: Optional[Tensor],  # (H * D,)       of QK-norm, or (D,) of each head's; None: without
+    k_weight: Optional[Tensor],  # (KV * D,)      or (D,)
     eps: float,                  #                of QK-norm
     cos: Tensor, sin: Tensor,    # (1 or B, 1, 1, D / 2)  fp32, of RoPE
     state: Optional[Tensor],     # (2, B, KV, D)  fp32, contiguous; updated in place
@@ -201,8 +209,14 @@ def decode_step(
         q_out, B, H, KV, eps, q.stride(0), k.stride(0), v.stride(0),
         0 if gate is None else gate.stride(0), 0 if len(cos) == 1 else cos.stride(0),
         k_cache.stride(0), v_cache.stride(0), 0 if low is None else low.stride(0),
+        PER_HEAD=is_per_head(q_weight, D),
         HALF=D // 2, BLOCK_H=triton.next_power_of_2(max(H, KV)), BLOCK_SIZE=block_size, num_warps=8)
     return q_out
+
+
+def is_per_head(weight, D):
+    """Whether a QK-norm is over each head. Of a single head both kinds are the same."""
+    return weight is not None and weight.numel() == D
 
 
 @decode_step.register_fake
@@ -258,7 +272,7 @@ def products_kernel(
     x_ptr,     # (R, K)
     w_ptrs,    # of the matrices (sizes[i], K)
     sizes,     # of these, in rows
-    bias_ptr,  # (sizes[-1],), or None
+    bias_ptrs, # (sizes[i],) of the last matrices, or None
     y_ptr,     # (R, sum(sizes))
     K, R, eps,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
@@ -266,7 +280,7 @@ def products_kernel(
     """
     y = W_0 x, W_1 x, ... side by side, W_i of sizes[i] rows.
 
-    The bias is the last one's. With eps, the last one is W x / rms(x) + bias: the memory's gate,
+    The last ones have a bias. With eps, the very last is W x / rms(x) + bias: the memory's gate,
     which reads the block's input at RMS 1 (the product of a scaled x is the scaled product).
 
     reference: F.linear
@@ -276,21 +290,30 @@ def products_kernel(
     dtype  any; sums in fp32
     """
     n = tl.program_id(0) * BLOCK_N
-    # the program's matrix, its rows, and those of all before it
-    w_ptr, N, first, start = w_ptrs[0], sizes[0], 0, 0
+    # the program's matrix, its rows, those of all before it, and of those without a bias
+    w_ptr, N, first, start, plain = w_ptrs[0], sizes[0], 0, 0, 0
+    if bias_ptrs is not None:
+        bias_ptr = bias_ptrs[0]
     for i in tl.static_range(len(w_ptrs)):
         if n >= start:
             w_ptr, N, first = w_ptrs[i], sizes[i], start
+        if bias_ptrs is not None:
+            if i < len(w_ptrs) - len(bias_ptrs):
+                plain += sizes[i]
+            elif n >= start:
+                bias_ptr = bias_ptrs[i - len(w_ptrs) + len(bias_ptrs)]
         start += sizes[i]
     y = times(x_ptr, tl.multiple_of(w_ptr, 16), n - first, N, K, R,
               BLOCK_N, BLOCK_K, BLOCK_R, STAGES)
     offs_n, offs_r = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
-    if bias_ptr is not None:
+    if eps is not None:
         if n >= start - sizes[len(w_ptrs) - 1]:
-            if eps is not None:  # tiles of 512 at least: small ones would each wait for L2
-                y *= tl.rsqrt(mean_squares(x_ptr, K, R, max(BLOCK_K, 512), BLOCK_R) + eps)
-            bias = tl.load(bias_ptr + offs_n - first, mask=offs_n < start, other=0)
-            y += bias.to(tl.float32)[:, None]
+            # tiles of 512 at least: small ones would each wait for L2
+            y *= tl.rsqrt(mean_squares(x_ptr, K, R, max(BLOCK_K, 512), BLOCK_R) + eps)
+    if bias_ptrs is not None:
+        mask_b = (offs_n >= plain) & (offs_n < start)
+        bias = tl.load(bias_ptr + offs_n - first, mask=mask_b, other=0)
+        y += bias.to(tl.float32)[:, None]
     where = offs_r.to(tl.int64)[None, :] * start + offs_n[:, None]  # [BLOCK_N, BLOCK_R]
     tl.store(y_ptr + where, y.to(y_ptr.dtype.element_ty),
              mask=(offs_n < start)[:, None] & (offs_r < R)[None, :])
@@ -306,7 +329,7 @@ def tiles(R, K):
 def products(
     x,          # (B, T, K)  B * T at most MOST_ROWS, contiguous
     weights,    # matrices (N_i, K), N_i a multiple of 16 in all but the last
-    bias=None,  # (N_last)   of the last product
+    biases=(),  # (N_i)      of the last matrices, of as many as there are biases
     eps=None,   #            a number: the last product is of x / rms(x), and this is RMSNorm's eps
 ):              # -> [y_i (B, T, N_i)], side by side in memory
     K, R, sizes = x.shape[-1], x.shape[0] * x.shape[1], [len(w) for w in weights]
@@ -322,8 +345,8 @@ def products(
 
     y = x.new_empty(*x.shape[:2], sum(sizes))
     products_kernel[(triton.cdiv(sum(sizes), constants["BLOCK_N"]),)](
-        x, tuple(weights), tuple(sizes), bias, y, K, R, eps, **constants)
-    return y.split(sizes, dim=-1)
+        x, tuple(weights), tuple(sizes), tuple(biases) or None, y, K, R, eps, **constants)
+    return list(y.split(sizes, dim=-1))
 
 
 @triton.jit
@@ -413,13 +436,15 @@ def add_norm(
 @triton.jit
 def norm_rotate_kernel(
     x_ptr,             # (B, T, H, D)  with strides for b and t
-    weight_ptr,        # (H * D,), or None
+    weight_ptr,        # (H * D,); PER_HEAD: (D,); or None
     cos_ptr, sin_ptr,  # (1 or B, T, D / 2)  fp32
     out_ptr,           # (B, T, H, D)  contiguous
-    T, H, eps, stride_b, stride_t, cos_stride, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
+    T, H, eps, stride_b, stride_t, cos_stride,
+    PER_HEAD: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
 ):
     """
-    out = RoPE(weight * x / rms(x)), the norm over all heads of a token; weight None: RoPE alone.
+    out = RoPE(weight * x / rms(x)), the norm over all heads of a token, or over each; weight None:
+    RoPE alone.
 
     reference: model.rotate(q_norm(x))
     grid   (T, B): one token per program
@@ -431,13 +456,13 @@ def norm_rotate_kernel(
     angle = b * cos_stride + t * HALF
     left, right = load_halves(x_ptr + b * stride_b + t * stride_t, H, HALF, BLOCK_H)
     left, right = norm_and_rotate(
-        left, right, weight_ptr, cos_ptr + angle, sin_ptr + angle, H, eps, HALF, BLOCK_H)
+        left, right, weight_ptr, cos_ptr + angle, sin_ptr + angle, H, eps, PER_HEAD, HALF, BLOCK_H)
     store_halves(out_ptr + (b * T + t) * H * 2 * HALF, left, right, H, HALF, BLOCK_H)
 
 
 def norm_rotate(
     x,         # (B, T, H, D)       a token's heads side by side
-    weight,    # (H * D) or None    of QK-norm
+    weight,    # (H * D), (D) or None  of QK-norm, over all heads or over each
     eps,
     cos, sin,  # (1 or B, T, 1, D / 2)  fp32, contiguous
 ):             # -> (B, T, H, D)
@@ -448,7 +473,8 @@ def norm_rotate(
     cos_stride = 0 if len(cos) == 1 else cos.stride(0)
     norm_rotate_kernel[(T, B)](
         x, weight, cos, sin, out, T, H, eps, x.stride(0), x.stride(1), cos_stride,
-        HALF=D // 2, BLOCK_H=triton.next_power_of_2(H), num_warps=4)
+        PER_HEAD=is_per_head(weight, D), HALF=D // 2, BLOCK_H=triton.next_power_of_2(H),
+        num_warps=4)
     return out
 
 
