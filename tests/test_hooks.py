@@ -432,6 +432,8 @@ CHANGES = {
     "gate of tanh": put(GATE, lambda linear: Own(linear, lambda linear, x: linear(x).tanh())),
     **{f"{path} a layer norm": put(path, layer_norm) for path in NORMS},
     "a bias": put("self_attn.v_proj.bias", lambda _: nn.Parameter(torch.ones(32, device=DEVICE))),
+    "a bias of o_proj": put(
+        "self_attn.o_proj.bias", lambda _: nn.Parameter(torch.ones(64, device=DEVICE))),
     "a forward": put("mlp.up_proj.forward", then(rolled)),
     "an eps": put("self_attn.q_norm.eps", lambda _: 1.0),
     "a norm without weight": put(NORMS[1], lambda _: nn.RMSNorm(32, 1e-6, False)),
