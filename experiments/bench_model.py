@@ -1,7 +1,7 @@
 """
 How fast and how large a whole model is, prompt to answer: `python bench.py --end-to-end`.
 
-A preset's shape (OLMo2-7B) with random weights in bf16, without and with the memory, under each
+A preset's shape (olmo2-7b) with random weights in bf16, without and with the memory, under each
 method:
 
     prompt    to the logits of the first new token
@@ -11,7 +11,7 @@ method:
 
 There are four parts. `single` is one row at several contexts, and the crossover: the shortest
 context from which a request (a prompt and 128 new tokens) is faster than dense's, selection
-included. `batch` is the largest batches that fit. `peers` is transformers' Olmo2 with the same
+included. `batch` is the largest batches that fit. `peers` is transformers' model with the same
 weights, as it is (SDPA, dynamic cache) and with its static cache under torch.compile; its logits
 are compared with ours first. `table3` is what the paper's evaluation costs.
 
@@ -33,7 +33,9 @@ from data import get_tokenizer
 from engine import TOGETHER
 from eval_niah import answer
 from infra.cli import made_by, positive
+from infra.families import described
 from infra.files import save
+from infra.weights import family_of, hf_name
 from model import PRESETS, Transformer
 
 ON_GPU = torch.cuda.is_available()
@@ -60,7 +62,8 @@ def matrices(model):
 def prompt_flops(model, B, T):
     """Of a dense prompt: the layers' products, attention halved by causality, the last head."""
     layers, head = matrices(model)
-    attention = 2 * T * T * model.config.width * model.config.n_layer
+    config = model.config
+    attention = 2 * T * T * config.n_head * config.head_width * config.n_layer
     return B * (2 * layers * T + attention + 2 * head)
 
 
@@ -90,27 +93,28 @@ def bytes_needed(model, method, B, T, new):
     cache   slots for every layer, with SnapKV's positions in int32; Quest's bounds, an entry for
             each block; the last queries, for a method that would compress
     work    one layer's, on the part of the batch that goes through it together, in vectors of width
-            C a token: x, q, k, v, attention's output, and one more while q or k is rotated. With
+            C (or H * D) a token: x, q, k, v, attention's output, and one more while q or k is rotated. With
             the memory 7, and a tenth for the states between its tiles. MoBA's partial results, and
             three lists of chosen blocks
     """
     config, parts = model.config, sparse.phases(method)
-    entry = entry_bytes(model)
+    entry, q_width = entry_bytes(model), model.config.n_head * model.config.head_width
+    width = max(config.width, q_width)
     if sparse.drops(method):
         slots = min(parts.compress_by.budget, T) + new
         cache = B * slots * (entry + 4 * config.n_kv_head)
     else:
         slots = T + new
-        cache = B * (slots * entry + 64 * config.width * DTYPE.itemsize)
+        cache = B * (slots * entry + 64 * q_width * DTYPE.itemsize)
     if isinstance(parts.decode_by, sparse.Quest):
         cache += B * -(-slots // parts.decode_by.block_size) * entry
 
     tokens = min(B, max(1, TOGETHER // T)) * T
-    work = tokens * config.width * DTYPE.itemsize * (7.1 if config.memory else 6)
+    work = tokens * width * DTYPE.itemsize * (7.1 if config.memory else 6)
     if isinstance(parts.prefill_by, sparse.MoBA):
         from triton_ops.moba import PARTIAL_BYTES
         S = parts.prefill_by.budget // parts.prefill_by.block_size
-        work += min(PARTIAL_BYTES, tokens * S * config.width * DTYPE.itemsize)
+        work += min(PARTIAL_BYTES, tokens * S * q_width * DTYPE.itemsize)
         work += 3 * tokens * S * config.n_kv_head * 4
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return weights + config.n_layer * cache + work
@@ -315,13 +319,13 @@ def batch(report, model, label, T):
 
 @torch.no_grad()
 def peers(report, model, label, contexts):
-    """transformers' Olmo2 with our weights."""
+    """transformers' model of the same family, with our weights."""
     try:
         import transformers
     except ImportError:
         raise ImportError("--only peers compares with transformers: "
                           "pip install transformers") from None
-    theirs = olmo2_of(transformers, model, max(contexts) + NEW)
+    theirs = theirs_of(transformers, model, max(contexts) + NEW)
     name = f"transformers {transformers.__version__}"
     draw = lambda T: torch.randint(model.config.vocab_size, (1, T), device=DEVICE)
 
@@ -370,19 +374,20 @@ def peers(report, model, label, contexts):
                 step_ms=statistics.median(laps(step, 40)))
 
 
-def olmo2_of(transformers, model, positions):
+def theirs_of(transformers, model, positions):
     """The same model as transformers knows it, on the same memory."""
-    config = model.config
+    config = replace(model.config, context_len=positions)
+    family = family_of(config)
+    if family is None:
+        raise ValueError("--only peers: transformers knows no such model; choose a --preset of "
+                         "OLMo 2, Llama or Qwen")
+    said = described(config, "bfloat16")
+    kind = getattr(transformers, *said.pop("architectures"))
     with torch.device("meta"):
-        theirs = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(
-            vocab_size=config.vocab_size, hidden_size=config.width,
-            intermediate_size=config.mlp_width, num_hidden_layers=config.n_layer,
-            num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head,
-            max_position_embeddings=positions, rope_theta=config.rope_theta,
-            rms_norm_eps=config.norm_eps)).to(DTYPE)
-    named = {name if name.startswith("lm_head") else f"model.{name}": p
-             for name, p in model.state_dict().items()}
-    theirs.load_state_dict(named, assign=True)
+        theirs = kind(transformers.AutoConfig.for_model(**said)).to(DTYPE)
+    named = {hf_name(name, family): p for name, p in model.state_dict().items()}
+    theirs.load_state_dict(named, assign=True, strict=not config.tied)
+    theirs.tie_weights()  # a tied head is in no state_dict
     with torch.device(DEVICE):  # RoPE's frequencies are no weights
         theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)
     return theirs.eval().requires_grad_(False)

@@ -2,10 +2,14 @@
 A run's newest checkpoint as one model in Hugging Face's layout, for others to read.
 
     python -m experiments.export out/NAME DIR --dtype=bfloat16
+    python -m experiments.export out/NAME DIR --memory=off
 
 Several GPUs write a checkpoint in parts, in fp32 and with the optimizer's moments. An export has
-the weights alone, whole, and the tokenizer beside them. Checked in tests/test_checkpoint.py.
+the weights alone, whole, and the tokenizer beside them. Without its memory a model is plain
+attention again, of its own family, and opens in transformers; it computes something else than it
+was trained to. Checked in tests/test_checkpoint.py.
 """
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,9 +36,15 @@ def export(args):
     if (to / "config.json").exists():  # it comes last: an export whose disk was full leaves none
         raise ValueError(f"{to / 'config.json'} exists: choose another folder")
     model = Transformer.from_pretrained(source, getattr(torch, args.dtype))
-    tokenizer = tokenizer_beside(source, model.config.vocab_size)
-    weights.write(to, model.config, model.state_dict(), tokenizer)
-    print(f"{source} is now {to}, {args.dtype}")
+    config, state = model.config, model.state_dict()
+    if args.memory == "off":
+        if not config.memory:
+            raise ValueError(f"--memory=off: {source} has none to take out")
+        config = replace(config, memory=None)
+        state = {name: tensor for name, tensor in state.items() if ".memory." not in name}
+    weights.write(to, config, state, tokenizer_beside(source, config.vocab_size))
+    without = ", without its memory" if args.memory == "off" else ""
+    print(f"{source} is now {to}, {args.dtype}{without}")
 
 
 def main():
@@ -45,6 +55,8 @@ def main():
     parser.add_argument("to", metavar="DIR", help="a new folder")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"],
                         help="of the weights")
+    parser.add_argument("--memory", default="keep", choices=["keep", "off"],
+                        help="off: without it, in the names of the model's family")
     args = parser.parse_args()
     command("export.py", lambda: export(args))
 

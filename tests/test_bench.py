@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
 import bench
-from conftest import assert_close, layer_cache
+from conftest import FORMS, assert_close, draw_tokens, error, layer_cache, refused, tiny
 from experiments import bench_model, bench_peers
 from memory import memory_loop
 from model import PRESETS
@@ -85,6 +86,17 @@ def test_its_official_memory_is_eq_1(monkeypatch):
 
 
 # ---------------------------------------------------------------- whole models
+
+@pytest.mark.parametrize("form", ["gqa", "llama", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_its_peer_is_the_same_model(form):
+    """A peer of other weights, or of RoPE's base for another model."""
+    device, dtype = bench_model.DEVICE, bench_model.DTYPE
+    model, tokens = tiny(**FORMS[form]).to(device, dtype), draw_tokens(1, 40).to(device)
+    theirs = bench_model.theirs_of(transformers, model, 100)
+    assert error(theirs(tokens).logits, model(tokens)) < (1e-5 if device == "cpu" else 3e-2)
+    refused(lambda: bench_model.theirs_of(transformers, tiny(memory=True), 100), "--preset")
+
 
 @alone
 def test_whole_models_are_timed_without_a_gpu_too(run, tmp_path):

@@ -20,7 +20,8 @@ import data
 import eval_niah
 import niah
 import train
-from conftest import ORACLE, draw_tokens, refused, tiny
+from conftest import FORMS, ORACLE, assert_close, draw_tokens, refused, tiny
+from experiments import export
 from infra import files, parallel, runlog, shards, weights
 from infra.init import fresh
 from model import PRESETS, Config, Transformer
@@ -520,3 +521,41 @@ def test_a_batch_without_a_token_that_counts_learns_nothing_and_says_so(monkeypa
     said = capsys.readouterr().out
     assert said.count("no token of the batch counts") == 4 and "not finite" not in said
     assert "validation none, none of answer tokens right" in said
+
+
+# ---------------------------------------------------------------- families
+
+@pytest.mark.parametrize("form", ["gqa", "llama", "qwen2", "qwen3"])
+def test_a_family_takes_a_memory_trains_and_comes_out_again(form, tmp_path, monkeypatch, capsys):
+    """
+    A bias or a head's norm that is not trained, or not saved; a Llama that comes out under names
+    that transformers does not know; a memory that stays in the file that promises none.
+    """
+    from transformers import AutoModelForCausalLM
+    source = tiny(vocab_size=257, eos_id=256, context_len=512, **FORMS[form])
+    source.save_pretrained(tmp_path / "in")
+    folder, _ = continued(tmp_path / "in", "--memory=on")
+    trained = Transformer.from_pretrained(folder)
+    assert trained.config.memory and json.loads(
+        (folder / "config.json").read_text())["model_type"] == "nanorat"
+    state, before = trained.state_dict(), source.state_dict()
+    same = [name for name in before if torch.equal(before[name], state[name])]
+    assert not same, "not trained"
+
+    def exported(*flags):
+        monkeypatch.setattr(sys, "argv", ["export.py", str(folder), "out/plain", *flags])
+        export.main()
+        return Path("out/plain")
+    plain = exported("--memory=off")
+    assert "without its memory" in capsys.readouterr().out
+    without = Transformer(replace(trained.config, memory=None))
+    without.load_state_dict({name: x for name, x in state.items() if ".memory." not in name})
+    theirs, report = AutoModelForCausalLM.from_pretrained(plain, output_loading_info=True)
+    assert not any(report.values()), report
+    tokens = draw_tokens(2, 30, vocab_size=257)
+    with torch.no_grad():
+        assert_close(theirs(tokens).logits, without(tokens), atol=1e-4)
+    monkeypatch.setattr(sys, "argv", ["export.py", str(plain), "out/again", "--memory=off"])
+    with pytest.raises(SystemExit):
+        export.main()
+    assert "has none to take out" in capsys.readouterr().err
