@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from conftest import (LLAMA_FORM, QWEN2_FORM, QWEN3_FORM, STRETCH, official_names, refused,
                       save_pth)
 from infra import checkpoint, parallel, weights
+from infra.rope import stretched
 from model import Transformer
 from on_disk import (INDEX, ONE, assert_same, config, foreign, not_loaded, save, split, tensors,
                      unsealed, write_index)
@@ -221,6 +222,9 @@ REFUSED = {
     "Qwen 3 without its head width": (of(QWEN3_FORM, said(head_dim=None)), ["asks for (512"]),
     "heads of an odd width": (of(QWEN3_FORM, said(head_dim=15)), ["head_dim=15", "even"]),
     # Llama 3's RoPE
+    "frequencies without the stretch": (
+        of(LLAMA_FORM | dict(rope_scaling=STRETCH), put(FREQUENCIES, frequencies(10000.0))),
+        ["rotary_emb.inv_freq"]),
     "a stretch beside none": (
         of(LLAMA_FORM, said(rope_scaling=STRETCH, rope_parameters={"rope_type": "default"})),
         ["rope_parameters=None", "rope_scaling={", "which of them counts"]),
@@ -327,6 +331,9 @@ CONSISTENT = {
     "a byte order mark": byte_order_mark,
     "the same stretch twice": (said(rope_parameters=STRETCH | {"rope_theta": 10000.0}),
                                LLAMA_FORM | {"rope_scaling": STRETCH}),
+    "the frequencies of a stretch": (
+        put(FREQUENCIES, stretched(frequencies(10000.0), STRETCH)),
+        LLAMA_FORM | {"rope_scaling": STRETCH}),
     "an older Llama without rope_theta": (said(rope_theta=None), LLAMA_FORM),
     "a Llama's fields that change nothing": (
         said(pretraining_tp=1, mlp_bias=False, layer_types=2 * ["full_attention"]), LLAMA_FORM),

@@ -192,7 +192,7 @@ def test_presets_have_the_parameters_their_comments_say():
 
 @forms
 def test_flops_per_token_agrees_with_a_count_of_the_products(form):
-    """MFU computed with the embedding table, without the head, or with attention unhalved."""
+    """MFU with the embedding table, without the head, with attention unhalved; a bias forgotten."""
     model, T = tiny(**form | dict(width=96, mlp_width=96, vocab_size=300)), 64
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(draw_tokens(1, T))
@@ -202,6 +202,7 @@ def test_flops_per_token_agrees_with_a_count_of_the_products(form):
     attention = 4 * model.config.n_layer * T * T * q_width  # QK^T and PV, forward, all pairs
     expected = 3 * (products + attention / 2) / T      # the backward costs twice the forward
     assert math.isclose(cost.flops_per_token(model.config, T / 2), expected, rel_tol=0.02)
+    assert cost.parameters(model.config)[0] == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("form", ["olmo2", "gqa"])
