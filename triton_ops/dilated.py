@@ -65,9 +65,13 @@ TILES = {
     "query_grad": dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2, maxnreg=128),
     "query_grad_groups": dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
     "key_grad": dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
+    "forward_band": dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+    "query_grad_band": dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+    "key_grad_band": dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
     # no tensor cores, so registers are short
     "fp32": dict(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1),
 }
+LOWEST = tl.constexpr(-3.4e38)  # but finite: less it, minus infinity stays that
 # Programs, one for each SM of an H100: fewer tiles of keys than that are split among the queries.
 SPLIT_UP_TO = 132
 
@@ -92,14 +96,6 @@ def shared_before(slot, initial, first_end, dilation):
     return tl.minimum(slot, initial) + tl.maximum(slot - first_end + dilation - 1, 0) // dilation
 
 
-@triton.jit
-def sum_heads(x, GP: tl.constexpr):
-    """Rows of one query added up: (BLOCK_M, D) -> (BLOCK_M / GP, D)"""
-    if GP > 1:
-        x = tl.sum(tl.reshape(x, (x.shape[0] // GP, GP, x.shape[1])), 1)
-    return x
-
-
 # ---------------------------------------------------------------- forward
 
 @triton.jit
@@ -115,7 +111,7 @@ def online_softmax(
     k = tl.load(k_ptr, mask=mask_j[:, None], other=0.0)                # [BLOCK_N, D]
     v = tl.load(v_ptr, mask=mask_j[:, None], other=0.0)                # [BLOCK_N, D]
     s = tl.where(keep, dot(q, tl.trans(k)) * scale, float("-inf"))     # [BLOCK_M, BLOCK_N]
-    new_top = tl.maximum(top, tl.max(s, 1) + ROOM)  # finite: it started at the query's own key
+    new_top = tl.maximum(top, tl.max(s, 1) + ROOM)  # finite from the start
     p = tl.exp2(s - new_top[:, None])
     shrink = tl.exp2(top - new_top)
     return new_top, total * shrink + tl.sum(p, 1), y * shrink[:, None] + dot(p.to(v.dtype), v)
@@ -128,8 +124,8 @@ def forward_kernel(
     y_ptr, lse_ptr,       # (B, Tq, H, D), (B, H, Tq) contiguous
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     Tq, Tk, initial, first_end, dilation, scale,
-    KV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, LOCAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    KV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
+    LOCAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """
     Each query's own key, then the shared keys before its window, then the band, through one online
@@ -146,32 +142,36 @@ def forward_kernel(
     """
     H: tl.constexpr = KV * G
     BLOCK_T: tl.constexpr = BLOCK_M // GP
-    tile, h_kv = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
+    tile, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    h_kv, g0 = tl.program_id(1).to(tl.int64) // PARTS, tl.program_id(1) % PARTS * GP
+    h = h_kv * G + g0                                              # the first of the tile's heads
     t0 = (tile * BLOCK_T).to(tl.int64)
-    # [BLOCK_M]  query of each row, from t0 on; its head
+    # [BLOCK_M]  query of each row, from t0 on; its head, from h on
     t, g = tl.arange(0, BLOCK_M) // GP, tl.arange(0, BLOCK_M) % GP
-    mask_t = (t < Tq - t0) & (g < G)
+    mask_t = (t < Tq - t0) & (g < G - g0)
     offs_d, offs_n = tl.arange(0, D)[None, :], tl.arange(0, BLOCK_N)
     offs_t, offs_g = t[:, None], g[:, None]
     first = tl.load(start_ptr + b) + t0                                 # slot of the first query
-    i = (first + t).to(tl.int32)                                        # [BLOCK_M]  of each query
-    # The last slot that is read. What lies behind it may be anything, and 0 * NaN is NaN; padding
-    # may stand behind it.
+    # [BLOCK_M]  of each; padding behind the last slot reads as the last one does
+    i = tl.minimum(first + t, Tk - 1).to(tl.int32)
+    # The last slot that is read. What lies behind it may be anything, and 0 * NaN is NaN.
     last = tl.minimum(first + tl.minimum(BLOCK_T, Tq - t0), Tk).to(tl.int32) - 1
-    q_ptr += b * q_b + t0 * q_t + h_kv * G * q_h
+    q_ptr += b * q_b + t0 * q_t + h * q_h
     k_ptr += b * k_b + h_kv * k_h + offs_d
     v_ptr += b * v_b + h_kv * v_h + offs_d
 
-    # The query's own key. The softmax starts with it, in full fp32: top is then finite.
     q_at = q_ptr + offs_t * q_t + offs_g * q_h + offs_d
     q = tl.load(q_at, mask=mask_t[:, None], other=0.0)                                # [BLOCK_M, D]
-    own = tl.minimum(offs_t, (Tk - 1 - first).to(tl.int32))
-    k_own = tl.load(k_ptr + first * k_t + own * k_t, mask=mask_t[:, None], other=0.0)
-    v_own = tl.load(v_ptr + first * v_t + own * v_t, mask=mask_t[:, None], other=0.0)
-    top = tl.sum(q.to(tl.float32) * k_own.to(tl.float32), 1) * scale + ROOM           # [BLOCK_M]
-    total = tl.full((BLOCK_M,), SHRUNK, tl.float32)
-    y = v_own.to(tl.float32) * SHRUNK                                                 # [BLOCK_M, D]
+    if LOCAL == 0:  # the softmax starts with the query's own key, in full fp32
+        own = i.to(tl.int64)[:, None]
+        k_own = tl.load(k_ptr + own * k_t, mask=mask_t[:, None], other=0.0)           # [BLOCK_M, D]
+        v_own = tl.load(v_ptr + own * v_t, mask=mask_t[:, None], other=0.0)
+        top = tl.sum(q.to(tl.float32) * k_own.to(tl.float32), 1) * scale + ROOM       # [BLOCK_M]
+        total = tl.full((BLOCK_M,), SHRUNK, tl.float32)
+        y = v_own.to(tl.float32) * SHRUNK                                             # [BLOCK_M, D]
+    else:
+        top = tl.full((BLOCK_M,), LOWEST, tl.float32)
+        total, y = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, D), tl.float32)
 
     # The shared keys, and the band.
     for m in range(0, shared_before(last - LOCAL, initial, first_end, dilation), BLOCK_N):
@@ -181,19 +181,19 @@ def forward_kernel(
         top, total, y = online_softmax(
             q, k_ptr + row * k_t, v_ptr + row * v_t, j <= last, keep, top, total, y, scale)
     if LOCAL > 0:
-        for n in range(tl.maximum(first.to(tl.int32) - LOCAL, 0), last, BLOCK_N):
+        for n in range(tl.maximum(tl.minimum(first, last).to(tl.int32) - LOCAL, 0), last + 1, BLOCK_N):
             j = n + offs_n
             row = j.to(tl.int64)[:, None]
-            keep = (j[None, :] < i[:, None]) & (j[None, :] >= i[:, None] - LOCAL)
+            keep = (j[None, :] <= i[:, None]) & (j[None, :] >= i[:, None] - LOCAL)
             keep = keep & (j <= last)[None, :]
             top, total, y = online_softmax(
                 q, k_ptr + row * k_t, v_ptr + row * v_t, j <= last, keep, top, total, y, scale)
 
     y = y / total[:, None]
-    y_ptr += ((b * Tq + t0) * H + h_kv * G) * D
+    y_ptr += ((b * Tq + t0) * H + h) * D
     tl.store(y_ptr + (offs_t * H + offs_g) * D + offs_d, y.to(y_ptr.dtype.element_ty),
              mask=mask_t[:, None])
-    lse_ptr += (b * H + h_kv * G) * Tq + t0
+    lse_ptr += (b * H + h) * Tq + t0
     tl.store(lse_ptr + g * Tq + t, log_sum(top, total), mask=mask_t)
 
 
@@ -226,12 +226,12 @@ def query_grad_kernel(
     delta_ptr,               # (B, H, T) contiguous
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dy_b, dy_t, dy_h,
     T, initial, first_end, dilation, scale,
-    KV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, LOCAL: tl.constexpr,
+    KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, LOCAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """
-    All of dq, and what a query's own key and value gain from it; the other queries' share comes
-    from key_grad_kernel.
+    All of dq; and with OWN what a query's own key and value gain from it, for which all heads of
+    the group must be in the tile. The rest of dk and dv comes from key_grad_kernel.
 
         delta = dy . y,   ds = p * (dy . v - delta)
         dq = sum_j ds_j k_j,   dk_own = ds_own q,   dv_own = p_own dy     (dq and dk also / sqrt(D))
@@ -244,49 +244,43 @@ def query_grad_kernel(
     dtype  bf16 or fp32 in; p, ds and sums in fp32, ds in the input's dtype for its product with k
     """
     H: tl.constexpr = KV * G
-    BLOCK_T: tl.constexpr = BLOCK_M // GP
-    tile, h_kv = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
-    first = tile * BLOCK_T                                              # first query, and its slot
+    tile, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    h_kv, b = h // G, tl.program_id(2).to(tl.int64)
+    first = tile * BLOCK_M                                              # first query, and its slot
     t0 = first.to(tl.int64)
-    # [BLOCK_M]  query of each row, from t0 on; its head
-    t, g = tl.arange(0, BLOCK_M) // GP, tl.arange(0, BLOCK_M) % GP
-    mask_t = (t < T - first) & (g < G)
-    i = first + t                                                       # [BLOCK_M]  slot of each
-    last = tl.minimum(first + BLOCK_T, T) - 1
-    offs_d, offs_n = tl.arange(0, D)[None, :], tl.arange(0, BLOCK_N)
-    offs_t, offs_g = t[:, None], g[:, None]
-    q_ptr += b * q_b + t0 * q_t + h_kv * G * q_h
-    dy_ptr += b * dy_b + t0 * dy_t + h_kv * G * dy_h
+    t = tl.arange(0, BLOCK_M)                                           # [BLOCK_M]  from t0 on
+    i, mask_t = first + t, t < T - first                                # [BLOCK_M]  slot of each
+    last = tl.minimum(first + BLOCK_M, T) - 1
+    offs_d, offs_n, offs_t = tl.arange(0, D)[None, :], tl.arange(0, BLOCK_N), t[:, None]
+    q_ptr += b * q_b + t0 * q_t + h * q_h
+    dy_ptr += b * dy_b + t0 * dy_t + h * dy_h
     k_ptr += b * k_b + h_kv * k_h + offs_d
     v_ptr += b * v_b + h_kv * v_h + offs_d
-    first_y = ((b * T + t0) * H + h_kv * G) * D
-    offs_y = (offs_t * H + offs_g) * D + offs_d
-    first_lse = (b * H + h_kv * G) * T + t0
-    offs_lse = g * T + t
+    first_y = ((b * T + t0) * H + h) * D
+    offs_y = offs_t * H * D + offs_d
+    first_lse = (b * H + h) * T + t0
 
     mask = mask_t[:, None]
-    q = tl.load(q_ptr + offs_t * q_t + offs_g * q_h + offs_d, mask=mask, other=0.0)   # [BLOCK_M, D]
-    dy = tl.load(dy_ptr + offs_t * dy_t + offs_g * dy_h + offs_d, mask=mask, other=0.0)
-    k_own = tl.load(k_ptr + t0 * k_t + offs_t * k_t, mask=mask, other=0.0)
-    v_own = tl.load(v_ptr + t0 * v_t + offs_t * v_t, mask=mask, other=0.0)
+    q = tl.load(q_ptr + offs_t * q_t + offs_d, mask=mask, other=0.0)                  # [BLOCK_M, D]
+    dy = tl.load(dy_ptr + offs_t * dy_t + offs_d, mask=mask, other=0.0)
     y = tl.load(y_ptr + first_y + offs_y, mask=mask, other=0.0)
-    lse = tl.load(lse_ptr + first_lse + offs_lse, mask=mask_t, other=0.0)             # [BLOCK_M]
-
-    # The query's own key, in full fp32 as in forward_kernel. No other program writes to its dk and
-    # dv before key_grad_kernel, so they start with this.
+    lse = tl.load(lse_ptr + first_lse + t, mask=mask_t, other=0.0)                    # [BLOCK_M]
     delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)                           # [BLOCK_M]
-    tl.store(delta_ptr + first_lse + offs_lse, delta, mask=mask_t)
-    p = tl.exp2(tl.sum(q.to(tl.float32) * k_own.to(tl.float32), 1) * (scale * LOG2E) - lse)
-    ds = p * (tl.sum(dy.to(tl.float32) * v_own.to(tl.float32), 1) - delta)            # [BLOCK_M]
-    t_own = tl.arange(0, BLOCK_T)[:, None]
-    first_own = ((b * T + t0) * KV + h_kv) * D
-    offs_own = t_own * KV * D + offs_d                                                # [BLOCK_T, D]
-    dv = sum_heads(p[:, None] * dy.to(tl.float32), GP)                                # [BLOCK_T, D]
-    tl.store(dv_ptr + first_own + offs_own, dv.to(dv_ptr.dtype.element_ty), mask=t_own < T - first)
-    dk = sum_heads((ds * scale)[:, None] * q.to(tl.float32), GP)                      # [BLOCK_T, D]
-    tl.store(dk_ptr + first_own + offs_own, dk.to(dk_ptr.dtype.element_ty), mask=t_own < T - first)
-    dq = ds[:, None] * k_own.to(tl.float32)                                           # [BLOCK_M, D]
+    tl.store(delta_ptr + first_lse + t, delta, mask=mask_t)
+
+    if LOCAL == 0:  # the query's own key, in full fp32 as in forward_kernel
+        k_own = tl.load(k_ptr + t0 * k_t + offs_t * k_t, mask=mask, other=0.0)        # [BLOCK_M, D]
+        v_own = tl.load(v_ptr + t0 * v_t + offs_t * v_t, mask=mask, other=0.0)
+        p = tl.exp2(tl.sum(q.to(tl.float32) * k_own.to(tl.float32), 1) * (scale * LOG2E) - lse)
+        ds = p * (tl.sum(dy.to(tl.float32) * v_own.to(tl.float32), 1) - delta)        # [BLOCK_M]
+        dq = ds[:, None] * k_own.to(tl.float32)                                       # [BLOCK_M, D]
+        if G == 1:
+            dv = p[:, None] * dy.to(tl.float32)
+            dk = (ds * scale)[:, None] * q.to(tl.float32)
+            tl.store(dv_ptr + first_y + offs_y, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+            tl.store(dk_ptr + first_y + offs_y, dk.to(dk_ptr.dtype.element_ty), mask=mask)
+    else:
+        dq = tl.zeros((BLOCK_M, D), tl.float32)
 
     # The shared keys, and the band.
     for m in range(0, shared_before(last - LOCAL, initial, first_end, dilation), BLOCK_N):
@@ -296,10 +290,10 @@ def query_grad_kernel(
         dq = query_grad(
             q, dy, k_ptr + row * k_t, v_ptr + row * v_t, j < T, keep, lse, delta, dq, scale)
     if LOCAL > 0:
-        for n in range(tl.maximum(first - LOCAL, 0), last, BLOCK_N):
+        for n in range(tl.maximum(first - LOCAL, 0), last + 1, BLOCK_N):
             j = n + offs_n
             row = j.to(tl.int64)[:, None]
-            keep = (j[None, :] < i[:, None]) & (j[None, :] >= i[:, None] - LOCAL)
+            keep = (j[None, :] <= i[:, None]) & (j[None, :] >= i[:, None] - LOCAL)
             dq = query_grad(
                 q, dy, k_ptr + row * k_t, v_ptr + row * v_t, j < T, keep, lse, delta, dq, scale)
     tl.store(dq_ptr + first_y + offs_y, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
@@ -314,8 +308,8 @@ def key_grad_kernel(
     part_ptr,             # (2, SPLITS, B, M, KV, D) fp32 contiguous, written instead if SPLITS > 1
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dy_b, dy_t, dy_h,
     T, M, initial, first_end, dilation, scale, local,
-    KV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BAND: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BAND: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """
     dk and dv of a tile of keys from the later queries that read them: those within `local` (BAND,
@@ -331,7 +325,6 @@ def key_grad_kernel(
     dtype  bf16 or fp32 in; sums in fp32, p and ds in the input's dtype for their products
     """
     H: tl.constexpr = KV * G
-    BLOCK_T: tl.constexpr = BLOCK_M // GP
     split, h_kv = tl.program_id(0) % SPLITS, tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     n = tl.program_id(0) // SPLITS * BLOCK_N
@@ -339,7 +332,7 @@ def key_grad_kernel(
     # the tile's slots, and the queries that may read one of them
     if BAND:
         j = entry
-        begin, end = n + 1, tl.minimum(n + BLOCK_N + local, T)
+        begin, end = n, tl.minimum(n + BLOCK_N + local, T)
     else:
         j = shared_slot(entry, initial, first_end, dilation)
         begin, end = shared_slot(n, initial, first_end, dilation) + local + 1, T
@@ -353,37 +346,39 @@ def key_grad_kernel(
     dk = tl.zeros((BLOCK_N, D), tl.float32)
     dv = tl.zeros((BLOCK_N, D), tl.float32)
 
-    # [BLOCK_M]  query of each row, from t0 on; its head
-    t, g = tl.arange(0, BLOCK_M) // GP, tl.arange(0, BLOCK_M) % GP
-    q_ptr += b * q_b + h_kv * G * q_h + t[:, None] * q_t + g[:, None] * q_h + offs_d
-    dy_ptr += b * dy_b + h_kv * G * dy_h + t[:, None] * dy_t + g[:, None] * dy_h + offs_d
+    t = tl.arange(0, BLOCK_M)                                           # [BLOCK_M]  from t0 on
+    q_ptr += b * q_b + h_kv * G * q_h + t[:, None] * q_t + offs_d
+    dy_ptr += b * dy_b + h_kv * G * dy_h + t[:, None] * dy_t + offs_d
     first_lse = (b * H + h_kv * G) * T
-    offs_lse = g * T + t
-    tiles = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_T)
+    # Each tile has one head of the group: tile g of every G is of head g.
+    tiles = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M) * G
     per_split = tl.cdiv(tiles, SPLITS)
     for tile in range(split * per_split, tl.minimum((split + 1) * per_split, tiles)):
-        t0 = begin + tile * BLOCK_T
-        mask_t = (t < end - t0) & (g < G)
-        q = tl.load(q_ptr + t0.to(tl.int64) * q_t, mask=mask_t[:, None], other=0.0)   # [BLOCK_M, D]
-        dy = tl.load(dy_ptr + t0.to(tl.int64) * dy_t, mask=mask_t[:, None], other=0.0)
-        lse = tl.load(lse_ptr + first_lse + t0 + offs_lse, mask=mask_t, other=0.0)    # [BLOCK_M]
-        delta = tl.load(delta_ptr + first_lse + t0 + offs_lse, mask=mask_t, other=0.0)
-        distance = (t0 + t)[:, None] - j[None, :]                           # [BLOCK_M, BLOCK_N]
+        t0, g = begin + tile // G * BLOCK_M, tile % G
+        mask_t = t < end - t0
+        at_q, at_dy = t0.to(tl.int64) * q_t + g * q_h, t0.to(tl.int64) * dy_t + g * dy_h
+        q = tl.load(q_ptr + at_q, mask=mask_t[:, None], other=0.0)                    # [BLOCK_M, D]
+        dy = tl.load(dy_ptr + at_dy, mask=mask_t[:, None], other=0.0)
+        at_lse = first_lse + g * T + t0 + t
+        lse = tl.load(lse_ptr + at_lse, mask=mask_t, other=0.0)                       # [BLOCK_M]
+        delta = tl.load(delta_ptr + at_lse, mask=mask_t, other=0.0)
+        distance = (t0 + t)[None, :] - j[:, None]                           # [BLOCK_N, BLOCK_M]
         if BAND:
-            keep = (distance > 0) & (distance <= local) & mask_t[:, None]
+            keep = (distance >= 0) & (distance <= local) & mask_t[None, :]
         else:
-            keep = (distance > local) & mask_t[:, None]
-        s = dot(q, tl.trans(k)) * (scale * LOG2E)                           # [BLOCK_M, BLOCK_N]
-        p = tl.where(keep, tl.exp2(s - lse[:, None]), 0.0)
-        dv += dot(tl.trans(p.to(dy.dtype)), dy)
-        ds = p * (dot(dy, tl.trans(v)) - delta[:, None])
-        dk += dot(tl.trans(ds.to(q.dtype)), q)
+            keep = (distance > local) & mask_t[None, :]
+        s = dot(k, tl.trans(q)) * (scale * LOG2E)                           # [BLOCK_N, BLOCK_M]
+        p = tl.where(keep, tl.exp2(s - lse[None, :]), 0.0)
+        dv += dot(p.to(dy.dtype), dy)
+        ds = p * (dot(v, tl.trans(dy)) - delta[None, :])
+        dk += dot(ds.to(q.dtype), q)
     dk *= scale
 
     if SPLITS == 1:
         offs = ((b * T + j) * KV + h_kv)[:, None] * D + offs_d                        # [BLOCK_N, D]
-        dk += tl.load(dk_ptr + offs, mask=mask_j[:, None], other=0.0).to(tl.float32)
-        dv += tl.load(dv_ptr + offs, mask=mask_j[:, None], other=0.0).to(tl.float32)
+        if not BAND:
+            dk += tl.load(dk_ptr + offs, mask=mask_j[:, None], other=0.0).to(tl.float32)
+            dv += tl.load(dv_ptr + offs, mask=mask_j[:, None], other=0.0).to(tl.float32)
         tl.store(dk_ptr + offs, dk.to(dk_ptr.dtype.element_ty), mask=mask_j[:, None])
         tl.store(dv_ptr + offs, dv.to(dv_ptr.dtype.element_ty), mask=mask_j[:, None])
     else:
@@ -406,14 +401,13 @@ def shared_keys(T, dilation, initial):
     return dilation, first_end, initial + len(range(first_end, T, dilation))
 
 
-def group(q, k):
-    """KV, G, G rounded up to a power of two, D; asserts what the kernels cover."""
-    B, _, H, D = q.shape
+def heads(q, k):
+    """KV, G, D; asserts what the kernels cover."""
+    H, D = q.shape[2:]
     KV, G = k.shape[2], H // k.shape[2]
     assert D in (16, 32, 64, 128), f"dilated: heads of {D} channels, not 16, 32, 64 or 128"
-    assert G * KV == H and G <= 16, \
-        f"dilated: {H} query heads on {KV} KV heads, not a multiple of up to 16"
-    return dict(KV=KV, G=G, GP=triton.next_power_of_2(G), D=D)
+    assert G * KV == H, f"dilated: {H} query heads on {KV} KV heads, not a multiple"
+    return dict(KV=KV, G=G, D=D)
 
 
 def tile_of(name, q):
@@ -445,19 +439,24 @@ def dilated_forward(
     q, k, v, start = rows(q), rows(k), rows(v), start.contiguous()
     y = torch.empty(B, Tq, H, D, device=q.device, dtype=q.dtype)
     lse = torch.empty(B, H, Tq, device=q.device, dtype=torch.float32)
-    dims = group(q, k)
+    dims = heads(q, k)
     dilation, first_end, M = shared_keys(Tk, dilation, initial)
 
-    if Tq * dims["GP"] <= 16:
-        tile = tile_of("step", q)
-    elif local == 0 and M <= TILES["forward"]["BLOCK_N"]:
-        tile = tile_of("forward", q)
+    # In a decoding step the heads of a group are rows of a tile, else each has tiles of its own.
+    most = TILES["step"]["BLOCK_M"]
+    GP = min(triton.next_power_of_2(dims["G"]), most)
+    if Tq * GP <= most:
+        name = "step"
     else:
-        tile = tile_of("forward_long", q)
-    forward_kernel[triton.cdiv(Tq * dims["GP"], tile["BLOCK_M"]), dims["KV"], B](
+        name, GP = "forward_band" if local > 0 else "forward_long", 1
+        if local == 0 and M <= TILES["forward"]["BLOCK_N"]:
+            name = "forward"
+    tile, PARTS = tile_of(name, q), triton.cdiv(dims["G"], GP)
+    grid = triton.cdiv(Tq * GP, tile["BLOCK_M"]), dims["KV"] * PARTS, B
+    forward_kernel[grid](
         q, k, v, start, y, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         Tq, Tk, min(initial, Tk), first_end, dilation, D ** -0.5 * LOG2E.value,
-        **dims, LOCAL=min(local, Tk), **tile)
+        **dims, GP=GP, PARTS=PARTS, LOCAL=min(local, Tk), **tile)
     return y, lse
 
 
@@ -484,32 +483,30 @@ def dilated_backward(
     q, k, v, dy = rows(q), rows(k), rows(v), rows(dy)
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    dims = group(q, k)
+    dims = heads(q, k)
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dy.stride()[:3]
     dilation, first_end, M = shared_keys(T, dilation, initial)
     initial, local = min(initial, T), min(local, T)
     pattern = initial, first_end, dilation, D ** -0.5
 
-    # sum_heads leaves a sum with several threads, which all write it. With fused multiply-adds each
-    # would add the others' to its own unrounded product, and which of their last bits stays would
-    # be chance.
-    tile = tile_of("query_grad" if dims["G"] == 1 else "query_grad_groups", q)
-    query_grad_kernel[triton.cdiv(T * dims["GP"], tile["BLOCK_M"]), dims["KV"], B](
+    tile = tile_of("query_grad_band" if local > 0 else "query_grad", q)
+    grid = triton.cdiv(T, tile["BLOCK_M"]), H, B
+    query_grad_kernel[grid](
         q, k, v, y, lse, dy, dq, dk, dv, delta, *strides, T, *pattern,
-        **dims, LOCAL=local, enable_fp_fusion=dims["GP"] == 1, **tile)
+        **dims, LOCAL=local, **tile)
 
-    tile = tile_of("key_grad", q)
-    grid = lambda M, splits: (triton.cdiv(M, tile["BLOCK_N"]) * splits, dims["KV"], B)
-    if local > 0:
-        no_parts = lse  # a pointer that is not used
-        key_grad_kernel[grid(T, 1)](
+    if local > 0 or dims["G"] > 1:  # else query_grad_kernel has written each key's own
+        no_parts, tile = lse, tile_of("key_grad_band", q)  # a pointer that is not used
+        key_grad_kernel[triton.cdiv(T, tile["BLOCK_N"]), dims["KV"], B](
             q, k, v, lse, delta, dy, dk, dv, no_parts, *strides, T, T, *pattern, local,
             **dims, BAND=True, SPLITS=1, **tile)
     if M > 0:
-        splits = SPLIT_UP_TO // (triton.cdiv(M, tile["BLOCK_N"]) * dims["KV"] * B)
-        splits = max(1, min(splits, triton.cdiv(T * dims["GP"], tile["BLOCK_M"])))
+        tile = tile_of("key_grad", q)
+        tiles = triton.cdiv(M, tile["BLOCK_N"])
+        splits = SPLIT_UP_TO // (tiles * dims["KV"] * B)
+        splits = max(1, min(splits, triton.cdiv(T, tile["BLOCK_M"]) * dims["G"]))
         part = torch.empty(2, splits, B, M, dims["KV"], D, device=q.device, dtype=torch.float32)
-        key_grad_kernel[grid(M, splits)](
+        key_grad_kernel[tiles * splits, dims["KV"], B](
             q, k, v, lse, delta, dy, dk, dv, part, *strides, T, M, *pattern, local,
             **dims, BAND=False, SPLITS=splits, **tile)
         if splits > 1:
