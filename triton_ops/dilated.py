@@ -52,28 +52,25 @@ from torch import Tensor
 
 from triton_ops.common import LOG2E, ROOM, SHRUNK, log_sum
 
-# BLOCK_M rows and BLOCK_N keys of a tile. The pass is bound by memory: 64 rows of 128 bf16 are 16
-# KB per tensor, few enough that two or three programs share an SM and one's loads hide another's
-# arithmetic.
+# BLOCK_M rows and BLOCK_N keys of a tile. The passes are bound by memory, so tiles are small: two to
+# four programs then share an SM, and one's loads hide another's arithmetic. 64 rows are the fewest
+# that Hopper's tensor cores take.
 TILES = {
     # decoding: at most 16 rows
     "step": dict(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=3),
-    # a single tile of keys; several, or a band
+    # a single tile of shared keys; several, or a band
     "forward": dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=1),
-    "forward_long": dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
-    # two programs on an SM; sums over the heads of a group need more registers
+    "forward_long": dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=3),
+    # own keys, which take registers; a band
     "query_grad": dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2, maxnreg=128),
-    "query_grad_groups": dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
-    "key_grad": dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
-    "forward_band": dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
-    "query_grad_band": dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
-    "key_grad_band": dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+    "query_grad_band": dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=3),
+    "key_grad": dict(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=3),
     # no tensor cores, so registers are short
     "fp32": dict(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1),
 }
-LOWEST = tl.constexpr(-3.4e38)  # but finite: less it, minus infinity stays that
-# Programs, one for each SM of an H100: fewer tiles of keys than that are split among the queries.
-SPLIT_UP_TO = 132
+# Two programs for each SM of an H100: fewer tiles of keys than that are split among the queries.
+SPLIT_UP_TO = 264
+LOWEST = tl.constexpr(-3.4e38)  # a maximum of no scores yet, but finite
 
 
 # ---------------------------------------------------------------- the pattern
@@ -125,7 +122,7 @@ def forward_kernel(
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     Tq, Tk, initial, first_end, dilation, scale,
     KV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
-    LOCAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LOCAL: tl.constexpr, OWN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """
     Each query's own key, then the shared keys before its window, then the band, through one online
@@ -162,7 +159,7 @@ def forward_kernel(
 
     q_at = q_ptr + offs_t * q_t + offs_g * q_h + offs_d
     q = tl.load(q_at, mask=mask_t[:, None], other=0.0)                                # [BLOCK_M, D]
-    if LOCAL == 0:  # the softmax starts with the query's own key, in full fp32
+    if OWN:  # the softmax starts with the query's own key, in full fp32
         own = i.to(tl.int64)[:, None]
         k_own = tl.load(k_ptr + own * k_t, mask=mask_t[:, None], other=0.0)           # [BLOCK_M, D]
         v_own = tl.load(v_ptr + own * v_t, mask=mask_t[:, None], other=0.0)
@@ -181,10 +178,12 @@ def forward_kernel(
         top, total, y = online_softmax(
             q, k_ptr + row * k_t, v_ptr + row * v_t, j <= last, keep, top, total, y, scale)
     if LOCAL > 0:
-        for n in range(tl.maximum(tl.minimum(first, last).to(tl.int32) - LOCAL, 0), last + 1, BLOCK_N):
+        # without padding, first <= last
+        begin = tl.maximum(tl.minimum(first.to(tl.int32), last) - LOCAL, 0)
+        for n in range(begin, last + 1 - OWN, BLOCK_N):
             j = n + offs_n
             row = j.to(tl.int64)[:, None]
-            keep = (j[None, :] <= i[:, None]) & (j[None, :] >= i[:, None] - LOCAL)
+            keep = (j[None, :] <= i[:, None] - OWN) & (j[None, :] >= i[:, None] - LOCAL)
             keep = keep & (j <= last)[None, :]
             top, total, y = online_softmax(
                 q, k_ptr + row * k_t, v_ptr + row * v_t, j <= last, keep, top, total, y, scale)
@@ -263,24 +262,25 @@ def query_grad_kernel(
     mask = mask_t[:, None]
     q = tl.load(q_ptr + offs_t * q_t + offs_d, mask=mask, other=0.0)                  # [BLOCK_M, D]
     dy = tl.load(dy_ptr + offs_t * dy_t + offs_d, mask=mask, other=0.0)
+    if LOCAL == 0:
+        k_own = tl.load(k_ptr + t0 * k_t + offs_t * k_t, mask=mask, other=0.0)        # [BLOCK_M, D]
+        v_own = tl.load(v_ptr + t0 * v_t + offs_t * v_t, mask=mask, other=0.0)
     y = tl.load(y_ptr + first_y + offs_y, mask=mask, other=0.0)
     lse = tl.load(lse_ptr + first_lse + t, mask=mask_t, other=0.0)                    # [BLOCK_M]
     delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)                           # [BLOCK_M]
-    tl.store(delta_ptr + first_lse + t, delta, mask=mask_t)
 
     if LOCAL == 0:  # the query's own key, in full fp32 as in forward_kernel
-        k_own = tl.load(k_ptr + t0 * k_t + offs_t * k_t, mask=mask, other=0.0)        # [BLOCK_M, D]
-        v_own = tl.load(v_ptr + t0 * v_t + offs_t * v_t, mask=mask, other=0.0)
         p = tl.exp2(tl.sum(q.to(tl.float32) * k_own.to(tl.float32), 1) * (scale * LOG2E) - lse)
         ds = p * (tl.sum(dy.to(tl.float32) * v_own.to(tl.float32), 1) - delta)        # [BLOCK_M]
-        dq = ds[:, None] * k_own.to(tl.float32)                                       # [BLOCK_M, D]
         if G == 1:
             dv = p[:, None] * dy.to(tl.float32)
             dk = (ds * scale)[:, None] * q.to(tl.float32)
             tl.store(dv_ptr + first_y + offs_y, dv.to(dv_ptr.dtype.element_ty), mask=mask)
             tl.store(dk_ptr + first_y + offs_y, dk.to(dk_ptr.dtype.element_ty), mask=mask)
+        dq = ds[:, None] * k_own.to(tl.float32)                                       # [BLOCK_M, D]
     else:
         dq = tl.zeros((BLOCK_M, D), tl.float32)
+    tl.store(delta_ptr + first_lse + t, delta, mask=mask_t)
 
     # The shared keys, and the band.
     for m in range(0, shared_before(last - LOCAL, initial, first_end, dilation), BLOCK_N):
@@ -446,17 +446,16 @@ def dilated_forward(
     most = TILES["step"]["BLOCK_M"]
     GP = min(triton.next_power_of_2(dims["G"]), most)
     if Tq * GP <= most:
-        name = "step"
+        name, own = "step", 1
     else:
-        name, GP = "forward_band" if local > 0 else "forward_long", 1
-        if local == 0 and M <= TILES["forward"]["BLOCK_N"]:
-            name = "forward"
+        few = local == 0 and M <= TILES["forward"]["BLOCK_N"]
+        name, own, GP = "forward" if few else "forward_long", int(local == 0), 1
     tile, PARTS = tile_of(name, q), triton.cdiv(dims["G"], GP)
     grid = triton.cdiv(Tq * GP, tile["BLOCK_M"]), dims["KV"] * PARTS, B
     forward_kernel[grid](
         q, k, v, start, y, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         Tq, Tk, min(initial, Tk), first_end, dilation, D ** -0.5 * LOG2E.value,
-        **dims, GP=GP, PARTS=PARTS, LOCAL=min(local, Tk), **tile)
+        **dims, GP=GP, PARTS=PARTS, LOCAL=min(local, Tk), OWN=own, **tile)
     return y, lse
 
 
@@ -495,13 +494,12 @@ def dilated_backward(
         q, k, v, y, lse, dy, dq, dk, dv, delta, *strides, T, *pattern,
         **dims, LOCAL=local, **tile)
 
-    if local > 0 or dims["G"] > 1:  # else query_grad_kernel has written each key's own
-        no_parts, tile = lse, tile_of("key_grad_band", q)  # a pointer that is not used
+    tile, no_parts = tile_of("key_grad", q), lse  # a pointer that is not used
+    if local > 0 or dims["G"] > 1:  # else query_grad_kernel has written what each key has of its own
         key_grad_kernel[triton.cdiv(T, tile["BLOCK_N"]), dims["KV"], B](
             q, k, v, lse, delta, dy, dk, dv, no_parts, *strides, T, T, *pattern, local,
             **dims, BAND=True, SPLITS=1, **tile)
     if M > 0:
-        tile = tile_of("key_grad", q)
         tiles = triton.cdiv(M, tile["BLOCK_N"])
         splits = SPLIT_UP_TO // (tiles * dims["KV"] * B)
         splits = max(1, min(splits, triton.cdiv(T, tile["BLOCK_M"]) * dims["G"]))
