@@ -654,6 +654,7 @@ def moba_attend(case, H, KV, D, block_size, S, keep_first, T, dtype):
 PATTERNS = {  # dilation, local, initial
     "arl": (8, 0, 0), "sparse chunks": (16, 0, 0), "all three": (8, 5, 3),
     "streaming": (None, 6, 2), "own only": (None, 0, 0), "dense": (1, 0, 0),
+    "window": (None, 64, 0),
     "wide window": (4, 40, 0), "initial beyond a chunk": (64, 16, 70),
     "everything": (None, 2**40, 2**40), "far": (2**40, 20, 30),
 }
@@ -683,7 +684,11 @@ def plainly_dilated(pattern, start):
         (2, 2, 64, PATTERNS["initial beyond a chunk"], (17, 400), BF16),
         (1, 1, 32, PATTERNS["dense"], (1, 160), FP32),
         (3, 1, 64, PATTERNS["all three"], (300, 500), BF16),
-        (4, 4, 128, ARL, (500, 1500), BF16), (1, 1, 64, RATPLUS, (4000, 5000), BF16))
+        (4, 4, 128, ARL, (500, 1500), BF16), (1, 1, 64, RATPLUS, (4000, 5000), BF16),
+        # SmolLM2's heads; a group of more heads than a tile of a decoding step has rows
+        (9, 3, 64, PATTERNS["window"], (100, 300), BF16),
+        (20, 1, 16, PATTERNS["all three"], (20, 100), FP32),
+        (20, 1, 32, PATTERNS["arl"], (20, 150), BF16))
 def dilated(case, H, KV, D, pattern, T, dtype):
     """A whole prompt, forward and backward."""
     T, pattern = case.size("T", *T), case.record("pattern", pattern)
@@ -710,7 +715,8 @@ def dilated(case, H, KV, D, pattern, T, dtype):
         (8, 2, 32, PATTERNS["sparse chunks"], (1, 1000), FP32),
         (1, 1, 128, PATTERNS["streaming"], (1, 600), BF16),
         (6, 2, 16, PATTERNS["wide window"], (41, 500), BF16),
-        (16, 1, 64, RATPLUS, (300, 2000), BF16), (4, 1, 128, RATPLUS, (6000, 10000), BF16))
+        (16, 1, 64, RATPLUS, (300, 2000), BF16), (4, 1, 128, RATPLUS, (6000, 10000), BF16),
+        (20, 1, 32, PATTERNS["all three"], (1, 300), BF16))
 def dilated_step(case, H, KV, D, pattern, Tk, dtype):
     """One query, or a chunk of them, in a cache; some of them are padding."""
     Tk, B, pattern = case.size("Tk", *Tk), case.size("B", 1, 4), case.record("pattern", pattern)

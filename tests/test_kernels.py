@@ -100,6 +100,8 @@ EDGES = [  # kernel, setting, what is pinned
     ("moba_route", 4, dict(Tq=400, B=1, start=[0], **ONE_ROW)),
     *(("dilated", 0, dict(B=1, T=T)) for T in (1, 15, 16, 17)),
     *(("dilated", 1, dict(B=1, T=T)) for T in (16, 200)),
+    # a window that ends with a tile of keys, one key before and one behind
+    *(("dilated", 10, dict(B=1, T=T)) for T in (64, 65, 129)),
     *(("dilated", index, dict(B=2, T=63, pattern=pattern, gradients=gradients))
       for pattern in PATTERNS.values() for index, gradients in ((0, "drawn"), (3, "strided"))),
     *(("dilated_step", 0, dict(B=2, Tk=100, pattern=PATTERNS[name], start=start, padding=0,
@@ -136,7 +138,7 @@ CUTS = [  # kernel, setting, what is pinned, the constants of a launcher
       for n in (1, 3)),
     # queries dropped or counted twice; shared gradients stored over the others' instead of added
     *(("dilated", index, dict(B=1, T=100), dilated, dict(SPLIT_UP_TO=n))
-      for index in (0, 1) for n in (1, 3, 50)),
+      for index in (0, 1, 12) for n in (1, 3, 50)),
 ]
 
 
@@ -263,6 +265,7 @@ REFUSED = [  # a call, a word of the message
     (lambda: moba_attend(x(*Q), x(*K), x(*K), x(1, 1, 20, 2).long(), USED * 0, 8), "chosen"),
     (lambda: shared(x(*Q)[..., :8], x(*K)[..., :8], x(*K)[..., :8]), "heads of 8"),
     (lambda: shared(x(*Q), x(*K, dtype=BF16), x(*K)), "bfloat16"),
+    (lambda: shared(x(1, 20, 3, 16), x(*Q), x(*Q)), "3 query heads on 2"),
     # gradients of a chunk
     (lambda: shared(x(1, 2, 2, 16).requires_grad_(), x(*K), x(*K)).sum().backward(),
      "as many keys as queries"),

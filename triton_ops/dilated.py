@@ -3,28 +3,29 @@ Dilated attention, forward and backward: a pattern that is a formula, so that no
 
     key j for query i:  j <= i and (i - j <= local or j < initial or (j + 1) % dilation == 0)
 
-A query's keys come from three sources that share no key, so nothing counts twice:
+A query's keys come from two sources that share no key, so nothing counts twice:
 
-    own     j = i                             a product of two rows. Each query has it, so the
-                                              softmax starts there
-    band    i - local <= j < i                neighbouring queries read neighbouring keys: tiles of
-                                              consecutive slots
+    band    i - local <= j <= i               neighbouring queries read neighbouring keys: tiles of
+                                              consecutive slots. With local = 0 the query's own key
+                                              alone: a product of two rows
     shared  j < i - local and (j < initial or (j + 1) % dilation == 0)
                                               the same few slots for all later queries: tiles
                                               gathered with a stride
 
-ARL's training pass (dilation=64, local=0, initial=0) has no band and 1/64 of the keys: it costs
-what it takes to read q, k, v and write y. RAT+'s inference has all three. With dilation=None
-(StreamingLLM) no chunk ends.
+ARL's training pass (dilation=64, local=0, initial=0) reads 1/64 of the keys and its own: it costs
+what it takes to read q, k, v and write y. RAT+'s inference has both. With dilation=None no chunk
+ends: StreamingLLM, and with initial=0 the window that official RAT+ trains its baseline with.
 
     forward_kernel     y and lse                                    a program per tile of queries
-    query_grad_kernel  dq and delta; dk, dv as far as they are      a program per tile of queries
-                       each key's own
-    key_grad_kernel    dk, dv of the band and of the shared keys,   a program per tile of keys
-                       added
+    query_grad_kernel  dq and delta                                 a program per tile of queries
+    key_grad_kernel    dk, dv of the band, then of the shared       a program per tile of keys
+                       keys, added
 
-The G query heads of a KV head read the same keys, so they are rows of one tile. Row r is query
-t = r // GP, head r % GP of the group, with GP = G rounded up to a power of two:
+Each query head has tiles of its own, and the G heads of a KV head read its keys again from L2: a
+tile of 64 queries of one head then reads 128 keys for a window of 64, where 16 queries of four
+heads would read almost as many. Only in a decoding step, which has one query, are the heads of a
+group rows of one tile. Row r is query t = r // GP, head r % GP of the group, with GP = G rounded up
+to a power of two, at most 16:
 
     r   0     1     2     3     4     5     6     7
     t   0     0     0     0     1     1     1     1          G = 3, GP = 4
@@ -53,8 +54,8 @@ from torch import Tensor
 from triton_ops.common import LOG2E, ROOM, SHRUNK, log_sum
 
 # BLOCK_M rows and BLOCK_N keys of a tile. The passes are bound by memory, so tiles are small: two to
-# four programs then share an SM, and one's loads hide another's arithmetic. 64 rows are the fewest
-# that Hopper's tensor cores take.
+# four programs share an SM, and one's loads hide another's arithmetic. Hopper's tensor cores want 64
+# rows in what a product writes.
 TILES = {
     # decoding: at most 16 rows
     "step": dict(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=3),
@@ -70,7 +71,7 @@ TILES = {
 }
 # Two programs for each SM of an H100: fewer tiles of keys than that are split among the queries.
 SPLIT_UP_TO = 264
-LOWEST = tl.constexpr(-3.4e38)  # a maximum of no scores yet, but finite
+LOWEST = tl.constexpr(-3.4e38)  # the maximum of no scores, but finite
 
 
 # ---------------------------------------------------------------- the pattern
@@ -125,16 +126,17 @@ def forward_kernel(
     LOCAL: tl.constexpr, OWN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """
-    Each query's own key, then the shared keys before its window, then the band, through one online
-    softmax.
+    The shared keys before each query's window, then the band, through one online softmax. With OWN
+    it starts with the query's own key, which the band then leaves out: 1 without a band, and in a
+    decoding step, whose window then ends with a tile.
 
         y = sum_j p_j v_j,  p = softmax(q k^T / sqrt(D)),  lse = log2 sum_j exp(q k_j / sqrt(D))
                                                                reference: sparse.Dilated.prefill
-    grid   (cdiv(Tq * GP, BLOCK_M), KV, B): neighbouring tiles read the same shared keys, which stay
-           in L2
-    tile   q [BLOCK_M, D] with its own k and v in registers, shared and band keys stream past as
-           [BLOCK_N, D]
-    bytes  ARL: q, k, v read, y written once. B8 T4096 H32 D128 bf16: 4 x 268 MB, 0.36 ms at 3 TB/s
+    grid   (cdiv(Tq * GP, BLOCK_M), KV * PARTS, B), PARTS = cdiv(G, GP): neighbouring tiles read the
+           same shared keys, which stay in L2
+    tile   q [BLOCK_M, D] stays, shared and band keys stream past as [BLOCK_N, D]
+    bytes  ARL, a window: q, k, v read, y written once. B8 T4096 H32 D128 bf16: 4 x 268 MB, 0.36 ms
+           at 3 TB/s. From L2 a window of 64 reads k and v twice
     dtype  bf16 or fp32 in; scores, softmax and sums in fp32
     """
     H: tl.constexpr = KV * G
@@ -149,7 +151,7 @@ def forward_kernel(
     offs_d, offs_n = tl.arange(0, D)[None, :], tl.arange(0, BLOCK_N)
     offs_t, offs_g = t[:, None], g[:, None]
     first = tl.load(start_ptr + b) + t0                                 # slot of the first query
-    # [BLOCK_M]  of each; padding behind the last slot reads as the last one does
+    # [BLOCK_M]  of each query; padding behind the last slot reads what the last one does
     i = tl.minimum(first + t, Tk - 1).to(tl.int32)
     # The last slot that is read. What lies behind it may be anything, and 0 * NaN is NaN.
     last = tl.minimum(first + tl.minimum(BLOCK_T, Tq - t0), Tk).to(tl.int32) - 1
@@ -178,7 +180,7 @@ def forward_kernel(
         top, total, y = online_softmax(
             q, k_ptr + row * k_t, v_ptr + row * v_t, j <= last, keep, top, total, y, scale)
     if LOCAL > 0:
-        # without padding, first <= last
+        # first is behind last only where all of the tile is padding
         begin = tl.maximum(tl.minimum(first.to(tl.int32), last) - LOCAL, 0)
         for n in range(begin, last + 1 - OWN, BLOCK_N):
             j = n + offs_n
@@ -229,17 +231,17 @@ def query_grad_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """
-    All of dq; and with OWN what a query's own key and value gain from it, for which all heads of
-    the group must be in the tile. The rest of dk and dv comes from key_grad_kernel.
+    dq, and delta for key_grad_kernel. Without a band and with G = 1 each query's own key and value
+    are in its tile already, so what they gain from it is written here: key_grad_kernel would read
+    everything once more.
 
-        delta = dy . y,   ds = p * (dy . v - delta)
-        dq = sum_j ds_j k_j,   dk_own = ds_own q,   dv_own = p_own dy     (dq and dk also / sqrt(D))
+        delta = dy . y,   ds = p * (dy . v - delta),   dq = sum_j ds_j k_j / sqrt(D)
+        dk_own = ds_own q / sqrt(D),   dv_own = p_own dy
                                                    reference: autograd of sparse.Dilated.prefill
-    grid   (cdiv(T * GP, BLOCK_M), KV, B)
-    tile   q, y, dy [BLOCK_M, D] with their own k and v; shared and band keys stream past as
-           [BLOCK_N, D]
+    grid   (cdiv(T, BLOCK_M), H, B)
+    tile   q, y, dy [BLOCK_M, D] stay; shared and band keys stream past as [BLOCK_N, D]
     bytes  ARL: q, k, v, y, dy read, dq, dk, dv written once. B8 T4096 H32 D128 bf16: 8 x 268 MB,
-           0.71 ms at 3 TB/s
+           0.71 ms at 3 TB/s. A window: all but dk, dv, 0.54 ms
     dtype  bf16 or fp32 in; p, ds and sums in fp32, ds in the input's dtype for its product with k
     """
     H: tl.constexpr = KV * G
@@ -304,7 +306,7 @@ def key_grad_kernel(
     q_ptr, k_ptr, v_ptr,  # (B, T, H, D), (B, T, KV, D) with strides
     lse_ptr, delta_ptr,   # (B, H, T) contiguous
     dy_ptr,               # (B, T, H, D) with strides
-    dk_ptr, dv_ptr,       # (B, T, KV, D) contiguous, added to
+    dk_ptr, dv_ptr,       # (B, T, KV, D) contiguous; written by BAND, else added to
     part_ptr,             # (2, SPLITS, B, M, KV, D) fp32 contiguous, written instead if SPLITS > 1
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dy_b, dy_t, dy_h,
     T, M, initial, first_end, dilation, scale, local,
@@ -312,16 +314,19 @@ def key_grad_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """
-    dk and dv of a tile of keys from the later queries that read them: those within `local` (BAND,
-    of any key), or those beyond (of the M shared keys). Added to what the kernels before it, in
-    stream order, left there.
+    dk and dv of a tile of keys from the queries that read them: the key's own and those within
+    `local` (BAND, of any key), or those beyond (of the M shared keys), added to what the kernels
+    before it, in stream order, left there.
 
         dk_j = sum_i ds_ij q_i / sqrt(D),   dv_j = sum_i p_ij dy_i
                                                    reference: autograd of sparse.Dilated.prefill
     grid   (cdiv(M, BLOCK_N) * SPLITS, KV, B); with few keys each program takes 1 / SPLITS of the
            queries, and writes its part
-    tile   k, v and their gradients [BLOCK_N, D] stay, q and dy stream past as [BLOCK_M, D]
-    bytes  shared, ARL: q and dy read once. B8 T4096 H32 D128 bf16: 2 x 268 MB, 0.18 ms at 3 TB/s
+    tile   k, v and their gradients [BLOCK_N, D] stay, q and dy stream past as [BLOCK_M, D], one
+           head of the group after the other. Scores are [BLOCK_N, BLOCK_M], so that p and ds need
+           not be transposed for their products
+    bytes  shared, ARL: q and dy read once. B8 T4096 H32 D128 bf16: 2 x 268 MB, 0.18 ms at 3 TB/s.
+           A window: q, k, v, dy read, dk, dv written, 0.54 ms
     dtype  bf16 or fp32 in; sums in fp32, p and ds in the input's dtype for their products
     """
     H: tl.constexpr = KV * G
@@ -350,7 +355,6 @@ def key_grad_kernel(
     q_ptr += b * q_b + h_kv * G * q_h + t[:, None] * q_t + offs_d
     dy_ptr += b * dy_b + h_kv * G * dy_h + t[:, None] * dy_t + offs_d
     first_lse = (b * H + h_kv * G) * T
-    # Each tile has one head of the group: tile g of every G is of head g.
     tiles = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M) * G
     per_split = tl.cdiv(tiles, SPLITS)
     for tile in range(split * per_split, tl.minimum((split + 1) * per_split, tiles)):
@@ -495,7 +499,7 @@ def dilated_backward(
         **dims, LOCAL=local, **tile)
 
     tile, no_parts = tile_of("key_grad", q), lse  # a pointer that is not used
-    if local > 0 or dims["G"] > 1:  # else query_grad_kernel has written what each key has of its own
+    if local > 0 or dims["G"] > 1:  # else query_grad_kernel has written the own keys' gradients
         key_grad_kernel[triton.cdiv(T, tile["BLOCK_N"]), dims["KV"], B](
             q, k, v, lse, delta, dy, dk, dv, no_parts, *strides, T, T, *pattern, local,
             **dims, BAND=True, SPLITS=1, **tile)
