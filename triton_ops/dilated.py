@@ -53,9 +53,9 @@ from torch import Tensor
 
 from triton_ops.common import LOG2E, ROOM, SHRUNK, log_sum
 
-# BLOCK_M rows and BLOCK_N keys of a tile. The passes are bound by memory, so tiles are small: two to
-# four programs share an SM, and one's loads hide another's arithmetic. Hopper's tensor cores want 64
-# rows in what a product writes.
+# BLOCK_M rows and BLOCK_N keys of a tile. The passes are bound by memory, so tiles are small: two
+# to four programs share an SM, and one's loads hide another's arithmetic. Hopper's tensor cores
+# want 64 rows in what a product writes.
 TILES = {
     # decoding: at most 16 rows
     "step": dict(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=3),
