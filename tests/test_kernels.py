@@ -20,7 +20,7 @@ import kernels
 from conftest import DEVICE, assert_close, error, refused, times
 from kernel_cases import (BF16, FP32, KERNELS, PATTERNS, Case, assert_routes, draw, draw_prompt,
                           inf, mask_of, nan, with_gradients)
-from sparse import attend, attend_to_slots
+from sparse import Dilated, attend, attend_to_slots
 from triton_ops import block, dilated, moba, quest, snapkv, topk
 from triton_ops.moba import moba_attend
 from triton_ops.moba_route import moba_route
@@ -108,6 +108,9 @@ EDGES = [  # kernel, setting, what is pinned
                                chunk=Tq > 1, Tq=Tq))
       for name in ("arl", "all three", "streaming", "initial beyond a chunk")
       for Tq, start in ((1, [99, 41]), (1, [0, 64]), (20, [80, 23]), (20, [88, 12]))),
+    # a tile whose queries are all padding, so far behind the cache that no window reaches it
+    ("dilated_step", 0, dict(B=2, Tk=100, pattern=(None, 6, 0), start=[40, 95], padding=0,
+                             chunk=True, Tq=60)),
 ]
 
 
@@ -310,6 +313,15 @@ def test_a_row_of_nan_keeps_its_window():
     q, k = draw(2, 16, 4, 16), draw(2, 100, 2, 16, seed=1)
     q[1], k[1] = nan, nan
     assert ((snapkv.snapkv_scores(q, k, slots(100, 77), 5) == inf).sum(-1) == 16).all()
+
+
+def test_a_window_of_scores_far_below_zero():
+    """A band's softmax that starts from a score of its own, beside which all others round to 0."""
+    q, (k, v) = 30 + draw(1, 100, 2, 16), draw(2, 1, 100, 1, 16, seed=1)
+    k, i = k - 30, torch.arange(100, device=DEVICE)[:, None]
+    keep = Dilated(None, 7, 0).pattern(i, i.mT)
+    y = dilated.dilated(q, k, v, slots(0), None, 7, 0)
+    assert_close(y, attend(q, k, v, keep), atol=1e-3)
 
 
 @pytest.mark.parametrize("S", [1, 2, 5])
