@@ -238,8 +238,7 @@ def flags():
         "text that comes with CPython")
     add("--output", metavar="DIR", help="folder for the shards; data/pydoc where there is no "
         "--input")
-    add("--tokenizer", default="bytes", help="bytes, or a tokenizer.json, a tokenizer.model, or a "
-        "folder with one")
+    add("--tokenizer", default="bytes", help="bytes, or a tokenizer.json, or a folder with one")
     add("--shard_tokens", type=count(1e12), default="100e6", help="a shard is closed by the "
         "document that reaches this many tokens; two shards are held in memory")
     add("--workers", type=count(1024), default=os.cpu_count(), help="processes that encode; the "

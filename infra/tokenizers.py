@@ -1,5 +1,5 @@
 """
-Text to tokens and back: three tokenizers, and which of them belongs to a model.
+Text to tokens and back: the tokenizers, and which of them belongs to a model.
 
     encode(text)    ids, in which special tokens spelled in the text are plain text
     decode(ids)     text, which skips ids that stand for no text
@@ -7,24 +7,22 @@ Text to tokens and back: three tokenizers, and which of them belongs to a model.
     n_vocab, eos_id, and name: at most 24 characters, which tell two tokenizers apart
     files           {name in a model's folder: the file that was read}: what a model's copy needs
 
-A model of bytes needs no file. A Hugging Face tokenizer.json is run by tiktoken, and refused unless
-tiktoken then gives the very same ids. A tokenizer.model is run by sentencepiece.
-tests/test_tokenizers.py holds them equal to Hugging Face's `tokenizers` and to sentencepiece.
+A model of bytes needs no file. A Hugging Face tokenizer.json is run by tiktoken where that gives
+the very same ids (OLMo 2, GPT-2, Llama 3, Qwen), and by Hugging Face's `tokenizers`, needed only
+then, where it does not (SmolLM2, LLaMA). tests/test_tokenizers.py holds both to `tokenizers`.
 data.py turns texts into shards of these tokens, niah.py asks where in them an answer stands.
 """
-import functools
 import hashlib
-import itertools
+import json
 import os
 import re
-import sys
 import unicodedata
 from os.path import commonprefix
 from pathlib import Path
 
 import tiktoken
 
-from infra.files import read_json, regular, short
+from infra.files import read_json, short
 
 # ---------------------------------------------------------------- bytes
 
@@ -43,279 +41,290 @@ class ByteTokenizer:
         return [bytes([i]) if i < 256 else b"" for i in ids]
 
 
-# ---------------------------------------------------------------- tokenizer.json, by tiktoken
+# ---------------------------------------------------------------- tokenizer.json
 
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-
-# How GPT-2's, cl100k's and o200k's patterns end. What comes before looks ahead nowhere, so as one
-# atomic group tiktoken matches it with a quicker engine. Nothing follows that group within a match,
-# so the matches are those of the pattern as written.
-SPACES = r"|\s+(?!\S)|\s+"
-
-# tiktoken's regex engine overflows its stack on about a million spaces in a row, so long texts go
-# through in slices. A slice ends before a space that follows something else, where GPT-2's and
-# cl100k's patterns always split: the ids are the same.
-SLICE = re.compile(r"(?s).{1,400000}\Z|.{1,400000}(?<=\S)(?= )|.{1,400000}")
-
-# What a pattern is tried on: scripts, digits, marks, long runs. tiktoken drops unmatched text.
-PROBE = unicodedata.normalize("NFC", "".join(map(chr, range(0x300))) + "あ漢🙂 \r\n\n x"
-                              + 3 * " some words again") + 99 * "a" + 99 * " "
+AGAIN, MOST = "download it again", 2**31  # ids are below it
+ENDS = "<|endoftext|>", "</s>", "<|end_of_text|>"  # of text, where no tokenizer_config.json tells
 
 
-def byte_alphabet():
-    """GPT-2 spells each byte as one visible character ("Ġ" is the space): {character: byte}."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
-               *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [b for b in range(256) if b not in visible]
-    return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
-
-
-class NotReproducible(ValueError):
-    """A tokenizer.json that is whole, of a tokenizer that tiktoken cannot be."""
-
-
-class TokenizerJson:
-    """What a tokenizer.json says, checked to be a byte-level BPE that tiktoken reproduces."""
+class JsonTokenizer:
+    """A Hugging Face tokenizer.json, by Tiktoken or else by HuggingFace. ValueError if damaged."""
 
     def __init__(self, path):
-        self.path = path
-        spec = read_json(path, "download it again", most=64 << 20)  # OLMo 2's has 7 MB
-        self.require(isinstance(spec, dict), "the whole file", spec)
-        model = self.part(spec, "model", dict, {})
-        self.require(model.get("type") == "BPE", "model.type", model.get("type"))
-        for field in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-            self.require(not model.get(field), f"model.{field}", model.get(field))
-        normalizer = self.part(spec, "normalizer", dict, {}).get("type")
-        self.require(normalizer in (None, "NFC"), "normalizer.type", normalizer)
-        self.nfc = normalizer == "NFC"
-        self.pattern = self.pattern_of(spec)
+        def check(ok, field, found, remedy=AGAIN):
+            if not ok:
+                raise ValueError(f"{path}: {field} is {short(found)}: {remedy}")
 
-        tokens = self.part(spec, "added_tokens", list)
-        self.check_added(tokens)
-        self.added = {token["content"]: token["id"] for token in tokens}
-        self.in_text = self.in_text_of(tokens)
-        self.ranks = self.ranks_of(model, len(tokens))
-
-    def require(self, ok, field, found):
-        if not ok:
-            raise NotReproducible(
-                f"{self.path}: {field} is {short(found)}, which tiktoken cannot reproduce; use a "
-                "byte-level BPE tokenizer.json (OLMo 2, GPT-2, Llama 3) or the checkpoint's "
-                "tokenizer.model")
-
-    def part(self, of, field, kind, default=None):
-        """A field that is of this kind; the default where it is null or not there."""
-        found = of.get(field)
-        found = default if found is None else found
-        self.require(isinstance(found, kind), field, found)
-        return found
-
-    def pattern_of(self, spec):
-        """The regex that cuts text: GPT-2's own inside ByteLevel, or a Split before it."""
-        steps = self.part(spec, "pre_tokenizer", dict, {})
-        steps = self.part(steps, "pretokenizers", list, [steps])
-        types = [step.get("type") if isinstance(step, dict) else step for step in steps]
-        self.require(types in (["ByteLevel"], ["Split", "ByteLevel"]), "pre_tokenizer", types)
-        split, byte_level, alone = steps[0], steps[-1], len(steps) == 1
-        self.require(byte_level.get("use_regex", True) == alone,
-                     "pre_tokenizer ByteLevel.use_regex", not alone)
-        space = byte_level.get("add_prefix_space", True)
-        self.require(space is False, "pre_tokenizer ByteLevel.add_prefix_space", space)
-        if alone:
-            return GPT2_PATTERN
-        # Both ways of saying that each match is a piece.
-        how = split.get("behavior"), split.get("invert")
-        self.require(how in (("Removed", True), ("Isolated", False)),
-                     "pre_tokenizer Split (behavior, invert)", how)
-        pattern = self.part(split, "pattern", dict, {}).get("Regex")
-        self.require(isinstance(pattern, str), "pre_tokenizer Split.pattern", split.get("pattern"))
-        return pattern
-
-    def check_added(self, tokens):
-        for token in tokens:
-            self.require(isinstance(token, dict), "one of added_tokens", token)
-            content, number = token.get("content"), token.get("id")
-            spelled = isinstance(content, str) and content.encode(errors="ignore").decode()
-            self.require(content and spelled == content, "the content of one of added_tokens",
-                         token)
-            self.require(is_id(number), "the id of one of added_tokens", token)
-            flags = "special", "lstrip", "rstrip", "single_word"
-            self.require(all(type(token.get(flag)) is bool for flag in flags),
-                         "a flag of one of added_tokens", token)
-
-    def in_text_of(self, tokens):
-        """{content: id} of the added tokens that match in text, as OLMo 2's |||EMAIL_ADDRESS|||."""
-        found = [token for token in tokens if not token["special"]]
-        loose = [t["content"] for t in found if t["lstrip"] or t["rstrip"] or t["single_word"]]
-        self.require(not loose, "added_tokens' list of non-special ones with lstrip, rstrip or "
-                     "single_word", loose)
-        self.require(len(found) <= 1000, "the number of added_tokens that match in text",
-                     len(found))
-        found = {token["content"]: token["id"] for token in found}
-        for pair in itertools.permutations(found, 2):
-            self.require(not pair[0].startswith(pair[1]),
-                         "a pair of added_tokens, one beginning with the other,", pair)
-        return found
-
-    def ranks_of(self, model, n_added):
-        """{bytes: id} of the tokens that merges make."""
-        vocab, merges = self.part(model, "vocab", dict), self.part(model, "merges", list)
-        for i in vocab.values():
-            self.require(is_id(i), "an id in model.vocab", i)
-        # Older files write "a b", later ones ["a", "b"].
-        merges = [m.split(" ") if isinstance(m, str) else m for m in merges]
-        for merge in merges:
-            pair = isinstance(merge, list) and len(merge) == 2
-            self.require(pair and all(isinstance(side, str) for side in merge),
-                         "one of model.merges", merge)
-
-        spelled = {token: i for token, i in vocab.items() if token not in self.added}
-        ids = [*spelled.values(), *self.added.values()]
-        self.require(len(set(ids)) == len(ids) and len(self.added) == n_added,
-                     "a token, or an id, that comes twice, so the number of ids", len(ids))
-        alphabet = byte_alphabet()
-        foreign = next((token for token in spelled if not alphabet.keys() >= set(token)), None)
-        self.require(foreign is None, "a token of model.vocab", foreign)
-        ranks = {bytes(alphabet[c] for c in token): i for token, i in spelled.items()}
-        missing = [b for b in range(256) if bytes([b]) not in ranks]
-        self.require(not missing, "model.vocab's list of missing bytes", missing)
-
-        # The file orders merges by priority; tiktoken joins the neighbours whose product has the
-        # lowest id. The two agree when the products' ids ascend along the list and merges reach
-        # every token. tiktoken looks a whole piece up before it merges (the file's ignore_merges),
-        # which changes nothing where merges reach every token.
-        products = [spelled.get(left + right, -1) for left, right in merges]
-        for merge, before, after in zip(merges, [0] + products, products):
-            self.require(0 <= before <= after, "model.merges' order (it is not that of the ids) at",
-                         merge)
-        unmerged = set(spelled.values()) - set(products) - {ranks[bytes([b])] for b in range(256)}
-        self.require(not unmerged, "model.vocab's ids that no merge makes", sorted(unmerged)[:5])
-        return ranks
-
-
-def is_id(number):
-    return type(number) is int and 0 <= number < 2**31
-
-
-class TiktokenTokenizer:
-    """The byte-level BPE of a Hugging Face tokenizer.json (OLMo 2, GPT-2, Llama 3)."""
-
-    def __init__(self, path):
         path = Path(path)
-        spec = TokenizerJson(path)
-        eos = self.end_of_text(path, spec.added)
-        self.nfc, self.in_text, self.eos_id = spec.nfc, set(spec.in_text), spec.added[eos]
-        self.n_vocab = 1 + max(*spec.ranks.values(), *spec.added.values())
-        # All that ids depend on, and the end of text: two files of one tokenizer have one name.
-        identity = repr((spec.pattern, spec.nfc, sorted(spec.ranks.items()),
-                         sorted(spec.added.items()), sorted(spec.in_text), eos))
-        self.name = f"bpe-{self.n_vocab}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-        self.bytes_of = {i: token for token, i in spec.ranks.items()}
-        self.bytes_of |= {i: token.encode() for token, i in spec.in_text.items()}
-
-        # See SPACES.
-        quick = spec.pattern
-        if quick.endswith(SPACES):
-            quick = f"(?>{quick.removesuffix(SPACES)}){SPACES}"
+        spec = read_json(path, AGAIN, most=64 << 20)  # OLMo 2's has 3 MB, Gemma's 33
+        model = spec.get("model") if isinstance(spec, dict) else None
+        check(isinstance(model, dict), "model", model)
+        check(not model.get("dropout"), "model.dropout", model.get("dropout"),
+              "set it to null, or a text would have other ids each time")
+        if isinstance(model.get("merges"), list):
+            # Older files write "a b", later ones ["a", "b"].
+            model["merges"] = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        vocab = model.get("vocab")
+        if isinstance(vocab, list):  # a Unigram's, [token, score] in the order of ids
+            vocab = {str(*entry[:1]): i for i, entry in enumerate(vocab) if type(entry) is list}
+        numbers = vocab.values() if vocab and isinstance(vocab, dict) else [None]
+        check(all(type(i) is int and 0 <= i < MOST for i in numbers), "model.vocab", vocab)
+        tokens = spec.get("added_tokens") or []
+        check(isinstance(tokens, list), "added_tokens", tokens)
+        # `tokenizers` reads no ids there: tokens of the model keep theirs, others follow the model.
+        following, added = iter(range(len(vocab), MOST)), {}
+        for token in tokens:
+            text = token.get("content") if isinstance(token, dict) else None
+            check(text and isinstance(text, str), "one of added_tokens", token)
+            expected = vocab[text] if text in vocab else next(following)
+            check(token.get("id") == expected and text not in added,
+                  f"what added_tokens has where the id should be {expected}", token)
+            added[text] = expected
+        ids = (vocab | added).values()
+        check(len(set(ids)) == len(ids), "the number of ids, one of which comes twice,", len(ids))
+        self.files, eos = end_of_text(path, added)
+        self.n_vocab, self.eos_id = 1 + max(ids), added[eos]
         try:
-            self.bpe = tiktoken.Encoding(self.name, pat_str=quick, mergeable_ranks=spec.ranks,
-                                         special_tokens=spec.in_text)
-            whole = self.decode(self.encode(PROBE)) == PROBE
-        except KeyboardInterrupt:
-            raise
-        except BaseException:
-            # What tiktoken's Rust raises over a regex that it cannot run is no Exception.
-            whole = False
-        spec.require(whole, "pre_tokenizer Split.pattern (it drops text, or is no regex)",
-                     spec.pattern)
-
-    def end_of_text(self, path, added):
-        """The token that the tokenizer_config.json beside it names, <|endoftext|> without one."""
-        self.files, config = {"tokenizer.json": path}, path.with_name("tokenizer_config.json")
-        # The config speaks of the folder's tokenizer.json. Of a file called otherwise it does so
-        # only where there is none.
-        alone = path.name == "tokenizer.json" or not path.with_name("tokenizer.json").exists()
-        eos = None
-        if alone and config.exists():
-            self.files[config.name] = config
-            found = read_json(config, "download it again")
-            eos = found.get("eos_token") if isinstance(found, dict) else found
-            eos = eos.get("content") if isinstance(eos, dict) else eos  # both forms exist
-        eos = eos or "<|endoftext|>"
-        if not isinstance(eos, str) or eos not in added:
-            where = config if alone else "tokenizer_config.json, in a folder of their own"
-            raise ValueError(f"{path}: added_tokens has no {short(eos)}; name the end of text as "
-                             f"eos_token in {where}")
-        return eos
-
-    def encode(self, text):
-        text = unicodedata.normalize("NFC", text) if self.nfc else text
-        ids = []
-        for part in SLICE.findall(text):
-            ids += self.bpe.encode(part, allowed_special=self.in_text, disallowed_special=())
-        return ids
+            self.engine = Tiktoken(spec, vocab, added)
+        except NotReproducible as why:
+            self.engine = HuggingFace(spec, path, why)
+        # All that ids depend on, and the end of text: two files of one tokenizer have one name.
+        identity = repr((*self.engine.identity, eos)).encode()
+        self.name = f"{self.engine.kind}-{self.n_vocab}-{hashlib.sha256(identity).hexdigest()[:8]}"
+        self.encode, spell = self.engine.encode, self.engine.spell
+        self.bytes_of = {i: spell(token) for token, i in vocab.items()}
+        self.bytes_of |= {token["id"]: b"" if token.get("special") else
+                          token["content"].encode(errors="replace") for token in tokens}
 
     def decode(self, ids):
         return b"".join(self.pieces(ids)).decode("utf-8", errors="replace")
 
     def pieces(self, ids):
-        return [self.bytes_of.get(i, b"") for i in ids]
-
-
-# ---------------------------------------------------------------- tokenizer.model
-
-class SentencePieceTokenizer:
-    """A sentencepiece tokenizer.model, such as the LLaMA one of the released RAT+ checkpoints."""
-
-    def __init__(self, path):
-        try:
-            import sentencepiece
-        except ImportError:
-            raise ValueError(f"{path} needs sentencepiece: pip install sentencepiece") from None
-        proto = regular(path).read_bytes()
-        try:
-            self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
-        except RuntimeError as error:
-            raise ValueError(f"{path}: not a sentencepiece model ({short(str(error))}); download "
-                             "it again") from None
-        self.n_vocab, self.eos_id = self.model.vocab_size(), self.model.eos_id()
-        self.files = {"tokenizer.model": Path(path)}
-        if self.eos_id < 0:
-            raise ValueError(f"{path}: eos_id is {self.eos_id}, documents could not be told apart; "
-                             "use a model with one")
-        self.name = f"sp-{self.n_vocab}-{hashlib.sha256(proto).hexdigest()[:8]}"
-
-    def encode(self, text):
-        # It refuses lone surrogates, which JSON can hold.
-        return self.model.encode(text.encode("utf-8", errors="replace").decode())
-
-    def decode(self, ids):
-        return self.model.decode([i for i in ids if i < self.n_vocab])
-
-    def pieces(self, ids):
-        def leading(text):
-            return len(text) - len(text.lstrip(b" "))
-
-        # encode puts a space before a text and decode takes it away, so the pieces lose it too.
         found = [self.bytes_of.get(i, b"") for i in ids]
-        space = leading(b"".join(found)) - leading(self.decode(ids).encode())
-        for n, piece in enumerate(found):
-            found[n], space = piece[space:], max(0, space - len(piece))
+        first = next((n for n, piece in enumerate(found) if piece), None)
+        if self.engine.strip and first is not None:
+            found[first] = found[first].removeprefix(b" ")
         return found
 
-    @functools.cached_property
-    def bytes_of(self):
-        return {i: self.bytes_of_one(i) for i in range(self.n_vocab)}
 
-    def bytes_of_one(self, i):
-        if self.model.is_control(i):
-            return b""
-        # A byte is spelled <0x41>, and a space U+2581.
-        if self.model.is_byte(i):
-            return bytes.fromhex(self.model.id_to_piece(i)[3:5])
-        if self.model.is_unknown(i):
-            return self.model.decode([i]).encode()
-        return self.model.id_to_piece(i).replace("\u2581", " ").encode()
+def end_of_text(path, added):
+    """-> the files read, and the token that a tokenizer_config.json names, or the first of ENDS"""
+    files, config, eos = {"tokenizer.json": path}, path.with_name("tokenizer_config.json"), None
+    # The config speaks of the folder's tokenizer.json. Of a file called otherwise it does so only
+    # where there is none.
+    alone = path.name == "tokenizer.json" or not path.with_name("tokenizer.json").exists()
+    if alone and config.exists():
+        files[config.name] = config
+        found = read_json(config, AGAIN)
+        eos = found.get("eos_token") if isinstance(found, dict) else found
+        eos = eos.get("content") if isinstance(eos, dict) else eos  # both forms exist
+    eos = eos or next((end for end in ENDS if end in added), ENDS[0])
+    if not isinstance(eos, str) or eos not in added:
+        where = config if alone else "tokenizer_config.json, in a folder of their own"
+        raise ValueError(f"{path}: added_tokens has no {short(eos)}; name the end of text as "
+                         f"eos_token in {where}")
+    return files, eos
+
+
+# GPT-2 spells each byte as one visible character ("Ġ" is the space): {character: byte}.
+VISIBLE = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
+HIDDEN = [b for b in range(256) if b not in VISIBLE]
+ALPHABET = {chr(b): b for b in VISIBLE} | {chr(256 + i): b for i, b in enumerate(HIDDEN)}
+
+
+def of_byte_level(token):
+    return bytes(map(ALPHABET.get, token)) if ALPHABET.keys() >= {*token} else token.encode()
+
+
+def of_llama(token):
+    of_byte = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)
+    return bytes.fromhex(of_byte[1]) if of_byte else token.replace("▁", " ").encode()
+
+
+# ---------------------------------------------------------------- by tiktoken
+
+# The patterns that cut text, which tiktoken's regex engine and Hugging Face's match alike. What
+# comes before SPACES looks ahead nowhere, so as one atomic group tiktoken matches it with a quicker
+# engine. Nothing follows that group within a match, so it matches the same.
+SPACES = r"|\s+(?!\S)|\s+"
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+" + SPACES
+SPLIT_PATTERNS = [r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits
+                  + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+" + SPACES
+                  for digits in ("{1,3}", "")]  # of OLMo 2 and Llama 3; of Qwen
+
+
+def spelled(pre_tokenizer):
+    """Its JSON, without what changes no ids."""
+    text = json.dumps(pre_tokenizer, sort_keys=True)
+    return re.sub(r'"trim_offsets": (true|false), |, "use_regex": true', "", text)
+
+
+# GPT-2's pattern is inside ByteLevel. A Split before it has two ways to say: keep the matches.
+BYTE_LEVEL = dict(type="ByteLevel", add_prefix_space=False)
+PATTERNS = {spelled(step): GPT2_PATTERN for step in (
+    BYTE_LEVEL, dict(type="Sequence", pretokenizers=[BYTE_LEVEL]))} | {
+    spelled(dict(type="Sequence", pretokenizers=[
+        dict(type="Split", pattern={"Regex": pattern}, behavior=behavior, invert=invert),
+        BYTE_LEVEL | {"use_regex": False}])): pattern
+    for pattern in SPLIT_PATTERNS for behavior, invert in (("Removed", True), ("Isolated", False))}
+
+# tiktoken's regex engine overflows its stack on about a million spaces in a row, so long texts go
+# through in slices. A slice ends where these patterns always split, before a space or after a line,
+# so the ids are the same. Only 400,000 characters without such a place are cut anywhere.
+SLICE = re.compile(r"(?s).{1,400000}(?:\Z|(?<=\S)(?= )|(?<=\S\n)(?=\S))|.{1,400000}")
+
+
+class NotReproducible(Exception):
+    """Why tiktoken would give other ids than a tokenizer.json says."""
+
+
+def require(ok, field, found):
+    if not ok:
+        raise NotReproducible(f"{field} is {short(found)}")
+
+
+class Tiktoken:
+    """The byte-level BPE of OLMo 2, GPT-2, Llama 3, Qwen. NotReproducible for all others."""
+    kind, spell, strip = "bpe", staticmethod(of_byte_level), False
+
+    def __init__(self, spec, vocab, added):
+        model, normalizer = spec["model"], spec.get("normalizer")
+        # Files from before there were other models name none.
+        require(model.get("type", "BPE") == "BPE", "model.type", model.get("type"))
+        for field in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+            require(not model.get(field), f"model.{field}", model.get(field))
+        require(normalizer in (None, {"type": "NFC"}), "normalizer", normalizer)
+        pattern = PATTERNS.get(spelled(spec.get("pre_tokenizer")))
+        require(pattern, "pre_tokenizer", spec.get("pre_tokenizer"))
+
+        # Those that match in text, as OLMo 2's |||EMAIL_ADDRESS|||. Special ones do not, but hide
+        # what overlaps with them. The longest comes first.
+        self.nfc, tokens = bool(normalizer), spec.get("added_tokens") or []
+        self.in_text = {t["content"]: added[t["content"]] for t in tokens if not t.get("special")}
+        odd = [t for t in tokens if type(t.get("special")) is not bool or any(
+            t.get(flag) is not False for flag in ("normalized", "lstrip", "rstrip", "single_word"))]
+        require(not self.in_text or not odd, "added_tokens' list of other than plain ones", odd)
+        among = sorted(added if self.in_text else (), key=len, reverse=True)
+        self.marks = re.compile("|".join(map(re.escape, among)) or r"(?!)")
+
+        # ignore_merges: a word that is in the vocabulary is that token, even a special one.
+        require(not model.get("ignore_merges") or not added.keys() & vocab.keys(),
+                "model.ignore_merges, with added_tokens in model.vocab,", True)
+        vocab = {token: i for token, i in vocab.items() if token not in added}
+        check_merges(model.get("merges"), vocab)
+        ranks = {of_byte_level(token): i for token, i in vocab.items()}
+        self.identity = (pattern, self.nfc, sorted(ranks.items()), sorted(added.items()),
+                         sorted(self.in_text))
+        self.bpe = tiktoken.Encoding(
+            "tokenizer.json", pat_str=f"(?>{pattern.removesuffix(SPACES)}){SPACES}",
+            mergeable_ranks=ranks, special_tokens={})
+
+    def encode(self, text):
+        ids, start = [], 0
+        for match in self.marks.finditer(text):
+            if match[0] in self.in_text:
+                ids += self.plain(text[start:match.start()]) + [self.in_text[match[0]]]
+                start = match.end()
+        return ids + self.plain(text[start:])
+
+    def plain(self, text):
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        return [i for part in SLICE.findall(text) for i in self.bpe.encode_ordinary(part)]
+
+
+def check_merges(merges, vocab):
+    """
+    The file joins the neighbours whose merge is first in its list; tiktoken those whose product has
+    the lowest id, listed or not. They agree if the products' ids ascend along the list, and
+    tiktoken, given the bytes of any token, comes to a pair that is listed: in a text it then comes
+    to the same pair, as nothing has crossed the ends of what two neighbours hold.
+    """
+    foreign = next((token for token in vocab if not ALPHABET.keys() >= set(token)), None)
+    require(foreign is None, "a token of model.vocab", foreign)
+    missing = [b for c, b in ALPHABET.items() if c not in vocab]
+    require(not missing, "model.vocab's list of missing bytes", missing)
+    age = {token: i if len(token) > 1 else -1 for token, i in vocab.items()}
+    split, before = dict.fromkeys(ALPHABET), 0  # the two parts of each token that is known to form
+    for merge in merges if isinstance(merges, list) else ():
+        left, right = merge if isinstance(merge, list) and len(merge) == 2 else (None, None)
+        require(isinstance(left, str) and left in age and isinstance(right, str) and right in age,
+                "one of model.merges", merge)
+        product = age.get(left + right, -1)
+        require(before <= product, "model.merges' order (it is not that of the ids) at", merge)
+        if left in split and right in split and meet(left, right, age, split):
+            split[left + right] = merge
+        before = product
+    lost = [i for token, i in vocab.items() if token not in split]
+    require(not lost, "model.vocab's list of ids that no merge makes", lost[:5])
+
+
+def meet(left, right, age, split):
+    """Whether joining the lowest ids first makes left and right of their bytes, then both one."""
+    # Back in time: of the two at the border the younger is taken apart; of equals the right one,
+    # since the left one came first. While two are there nothing may join them.
+    until_left = until_right = MOST
+    while len(left) > 1 or len(right) > 1:
+        if age[left] > age[right]:
+            until_left, left = age[left], split[left][1]
+        else:
+            until_right, right = age[right], split[right][0]
+        across = age.get(left + right, MOST)
+        if across < until_left and across <= until_right:
+            return False
+    return True
+
+
+# ---------------------------------------------------------------- by Hugging Face's tokenizers
+
+# How LLaMA's tokens become text: "▁" is a space, <0x41> a byte, and the space in front is none.
+LLAMA = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+         {"type": "ByteFallback"}, {"type": "Fuse"}]
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+
+
+class HuggingFace:
+    """Any tokenizer.json, by the package `tokenizers`. why: tiktoken cannot be it."""
+
+    def __init__(self, spec, path, why):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise ValueError(f"{path} needs Hugging Face's tokenizers, since {why}, which tiktoken "
+                             "cannot reproduce: pip install tokenizers") from None
+        # data.py and train.py fork, and its threads would not be in the child.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        of_ids = map(spec.get, ("normalizer", "pre_tokenizer", "model", "added_tokens"))
+        self.kind, self.identity = "hf", [json.dumps([*of_ids], sort_keys=True)]
+        self.path = path
+        self.inner = self.run(Tokenizer.from_str, json.dumps(spec))
+        # These make a model's input of a text: they cut it, pad it, put tokens around it.
+        self.inner.no_truncation()
+        self.inner.no_padding()
+        self.inner.post_processor = None
+        decoder = spec.get("decoder") or {}
+        steps = decoder.get("decoders", [decoder])
+        self.strip, self.spell = steps[3:] == [STRIP], of_llama
+        if [step.get("type") for step in steps] == ["ByteLevel"]:
+            self.spell = of_byte_level
+        elif steps not in (LLAMA, [*LLAMA, STRIP]):
+            raise ValueError(f"{path}: decoder is {short(decoder)}, so the bytes of its tokens are "
+                             "not known: take a tokenizer whose decoder is ByteLevel or LLaMA's")
+
+    def run(self, function, *args, **flags):
+        try:
+            return function(*args, **flags)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # what its Rust raises may be no Exception
+            raise ValueError(f"{self.path}: the package tokenizers fails ({short(str(error))}): "
+                             f"{AGAIN}, or upgrade that package") from None
+
+    def encode(self, text):
+        # It refuses lone surrogates, which JSON can hold. In a batch it does not count where in the
+        # text tokens are, and takes half the time.
+        text = text.encode("utf-8", errors="replace").decode()
+        self.inner.encode_special_tokens = True  # which a pickle would lose
+        return self.run(self.inner.encode_batch_fast, [text], add_special_tokens=False)[0].ids
 
 
 # ---------------------------------------------------------------- a tokenizer of one's own
@@ -363,38 +372,28 @@ def pieces(tokenizer, ids):
 
 # ---------------------------------------------------------------- which tokenizer
 
-KINDS = {"tokenizer.json": TiktokenTokenizer, "tokenizer.model": SentencePieceTokenizer}
+KINDS = "tokenizer.json", "tokenizer.model"  # the files that say that a folder has a tokenizer
 
 
 def get_tokenizer(spec):
     """
-    spec: "bytes", a tokenizer.json or tokenizer.model, of any name before the dot, or a folder with
-    one of them. Where it has both it is the .json, if tiktoken can be that.
+    spec: "bytes", a tokenizer.json, of any name before the dot, or a folder with one. ValueError if
+    that is damaged or needs a package, FileNotFoundError without one.
     """
     if spec == "bytes":
         return ByteTokenizer()
     path = Path(spec)
-    # lexists: a link to nowhere is a broken tokenizer, not none.
     if path.is_dir():
-        files = [path / name for name in KINDS if os.path.lexists(path / name)]
-    else:
-        files = [path] if path.is_file() and f"tokenizer{path.suffix}" in KINDS else []
-    if not files:
-        raise FileNotFoundError(f"{spec}: no tokenizer here; give bytes, a tokenizer.json, a "
-                                "tokenizer.model, or a folder with one")
-    try:
-        return KINDS[f"tokenizer{files[0].suffix}"](files[0])
-    except NotReproducible as error:
-        # A LLaMA's folder has a tokenizer.json of a kind that tiktoken cannot be, and the model.
-        if len(files) == 1:
-            raise
-        say_once(f"note: {files[1]} is used, because {str(error).rpartition(';')[0]}")
-    return SentencePieceTokenizer(files[1])
-
-
-@functools.lru_cache
-def say_once(line):
-    print(line, file=sys.stderr, flush=True)
+        path = next((path / name for name in KINDS if os.path.lexists(path / name)), path)
+    # lexists: a link to nowhere is a broken tokenizer, not none.
+    if path.suffix == ".json" and os.path.lexists(path):
+        return JsonTokenizer(path)
+    if path.suffix == ".model" and os.path.lexists(path):
+        raise ValueError(f"{path}: put the same tokenizer's tokenizer.json there; every LLaMA "
+                         "folder on the hub has one, or transformers writes it: "
+                         "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
+    raise FileNotFoundError(f"{spec}: no tokenizer here; give bytes, a tokenizer.json, or a folder "
+                            "with one")
 
 
 def folder_of(path):
@@ -416,8 +415,8 @@ def tokenizer_of(model, vocab_size, spec=None):
     elif vocab_size == ByteTokenizer.n_vocab:
         tokenizer = ByteTokenizer()
     else:
-        raise ValueError(f"no tokenizer.json or tokenizer.model beside {model or 'a new model'}: "
-                         "name one with --tokenizer")
+        raise ValueError(f"no tokenizer.json beside {model or 'a new model'}: name one with "
+                         "--tokenizer")
     if tokenizer.n_vocab > vocab_size:
         raise ValueError(f"tokenizer {tokenizer.name} makes ids up to {tokenizer.n_vocab - 1}, the "
                          f"model's vocabulary is {vocab_size}: they do not belong together")

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
 import tokenizers
 import torch
 from safetensors.torch import save_file
@@ -40,7 +39,7 @@ from infra.tokenizers import ByteTokenizer
 from judge import ROOT
 from on_disk import INDEX, ONE, config, foreign, save
 from test_data import write_stream
-from test_tokenizers import train_bpe, train_sentencepiece
+from test_tokenizers import train_bpe, train_llama
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="judge.py reads /proc")
 FAMILIES = {"llama": LLAMA_FORM | dict(rope_scaling=STRETCH), "qwen2": QWEN2_FORM,
@@ -49,7 +48,7 @@ FAMILIES = {"llama": LLAMA_FORM | dict(rope_scaling=STRETCH), "qwen2": QWEN2_FOR
 INPUTS = {"olmo2": 500, "olmo2 shards": 300, "olmo2 config": 300, "ours": 400, "checkpoint": 200,
           "llama": 200, "llama config": 300, "qwen2": 200, "qwen3": 200, "qwen3 config": 300,
           "pth": 400, "tokenizer": 300, "shards": 300, "ruler": 300, "answers": 200,
-          "sentencepiece": 200}
+          "llama tokenizer": 300}
 
 
 # ---------------------------------------------------------------- the generator: bytes, JSON
@@ -192,7 +191,7 @@ def originals(tmp_path_factory, ratplus):
     train_bpe(root / "tokenizer", "gpt2")
     (root / "tokenizer" / "tokenizer_config.json").write_text(
         json.dumps({"eos_token": "<|endoftext|>", "added": {"x": [1, 2]}}))
-    train_sentencepiece(root / "sentencepiece")
+    train_llama(root / "llama tokenizer")
     write_stream(root / "shards", [3000, 2000])
     examples = [niah.make_example(f"niah_single_{n}", 1024, ByteTokenizer(), 0, 0)
                 for n in (1, 1, 2)]
@@ -222,7 +221,7 @@ def originals(tmp_path_factory, ratplus):
         "shards": ("shards", "", ["00000.bin", "00001.bin"], change_shard),
         "ruler": ("ruler", "niah_single_1.jsonl", ["niah_single_1.jsonl"], change_lines),
         "answers": ("answers", "", ["answers-0.jsonl"], change_lines),
-        "sentencepiece": ("tokenizer", "", ["tokenizer.model"], change_bytes)}
+        "llama tokenizer": ("tokenizer", "", ["tokenizer.json"], None)}
 
 
 def plain_safetensors(folder, family):
@@ -265,13 +264,11 @@ def right(kind, loaded, original, path):
         return [row[:3] for row in loaded] == [
             [row["index"], row["input"] + (row.get("answer_prefix") or ""), row["outputs"]]
             for row in map(json.loads, lines)]
-    if kind == "sentencepiece":
-        oracle = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
-        return loaded[0] == oracle.encode(judge.TEXT) and loaded[2] == oracle.eos_id()
-    if kind == "tokenizer" and loaded != original:
+    if kind in ("tokenizer", "llama tokenizer") and loaded != original:
         oracle = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         oracle.encode_special_tokens = True
-        return loaded[:2] == [oracle.encode(judge.TEXT, add_special_tokens=False).ids, True]
+        ids = oracle.encode(judge.TEXT, add_special_tokens=False).ids
+        return loaded[:2] == [ids, oracle.decode(ids) == judge.TEXT]
     # ours, checkpoints, shards: any change is found; pth: zip's checksums cover it all
     return loaded == original
 

@@ -12,14 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 import tokenizers
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from tokenizers import decoders, normalizers, pre_tokenizers
 
 import niah
 from conftest import refused
 from infra.tokenizers import ByteTokenizer, get_tokenizer, pieces
 from test_niah import Bytes, Pairs, cl100k, queries_of
-from test_tokenizers import NASTY, TEXT, train_bpe, train_sentencepiece
+from test_tokenizers import NASTY, TEXT, train_bpe, train_llama
 
 
 def byte_ends(tokenizer, ids):
@@ -47,13 +47,20 @@ def hugging_face(normalizer=None, add_prefix_space=False):
                            decode=lambda ids: inner.decode(ids, skip_special_tokens=True))
 
 
+def writes(tokenizer, text):
+    """Whether no character loses a byte: SmolLM2 lacks some, of characters yet to be assigned."""
+    return "\ufffd" in text or "\ufffd" not in tokenizer.decode(tokenizer.encode(text))
+
+
 OURS = {
     "bytes": ByteTokenizer, "bpe": bpe, "bpe NFC": lambda: bpe(normalizers.NFC()),
-    "sentencepiece": lambda: get_tokenizer(train_sentencepiece(Path(mkdtemp())))}
+    "smollm2": lambda: get_tokenizer(train_bpe(Path(mkdtemp()), "smollm2")),
+    "llama": lambda: get_tokenizer(train_llama(Path(mkdtemp()))),
+    "metaspace": lambda: get_tokenizer(train_llama(Path(mkdtemp()), metaspace=True))}
 ALL = OURS | {
     "own bytes": Bytes, "own pairs": Pairs, "own cl100k": cl100k,
     "own bpe NFC": lambda: encode_and_decode(made("bpe NFC")),
-    "own sentencepiece": lambda: encode_and_decode(made("sentencepiece")),
+    "own llama": lambda: encode_and_decode(made("llama")),
     "hf NFC": lambda: hugging_face(normalizers.NFC()),
     "hf space in front": lambda: hugging_face(add_prefix_space=True)}
 made = lru_cache(lambda name: ALL[name]())
@@ -95,6 +102,7 @@ def test_spans_hold_in_any_text(name, before, after, answer):
     """What the haystacks above forgot. A border that normalising moves is never another place."""
     tokenizer, before = made(name), f"{before} is: "
     text = before + answer + "." + after
+    assume(writes(tokenizer, text))
     ids, place = tokenizer.encode(text), (len(before), len(before) + len(answer))
     (start, end), = niah.token_spans(text, ids, [place], tokenizer)
     assert answer in tokenizer.decode(ids[start:end])
@@ -111,6 +119,7 @@ def test_spans_hold_in_any_text(name, before, after, answer):
 def test_byte_ends_count_what_decode_gives(name, text):
     """A count of characters, or of half ones; one that goes back; an end token that counts."""
     tokenizer = made(name)
+    assume(writes(tokenizer, text))
     ids = tokenizer.encode(text)
     ends, raw = byte_ends(tokenizer, ids), tokenizer.decode(ids).encode()
     assert len(ends) == len(ids) + 1 and ends[0] == 0 and ends == sorted(ends)
@@ -127,6 +136,7 @@ def test_byte_ends_count_what_decode_gives(name, text):
 def test_encode_and_decode_alone_tell_the_bytes_of_each_token(name, text):
     """Without pieces() ends are the same, but inside characters, where they stay in the same."""
     tokenizer = made(name)
+    assume(writes(tokenizer, text))
     ids = tokenizer.encode(text)
     found, known = (byte_ends(t, ids) for t in (encode_and_decode(tokenizer), tokenizer))
     borders = {0, *accumulate(len(c.encode()) for c in tokenizer.decode(ids))}
@@ -148,9 +158,7 @@ def test_end_tokens_and_unknown_ids_stand_for_no_bytes(name):
         odd = [end, *ids, tokenizer.n_vocab + 5, end]
         assert byte_ends(t, odd) == [0, *ends, ends[-1], ends[-1]]
     assert byte_ends(tokenizer, []) == [0]
-    # sentencepiece's decode gives up a character that an end token cuts
-    text = "one two three" if name == "sentencepiece" else "one two 🙂 three"
-    odd = [i for part in tokenizer.encode(text) for i in (end, end, end, part)]
+    odd = [i for part in tokenizer.encode("one two 🙂 three") for i in (end, end, end, part)]
     known, found = byte_ends(tokenizer, odd), byte_ends(alone, odd)
     face = range(known[-1] - 9, known[-1] - 6)  # 🙂 has four bytes: three places inside it
     assert found == sorted(found)
