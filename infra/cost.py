@@ -33,7 +33,7 @@ USABLE = 0.90         # of a GPU's memory: the rest is CUDA's, NCCL's, and lost 
 MOST_TOKENS = 65536   # at a time on a GPU: more are no faster
 ENOUGH_TOKENS = 8192  # at a time: 7B on H200 then has an MFU of 55 % where all stays between parts,
                       # and of 50 % where all travels
-SMALL = 2e13          # FLOPs of a pass below which a GPU waits for launches
+SMALL = 1e14          # FLOPs of a pass below which a GPU waits for launches: docs/speed.md
 
 
 # ---------------------------------------------------------------- FLOPs
