@@ -1,0 +1,285 @@
+"""
+A GGUF file (of llama.cpp) as a folder that model.py loads: weights and tokenizer.
+
+    python -m experiments.from_gguf FILE.gguf DIR --dtype=bfloat16
+
+For those who have no other file of a model. What was quantised is dequantised, to fp32, and then
+rounded to --dtype: what was lost before stays lost, so such a model scores a little otherwise than
+the original. The package gguf maps the file, so a tensor is read when its turn comes. Whatever the
+file says and we do not know ends this in one line, since the model would be another.
+
+Two things are not as in the original's folder. llama.cpp turns the channels 2d and 2d + 1 of a
+Llama's q and k together, and we d and d + D/2, so its rows are put back (HALVES below). And a GGUF
+file has no tokenizer.json, but its tokens, its merges and a name for the rest (PRE), of which one
+is made again; it adds no token in front of a text. Checked in tests/test_from_gguf.py, and with a
+real model in tests/test_real_model.py.
+"""
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from infra import weights
+from infra.cli import command, flag_parser
+from infra.files import regular, short
+from infra.tokenizers import get_tokenizer
+from model import Transformer, config_of
+
+# ---------------------------------------------------------------- names
+
+FAMILIES = {  # general.architecture: what it is in model.Config
+    "llama": dict(pre_norm=True, qk_norm=False),
+    "qwen2": dict(pre_norm=True, qk_norm=False, qkv_bias=True),
+    "qwen3": dict(pre_norm=True, qk_norm="head"),
+    "olmo2": {},
+}
+SIZES = {  # a setting's name after the architecture's: our name
+    "block_count": "n_layer", "embedding_length": "width", "feed_forward_length": "mlp_width",
+    "attention.head_count": "n_head", "attention.head_count_kv": "n_kv_head",
+    "attention.key_length": "head_dim", "attention.layer_norm_rms_epsilon": "norm_eps",
+    "context_length": "context_len", "rope.freq_base": "rope_theta",
+}
+# What a file may leave out. llama.cpp has the same defaults.
+DEFAULTS = {"attention.key_length": None, "rope.freq_base": 10000.0}
+MODULES = {  # llama.cpp's names: ours
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm", "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+OUTSIDE = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
+
+
+def our_name(theirs):
+    """blk.7.attn_q.weight -> layers.7.self_attn.q_proj.weight; None for what no model here has."""
+    match theirs.split("."):
+        case [module, kind] if module in OUTSIDE:
+            return f"{OUTSIDE[module]}.{kind}"
+        case ["blk", layer, module, kind] if module in MODULES:
+            return f"layers.{layer}.{MODULES[module]}.{kind}"
+
+
+# ---------------------------------------------------------------- the file
+
+def opened(path):
+    """A file's settings {name: value} and tensors {name: gguf's}. ValueError if it is damaged."""
+    try:
+        import gguf
+    except ImportError:
+        raise ImportError("this needs the package gguf: pip install gguf") from None
+
+    class Bounded(gguf.GGUFReader):
+        """
+        The package's own reads nothing beyond the end of a file, and that as often as a count in
+        it says.
+        """
+        entries = 0
+
+        def _get(self, offset, dtype, count=1, override_order=None):
+            self.entries += 1
+            if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError("it ends too soon")
+            if self.entries > 4_000_000:  # the largest vocabularies take two million
+                raise ValueError("it has more than 4 million entries before its weights")
+            return super()._get(offset, dtype, count, override_order)
+
+    try:
+        reader = Bounded(regular(path))
+        values = {name: field.contents() for name, field in reader.fields.items()}
+    # It trusts a file, and fails over a damaged one in all these ways.
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, or no GGUF file ({short(str(error))}): fetch it "
+                         "again") from None
+    if reader.byte_order != "I":
+        raise ValueError(f"{path} has the other byte order: fetch the usual, little-endian one")
+    if values.get("split.count", 1) != 1:
+        raise ValueError(f"{path} is one of several parts: join them with llama.cpp's "
+                         "llama-gguf-split --merge")
+    return values, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def read(path):
+    """A file's settings {name: value}, model.Config, and tensors {our name: () -> fp32 tensor}."""
+    values, tensors = opened(path)
+    config = config_in(path, values, tensors)
+    return values, config, tensors_in(path, values, tensors, config)
+
+
+def config_in(path, values, tensors):
+    """The model.Config of a file. ValueError if it is of a kind that is not here."""
+    family = values.get("general.architecture")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ValueError(f"{path}: general.architecture is {short(family)}, and only "
+                         f"{', '.join(FAMILIES)} can be loaded here")
+    prefix, embedding = f"{family}.", tensors.get("token_embd.weight")
+    found = {name.removeprefix(prefix): value for name, value in values.items()
+             if name.startswith(prefix)}
+    settings = dict(FAMILIES[family])
+    for theirs, ours in SIZES.items():
+        settings[ours] = found.get(theirs, DEFAULTS.get(theirs))
+        if type(settings[ours]) not in (int, float) and theirs not in DEFAULTS:
+            raise ValueError(f"{path}: {prefix}{theirs} is {short(settings[ours])}, and a number "
+                             "for all layers is needed: is it another kind of model?")
+    if embedding is None:
+        raise ValueError(f"{path} lacks token_embd.weight: fetch a file with a whole model")
+
+    # It was fp32, which has made 9.999999747378752e-06 of 1e-5.
+    settings["norm_eps"] = float(str(np.float32(settings["norm_eps"])))
+    settings["vocab_size"] = int(embedding.shape[-1])  # GGUF has the dimensions in reverse
+    settings["tied"] = "output.weight" not in tensors
+    settings["eos_id"] = values.get("tokenizer.ggml.eos_token_id")
+    if settings["head_dim"] in (None, settings["width"] / settings["n_head"]):
+        del settings["head_dim"]
+    config = config_of(settings, path)
+
+    # A setting that we do not know makes another model: experts, windows, a scale.
+    D = config.head_width
+    plain = {"vocab_size": config.vocab_size, "rope.dimension_count": D,
+             "attention.value_length": D, "rope.scaling.type": "none"}
+    for name, value in found.items():
+        if name not in SIZES and value != plain.get(name):
+            raise ValueError(f"{path}: {prefix}{name} is {short(value)}, and such a model cannot "
+                             "be loaded here")
+    return config
+
+
+def tensors_in(path, values, tensors, config):
+    """{our name: () -> fp32 tensor}. ValueError if there are others."""
+    if "rope_freqs.weight" in tensors:
+        raise ValueError(f"{path} has RoPE's scaled frequencies, and not the numbers that they are "
+                         "made of: fetch the original's folder")
+    foreign = [name for name in tensors if our_name(name) is None]
+    layers = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
+    if foreign or len(layers) != config.n_layer:
+        what = f"a tensor {short(foreign[0])}" if foreign else f"weights of {len(layers)} layers"
+        raise ValueError(f"{path} has {what}, and its settings, of {config.n_layer} layers, are of "
+                         "no such model here")
+    rotary = {"attn_q": config.n_head, "attn_k": config.n_kv_head}
+    if values["general.architecture"] != "llama":
+        rotary = {}
+    return {our_name(name): lambda tensor=tensor: load(path, tensor, rotary)
+            for name, tensor in tensors.items()}
+
+
+def load(path, tensor, rotary):
+    """One tensor, in fp32. rotary: {module: heads} of those whose channels are interleaved."""
+    from gguf.quants import dequantize
+    try:
+        x = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
+    except NotImplementedError:
+        raise ValueError(f"{path}: {short(tensor.name)} is {tensor.tensor_type.name}, which the "
+                         "package gguf cannot read: fetch a file of another type") from None
+    heads = rotary.get(tensor.name.split(".")[-2])
+    # Other shapes are refused where they are compared with the model's.
+    if heads and len(x) % (2 * heads) == 0:
+        x = x.unflatten(0, (heads, -1, 2))      # (H, D/2, 2, C)
+        x = x.transpose(1, 2).flatten(0, 2)     # (H * D, C), of each head first all 2d
+    return x
+
+
+# ---------------------------------------------------------------- the tokenizer
+
+def byte_level(use_regex):
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+            "use_regex": use_regex}
+
+
+def split(digits):
+    """As in GPT-4's tokenizer. digits: how many are one piece, as a regex."""
+    regex = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits
+             + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    return [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated",
+             "invert": False}, byte_level(use_regex=False)]
+
+
+PRE = {  # tokenizer.ggml.pre: how the tokenizer of that name cuts text before it merges
+    "gpt-2": [byte_level(use_regex=True)],
+    "smollm": [{"type": "Digits", "individual_digits": True}, byte_level(use_regex=True)],
+    "llama-bpe": split(r"{1,3}"),  # Llama 3
+    "dbrx": split(r"{1,3}"),       # OLMo 2
+    "qwen2": split(""),
+}
+NORMALIZED = {"qwen2"}  # to NFC
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # of tokenizer.ggml.token_type
+
+
+def tokenizer_in(path, values, folder):
+    """The file's tokenizer, made in a folder. ValueError if it is of a kind that is not here."""
+    def need(ok, field):
+        if not ok:
+            raise ValueError(
+                f"{path}: no tokenizer.json can be made where tokenizer.ggml.{field} is "
+                f"{short(values.get(f'tokenizer.ggml.{field}'))}: give --no_tokenizer, and put the "
+                "original's tokenizer.json beside the weights")
+        return values.get(f"tokenizer.ggml.{field}")
+
+    kind, pre = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre")
+    need(kind == "gpt2", "model")
+    need(isinstance(pre, str) and pre in PRE, "pre")
+    tokens, types, merges = (
+        need(isinstance(values.get(f"tokenizer.ggml.{field}"), list), field)
+        for field in ("tokens", "token_type", "merges"))
+    need(len(tokens) == len(types) == len(set(map(str, tokens))), "token_type")
+
+    vocab = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    added = [{"id": i, "content": token, **flags, "special": types[i] == CONTROL}
+             for token, i in vocab.items() if types[i] in (CONTROL, USER_DEFINED)]
+    spec = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "normalizer": {"type": "NFC"} if pre in NORMALIZED else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE[pre]},
+        "post_processor": None, "decoder": byte_level(use_regex=True),
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
+                  "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                  "byte_fallback": False, "ignore_merges": pre == "llama-bpe",
+                  "vocab": vocab, "merges": merges}}
+
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for theirs, name in ("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad"):
+        i = values.get(f"tokenizer.ggml.{theirs}_token_id")
+        if i is not None:
+            need(type(i) is int and 0 <= i < len(tokens), f"{theirs}_token_id")
+            config[f"{name}_token"] = tokens[i]
+    if "tokenizer.chat_template" in values:
+        config["chat_template"] = values["tokenizer.chat_template"]
+    for name, content in ("tokenizer.json", spec), ("tokenizer_config.json", config):
+        text = json.dumps(content, ensure_ascii=False, indent=1)
+        Path(folder, name).write_text(text, encoding="utf-8")
+    return get_tokenizer(folder)
+
+
+# ---------------------------------------------------------------- the script
+
+def convert(args):
+    path, to = Path(args.gguf), Path(args.to)
+    if (to / "config.json").exists():
+        raise ValueError(f"{to / 'config.json'} exists: choose another folder")
+    values, config, tensors = read(path)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = None if args.no_tokenizer else tokenizer_in(path, values, folder)
+        with torch.device("meta"):
+            model = Transformer(config)
+        weights.fill(model, tensors, path, getattr(torch, args.dtype), "cpu")
+        model.save_pretrained(to, tokenizer)
+    print(f"{path} is now {to}, {args.dtype}")
+
+
+def main(argv=None):
+    parser = flag_parser("from_gguf.py", "Make a model's folder of a GGUF file.")
+    parser.add_argument("gguf", metavar="FILE.gguf", help="a model of llama, qwen2, qwen3, olmo2")
+    parser.add_argument("to", metavar="DIR", help="a new folder")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"],
+                        help="of the weights")
+    parser.add_argument("--no_tokenizer", action="store_true", help="weights alone: the original's "
+                        "tokenizer.json, put beside them, serves as well")
+    args = parser.parse_args(argv)
+    command("from_gguf.py", lambda: convert(args))
+
+
+if __name__ == "__main__":
+    main()
