@@ -83,12 +83,13 @@ def opened(path):
             self.entries += 1
             if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
                 raise ValueError("it ends too soon")
-            if self.entries > 4_000_000:  # the largest vocabularies take two million
-                raise ValueError("it has more than 4 million entries before its weights")
+            if self.entries > 2_000_000:  # Llama 3's vocabulary takes half of it
+                raise ValueError("it has more than 2 million entries before its weights")
             return super()._get(offset, dtype, count, override_order)
 
+    regular(path)
     try:
-        reader = Bounded(regular(path))
+        reader = Bounded(path)
         values = {name: field.contents() for name, field in reader.fields.items()}
     # It trusts a file, and fails over a damaged one in all these ways.
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -223,7 +224,8 @@ def tokenizer_in(path, values, folder):
     tokens, types, merges = (
         need(isinstance(values.get(f"tokenizer.ggml.{field}"), list), field)
         for field in ("tokens", "token_type", "merges"))
-    need(len(tokens) == len(types) == len(set(map(str, tokens))), "token_type")
+    need(len(tokens) == len(set(map(str, tokens))), "tokens")
+    need(len(tokens) == len(types), "token_type")
 
     vocab = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
@@ -255,6 +257,17 @@ def tokenizer_in(path, values, folder):
 
 # ---------------------------------------------------------------- the script
 
+def flags():
+    parser = flag_parser("from_gguf.py", "Make a model's folder of a GGUF file.")
+    add = parser.add_argument
+    add("gguf", metavar="FILE.gguf", help=f"a model of {', '.join(FAMILIES)}")
+    add("to", metavar="DIR", help="a new folder")
+    add("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="of the weights")
+    add("--no_tokenizer", action="store_true", help="weights alone: the original's tokenizer.json, "
+        "put beside them, serves as well")
+    return parser
+
+
 def convert(args):
     path, to = Path(args.gguf), Path(args.to)
     if (to / "config.json").exists():
@@ -270,14 +283,7 @@ def convert(args):
 
 
 def main(argv=None):
-    parser = flag_parser("from_gguf.py", "Make a model's folder of a GGUF file.")
-    parser.add_argument("gguf", metavar="FILE.gguf", help="a model of llama, qwen2, qwen3, olmo2")
-    parser.add_argument("to", metavar="DIR", help="a new folder")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"],
-                        help="of the weights")
-    parser.add_argument("--no_tokenizer", action="store_true", help="weights alone: the original's "
-                        "tokenizer.json, put beside them, serves as well")
-    args = parser.parse_args(argv)
+    args = flags().parse_args(argv)
     command("from_gguf.py", lambda: convert(args))
 
 
