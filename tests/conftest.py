@@ -278,3 +278,10 @@ def save_pth(path, state, monkeypatch, n_head=None):
         torch.save(file, path)
     assert "easydict" not in sys.modules
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The folder of a real model, which the first to ask fetches (real.py); else a skip."""
+    import real
+    return real.smollm2()
