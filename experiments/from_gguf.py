@@ -23,18 +23,14 @@ import torch
 
 from infra import weights
 from infra.cli import command, flag_parser
+from infra.families import FORMS
 from infra.files import regular, short
+from infra.rope import stretched
 from infra.tokenizers import get_tokenizer
 from model import Transformer, config_of
 
 # ---------------------------------------------------------------- names
 
-FAMILIES = {  # general.architecture: what it is in model.Config
-    "llama": dict(pre_norm=True, qk_norm=False),
-    "qwen2": dict(pre_norm=True, qk_norm=False, qkv_bias=True),
-    "qwen3": dict(pre_norm=True, qk_norm="head"),
-    "olmo2": {},
-}
 SIZES = {  # a setting's name after the architecture's: our name
     "block_count": "n_layer", "embedding_length": "width", "feed_forward_length": "mlp_width",
     "attention.head_count": "n_head", "attention.head_count_kv": "n_kv_head",
@@ -113,16 +109,17 @@ def read(path):
 def config_in(path, values, tensors):
     """The model.Config of a file. ValueError if it is of a kind that is not here."""
     family = values.get("general.architecture")
-    if not isinstance(family, str) or family not in FAMILIES:
+    if not isinstance(family, str) or family not in FORMS:
         raise ValueError(f"{path}: general.architecture is {short(family)}, and only "
-                         f"{', '.join(FAMILIES)} can be loaded here")
+                         f"{', '.join(FORMS)} can be loaded here")
     prefix, embedding = f"{family}.", tensors.get("token_embd.weight")
     found = {name.removeprefix(prefix): value for name, value in values.items()
              if name.startswith(prefix)}
-    settings = dict(FAMILIES[family])
+    settings = dict(FORMS[family])
     for theirs, ours in SIZES.items():
         settings[ours] = found.get(theirs, DEFAULTS.get(theirs))
-        if type(settings[ours]) not in (int, float) and theirs not in DEFAULTS:
+        left_out = settings[ours] is None and theirs in DEFAULTS
+        if type(settings[ours]) not in (int, float) and not left_out:
             raise ValueError(f"{path}: {prefix}{theirs} is {short(settings[ours])}, and a number "
                              "for all layers is needed: is it another kind of model?")
     if embedding is None:
@@ -133,9 +130,11 @@ def config_in(path, values, tensors):
     settings["vocab_size"] = int(embedding.shape[-1])  # GGUF has the dimensions in reverse
     settings["tied"] = "output.weight" not in tensors
     settings["eos_id"] = values.get("tokenizer.ggml.eos_token_id")
-    if settings["head_dim"] in (None, settings["width"] / settings["n_head"]):
-        del settings["head_dim"]
+    if (settings["head_dim"] or 0) * settings["n_head"] == settings["width"]:
+        settings["head_dim"] = None
     config = config_of(settings, path)
+    if "rope_freqs.weight" in tensors:
+        config.rope_scaling = scaling_in(path, tensors.pop("rope_freqs.weight"), config)
 
     # A setting that we do not know makes another model: experts, windows, a scale.
     D = config.head_width
@@ -148,11 +147,26 @@ def config_in(path, values, tensors):
     return config
 
 
+def scaling_in(path, divisors, config):
+    """
+    Config.rope_scaling where a file has what each of RoPE's frequencies is divided by, and not the
+    four numbers that this was made of. Three of them are the same in all Llamas from 3.1 on, and
+    the fourth is the largest divisor.
+    """
+    divisors, D = torch.tensor(divisors.data).double(), config.head_width
+    frequency = config.rope_theta ** -(torch.arange(0, D, 2).double() / D)
+    scaling = dict(rope_type="llama3", factor=divisors.max().item(), low_freq_factor=1.0,
+                   high_freq_factor=4.0, original_max_position_embeddings=8192)
+    near = divisors.shape == frequency.shape and torch.allclose(
+        frequency / divisors, stretched(frequency, scaling), rtol=1e-5)
+    if not near:
+        raise ValueError(f"{path}: rope_freqs.weight is not that of Llama 3.1, 3.2 or 3.3: fetch "
+                         "the original's folder, whose config.json says how it was made")
+    return scaling
+
+
 def tensors_in(path, values, tensors, config):
     """{our name: () -> fp32 tensor}. ValueError if there are others."""
-    if "rope_freqs.weight" in tensors:
-        raise ValueError(f"{path} has RoPE's scaled frequencies, and not the numbers that they are "
-                         "made of: fetch the original's folder")
     foreign = [name for name in tensors if our_name(name) is None]
     layers = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
     if foreign or len(layers) != config.n_layer:
@@ -260,7 +274,7 @@ def tokenizer_in(path, values, folder):
 def flags():
     parser = flag_parser("from_gguf.py", "Make a model's folder of a GGUF file.")
     add = parser.add_argument
-    add("gguf", metavar="FILE.gguf", help=f"a model of {', '.join(FAMILIES)}")
+    add("gguf", metavar="FILE.gguf", help=f"a model of {', '.join(FORMS)}")
     add("to", metavar="DIR", help="a new folder")
     add("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="of the weights")
     add("--no_tokenizer", action="store_true", help="weights alone: the original's tokenizer.json, "

@@ -8,6 +8,7 @@ import struct
 import sys
 
 import gguf
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -16,14 +17,14 @@ from gguf.quants import dequantize, quantize
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from conftest import draw_tokens, refused, tiny
+from conftest import QWEN2_FORM, QWEN3_FORM, draw_tokens, refused, tiny
 from experiments import from_gguf
 from infra.shards import builtin_text
 from infra.tokenizers import get_tokenizer
-from model import Transformer
+from model import PRESETS, Transformer
 
 # 32 channels in a head, and rows of whole blocks of 32, which is what types with blocks need
-LLAMA = dict(pre_norm=True, qk_norm=False, width=96, n_head=3, n_kv_head=1, mlp_width=64,
+LLAMA = dict(pre_norm=True, qk_norm=None, width=96, n_head=3, n_kv_head=1, mlp_width=64,
              norm_eps=1e-5)
 NAMES = {"embed_tokens": "token_embd", "lm_head": "output", "norm": "output_norm",
          "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
@@ -45,6 +46,17 @@ def interleaved(x, D):
     rows = [head + d + half for head in range(0, len(x), D)
             for d in range(D // 2) for half in (0, D // 2)]
     return x[rows]
+
+
+def divisors(config):
+    """What llama.cpp divides RoPE's frequencies by, as its converter makes them of wave lengths."""
+    D, scaling = config.head_width, config.rope_scaling
+    lengths = 2 * np.pi * config.rope_theta ** (np.arange(0, D, 2) / D)
+    old, factor = scaling["original_max_position_embeddings"], scaling["factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = (old / lengths - low) / (high - low)
+    mixed = 1 / ((1 - smooth) / factor + smooth)
+    return np.where(lengths < old / high, 1, np.where(lengths > old / low, factor, mixed))
 
 
 def settings_of(config, family):
@@ -78,6 +90,8 @@ def write(path, model, family="llama", kind=Type.F32, change=lambda values, tens
         if family == "llama" and ("q_proj" in name or "k_proj" in name):
             tensor = interleaved(tensor, model.config.head_width)
         tensors[theirs(name)] = quantize(tensor.numpy(), of_this), of_this
+    if model.config.rope_scaling:
+        tensors["rope_freqs.weight"] = divisors(model.config).astype("float32"), Type.F32
     change(values, tensors)
 
     file = gguf.GGUFWriter(path, values.pop("general.architecture"))
@@ -110,6 +124,10 @@ FAMILIES = {
     "llama": ("llama", LLAMA),
     "llama, tied": ("llama", LLAMA | dict(tied=True)),
     "llama, 3 KV heads": ("llama", LLAMA | dict(n_kv_head=3)),
+    "llama 3.2": ("llama", LLAMA | dict(rope_scaling=PRESETS["llama3.2-1b"].rope_scaling,
+                                        rope_theta=5e5)),
+    "qwen2": ("qwen2", QWEN2_FORM | dict(n_kv_head=2)),
+    "qwen3": ("qwen3", QWEN3_FORM | dict(n_kv_head=2, tied=True)),
     "olmo2": ("olmo2", dict(n_kv_head=2)),
 }
 
@@ -151,17 +169,23 @@ def a_tensor(name):
     return lambda _, tensors: tensors.update({name: tensors["blk.0.attn_q.weight"]})
 
 
+def other_divisors(_, tensors):
+    tensors["rope_freqs.weight"] = np.linspace(1, 8, 16, dtype="float32"), Type.F32
+
+
 STRANGERS = {
     "gemma": (said("general.architecture", "gemma3"), ["architecture is 'gemma3'", "qwen3"]),
     "experts": (said("llama.expert_count", 8), ["llama.expert_count is 8"]),
     "window": (said("llama.attention.sliding_window", 512), ["sliding_window is 512"]),
     "yarn": (said("llama.rope.scaling.type", "yarn"), ["llama.rope.scaling.type is 'yarn'"]),
     "partial": (said("llama.rope.dimension_count", 16), ["rope.dimension_count is 16"]),
-    "llama3": (a_tensor("rope_freqs.weight"), ["RoPE's scaled frequencies", "original's folder"]),
+    "llama3": (a_tensor("rope_freqs.weight"), ["rope_freqs.weight", "original's folder"]),
+    "another stretch": (other_divisors, ["rope_freqs.weight", "original's folder"]),
     "parts": (said("split.count", 2), ["one of several parts", "--merge"]),
     "no layers": (without("llama.block_count"), ["llama.block_count is None"]),
     "a list": (said("llama.attention.head_count", [3, 3]), ["head_count is [3, 3]"]),
-    "text": (said("llama.embedding_length", "96"), ["embedding_length is '96'"]),
+    "text": (said("llama.attention.key_length", "32"), ["key_length is '32'"]),
+    "no heads": (said("llama.attention.head_count", 0), ["describes no model here"]),
     "heads": (said("llama.attention.head_count", 7), ["describes no model here"]),
     "more layers": (said("llama.block_count", 2_000_000), ["weights of 2 layers", "2000000"]),
     "bias": (a_tensor("blk.0.attn_q.bias"), ["has 'layers.0.self_attn.q_proj.bias'"]),

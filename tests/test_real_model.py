@@ -117,10 +117,10 @@ def test_quest_with_a_full_budget_is_dense_and_a_row_is_what_it_is_alone(ours, r
 
 @pytest.fixture(scope="module")
 def two_layers(ours):
-    """Its first two layers, and the first 2,000 tokens."""
-    config = replace(ours.config, n_layer=2, vocab_size=2000)
+    """Its first two layers, and the first 300 tokens."""
+    config = replace(ours.config, n_layer=2, vocab_size=300)
     model, whole = Transformer(config), ours.state_dict()
-    model.load_state_dict({name: whole[name][:2000] if "embed" in name else whole[name]
+    model.load_state_dict({name: whole[name][:300] if "embed" in name else whole[name]
                            for name in model.state_dict()})
     return model.eval()
 
@@ -136,7 +136,7 @@ def test_kernels_compute_its_layers(method, memory, two_layers, both):
         model = Transformer(two_layers.config).add_memory(g=0.8)
         model.load_state_dict(two_layers.state_dict(), strict=False)
     draw = torch.Generator().manual_seed(1)
-    tokens = torch.randint(2000, (2, 45), generator=draw)
+    tokens = torch.randint(300, (2, 45), generator=draw)
     lengths = torch.tensor([45, 30])
 
     def run():
