@@ -3,16 +3,16 @@ A GGUF file (of llama.cpp) as a folder that model.py loads: weights and tokenize
 
     python -m experiments.from_gguf FILE.gguf DIR --dtype=bfloat16
 
-For those who have no other file of a model. What was quantised is dequantised, to fp32, and then
-rounded to --dtype: what was lost before stays lost, so such a model scores a little otherwise than
-the original. The package gguf maps the file, so a tensor is read when its turn comes. Whatever the
-file says and we do not know ends this in one line, since the model would be another.
+For those who have no other file of a model. What was quantised is dequantised to fp32 and rounded
+to --dtype. What was lost before stays lost, so such a model scores a little otherwise than the
+original. A setting or a tensor that is not known here ends this in one line: with it the model
+would be another.
 
-Two things are not as in the original's folder. llama.cpp turns the channels 2d and 2d + 1 of a
-Llama's q and k together, and we d and d + D/2, so its rows are put back (HALVES below). And a GGUF
-file has no tokenizer.json, but its tokens, its merges and a name for the rest (PRE), of which one
-is made again; it adds no token in front of a text. Checked in tests/test_from_gguf.py, and with a
-real model in tests/test_real_model.py.
+Two things are not as in the original's folder. Of a Llama's heads llama.cpp rotates the channels 2d
+and 2d + 1 together, and we d and d + D/2, so rows of q and k are put back (`load`). And the file
+has no tokenizer.json, but tokens, merges and a name for how text is cut (PRE): it is made again of
+these, without a token in front of each text. Checked in tests/test_from_gguf.py, and with a real
+model in tests/test_real_model.py.
 """
 import json
 import tempfile
@@ -70,8 +70,7 @@ def opened(path):
 
     class Bounded(gguf.GGUFReader):
         """
-        The package's own reads nothing beyond the end of a file, and that as often as a count in
-        it says.
+        Beyond the end of a file the package's own reads nothing, as often as a count in it says.
         """
         entries = 0
 
@@ -122,7 +121,7 @@ def config_in(path, values, tensors):
         if type(settings[ours]) not in (int, float) and not left_out:
             raise ValueError(f"{path}: {prefix}{theirs} is {short(settings[ours])}, and a number "
                              "for all layers is needed: is it another kind of model?")
-    if embedding is None:
+    if embedding is None or len(embedding.shape) != 2:
         raise ValueError(f"{path} lacks token_embd.weight: fetch a file with a whole model")
 
     # It was fp32, which has made 9.999999747378752e-06 of 1e-5.
@@ -153,10 +152,11 @@ def scaling_in(path, divisors, config):
     four numbers that this was made of. Three of them are the same in all Llamas from 3.1 on, and
     the fourth is the largest divisor.
     """
-    divisors, D = torch.tensor(divisors.data).double(), config.head_width
+    divisors, D = torch.tensor(divisors.data).double().flatten(), config.head_width
     frequency = config.rope_theta ** -(torch.arange(0, D, 2).double() / D)
-    scaling = dict(rope_type="llama3", factor=divisors.max().item(), low_freq_factor=1.0,
-                   high_freq_factor=4.0, original_max_position_embeddings=8192)
+    scaling = dict(rope_type="llama3", factor=max(divisors.tolist(), default=1.0),
+                   low_freq_factor=1.0, high_freq_factor=4.0,
+                   original_max_position_embeddings=8192)
     near = divisors.shape == frequency.shape and torch.allclose(
         frequency / divisors, stretched(frequency, scaling), rtol=1e-5)
     if not near:
@@ -185,14 +185,14 @@ def load(path, tensor, rotary):
     from gguf.quants import dequantize
     try:
         x = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
-    except NotImplementedError:
-        raise ValueError(f"{path}: {short(tensor.name)} is {tensor.tensor_type.name}, which the "
-                         "package gguf cannot read: fetch a file of another type") from None
+    except (NotImplementedError, ValueError):
+        raise ValueError(f"{path}: {short(tensor.name)} is {tensor.tensor_type.name} of a kind "
+                         "that the package gguf cannot read: fetch another file") from None
     heads = rotary.get(tensor.name.split(".")[-2])
     # Other shapes are refused where they are compared with the model's.
-    if heads and len(x) % (2 * heads) == 0:
-        x = x.unflatten(0, (heads, -1, 2))      # (H, D/2, 2, C)
-        x = x.transpose(1, 2).flatten(0, 2)     # (H * D, C), of each head first all 2d
+    if heads and x.dim() == 2 and len(x) % (2 * heads) == 0:
+        x = x.unflatten(0, (heads, -1, 2))   # (H, D/2, 2, C)
+        x = x.transpose(1, 2).flatten(0, 2)  # (H * D, C)
     return x
 
 
@@ -219,6 +219,7 @@ PRE = {  # tokenizer.ggml.pre: how the tokenizer of that name cuts text before i
     "qwen2": split(""),
 }
 NORMALIZED = {"qwen2"}  # to NFC
+WITHOUT = "give --no_tokenizer, and put the original's tokenizer.json beside the weights"
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # of tokenizer.ggml.token_type
 
 
@@ -228,8 +229,7 @@ def tokenizer_in(path, values, folder):
         if not ok:
             raise ValueError(
                 f"{path}: no tokenizer.json can be made where tokenizer.ggml.{field} is "
-                f"{short(values.get(f'tokenizer.ggml.{field}'))}: give --no_tokenizer, and put the "
-                "original's tokenizer.json beside the weights")
+                f"{short(values.get(f'tokenizer.ggml.{field}'))}: {WITHOUT}")
         return values.get(f"tokenizer.ggml.{field}")
 
     kind, pre = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre")
@@ -266,7 +266,12 @@ def tokenizer_in(path, values, folder):
     for name, content in ("tokenizer.json", spec), ("tokenizer_config.json", config):
         text = json.dumps(content, ensure_ascii=False, indent=1)
         Path(folder, name).write_text(text, encoding="utf-8")
-    return get_tokenizer(folder)
+    try:
+        return get_tokenizer(folder)
+    except ValueError as error:
+        reason = str(error).replace(f"{folder}/", "").partition(";")[0]
+        raise ValueError(f"{path}: the tokenizer made of it cannot be used ({reason}): "
+                         f"{WITHOUT}") from None
 
 
 # ---------------------------------------------------------------- the script

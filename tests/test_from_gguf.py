@@ -1,6 +1,6 @@
 """
-experiments/from_gguf.py: a tiny model, written as llama.cpp's converter writes one, comes back; what
-is another model, or a damaged file, is one line. test_real_model.py has a file of others'.
+experiments/from_gguf.py: a tiny model, written as llama.cpp's converter does, comes back; what is
+another model, or a damaged file, is one line. test_real_model.py has a file of others'.
 """
 import json
 import random
@@ -192,6 +192,8 @@ STRANGERS = {
     "another": (a_tensor("blk.0.attn_sinks.weight"), ["a tensor 'blk.0.attn_sinks.weight'"]),
     "lacking": (without("blk.1.ffn_up.weight"), ["lacks 'layers.1.mlp.up_proj.weight'"]),
     "no embedding": (without("token_embd.weight"), ["lacks token_embd.weight"]),
+    "integers": (lambda _, tensors: tensors.update({"blk.0.ffn_up.weight": (
+        np.zeros((64, 96), "int32"), Type.I32)}), ["'blk.0.ffn_up.weight' is I32"]),
     "shape": (a_tensor("blk.0.attn_k.weight"), ["k_proj.weight is (96, 96)", "(32, 96)"]),
 }
 
@@ -341,6 +343,7 @@ UNKNOWN = {
     "types": ("tokenizer.ggml.token_type", [1, 1], ["token_type is [1, 1]"]),
     "twice": ("tokenizer.ggml.tokens", ["a"] * 410, ["tokens is ['a', 'a'"]),
     "end": ("tokenizer.ggml.padding_token_id", 500, ["padding_token_id is 500"]),
+    "no end": ("tokenizer.ggml.eos_token_id", 70, ["the tokenizer made of it", "added_tokens"]),
 }
 
 
