@@ -290,15 +290,16 @@ ORIGINALS = {  # what the tokenizer.json of such a model cuts by
 def original(pre):
     """A byte-level BPE of 400 ids, <tool> among them, which is a token in text."""
     bpe = tokenizers.Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = ORIGINALS[pre], decoders.ByteLevel()
+    bpe.pre_tokenizer, bpe.decoder = byte_level(True), decoders.ByteLevel()
     if pre == "qwen2":
         bpe.normalizer = normalizers.NFC()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if pre == "smollm":  # SmolLM2's vocabulary lacks some bytes, too
         alphabet = sorted(alphabet)[:-20]
-    bpe.train_from_iterator([builtin_text()[:50_000]], trainers.BpeTrainer(
+    bpe.train_from_iterator([builtin_text()[:50_000], "1234 567 " * 999], trainers.BpeTrainer(
         vocab_size=399, special_tokens=["<|endoftext|>", "<|im_end|>"], show_progress=False,
         initial_alphabet=alphabet))
+    bpe.pre_tokenizer = ORIGINALS[pre]  # only now: there are tokens of several digits
     bpe.add_tokens([tokenizers.AddedToken("<tool>", normalized=False)])
     return bpe
 
