@@ -232,14 +232,19 @@ def test_a_damaged_file_is_one_line_or_the_same_model(tmp_path):
         attempt(whole[:place] + bytes([draw.randrange(256)]) + whole[place + 1:])
     assert 100 < results.count(None) < 260
 
-    def with_an_array(n):  # of bytes, in place of the number of layers
-        key = b"llama.block_count"
-        before, after = whole[:2000].split(key)
-        return before + key + struct.pack("<IIQ", 9, 0, n) + after[8:]
+    def instead(of_layers):  # of the number of layers
+        before, after = whole[:2000].split(b"llama.block_count")
+        return before + b"llama.block_count" + of_layers + after[8:]
+    array, twice = struct.Struct("<IIQ"), (b"llama.rope.freq_base", b"llama.context_length")
+    made_up = [
+        b"", b"GGUF", b"PK" + whole, whole.replace(*twice),
+        instead(array.pack(9, 0, 2**60)),                                 # so many bytes
+        instead(array.pack(9, 9, 1) + struct.pack("<IQ", 9, 1) * 5000),   # arrays of arrays
+        whole.replace(struct.pack("<QQ", 96, 61), struct.pack("<QQ", 2**63, 2))]  # of an embedding
     results.clear()
-    for content in b"", b"GGUF", b"PK" + whole, with_an_array(2**60), with_an_array(2**64 - 1):
+    for content in made_up:
         attempt(content)
-    assert results == [None] * 5
+    assert results == [None] * len(made_up)
 
 
 def test_what_is_no_file_or_in_the_way_is_told(tmp_path, capsys, monkeypatch):
