@@ -111,6 +111,7 @@ def test_saved_it_is_the_same_and_with_a_memory_another(smollm2, ours, theirs, t
         assert file.read_bytes() == (tmp_path / "same" / file.name).read_bytes(), file.name
     told = json.loads((tmp_path / "same" / "config.json").read_text())
     assert told["model_type"] == theirs.config.model_type == "llama"
+    assert told["eos_token_id"] == tokenizer.eos_id == 2
 
     half.add_memory().save_pretrained(tmp_path / "memory", tokenizer)
     told = json.loads((tmp_path / "memory" / "config.json").read_text())
