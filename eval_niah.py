@@ -45,6 +45,7 @@ from model import Transformer
 from triton_ops import backend
 
 BUDGETS = "1/4", "1/8", "1/16"  # of --context_len, whatever the prompt's length
+LONGEST = 4096  # the paper's context; models of today were trained for more
 METHODS = [f"{kind}:budget={budget}" for kind in ("quest", "moba", "snapkv") for budget in BUDGETS]
 
 
@@ -203,7 +204,7 @@ def prepare(args):
 
     tokenizer = next(iter(tokenizers.values()))
     # The first model decides for all: differences are of the same prompts under the same budgets.
-    args.context_len = args.context_len or settings[args.ckpt[0]]["context_len"]
+    args.context_len = args.context_len or min(LONGEST, settings[args.ckpt[0]]["context_len"])
     args.max_new_tokens = (args.max_new_tokens
                            or niah.default_new_tokens(args.context_len, tokenizer))
     args.samples = args.samples or (200 if on_gpu else max(2, 8192 // args.context_len))
@@ -433,7 +434,7 @@ def flags():
     add("--samples", type=positive, help="examples per task; the paper has 500; None: 200 with a "
         "GPU, else 8192 tokens' worth")
     add("--context_len", type=positive, metavar="TOKENS", help="prompt and answer together; None: "
-        "the first model's")
+        f"the first model's, at most the paper's {LONGEST}")
     add("--max_new_tokens", type=positive, metavar="TOKENS", help="room for the answer; None: 128 "
         "from 2048 on, 48 below and for bytes")
     add("--protocol", choices=niah.PROTOCOLS, metavar="PROTOCOL", help="base (RULER's answer "

@@ -12,6 +12,7 @@ import torch
 import niah
 import sparse
 from data import tokenizer_of
+from eval_niah import LONGEST
 from infra import weights
 from infra.cli import (at_least_0, command, flag_parser, note_if_beyond, positive, roomy, seed,
                        sized, usable_device)
@@ -39,7 +40,7 @@ def flags():
     add("--words", choices=niah.WORDS, default=niah.WORDS[0],
         help="of the haystack's keys: built-in, or RULER's from the package wonderwords")
     add("--context_len", type=positive, metavar="TOKENS",
-        help="what budgets are fractions of; None: the model's")
+        help=f"what budgets are fractions of; None: the model's, at most {LONGEST}")
     add("--tokenizer", metavar="SPEC", help="as in data.py; None: the one beside the model")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cuda or cpu")
@@ -53,7 +54,7 @@ def run(args):
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     model = Transformer.from_pretrained(path, dtype, args.device)
     tokenizer = tokenizer_of(weights.resolve(path), model.config.vocab_size, args.tokenizer)
-    context_len = args.context_len or model.config.context_len
+    context_len = args.context_len or min(LONGEST, model.config.context_len)
 
     prompt, texts, gold = args.prompt, args.methods or ["quest:budget=1/4"], None
     if prompt is None:

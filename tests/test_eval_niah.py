@@ -764,3 +764,12 @@ def test_one_process_goes_on_where_two_were_killed(undisturbed):
     run(*ASKED, out=out)
     assert outcome(out)["results"] == undisturbed["results"]
     assert (out / "answers-1.jsonl").read_bytes() == torn
+
+@pytest.mark.parametrize("trained, asked", [(512, 512), (4096, 4096), (131072, 4096)])
+def test_a_model_of_today_is_asked_at_the_papers_length(trained, asked, tmp_path):
+    """Prompts of 131,072 tokens that nobody asked for: on a CPU they would take days."""
+    small(context_len=trained).save_pretrained(tmp_path)
+    args = eval_niah.flags().parse_args([f"--ckpt={tmp_path}", "--device=cpu"])
+    _, _, methods = eval_niah.prepare(args)
+    assert args.context_len == asked
+    assert asked // 4 in [getattr(method, "budget", None) for method in methods]
