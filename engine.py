@@ -483,7 +483,7 @@ def is_known(name, module, config):
     if kind is nn.Linear:
         with_bias = config.qkv_bias and name in ("q_proj", "k_proj", "v_proj")
         known = kind.forward is LINEAR
-        known &= (module.bias is not None) == with_bias or name == "proj"
+        known &= (module.bias is not None) == (with_bias or name == "proj")
     elif name in ("q_norm", "k_norm") and not config.qk_norm:
         known = kind is nn.Identity
     else:

@@ -35,7 +35,7 @@ from data import tokenizer_of
 from infra import weights
 from infra.answers import (Answer, Outcome, Ranks, appending, hit_rates, read_lines,
                            refuse_other_questions, unanswered)
-from infra.cli import (Progress, command, flag_parser, made_by, note_lengths, positive,
+from infra.cli import (LONGEST, Progress, command, flag_parser, made_by, note_lengths, positive,
                        refuse_longer, seed, sized, usable_device)
 from infra.files import load, save, told_to_end
 from infra.reads import PromptReads, StepReads, places_of, was_read
@@ -45,7 +45,6 @@ from model import Transformer
 from triton_ops import backend
 
 BUDGETS = "1/4", "1/8", "1/16"  # of --context_len, whatever the prompt's length
-LONGEST = 4096  # the paper's context; models of today were trained for more
 METHODS = [f"{kind}:budget={budget}" for kind in ("quest", "moba", "snapkv") for budget in BUDGETS]
 
 

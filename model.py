@@ -9,11 +9,12 @@ sparse method (sparse.py)  ->  output projection. A model without memory is plai
 What separates the families is a few fields of Config:
 
                  OLMo 2          Llama     Qwen 2    Qwen 3      RAT+
-    pre_norm     no, the output  yes       yes       yes         yes     which side of a sublayer
-    qk_norm      all heads       none      none      each head   none    has the norm; norm of q, k
+    pre_norm     no              yes       yes       yes         yes     a sublayer's input is
+                                                                         normalised, not its output
+    qk_norm      all heads       none      none      each head   none    RMS norm of q and k
     qkv_bias     no              no        yes       no          no      biases of q, k and v
     head width   C / H           C / H     C / H     its own     C / H
-    MLP          SwiGLU          SwiGLU    SwiGLU    SwiGLU      GELU, and a gate on attention
+    MLP          SwiGLU          SwiGLU    SwiGLU    SwiGLU      GELU; attention has a gate
 
     norm of the output:  x = x + norm(attn(x)); x = x + norm(mlp(x))
     norm of the input:   x = x + attn(norm(x)); x = x + mlp(norm(x))

@@ -418,7 +418,7 @@ def token_spans(
 
 def target_ids(prompt, target, tokenizer):
     """Tokens of the target where it follows the prompt."""
-    # Alone, LLaMA's tokenizer would open the target with a space of its own, and a byte pair may not
+    # Alone, LLaMA's tokenizer would open the target with a space of its own; a byte pair may not
     # cross the prompt's end: so the prompt's last word is encoded with it, and cut off again.
     before = prompt.rsplit(" ", 1)[-1]
     head, both = tokenizer.encode(before), tokenizer.encode(before + target)

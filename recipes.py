@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 
 import niah
-from infra.cli import (above_0, at_least_0, few, flag_parser, gate, natural, positive, seed, share,
-                       usable_device)
+from infra.cli import (LONGEST, above_0, at_least_0, few, flag_parser, gate, natural, positive, seed,
+                       share, usable_device)
 from memory import MEMORIES
 from model import PRESETS
 from triton_ops import backend
@@ -138,7 +138,7 @@ def flags():
     add("--tokenizer", metavar="SPEC",
         help="as in data.py; None: the one beside --init, bytes for our presets")
     add("--context_len", type=positive, metavar="TOKENS",
-        help="length of a sequence; None: the model's")
+        help=f"length of a sequence; None: the model's, at most {LONGEST}")
     add("--protocol", default="base", choices=niah.PROTOCOLS,
         help="needles: base (RULER's answer prefix) or sft (the question alone)")
     add("--tasks", nargs="+", type=niah.task_name, metavar="TASK",
@@ -255,7 +255,7 @@ def wanted_memory(args, config):
 def settle(args, config):
     """The flags whose defaults the model decides. ValueError if it cannot be trained so."""
     if args.context_len is None:
-        args.context_len = config.context_len
+        args.context_len = min(LONGEST, config.context_len)
     if args.arl is None:
         args.arl = 64 if config.memory else 0
     if args.arl and args.joint:

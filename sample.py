@@ -12,10 +12,9 @@ import torch
 import niah
 import sparse
 from data import tokenizer_of
-from eval_niah import LONGEST
 from infra import weights
-from infra.cli import (at_least_0, command, flag_parser, note_if_beyond, positive, roomy, seed,
-                       sized, usable_device)
+from infra.cli import (LONGEST, at_least_0, command, flag_parser, note_if_beyond, positive, roomy,
+                       seed, sized, usable_device)
 from infra.reads import PromptReads, StepReads
 from infra.runlog import known_models, trained_with
 from model import Transformer

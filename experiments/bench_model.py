@@ -93,7 +93,7 @@ def bytes_needed(model, method, B, T, new):
     cache   slots for every layer, with SnapKV's positions in int32; Quest's bounds, an entry for
             each block; the last queries, for a method that would compress
     work    one layer's, on the part of the batch that goes through it together, in vectors of width
-            C (or H * D) a token: x, q, k, v, attention's output, and one more while q or k is rotated. With
+            C, or H * D, a token: x, q, k, v, attention's output, one more while q or k turns. With
             the memory 7, and a tenth for the states between its tiles. MoBA's partial results, and
             three lists of chosen blocks
     """
@@ -446,7 +446,7 @@ def add_flags(parser):
 
 
 def run(args, rates):
-    """args: bench.py's. rates: of bench.ceilings, None without a GPU. ValueError if not possible."""
+    """args: bench.py's. rates: of bench.ceilings, None without a GPU. ValueError if not possible"""
     if ON_GPU:
         parts, preset, contexts = PARTS, "olmo2-7b", [1024 * 2**i for i in range(7)]
     else:

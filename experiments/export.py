@@ -6,8 +6,8 @@ A run's newest checkpoint as one model in Hugging Face's layout, for others to r
 
 Several GPUs write a checkpoint in parts, in fp32 and with the optimizer's moments. An export has
 the weights alone, whole, and the tokenizer beside them. Without its memory a model is plain
-attention again, of its own family, and opens in transformers; it computes something else than it
-was trained to. Checked in tests/test_checkpoint.py.
+attention again, and opens in transformers if it is of a family that they share; it computes
+something else than it was trained to. Checked in tests/test_checkpoint.py.
 """
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +56,7 @@ def main():
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"],
                         help="of the weights")
     parser.add_argument("--memory", default="keep", choices=["keep", "off"],
-                        help="off: without it, in the names of the model's family")
+                        help="off: without it, in the names of the model's family if it has one")
     args = parser.parse_args()
     command("export.py", lambda: export(args))
 

@@ -26,7 +26,7 @@ from infra.cli import command, flag_parser
 from infra.families import FORMS
 from infra.files import regular, short
 from infra.rope import stretched
-from infra.tokenizers import get_tokenizer
+from infra.tokenizers import SPLIT_PATTERNS, get_tokenizer
 from model import Transformer, config_of
 
 # ---------------------------------------------------------------- names
@@ -203,10 +203,7 @@ def byte_level(use_regex):
             "use_regex": use_regex}
 
 
-def split(digits):
-    """As in GPT-4's tokenizer. digits: how many are one piece, as a regex."""
-    regex = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits
-             + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+def split(regex):
     return [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated",
              "invert": False}, byte_level(use_regex=False)]
 
@@ -214,9 +211,9 @@ def split(digits):
 PRE = {  # tokenizer.ggml.pre: how the tokenizer of that name cuts text before it merges
     "gpt-2": [byte_level(use_regex=True)],
     "smollm": [{"type": "Digits", "individual_digits": True}, byte_level(use_regex=True)],
-    "llama-bpe": split(r"{1,3}"),  # Llama 3
-    "dbrx": split(r"{1,3}"),       # OLMo 2
-    "qwen2": split(""),
+    "llama-bpe": split(SPLIT_PATTERNS[0]),  # Llama 3
+    "dbrx": split(SPLIT_PATTERNS[0]),       # OLMo 2
+    "qwen2": split(SPLIT_PATTERNS[1]),
 }
 NORMALIZED = {"qwen2"}  # to NFC
 WITHOUT = "give --no_tokenizer, and put the original's tokenizer.json beside the weights"
@@ -241,10 +238,13 @@ def tokenizer_in(path, values, folder):
     need(len(tokens) == len(set(map(str, tokens))), "tokens")
     need(len(tokens) == len(types), "token_type")
 
-    vocab = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
+    # Added tokens behind the last ordinary one are not in the original's vocabulary either.
+    ordinary = [i for i, kind in enumerate(types) if kind not in (CONTROL, USER_DEFINED, UNUSED)]
+    all_of_them = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
+    vocab = {token: i for token, i in all_of_them.items() if i <= max(ordinary, default=-1)}
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
     added = [{"id": i, "content": token, **flags, "special": types[i] == CONTROL}
-             for token, i in vocab.items() if types[i] in (CONTROL, USER_DEFINED)]
+             for token, i in all_of_them.items() if types[i] in (CONTROL, USER_DEFINED)]
     spec = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
         "normalizer": {"type": "NFC"} if pre in NORMALIZED else None,

@@ -28,6 +28,7 @@ import torch
 from infra.files import short
 
 ROOT = Path(__file__).resolve().parents[1]  # of the project
+LONGEST = 4096  # of --context_len, unless told: the paper's, and models of today know more
 STARTER = ["python"]  # of a script at the top, in a report: experiments/memories.py adds itself
 
 

@@ -46,8 +46,11 @@ OTHERS = {
     "mistral": "may have windows: without (sliding_window null) it is a llama, and loads with that "
                "model_type and LlamaForCausalLM in config.json",
     "phi3": "keeps its projections in one matrix: take Llama 3 or Qwen 3",
-    "qwen3_moe": "has experts: take Qwen 3 without",
-    "gemma3_text": "has four norms a block and windows: take Llama 3 or Qwen 3"}
+    "smollm3": "has layers without RoPE: take SmolLM2",
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"),
+                    "has another norm: take Llama 3 or Qwen 3"),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
+                    "has experts: take a model without")}
 
 
 # ---------------------------------------------------------------- config.json -> Config

@@ -39,6 +39,7 @@ def check(scaling):
                          f"{', '.join(FIELDS)}")
     numbers = [scaling[field] for field in FIELDS]
     plain = all(type(number) in (int, float) and 0 < number < 1e9 for number in numbers)
-    if not plain or scaling["factor"] < 1 or scaling[FIELDS[1]] >= scaling[FIELDS[2]]:
+    ordered = plain and scaling["low_freq_factor"] < scaling["high_freq_factor"]
+    if not ordered or scaling["factor"] < 1:
         raise ValueError(f"rope_scaling={short(scaling)}: numbers above 0, a factor of 1 or more, "
                          "and low_freq_factor below high_freq_factor")

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import unicodedata
 from os.path import commonprefix
 from pathlib import Path
@@ -82,6 +83,9 @@ class JsonTokenizer:
             added[text] = expected
         ids = (vocab | added).values()
         check(len(set(ids)) == len(ids), "the number of ids, one of which comes twice,", len(ids))
+        if token := in_front(spec.get("post_processor")):
+            print(f"note: {path} puts {short(token)} in front of every text, and here none is put",
+                  file=sys.stderr)
         self.files, eos = end_of_text(path, added)
         self.n_vocab, self.eos_id = 1 + max(ids), added[eos]
         try:
@@ -105,6 +109,15 @@ class JsonTokenizer:
         if self.engine.strip and first is not None:
             found[first] = found[first].removeprefix(b" ")
         return found
+
+
+def in_front(processor):
+    """The token that a tokenizer.json's post_processor puts before each text; None: it does not."""
+    match processor:
+        case {"type": "Sequence", "processors": [*steps]}:
+            return next(filter(None, map(in_front, steps)), None)
+        case {"single": [{"SpecialToken": {"id": str(token)}}, *_]}:
+            return token
 
 
 def end_of_text(path, added):
@@ -293,8 +306,10 @@ class HuggingFace:
                              "cannot reproduce: pip install tokenizers") from None
         # data.py and train.py fork, and its threads would not be in the child.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        of_ids = map(spec.get, ("normalizer", "pre_tokenizer", "model", "added_tokens"))
-        self.kind, self.identity = "hf", [json.dumps([*of_ids], sort_keys=True)]
+        # Older files lack ignore_merges, which then is false.
+        model = {"ignore_merges": False} | spec["model"]
+        of_ids = [spec.get("normalizer"), spec.get("pre_tokenizer"), model, spec.get("added_tokens")]
+        self.kind, self.identity = "hf", [json.dumps(of_ids, sort_keys=True)]
         self.path = path
         self.inner = self.run(Tokenizer.from_str, json.dumps(spec))
         # These make a model's input of a text: they cut it, pad it, put tokens around it.
@@ -425,6 +440,8 @@ def tokenizer_of(model, vocab_size, spec=None):
     config = model and folder / "config.json"
     found = read_json(config) if config and config.exists() else {}
     made_with = found.get("tokenizer") if isinstance(found, dict) else None
+    if str(made_with).startswith(f"sp-{tokenizer.n_vocab}-"):  # by sentencepiece, until it went
+        made_with = None
     if made_with not in (None, tokenizer.name):
         raise ValueError(f"{config}: the model was made with tokenizer {short(made_with)}, and "
                          f"{spec or folder} gives {tokenizer.name}: name the one with --tokenizer")

@@ -187,6 +187,7 @@ REFUSED = {
     # which model
     "another model": (said(model_type="mamba"), ["'mamba'", "olmo2"]),
     "a near one": (said(model_type="olmo3"), ["'olmo3'", "windows", "take OLMo 2"]),
+    "one with experts": (said(model_type="qwen3_moe"), ["'qwen3_moe'", "experts"]),
     "no model": (said(model_type=None), ["None"]),
     "an activation": (said(hidden_act="gelu"), ["hidden_act", "'gelu'"]),
     "a bias": (said(attention_bias=True), ["attention_bias"]),

@@ -1,4 +1,4 @@
-"""model.py: causal, trained by its logits; OLMo 2 as transformers has it, RAT+ as released."""
+"""model.py: causal, trained by its logits; families as transformers has them, RAT+ as released."""
 import json
 import math
 import re

@@ -80,12 +80,12 @@ def test_greedy_text_is_that_of_transformers(ours, theirs, rows, tokenizer):
 @torch.no_grad()
 def test_plain_english_is_likely(ours, tokenizer):
     """
-    Rows of q and k that stay as llama.cpp rotates them: transformers, with the same weights, agrees,
-    the needle is lost, and Paris is still the capital.
+    Rows of q and k that stay as llama.cpp rotates them: transformers, with the same weights,
+    agrees, the needle is lost, and Paris is still the capital.
     """
     ids = torch.tensor([tokenizer.encode(
-        "The quick brown fox jumps over the lazy dog. Paris is the capital of France, and Berlin is "
-        "the capital of Germany. Water boils at one hundred degrees Celsius at sea level.")])
+        "The quick brown fox jumps over the lazy dog. Paris is the capital of France, and Berlin "
+        "is the capital of Germany. Water boils at one hundred degrees Celsius at sea level.")])
     nats = F.cross_entropy(ours(ids)[0, :-1], ids[0, 1:]).item()
     assert nats < 3.2  # 2.86; 4.33 with such rows
 

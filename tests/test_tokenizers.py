@@ -424,7 +424,7 @@ def test_special_tokens_hide_what_they_overlap(gpt2, tmp_path):
     assert ours.encode("|" * 399_998 + "|> of")[-1] == 604 == oracle("|" * 399_998 + "|> of")[-1]
 
 
-def test_what_is_for_a_models_input_leaves_the_text_alone(llama, tmp_path):
+def test_what_is_for_a_models_input_leaves_the_text_alone(llama, tmp_path, capsys):
     """A text cut to 9 tokens, padded, or put aside for a start and an end: in every document."""
     def edit(spec):
         inner = tokenizers.Tokenizer.from_str(json.dumps(spec))
@@ -434,8 +434,19 @@ def test_what_is_for_a_models_input_leaves_the_text_alone(llama, tmp_path):
             "<s> </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
         spec.update(json.loads(inner.to_str()))
     path, (plain, oracle) = edited(llama, tmp_path / "tokenizer.json", edit), load_both(llama)
+    capsys.readouterr()
     ours = get_tokenizer(path)
     assert ours.name == plain.name and same(ours, oracle, NASTY + [builtin_text()[:1000]])
+    # an end is no matter: texts end where they do. That a start is missing changes scores
+    note = f"note: {path} puts '<s>' in front of every text, and here none is put\n"
+    assert capsys.readouterr().err == note
+    byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
+    both = [byte_level, json.loads(path.read_text())["post_processor"]]
+    for processor in byte_level, {"type": "Sequence", "processors": both}:
+        spec = json.loads(path.read_text()) | {"post_processor": processor}
+        path.write_text(json.dumps(spec))
+        assert same(get_tokenizer(path), oracle, NASTY[:5])
+        assert capsys.readouterr().err == ("" if processor["type"] == "ByteLevel" else note)
 
 
 # ---------------------------------------------------------------- what is refused
@@ -582,12 +593,15 @@ def test_the_name_tells_all_that_ids_depend_on(llama, tmp_path):
     def as_strings(spec):
         spec["model"]["merges"] = [" ".join(merge) for merge in spec["model"]["merges"]]
 
+    def as_before(spec):
+        del spec["model"]["ignore_merges"]
+
     names = [name(edit) for edit in (
         swap_merges, lambda s: s.update(normalizer=None), model(fuse_unk=False),
         lambda s: s.update(pre_tokenizer={"type": "Digits", "individual_digits": True}),
         lambda s: s["added_tokens"][0].update(special=False), rename("<0x00>", "<0x0>"),
-        as_strings, lambda s: s.update(post_processor=None, version="1.0"))]
-    assert names[-2:] == 2 * [get_tokenizer(llama).name] and len({*names}) == len(names) - 1
+        as_strings, as_before, lambda s: s.update(post_processor=None, version="1.0"))]
+    assert names[-3:] == 3 * [get_tokenizer(llama).name] and len({*names}) == len(names) - 2
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<s>"}')
     assert get_tokenizer(tmp_path).name not in names
 
@@ -603,9 +617,13 @@ def test_a_model_is_not_given_another_tokenizer_than_it_was_made_with(gpt2, llam
     shutil.copy(llama, tmp_path)
     refused(lambda: tokenizer_of(tmp_path, 5000),
             "config.json: the model was made with tokenizer 'bpe-", "gives hf-900-")
-    for other in {}, {"tokenizer": None}, []:  # as models were before
+    # as models were before, the last with sentencepiece
+    for other in {}, {"tokenizer": None}, [], {"tokenizer": "sp-900-01234567"}:
         config.write_text(json.dumps(other))
         assert tokenizer_of(tmp_path, 5000).name.startswith("hf-900-")
+    config.write_text(json.dumps({"tokenizer": "sp-901-01234567"}))
+    refused(lambda: tokenizer_of(tmp_path, 5000), "sp-901", "gives hf-900-")
+    config.write_text("{}")
     assert tokenizer_of(None, 257).name == "bytes"
     assert tokenizer_of(tmp_path / "model.pth", 5000).name.startswith("hf-900-")
     refused(lambda: tokenizer_of(None, 300), "no tokenizer.json", "a new model", "--tokenizer")
