@@ -220,5 +220,5 @@ def described(config, dtype):
     if family in OWN_HEAD_WIDTH:
         said["head_dim"] = config.head_width
     if config.rope_scaling:
-        said["rope_scaling"] = config.rope_scaling
+        said["rope_scaling"] = dict(config.rope_scaling)  # transformers adds to what it is given
     return said

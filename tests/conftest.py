@@ -58,7 +58,7 @@ FORMS = {  # of a tiny model
     "memory": dict(memory=True),
     "gqa memory": dict(n_kv_head=2, memory=True),
     "ratplus": RATPLUS_FORM,
-    "llama": LLAMA_FORM | dict(n_head=6, n_kv_head=2, width=48, tied=True, rope_scaling=STRETCH),
+    "llama": LLAMA_FORM | dict(n_head=6, n_kv_head=2, width=96, tied=True, rope_scaling=STRETCH),
     "qwen2": QWEN2_FORM | dict(n_kv_head=2),
     "qwen2 memory": QWEN2_FORM | dict(n_kv_head=1, memory=True),
     "qwen3": QWEN3_FORM | dict(n_kv_head=2, tied=True),

@@ -14,7 +14,7 @@ from triton_ops import backend
 ON_CPU = dict(n_layer=1) if DEVICE == "cpu" else {}  # the interpreter takes a second a step
 
 
-OF_SIXTEEN = {"llama": dict(width=96, n_head=6), "qwen3 memory": dict(width=48, n_head=4)}
+OF_SIXTEEN = {"llama": {}, "qwen3 memory": dict(width=48, n_head=4)}
 
 
 def a_model(form="gqa memory"):

@@ -92,8 +92,11 @@ def test_its_official_memory_is_eq_1(monkeypatch):
 def test_its_peer_is_the_same_model(form):
     """A peer of other weights, or of RoPE's base for another model."""
     device, dtype = bench_model.DEVICE, bench_model.DTYPE
-    model, tokens = tiny(**FORMS[form]).to(device, dtype), draw_tokens(1, 40).to(device)
+    heads_of_16 = dict(width=64, n_head=4)
+    model = tiny(**heads_of_16 | FORMS[form]).to(device, dtype)
+    tokens, before = draw_tokens(1, 40).to(device), repr(model.config)
     theirs = bench_model.theirs_of(transformers, model, 100)
+    assert repr(model.config) == before  # transformers writes into the objects that it is given
     assert error(theirs(tokens).logits, model(tokens)) < (1e-5 if device == "cpu" else 3e-2)
     refused(lambda: bench_model.theirs_of(transformers, tiny(memory=True), 100), "--preset")
 
