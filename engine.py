@@ -397,8 +397,8 @@ def projections(attention, x):
         parts = [linear(x) for linear in linears]
         if own is not None:
             gate = own.gate(attention.at_rms_1(x))
-    *output_gate, q, k, v = parts
-    return heads(q), heads(k), heads(v), gate, output_gate[0] if output_gate else None
+    *rest, q, k, v = parts
+    return heads(q), heads(k), heads(v), gate, rest[0] if rest else None
 
 
 def fused_mlp(mlp, x):

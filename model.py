@@ -382,9 +382,9 @@ class Transformer(Inference, nn.Module):
     def save_pretrained(self, path, tokenizer=None):
         """
         Write config.json and safetensors into the directory `path`, and the tokenizer's files
-        (data.get_tokenizer) if one is given; transformers opens what has no memory. What is there
-        of ours is replaced. ValueError, and nothing is changed, if something else has the name of a
-        file to be written.
+        (data.get_tokenizer) if one is given; transformers opens it if it is of one of its families
+        and has no memory. What is there of ours is replaced. ValueError, and nothing is changed, if
+        something else has the name of a file to be written.
         """
         weights.write(path, self.config, self.state_dict(), tokenizer)
 

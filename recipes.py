@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 
 import niah
-from infra.cli import (LONGEST, above_0, at_least_0, few, flag_parser, gate, natural, positive, seed,
-                       share, usable_device)
+from infra.cli import (LONGEST, above_0, at_least_0, few, flag_parser, gate, natural, positive,
+                       seed, share, usable_device)
 from memory import MEMORIES
 from model import PRESETS
 from triton_ops import backend

@@ -33,9 +33,9 @@ from data import get_tokenizer
 from engine import TOGETHER
 from eval_niah import answer
 from infra.cli import made_by, positive
-from infra.families import described
+from infra.families import described, family_of
 from infra.files import save
-from infra.weights import family_of, hf_name
+from infra.names import hf_name
 from model import PRESETS, Transformer
 
 ON_GPU = torch.cuda.is_available()

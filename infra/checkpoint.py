@@ -11,7 +11,7 @@ GPUs.
 
 torch.distributed.checkpoint decides who writes and who reads which rows; Writer below gives it
 safetensors with a hash of their content, and no pickle. One process writes whole tensors
-(model.safetensors): a model without memory opens in transformers as it is.
+(model.safetensors): a family's model without memory opens in transformers as it is.
 model.Transformer.from_pretrained and eval_niah.py read all of them, and
 
     python -m experiments.export out/NAME DIR --dtype=bfloat16

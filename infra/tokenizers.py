@@ -308,7 +308,7 @@ class HuggingFace:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         # Older files lack ignore_merges, which then is false.
         model = {"ignore_merges": False} | spec["model"]
-        of_ids = [spec.get("normalizer"), spec.get("pre_tokenizer"), model, spec.get("added_tokens")]
+        of_ids = [*map(spec.get, ("normalizer", "pre_tokenizer")), model, spec.get("added_tokens")]
         self.kind, self.identity = "hf", [json.dumps(of_ids, sort_keys=True)]
         self.path = path
         self.inner = self.run(Tokenizer.from_str, json.dumps(spec))

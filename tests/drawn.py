@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, assume, settings, strategies as st
 
 import engine
 import sparse
-from conftest import (LLAMA_FORM, QWEN2_FORM, QWEN3_FORM, RATPLUS_FORM, STRETCH, times)
+from conftest import LLAMA_FORM, QWEN2_FORM, QWEN3_FORM, RATPLUS_FORM, STRETCH, times
 from sparse import Dense, Dilated, MoBA, Quest, SnapKV, compose, drops, phases, top
 
 

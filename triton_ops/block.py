@@ -269,11 +269,11 @@ def mean_squares(x_ptr, K, R, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def products_kernel(
-    x_ptr,     # (R, K)
-    w_ptrs,    # of the matrices (sizes[i], K)
-    sizes,     # of these, in rows
-    bias_ptrs, # (sizes[i],) of the last matrices, or None
-    y_ptr,     # (R, sum(sizes))
+    x_ptr,      # (R, K)
+    w_ptrs,     # of the matrices (sizes[i], K)
+    sizes,      # of these, in rows
+    bias_ptrs,  # (sizes[i],) of the last matrices, or None
+    y_ptr,      # (R, sum(sizes))
     K, R, eps,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):
