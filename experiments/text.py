@@ -37,229 +37,54 @@ from infra import files
 
 # name=version, as Debian 12 had them
 PACKAGES = """
-abinit-doc=9.6.2-1
-abs-guide=10-4
-acl2-doc=8.5dfsg-5
-ada-reference-manual-2020=1:2020.1commit85143dcb-4
-allegro4-doc=2:4.4.3.1-3
-anarchism=15.3-3
-angband-data=1:3.5.1-2.5
-ant-doc=1.10.13-1
-apache2-doc=2.4.71-1~deb12u1
-apt-doc=2.6.2
-aptitude-doc-en=0.8.13-5
-autoconf-doc=2.71-3
-bacula-doc=9.6.7-2
-bash-doc=5.2.15-2
-bind9-doc=1:9.18.49-1~deb12u3
-borgbackup-doc=1.2.4-1
-brz-doc=3.3.2-3
-buildbot-doc=3.7.0-2
-c++-annotations-html=12.2.0-2
-cargo-web-doc=1.85.0+dfsg3-1~deb12u3
-cinder-doc=2:21.3.1-1~deb12u1
-clang-22-doc=1:22.1.8-1~deb12u1
-cmake-doc=3.25.1-1
-corosync-doc=3.1.7-1+deb12u2
-crawl-common=2:0.28.0-1.1
-csound-doc=1:6.18.0+dfsg0-1
-dar-docs=2.7.8-2
-db5.3-doc=5.3.28+dfsg2-1
-debian-edu-doc-en=2.12.23~deb12u1
-debian-faq=11.1
-debian-handbook=11.20220922
-debian-history=2.28
-debian-kernel-handbook=1.0.21
-debian-policy=4.6.2.0
-debian-reference-en=2.100
-debmake-doc=1.17-7
-designate-doc=1:15.0.2-0+deb11u1
-developers-reference=12.18
-dict-devil=1.0-13.1
-dict-elements=20001107-a-9.1
-dict-foldoc=20230119-1
-dict-gcide=0.48.5+nmu2
-dict-jargon=4.4.7-3.1
-diskimage-builder-doc=3.13.0-2
-docbook-xsl-doc-html=1.79.1-1
-docker-doc=20.10.24+dfsg1-1+deb12u1
-docutils-doc=0.19+dfsg-6
-doxygen-doc=1.9.4-4
-dpdk-doc=22.11.11-0+deb12u1
-dx-doc=1:4.4.4-15
-dynare-doc=5.3-1
-emscripten-doc=3.1.6~dfsg-5
-enigma-doc=1.20-dfsg.1-2.2
-erlang-doc=1:25.2.3+dfsg-1+deb12u4
-erlang-manpages=1:25.2.3+dfsg-1+deb12u4
-exim4-doc-html=4.96-1
-ffmpeg-doc=7:5.1.9-0+deb12u1
-fish-common=3.6.0-3.1+deb12u1
-fontforge-doc=1:20230101~dfsg-1.1~deb12u1
-fortunes-bofh-excuses=1.2-3
-fortunes=1:1.99.1-7.3
-freebsd-manpages=12.2-1
-frr-doc=8.4.4-1.1~deb12u2
-gammu-doc=1.42.0-8
-gap-doc=4.12.1-2
-geographiclib-doc=2.1.2-1
-gforth-common=0.7.3+dfsg-9
-ghc-doc=9.0.2-4
-giac-doc=1.9.0.35+dfsg2-1.1
-gimp-help-en=2.10.34-2
-git-doc=1:2.39.5-0+deb12u3
-git-man=1:2.39.5-0+deb12u3
-glance-doc=2:25.1.0-2+deb12u5
-gmsh-doc=4.8.4+ds2-3
-gnome-devel-docs=40.3-1
-gnome-user-docs=43.0-2
-gnuplot-doc=5.4.4+dfsg1-2
-gnutls-doc=3.7.9-2+deb12u7
-golang-1.19-doc=1.19.8-2
-gradle-doc=4.4.1-18
-graphviz-doc=2.42.2-7+deb12u1
-grass-doc=8.2.1-1
-gretl-doc=2022c-1
-groonga-doc=13.0.0+dfsg-3~deb12u1
-harden-doc=3.19+nmu1
-haskell98-report=20080907-10
-heat-doc=1:19.0.0-3
-heimdal-docs=7.8.git20221117.28daf24+dfsg-2
-icinga2-doc=2.13.6-2+deb12u2
-imagemagick-6-doc=8:6.9.11.60+dfsg-1.6+deb12u15
-installation-guide-amd64=20230508+deb12u1
-ironic-doc=1:21.4.4-0+deb12u2
-ivy-doc=2.5.1-2
-jmeter-help=2.13-5
-kea-doc=2.2.0-6
-keystone-doc=2:22.0.2-0+deb12u6
-kicad-doc-en=6.0.11+dfsg-1
-kitty-doc=0.26.5-5+deb12u1
-krb5-doc=1.20.1-2+deb12u5
-lava-server-doc=2023.01-2
-lemonldap-ng-doc=2.16.1+ds-deb12u10
-libboost1.74-doc=1.74.0+ds1-21
-libreoffice-help-en-us=4:7.4.7-1+deb12u14
-libssl-doc=3.0.22-1~deb12u2
-libstdc++-12-doc=12.2.0-14+deb12u1
-libvirt-doc=9.0.0-4+deb12u2
-libx11-doc=2:1.8.4-2+deb12u2
-lilypond-doc-html=2.24.1-2
-linux-doc-6.12=6.12.117-1~deb12u1
-linux-doc-6.1=6.1.192-3
-linuxcnc-doc-en=2.9.0~pre1+git20230208.f1270d6ed7-1+deb12u2
-lirc-doc=0.10.1-7.2
-llvm-15-doc=1:15.0.6-4
-llvm-22-doc=1:22.1.8-1~deb12u1
-mailutils-doc=1:3.15-4
-maint-guide=1.2.53
-manila-doc=1:15.1.0-2
-manpages-dev=6.03-2
-manpages=6.03-2
-maxima-doc=5.46.0-11
-mh-book=200605-2.2
-mit-scheme-doc=12.1-3
-mpich-doc=4.0.2-3
-mplayer-doc=2:1.5+svn38408-1
-murano-doc=1:14.0.0-3
-ncurses-doc=6.4-4
-netcdf-doc=1:4.9.0-3
-neutron-doc=2:21.0.0-7+deb12u1
-ngspice-doc=39.3+ds-1
-nim-doc=1.6.10-2
-nodejs-doc=18.20.4+dfsg-1~deb12u3
-nova-doc=2:26.2.2-1~deb12u5
-ns3-doc=3.37-2
-ntpsec-doc=1.2.2+dfsg1-1+deb12u1
-numba-doc=0.56.4+dfsg-2
-nut-doc=2.8.0-7
-octave-doc=7.3.0-2
-octavia-doc=11.0.0-2+deb12u1
-openafs-doc=1.8.9-1+deb12u1
-openmpi-doc=4.1.4-3
-openscap-doc=1.3.7+dfsg-1+deb12u1
-parallel=20221122+ds-2
-pari-doc=2.15.2-1
-pcp-doc=6.0.3-1.1
-perl-doc=5.36.0-7+deb12u4
-png-definitive-guide=20060430-4
-postfix-doc=3.7.11-0+deb12u1
-postgresql-doc-15=15.20-0+deb12u1
-povray-doc=1:3.7.0.10-2
-proofgeneral-doc=4.4.1~pre170114-1.2
-python-astropy-doc=5.2.1-2+deb12u1
-python-biopython-doc=1.80+dfsg-4
-python-brian-doc=2.5.1-3
-python-celery-doc=5.2.6-5
-python-dask-doc=2022.12.1+dfsg-2
-python-distributed-doc=2022.12.1+ds.1-3
-python-django-doc=3:3.2.25-0+deb12u7
-python-flask-doc=2.2.2-3
-python-gevent-doc=22.10.2-3
-python-hypothesis-doc=6.67.1-1
-python-ipython-doc=8.5.0-4
-python-kombu-doc=5.2.4-1
-python-lxml-doc=4.9.2-1+deb12u1
-python-mpmath-doc=1.2.1-2
-python-nipype-doc=1.8.5-3
-python-pygame-doc=2.1.2+dfsg-5
-python-pymatgen-doc=2022.11.7+dfsg1-11+deb12u2
-python-pytest-doc=7.2.1-2
-python-scipy-doc=1.10.1-2
-python-scrapy-doc=2.8.0-2
-python-sqlalchemy-doc=1.4.46+ds1-1
-python-statsmodels-doc=0.13.5+dfsg-7
-python-sympy-doc=1.11.1-1
-python-tornado-doc=6.2.0-3+deb12u4
-python-werkzeug-doc=2.2.2-3+deb12u1
-python-xarray-doc=2023.01.0-1.1
-python3.11-doc=3.11.2-6+deb12u9
-qt5-doc-html=5.15.8-2
-qtbase5-doc-html=5.15.8+dfsg-11+deb12u3
-qtcreator-doc=9.0.2-2
-qtdeclarative5-doc-html=5.15.8+dfsg-3
-qtlocation5-doc-html=5.15.8+dfsg-3+deb12u1
-qtmultimedia5-doc-html=5.15.8-2
-qtquickcontrols2-5-doc-html=5.15.8+dfsg-2
-qtwebengine5-doc-html=5.15.13+dfsg-1~deb12u1
-r-doc-html=4.2.2.20221110-2
-racket-doc=8.7+dfsg1-1
-raku=6.d.7
-renpy-doc=8.0.3+dfsg-1
-rsyslog-doc=8.2302.0+dfsg-1
-ruby3.1-doc=3.1.7+really3.1.2-0+deb12u1
-rust-doc=1.63.0+dfsg1-2
-sagemath-doc=9.5-6
-sbcl-doc=2:2.2.9-1
-scilab-doc=6.1.1+dfsg2-6
-scons-doc=4.4.0+dfsg-1
-sendmail-doc=8.17.1.9-2+deb12u2
-shorewall-doc=5.2.8-2
-slurm-wlm-doc=22.05.8-4+deb12u3
-snakemake-doc=7.21.0-1
-solfege-doc=3.23.4-11
-sphinx-doc=5.3.0-4
-sqlite3-doc=3.40.1-2+deb12u2
-swi-prolog-doc=9.0.4+dfsg-2
-swift-doc=2.30.1-0+deb12u3
-tcl8.6-doc=8.6.13+dfsg-2
-tcllib=1.21+dfsg-1
-tellico-doc=3.4.6-1
-tk8.6-doc=8.6.13-2
-topcat-doc=4.8.7-3
-translate-toolkit-doc=3.8.4-1
-twisted-doc=22.4.0-4+deb12u1
-user-mode-linux-doc=20060501+repack0-1
-vim-doc=2:9.0.1378-2+deb12u2
-weka-doc=3.6.14-3
-wireshark-doc=4.0.17-0+deb12u3
-x11proto-dev=2022.1-1
-xapian-doc=1.4.22-1
-xonsh-doc=0.13.4+dfsg-1
-xorg-docs-core=1:1.7.1-1.2
-xorg-docs=1:1.7.1-1.2
-yade-doc=2023.02a-1
-zoneminder-doc=1.36.33+dfsg1-1
+abs-guide=10-4 ada-reference-manual-2020=1:2020.1commit85143dcb-4 allegro4-doc=2:4.4.3.1-3
+anarchism=15.3-3 ant-doc=1.10.13-1 apache2-doc=2.4.71-1~deb12u1 autoconf-doc=2.71-3
+bacula-doc=9.6.7-2 bash-doc=5.2.15-2 bind9-doc=1:9.18.49-1~deb12u3 brz-doc=3.3.2-3
+buildbot-doc=3.7.0-2 c++-annotations-html=12.2.0-2 cinder-doc=2:21.3.1-1~deb12u1
+clang-14-doc=1:14.0.6-12 cmake-doc=3.25.1-1 crawl-common=2:0.28.0-1.1 csound-doc=1:6.18.0+dfsg0-1
+dar-docs=2.7.8-2 db5.3-doc=5.3.28+dfsg2-1 debian-handbook=11.20220922 debian-policy=4.6.2.0
+debian-reference-en=2.100 developers-reference=12.18 dict-devil=1.0-13.1 dict-foldoc=20230119-1
+dict-gcide=0.48.5+nmu2 dict-jargon=4.4.7-3.1 docker-doc=20.10.24+dfsg1-1+deb12u1
+docutils-doc=0.19+dfsg-6 dpdk-doc=22.11.11-0+deb12u1 dx-doc=1:4.4.4-15 dynare-doc=5.3-1
+emscripten-doc=3.1.6~dfsg-5 enigma-doc=1.20-dfsg.1-2.2 erlang-doc=1:25.2.3+dfsg-1+deb12u4
+erlang-manpages=1:25.2.3+dfsg-1+deb12u4 exim4-doc-html=4.96-1 ffmpeg-doc=7:5.1.9-0+deb12u1
+fish-common=3.6.0-3.1+deb12u1 fontforge-doc=1:20230101~dfsg-1.1~deb12u1 fortunes=1:1.99.1-7.3
+freebsd-manpages=12.2-1 frr-doc=8.4.4-1.1~deb12u2 gap-doc=4.12.1-2 geographiclib-doc=2.1.2-1
+ghc-doc=9.0.2-4 giac-doc=1.9.0.35+dfsg2-1.1 gimp-help-en=2.10.34-2 git-doc=1:2.39.5-0+deb12u3
+glance-doc=2:25.1.0-2+deb12u5 gnome-devel-docs=40.3-1 gnome-user-docs=43.0-2
+gnuplot-doc=5.4.4+dfsg1-2 gnutls-doc=3.7.9-2+deb12u7 gradle-doc=4.4.1-18
+graphviz-doc=2.42.2-7+deb12u1 grass-doc=8.2.1-1 harden-doc=3.19+nmu1 heat-doc=1:19.0.0-3
+icinga2-doc=2.13.6-2+deb12u2 imagemagick-6-doc=8:6.9.11.60+dfsg-1.6+deb12u15
+ironic-doc=1:21.4.4-0+deb12u2 jmeter-help=2.13-5 kea-doc=2.2.0-6 keystone-doc=2:22.0.2-0+deb12u6
+krb5-doc=1.20.1-2+deb12u5 lava-server-doc=2023.01-2 lemonldap-ng-doc=2.16.1+ds-deb12u10
+libboost1.74-doc=1.74.0+ds1-21 libreoffice-help-en-us=4:7.4.7-1+deb12u14 libssl-doc=3.0.22-1~deb12u2
+libstdc++-12-doc=12.2.0-14+deb12u1 libvirt-doc=9.0.0-4+deb12u2 libx11-doc=2:1.8.4-2+deb12u2
+lilypond-doc-html=2.24.1-2 linux-doc-6.1=6.1.192-3 llvm-15-doc=1:15.0.6-4 mailutils-doc=1:3.15-4
+manila-doc=1:15.1.0-2 manpages=6.03-2 manpages-dev=6.03-2 maxima-doc=5.46.0-11 mh-book=200605-2.2
+mit-scheme-doc=12.1-3 mplayer-doc=2:1.5+svn38408-1 ncurses-doc=6.4-4 netcdf-doc=1:4.9.0-3
+neutron-doc=2:21.0.0-7+deb12u1 ngspice-doc=39.3+ds-1 nim-doc=1.6.10-2
+nodejs-doc=18.20.4+dfsg-1~deb12u3 nova-doc=2:26.2.2-1~deb12u5 ns3-doc=3.37-2
+ntpsec-doc=1.2.2+dfsg1-1+deb12u1 numba-doc=0.56.4+dfsg-2 octave-doc=7.3.0-2
+octavia-doc=11.0.0-2+deb12u1 openafs-doc=1.8.9-1+deb12u1 openmpi-doc=4.1.4-3 parallel=20221122+ds-2
+perl-doc=5.36.0-7+deb12u4 png-definitive-guide=20060430-4 postfix-doc=3.7.11-0+deb12u1
+postgresql-doc-15=15.20-0+deb12u1 povray-doc=1:3.7.0.10-2 python-astropy-doc=5.2.1-2+deb12u1
+python-biopython-doc=1.80+dfsg-4 python-brian-doc=2.5.1-3 python-celery-doc=5.2.6-5
+python-dask-doc=2022.12.1+dfsg-2 python-django-doc=3:3.2.25-0+deb12u7 python-flask-doc=2.2.2-3
+python-hypothesis-doc=6.67.1-1 python-lxml-doc=4.9.2-1+deb12u1 python-nipype-doc=1.8.5-3
+python-pygame-doc=2.1.2+dfsg-5 python-pymatgen-doc=2022.11.7+dfsg1-11+deb12u2
+python-pytest-doc=7.2.1-2 python-scipy-doc=1.10.1-2 python-scrapy-doc=2.8.0-2
+python-sqlalchemy-doc=1.4.46+ds1-1 python-statsmodels-doc=0.13.5+dfsg-7 python-sympy-doc=1.11.1-1
+python3.11-doc=3.11.2-6+deb12u9 qt5-doc-html=5.15.8-2 qtbase5-doc-html=5.15.8+dfsg-11+deb12u3
+qtcreator-doc=9.0.2-2 qtdeclarative5-doc-html=5.15.8+dfsg-3
+qtlocation5-doc-html=5.15.8+dfsg-3+deb12u1 qtmultimedia5-doc-html=5.15.8-2
+qtwebengine5-doc-html=5.15.13+dfsg-1~deb12u1 r-doc-html=4.2.2.20221110-2 racket-doc=8.7+dfsg1-1
+renpy-doc=8.0.3+dfsg-1 rsyslog-doc=8.2302.0+dfsg-1 rust-doc=1.63.0+dfsg1-2 sagemath-doc=9.5-6
+sbcl-doc=2:2.2.9-1 scons-doc=4.4.0+dfsg-1 sendmail-doc=8.17.1.9-2+deb12u2 shorewall-doc=5.2.8-2
+slurm-wlm-doc=22.05.8-4+deb12u3 sphinx-doc=5.3.0-4 sqlite3-doc=3.40.1-2+deb12u2
+swi-prolog-doc=9.0.4+dfsg-2 swift-doc=2.30.1-0+deb12u3 tcl8.6-doc=8.6.13+dfsg-2 tcllib=1.21+dfsg-1
+tk8.6-doc=8.6.13-2 topcat-doc=4.8.7-3 translate-toolkit-doc=3.8.4-1 twisted-doc=22.4.0-4+deb12u1
+user-mode-linux-doc=20060501+repack0-1 vim-doc=2:9.0.1378-2+deb12u2 weka-doc=3.6.14-3
+wireshark-doc=4.0.17-0+deb12u3 x11proto-dev=2022.1-1 xapian-doc=1.4.22-1 yade-doc=2023.02a-1
 zsh-doc=5.9-4
 """
 # Of these, only the files whose path matches.
@@ -267,7 +92,6 @@ ONLY = {
     "debian-handbook": "/en-US/",
     "ghc-doc": "/users_guide/",
     "gnome-user-docs": "/help/C/",
-    "installation-guide-amd64": "/en/",
     "libstdc++-12-doc": "/manual/|/faq",
     "lilypond-doc-html": r"/Documentation/(?!internals|snippets)[^.]*\.html",
     "rust-doc": r"/(book|reference|nomicon|rustc|cargo|rust-by-example|edition-guide|rustdoc"
@@ -289,8 +113,8 @@ COMMON = re.compile(r"\b(?:the|of|and|to|is|for|that|with|be|this|are|it|in|a|by
 
 def fetch(name, version, cache):
     """
-    The .deb file of a package in the folder `cache`, where it stays: in this version, or else the
-    one that can be had; None if none can. OSError if there is no apt-get.
+    The .deb file of a package in the folder `cache`, where it stays: this version, or else the one
+    that can be had; None if none can. OSError if there is no apt-get.
     """
     wanted = sorted(cache.glob(f"{name}_{version.replace(':', '%3a')}_*.deb"))
     there = wanted or sorted(cache.glob(f"{name}_*.deb"))
@@ -310,6 +134,7 @@ def fetch(name, version, cache):
 
 
 def version_of(deb):
+    """What the name of a .deb file says."""
     return deb.name.split("_")[1].replace("%3a", ":")
 
 
@@ -362,7 +187,8 @@ def documents(found):
 def decoded(path, data):
     if Path(path).suffix in PACKED:
         data = PACKED[Path(path).suffix](data)
-    if b"\0" in data:
+    # Info marks its pictures by zeros, but few of them.
+    if data.count(0) > len(data) / 1000:
         raise ValueError(f"{path} is no text")
     try:
         return data.decode("utf-8-sig")
@@ -372,12 +198,13 @@ def decoded(path, data):
 
 def tidy(text):
     """Without the spaces, blank lines and invisible characters that are left over."""
-    text = re.sub("[\r\xad\u200b\u00b6]", "", text).replace("\xa0", " ").replace("\f", "\n")
+    text = re.sub("[\0\b\r\xad\u200b\u00b6]", "", text).replace("\xa0", " ").replace("\f", "\n")
     text = re.sub(r"[ \t]+\n", "\n", text.expandtabs())
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"^- *\n+", "- ", text, flags=re.M)).strip()
 
 
 def is_english(text):
+    """Is this English prose, and enough of it?"""
     words = len(text.split())
     letters = len(re.findall(r"[A-Za-z ]", text))
     return (len(text) >= SHORTEST and letters >= 0.75 * len(text)
@@ -453,12 +280,13 @@ def edge(tag, opens):
 ESCAPE = re.compile(
     r"\\(?:[fmMFgkn](?:\(..|\[[^]]*\]|.)|s[-+]?\d+|s\[[^]]*\]|\*?\((?P<two>..)|\*?\[(?P<name>[^]]*)"
     r"\]|\*.|[hvwNoDlLbxZ]'[^']*'|\".*|(?P<one>.)?)")
-SIGNS = {"-": "-", "e": "\\", "\\": "\\", "~": " ", " ": " ", "0": " ", "t": " ", "'": "'", "`": "`",
-         ".": ".", "lq": '"', "rq": '"', "dq": '"', "oq": "'", "cq": "'", "aq": "'", "Aq": "'",
+SIGNS = {"-": "-", "e": "\\", "\\": "\\", "~": " ", " ": " ", "0": " ", "t": " ", "'": "'",
+         "`": "`", ".": ".", "lq": '"', "rq": '"', "dq": '"', "oq": "'", "cq": "'", "aq": "'", "Aq": "'",
          "em": "--", "en": "-", "hy": "-", "bu": "*", "co": "(C)", "rg": "(R)", "rs": "\\",
          "ti": "~", "ha": "^", "ga": "`", "at": "@", "->": "->", "<-": "<-", "<=": "<=", ">=": ">="}
 UNSEEN = {"de": "..", "de1": "..", "am": "..", "ig": "..", "TS": ".TE", "EQ": ".EN", "PS": ".PE"}
-HEADS, LITERAL, FILLED = {"SH", "SS", "Sh", "Ss"}, {"nf", "EX", "CS", "Vb"}, {"fi", "EE", "CE", "Ve"}
+HEADS = {"SH", "SS", "Sh", "Ss"}
+LITERAL, FILLED = {"nf", "EX", "CS", "Vb"}, {"fi", "EE", "CE", "Ve"}
 BREAKS = set("PP LP P Pp sp HP TP IP It TQ br Bl El AP RS RE Bd Ed DS DE".split())
 HIDDEN = set("TH Dd Dt Os TA UE ME PD IX XE BS BE VS VE AS RCS Id UC Rs Re SY YS Bk Ek".split())
 # mdoc calls these within a line, too
@@ -505,8 +333,8 @@ def request(name, words, mdoc):
         return "\n\n"
     if name in BREAKS:
         shown = {"IP": " ".join(words[:1]), "It": shown, "AP": shown}.get(name, "")
-        return "\n" if name == "br" else f"\n\n{shown} "
-    if name in HIDDEN or not name[:1].isupper():
+        return "\n" if name == "br" else f"\n\n{shown}" + " " * bool(shown)
+    if name in HIDDEN or not words or not name[:1].isupper():
         return ""
     # The two letters of BR, IR ... are fonts that alternate from word to word.
     return ("".join(words) if re.fullmatch("[BIR]{2}", name) else shown) + " "
@@ -521,6 +349,7 @@ READERS = [(r"\.(x?html?|page|docbook|xml|en)$", of_html),
 # ---------------------------------------------------------------- the corpus
 
 def of_package(task):
+    """documents of (a .deb, the paths to take of it): the work of one process."""
     deb, only = task
     return documents(unpacked(deb, only))
 
@@ -577,7 +406,8 @@ def run(args):
     cache = Path(args.cache or output / "packages")
     cache.mkdir(parents=True, exist_ok=True)
     if not shutil.which("dpkg-deb"):
-        raise OSError(f"there is no dpkg-deb here to open packages: run this on Debian. {OTHER_WAY}")
+        raise OSError("there is no dpkg-deb here to open packages: run this on Debian. "
+                      f"{OTHER_WAY}")
     wanted = dict(entry.split("=", 1) for entry in PACKAGES.split())
     print(f"{len(wanted)} packages of Debian, kept in {cache}", flush=True)
     with ThreadPoolExecutor(4) as pool:
@@ -585,11 +415,12 @@ def run(args):
 
     lacking = [name for name, deb in debs.items() if not deb]
     if lacking and not args.go_on:
-        raise OSError(f"apt-get has no {', '.join(lacking)}: run apt-get update once, or leave them "
-                      "out with --go_on")
+        raise OSError(f"{len(lacking)} packages cannot be had, {lacking[0]} among them (`apt-get "
+                      f"download {lacking[0]}` says why; apt-get update may help): leave them out "
+                      "with --go_on")
     packages = {}
     for name, expected in wanted.items():
-        found = debs[name] and version_of(debs[name])
+        found = version_of(debs[name]) if debs[name] else None
         packages[name] = {"expected": expected, "version": found}
         if found != expected:
             print(f"note: {name} {expected} is expected, {found or 'nothing'} was found",

@@ -1,11 +1,10 @@
-"""experiments/text.py: what becomes text, what is left out, and that it comes out the same again."""
+"""experiments/text.py: what becomes text, what is left out, and that it is the same again."""
 import bz2
 import gzip
 import hashlib
 import json
 import shutil
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -45,7 +44,7 @@ def test_html_keeps_text_and_lines_and_nothing_of_the_page_around():
         <pre>def f(x):\n    return <i>x</i></pre>
         <table><tr><td>left</td><td>right</td></tr></table></body></html>"""
     assert one("usr/share/doc/a.html", page.encode()) == (
-        f"Title\n\n{PARAGRAPHS[0]} x < y & z\n\n- one\n- two\n\ndef f(x):\n    return x\n\n"
+        f"Title\n\n{PARAGRAPHS[0]} x < y & z\n\n- one\n\n- two\n\ndef f(x):\n    return x\n\n"
         "left right")
 
 
@@ -145,7 +144,7 @@ def test_long_documents_are_cut_between_paragraphs():
 # ---------------------------------------------------------------- the corpus
 
 def test_no_paragraph_comes_twice():
-    """A licence in every document; two versions of a manual; a short heading lost as a repetition."""
+    """A licence in every document; two versions of a manual; a heading lost as a repetition."""
     seen = set()
     assert text.fresh("\n\n".join(["Title", *PARAGRAPHS[:3]]), seen).count("\n\n") == 3
     assert text.fresh("\n\n".join(["Title", *PARAGRAPHS[2:5]]), seen) == "\n\n".join(
