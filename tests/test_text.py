@@ -127,7 +127,7 @@ def test_a_broken_file_is_counted_and_the_others_are_read():
              ("d.txt.gz", packed[:20] + bytes(20) + packed[40:]), ("e.txt", b"\0\1\2" * 99),
              ("f.txt.xz", b"no xz"), ("g.txt", PARAGRAPHS[0].encode()),
              ("h.txt", PARAGRAPHS[1].encode() + b" caf\xe9")]
-    texts, counts = text.documents(found)
+    texts, counts = text.documents(reversed(found))  # an archive has them in any order
     assert texts == [PARAGRAPHS[0], PARAGRAPHS[1] + " caf\xe9"]
     assert counts == {"read": 2, "broken": 6, "not English": 0}
 
@@ -254,6 +254,9 @@ def test_fetching_asks_for_the_version_then_for_any(tmp_path, monkeypatch, have)
     assert text.version_of(deb) == "2.1-1" and list(tmp_path.iterdir()) == [deb]
     assert text.fetch("b-doc", "2.0-1", tmp_path) == deb and len(asked) == 2
     assert text.fetch("a-doc", "1:1.0-1", tmp_path) is None
+    for version in "1%3a1.0-1", "1%3a1.1-1":
+        (tmp_path / f"a-doc_{version}_all.deb").touch()
+    assert text.version_of(text.fetch("a-doc", "1:1.0-1", tmp_path)) == "1:1.0-1"
 
 
 @pytest.mark.parametrize("programs, remedy", [
