@@ -100,7 +100,7 @@ ONLY = {
 }
 OTHER_WAY = ("python data.py --input=FOLDER makes shards of other text, such as FineWeb-Edu's "
              "parquet files")
-CHARS_PER_TOKEN = 3.6  # SmolLM2's tokenizer on this text
+CHARS_PER_TOKEN = 3.5  # SmolLM2's tokenizer on this text
 SHARD = 50e6           # characters in a .jsonl file, about
 LONGEST = 100_000      # characters in a document; longer ones are cut between paragraphs
 SHORTEST = 200         # of a document that is kept
@@ -171,8 +171,12 @@ def documents(found):
     found: (path, bytes) of files -> their texts in the order of paths, and how many files were
     {"read", "broken", "not English"}. A text has at most LONGEST characters.
     """
-    texts, counts = [], {"read": 0, "broken": 0, "not English": 0}
-    for path, data in sorted(found):
+    texts, counts, found = [], {"read": 0, "broken": 0, "not English": 0}, sorted(found)
+    # Where a manual has pages of HTML, Info is the same once more.
+    twice = of_info if any(reader(path) is of_html for path, _ in found) else None
+    for path, data in found:
+        if reader(path) is twice:
+            continue
         try:
             text = tidy(reader(path)(decoded(path, data)))
         except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError):
@@ -225,8 +229,13 @@ def pieces(text):
 # ---------------------------------------------------------------- formats
 
 def of_plain(text):
-    """Plain text, reStructuredText, Markdown, POD, dictionaries; of Info, without its nodes."""
-    return re.sub(r".\x08|^\x1f.*\n|^File: .*Node: .*\n|^%$", "", text, flags=re.M)
+    """Plain text, reStructuredText, Markdown, POD, dictionaries, fortunes without their marks."""
+    return re.sub(r".\x08|^%$", "", text, flags=re.M)
+
+
+def of_info(text):
+    """Info without the heads of its nodes."""
+    return re.sub(r"^\x1f.*\n|^File: .*Node: .*\n", "", text, flags=re.M)
 
 
 TAG = re.compile(r"<!--.*?-->|<(/?[A-Za-z][\w:-]*)([^<>]*)>|<[!?][^>]*>", re.S)
@@ -343,7 +352,8 @@ def request(name, words, mdoc):
 
 READERS = [(r"\.(x?html?|page|docbook|xml|en)$", of_html),
            (r"/man[1-9n]\w*/[^/]+\.[1-9n]\w*$", of_roff),
-           (r"\.(txt|text|rst|md|markdown|pod|texi|texinfo|dict|info(-\d+)?|asc|adoc|org)$"
+           (r"\.info(-\d+)?$", of_info),
+           (r"\.(txt|text|rst|md|markdown|pod|texi|texinfo|dict|asc|adoc|org)$"
             r"|/fortunes/[^.]+$", of_plain)]
 
 

@@ -141,6 +141,14 @@ def test_long_documents_are_cut_between_paragraphs():
     assert sum(map(len, text.pieces("x" * 250_000))) == 250_000
 
 
+def test_info_is_left_out_where_there_are_pages_of_html():
+    """A manual twice in the corpus, once with other line ends and quotes, which no hash finds."""
+    info = ("doc/a.info.gz", gzip.compress(PARAGRAPHS[0].encode()))
+    page, plain = ("doc/a.html", html(PARAGRAPHS[1])), ("doc/a.txt", PARAGRAPHS[2].encode())
+    assert text.documents([info, page, plain])[0] == [PARAGRAPHS[1], PARAGRAPHS[2]]
+    assert text.documents([info, plain])[0] == [PARAGRAPHS[0], PARAGRAPHS[2]]
+
+
 # ---------------------------------------------------------------- the corpus
 
 def test_no_paragraph_comes_twice():
