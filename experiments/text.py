@@ -104,7 +104,7 @@ CHARS_PER_TOKEN = 3.5  # SmolLM2's tokenizer on this text
 SHARD = 50e6           # characters in a .jsonl file, about
 LONGEST = 100_000      # characters in a document; longer ones are cut between paragraphs
 SHORTEST = 200         # of a document that is kept
-LEAST_ENGLISH = 0.22   # share of COMMON among the words; prose has 0.3 to 0.4, code below 0.15
+LEAST_ENGLISH = 0.22   # share of COMMON among the words of a document that is kept
 COMMON = re.compile(r"\b(?:the|of|and|to|is|for|that|with|be|this|are|it|in|a|by|from|not|or|as|if"
                     r"|can|will|you|on|an|which)\b", re.I | re.A)
 
@@ -139,12 +139,16 @@ def version_of(deb):
 
 
 def unpacked(deb, only=""):
-    """(path, bytes) of the files in a .deb that may be documents."""
-    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", deb], stdout=subprocess.PIPE) as process:
-        with tarfile.open(fileobj=process.stdout, mode="r|") as members:
-            for member in members:
-                if member.isreg() and reader(member.name) and re.search(only, member.name):
-                    yield member.name, members.extractfile(member).read()
+    """(path, bytes) of the files in a .deb that may be documents. ValueError if it is damaged."""
+    command = ["dpkg-deb", "--fsys-tarfile", deb]
+    try:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as opened:
+            with tarfile.open(fileobj=opened.stdout, mode="r|") as members:
+                for member in members:
+                    if member.isreg() and reader(member.name) and re.search(only, member.name):
+                        yield member.name, members.extractfile(member).read()
+    except tarfile.TarError as error:
+        raise ValueError(f"{deb} is damaged ({error}): delete it and run this again") from None
 
 
 # ---------------------------------------------------------------- documents
@@ -402,10 +406,11 @@ def write(texts, packages, output):
             shards, size = [*shards, []], 0
         shards[-1].append({"text": text, "from": package})
         size += len(text)
-    # The next command takes all there are.
-    for old in output.glob("text-*.jsonl"):
+    made = {output / f"text-{n:02d}.jsonl": shard for n, shard in enumerate(shards)}
+    files.write_lines(made)
+    # What an earlier run left would be taken for ours.
+    for old in set(output.glob("text-*.jsonl")) - set(made):
         old.unlink()
-    files.write_lines({output / f"text-{n:02d}.jsonl": shard for n, shard in enumerate(shards)})
     manifest = {"documents": len(rows), "characters": sum(len(row[2]) for row in rows),
                 "sha256": whole.hexdigest(), "packages": packages}
     files.save(manifest, output / "manifest.json")

@@ -281,6 +281,20 @@ def test_what_cannot_be_had_is_one_line(tmp_path, monkeypatch, capsys, have, pro
 
 
 @pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="dpkg-deb makes the packages")
+@pytest.mark.parametrize("kept", [0, 100, -300])
+def test_a_damaged_package_is_one_line(tmp_path, monkeypatch, have, capfd, kept):
+    """A traceback of tarfile's, out of a worker; or the text of the half that is there."""
+    monkeypatch.setattr(text, "PACKAGES", "a-doc=1")
+    package(tmp_path, "a-doc", "1", {f"usr/share/{n}.html": html(*PARAGRAPHS) for n in range(999)})
+    deb = tmp_path / "a-doc_1_all.deb"
+    deb.write_bytes(deb.read_bytes()[:kept])
+    with pytest.raises(SystemExit) as end:
+        text.main(["--output", str(tmp_path), "--cache", str(tmp_path), "--workers=1"])
+    told = capfd.readouterr().err
+    assert end.value.code == 2 and told.count("\n") == 1 and f"{deb} is damaged" in told
+
+
+@pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="dpkg-deb makes the packages")
 def test_a_run_goes_on_without_a_package_if_told_to(tmp_path, monkeypatch, have, capsys):
     """--go_on that ends all the same, or says nothing of what is missing."""
     have("dpkg-deb", "apt-get")
