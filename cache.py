@@ -59,6 +59,8 @@ class LayerCache:
     positions: torch.Tensor | None  # (B, Tk, KV)  int32, of each slot; None: the slot itself
     bounds_of: Callable = None      # block size -> low, high (B, N, KV, D) of its blocks' keys,
                                     # which the cache keeps for Triton
+    prompt: Callable = None         # () -> lengths (B,), dice (B, 1): the prompt's, as compress
+                                    # has them, which stay from step to step
 
     def filled_slots(self):
         """(B, Tk) True where a slot holds an entry."""
@@ -91,6 +93,8 @@ class Cache:
         self.lengths = rows()     # tokens fed per row: the next position
         self.used = rows()        # slots filled per row
         self.token_hash = rows()  # of all tokens fed, for the random selectors
+        # both as they were behind the newest prompt
+        self.prompt_lengths, self.prompt_hash = rows(), rows()
 
         # The memory's, of all layers in one tensor: (L, *its shape), with rows in dimension 2.
         self.state = [None] * config.n_layer
@@ -125,7 +129,8 @@ class Cache:
             self.empty()
         self.recent_q = [None for _ in self.recent_q]
         # zeros, since a NaN would outlive its row: 0 * NaN is NaN
-        for x in self.lengths, self.used, self.token_hash, *self.state, *self.k, *self.v:
+        for x in (self.lengths, self.used, self.token_hash, self.prompt_lengths, self.prompt_hash,
+                  *self.state, *self.k, *self.v):
             if x is not None:
                 x.zero_()
         self.filled = 0           # the largest of `used`, known without asking the GPU
@@ -162,8 +167,8 @@ class Cache:
         between is forgotten. Nothing large is copied.
         """
         recent_q = list(self.recent_q)
-        tensors = [x for x in (self.lengths, self.used, self.token_hash, *self.state, *recent_q)
-                   if x is not None]
+        tensors = [x for x in (self.lengths, self.used, self.token_hash, self.prompt_lengths,
+                               self.prompt_hash, *self.state, *recent_q) if x is not None]
         before = [x.clone() for x in tensors]
         filled, ragged, decoding = self.filled, self.ragged, self.decoding
 
@@ -207,9 +212,9 @@ class Cache:
             self.compressed_by[like] = Cache(self.config, self.B, self.max_len, self.window,
                                              self.device, self.dtype)
         kept = self.compressed_by[like]
-        pairs = zip((kept.lengths, kept.token_hash, *kept.state),
-                    (self.lengths, self.token_hash, *self.state))
-        for x, mine in pairs:
+        of = lambda cache: (cache.lengths, cache.token_hash, cache.prompt_lengths,
+                            cache.prompt_hash, *cache.state)
+        for x, mine in zip(of(kept), of(self)):
             if x is not None:
                 x.copy_(mine)
         kept.keep_of(self, sparse)
@@ -543,10 +548,15 @@ class Cache:
         positions = None if self.positions[i] is None else self.positions[i][:, slots]
         layer = LayerCache(self.k[i][:, slots], self.v[i][:, slots], self.used,
                            self.ragged or static, dice, positions,
-                           lambda block_size: self.bounds_of(i, block_size))
+                           lambda block_size: self.bounds_of(i, block_size),
+                           lambda: (self.prompt_lengths, self.prompt_dice(dice)))
         decode = backend.hook(self.now.sparse, "decode", q)
         y, self.selected[i] = decode(q, layer)
         return y
+
+    def prompt_dice(self, dice):
+        """Of a step's dice (B, 1), a layer's, without what the answer has added to them."""
+        return dice - (self.token_hash - self.prompt_hash)[:, None]
 
     def bounds_of(self, i, block_size):
         """

@@ -112,6 +112,9 @@ class Inference:
 
         dice = dice_of(tokens, position, cache.token_hash[cache.part, None], real)
         cache.token_hash[cache.part] = dice[:, -1]
+        if not decoding:
+            cache.prompt_hash[cache.part] = dice[:, -1]
+            cache.prompt_lengths[cache.part] = cache.lengths[cache.part]
         dices = dice_of_layers(dice, self.config.n_layer)
         prefill = backend.hook(sparse, "prefill", self.probe())
         return Feed(sparse=sparse, prefill=prefill, position=position, start=start, lengths=lengths,

@@ -38,11 +38,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CODE = {
     "cache.Cache.attend": "eec02f49",
     "cache.Cache.put": "5566c585",
-    "cache.Cache.read": "f123a3da",
+    "cache.Cache.read": "587e2b86",
     "cache.Cache.remember": "e9736d29",
     "cache.Cache.step": "c7e0fa0d",
     "cache.Cache.store": "d7407dcc",
-    "engine.Inference.described": "e5d3a81e",
+    "engine.Inference.described": "7a8b036b",
     "engine.Inference.feed": "96edd11d",
     "engine.Inference.head": "e5435c2d",
     "memory.Decay.average": "1f988179",
