@@ -81,12 +81,15 @@ class Swapped(Transformer):
               "itself: ask that of the model as it was")
         return super().hidden(tokens, method, cache)
 
+    def by_kernels(self):
+        return False  # the fused layers have no such memory; methods and recurrence stay in Triton
+
 
 def swapped(model):
     """
-    The model, to be asked by `cells`: it shares the weights, and may go on to be used itself. Its
-    layers are computed as they are written, on a GPU too, as the kernels know no such memory.
-    ValueError for a model whose memory is none, or none of Eq. 1.
+    The model, to be asked by `cells`: it shares the weights, and may go on to be used itself. On a
+    GPU its steps are not recorded as graphs, so ask many prompts at a time, 50 or 100. ValueError
+    for a model without memory, and for one whose memory is not of Eq. 1.
     """
     kind = model.config.memory
     check(kind is not None, "this model has no memory, so that there is nothing to swap: give one "

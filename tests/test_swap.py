@@ -206,7 +206,8 @@ def test_with_memory_throughout_it_is_the_plain_method(form, method):
     assert ours.texts == plain.texts and ours.read == plain.read
     tokens, answer = draw_tokens(2, 30).to(DEVICE), draw_tokens(2, 5, seed=1).to(DEVICE)
     of = lambda asked, method: logits_of(asked, tokens, None, answer, method)
-    assert torch.equal(of(swapped(model), cell), of(model, method))
+    exact = 0 if DEVICE == "cpu" else 1e-5  # a GPU may sum halves of a tensor in another order
+    assert_close(of(swapped(model), cell), of(model, method), atol=exact)
 
 
 def test_a_memory_that_forgets_at_once_makes_no_difference():
