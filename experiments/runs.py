@@ -67,7 +67,7 @@ def stages(run, pretraining, seed, more):
 def finished(run, flags):
     """
     Whether the run has seen all its steps. ValueError if other flags made it, or another model than
-    --init now is.
+    --init now is, by its train.json; a model that has none is known by its path alone.
     """
     settings, checkpoint = train.parse(flags), runlog.newest(run, resume=True)
     if checkpoint is None:
@@ -75,7 +75,7 @@ def finished(run, flags):
     steps = runlog.step_of(checkpoint, run, settings)
     if settings.init:
         now = runlog.begun(settings, None)["from"]
-        if now is None or now != runlog.begun(settings, checkpoint)["from"]:
+        if now != runlog.begun(settings, checkpoint)["from"]:
             raise ValueError(f"{run} did not start from {settings.init} as it is now: move {run} "
                              "away")
     return steps == settings.steps
