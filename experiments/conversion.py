@@ -44,6 +44,7 @@ PLAN = {
     "spread256-5e-4": f"{ARL} --gate_start=0.02,0.996 --lr=5e-4 --memory_lr=5e-4",
     "spread4-64-5e-4": f"{ARL} --gate_start=0.75,0.984 --lr=5e-4 --memory_lr=5e-4",
     "all16-5e-4": f"{ARL} --gate_start=0.94 --lr=5e-4 --memory_lr=5e-4",
+    "fixed-5e-4": "--memory=fixed-decay --arl=64 --lr=5e-4",
     "spread256-values-5e-4":
         "--memory=values --arl=64 --gate_start=0.02,0.996 --lr=5e-4 --memory_lr=5e-4",
     "joint-2e-3": "--joint=64 --lr=2e-3",
@@ -83,7 +84,7 @@ def on_text(
 
 def flags_of(name, args, rest):
     return [*COMMON.split(), f"--init={args.init}", f"--data={args.data}", f"--device={args.device}",
-            *PLAN[name].split(), *rest, "--save_every=100000", "--eval_every=0",
+            *PLAN[name].split(), *rest, "--save_every=100000", "--eval_every=127",
             f"--out={args.out}", f"--name={name}", "--resume"]
 
 
@@ -102,6 +103,8 @@ def run_one(name, args, rest):
     report = made_by(args.argv, "experiments/conversion.py", args.device)
     report |= {"name": name, "flags": PLAN[name], "train": runlog.training_record(run),
                "held_out": loss, "losses": thinned(log)}
+    report["layers"] = {entry["step"]: entry["memory_lengths"] for entry in log
+                        if "memory_lengths" in entry}
     if lengths is not None:
         report["median_lengths"] = rounded(lengths.median(-1).values)
         report["quartiles"] = [rounded(lengths.quantile(q, dim=-1)) for q in (0.25, 0.75)]
@@ -154,7 +157,7 @@ def run_all(args, rest):
                  f"--out={args.out}", f"--results={args.results}", f"--runs={name}", *rest]
         return lambda call: call(words, Path(args.out) / f"{name}.log")
 
-    runs.on_all_gpus([job(name) for name in names])
+    runs.on_all_gpus([job(name) for name in names], args.per_gpu)
     for name in names:
         print(line(files.load(Path(args.results) / f"{name}.json", "held_out")))
 
@@ -166,6 +169,7 @@ def flags():
     add("--init", required=True, metavar="PATH", help="the pretrained model")
     add("--data", required=True, metavar="DIR", help="token shards, as data.py writes them")
     add("--runs", nargs="+", choices=PLAN, metavar="NAME", help="None: all of the plan")
+    add("--per_gpu", type=positive, default=1, metavar="RUNS", help="runs at a time on each GPU")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cuda or cpu")
     add("--out", default="out/conversion", metavar="DIR", help="folder of the runs")
