@@ -213,19 +213,9 @@ class Decay(nn.Module):
 
     @torch.no_grad()
     def start(self, g):
-        """
-        First values in a model that was trained without: every gate is g, in (0, 1), whatever it
-        reads. Of two, g and g', each head has lengths 1 / (1 - g) from the first's to the second's,
-        in equal ratios: the shortest in the channels that RoPE turns fastest, whose keys tell
-        places apart.
-        """
-        first, last = g if isinstance(g, (tuple, list)) else (g, g)
-        log_length = torch.linspace(-math.log1p(-first), -math.log1p(-last), self.head_width // 2,
-                                    dtype=torch.float64)
-        logit = torch.expm1(log_length).log()  # (D/2,)  L - 1 is g / (1 - g)
+        """First values in a model that was trained without: every gate is g, in (0, 1)."""
         self.proj.weight.zero_()
-        # RoPE turns channels d and d + D/2 together
-        self.proj.bias.copy_(logit.repeat(len(self.proj.bias) // len(logit)))
+        self.proj.bias.fill_(math.log(g / (1 - g)))
 
 
 class ValuesAlone(Decay):

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 import niah
-from infra.cli import (LONGEST, above_0, at_least_0, few, flag_parser, gates, natural, positive,
+from infra.cli import (LONGEST, above_0, at_least_0, few, flag_parser, gate, natural, positive,
                        seed, share, usable_device)
 from infra.parallel import is_first
 from memory import MEMORIES
@@ -70,7 +70,7 @@ RECIPES = {
 
     # A memory for a language model of 135M parameters, on one GPU: what docs/real-model.md found.
     "continue": dict(
-        data=None, memory="on", arl=64, gate_start=[0.02, 0.984],
+        data=None, memory="on", arl=64,
         context_len=4096, batch=16, steps=381,
         lr=5e-4, memory_lr=5e-4, warmup=0.05, weight_decay=0.1),
 
@@ -129,9 +129,8 @@ def flags():
     add("--memory", choices=["on", "off", *MEMORIES],
         help="the memory: on adds the decaying one to an --init without, a name of memory.MEMORIES "
         "one of that kind; None: as it is")
-    add("--gate_start", type=gates, default=0.5, metavar="G[,G]",
-        help="where the gates of a memory start that --init is given, above 0 and below 1. Two: "
-        "from the first to the second in each head, the second where RoPE turns slowest")
+    add("--gate_start", type=gate, default=0.5, metavar="G",
+        help="where the gates of a memory start that --init is given, above 0 and below 1")
     add("--arl", type=natural, metavar="TOKENS",
         help="length that ARL teaches the memory, 0 for none; None: 64 with a memory")
     add("--joint", type=natural, default=0, metavar="TOKENS",
@@ -220,8 +219,6 @@ def parse(argv):
     without = args.memory == "off" or (args.preset and not new_config(args).memory)
     if without and "--arl" not in given:
         args.arl = 0
-    if without and "--gate_start" not in given:
-        args.gate_start = 0.5
     if args.data is None:
         parser.error(f"--recipe={args.recipe} trains on text: give --data, a folder of shards that "
                      "data.py wrote")

@@ -1,29 +1,37 @@
 """
-How does a pretrained model come to have a memory? Conversions of one model, which differ in a few
-flags of train.py each, on the same text in the same order.
+How does a pretrained model come to have a memory? Conversions of one model, which differ in where
+the gates start and in a few flags of train.py, on the same text in the same order.
 
     for each conversion of PLAN:
-        train.py   ->  out/conversion/NAME         --init continued on --data
+        start      ->  out/conversion/NAME-start   --init with a memory whose gates start so
+        train.py   ->  out/conversion/NAME         that, continued on --data
         measure    ->  results/conversion/NAME.json
 
-Two numbers decide, and no needle is asked for: the loss on text held out, compared with the control
-that took as many optimizer steps without a memory; and how many KV heads have a memory whose median
-channel averages over 16 tokens or more (memory.effective_length), on the same text.
+Two numbers decide, and no needle is asked for: the loss on text held out, compared with the
+controls that took as many optimizer steps without a memory; and how many KV heads have a memory
+whose median channel averages over 16 tokens or more (memory.effective_length), on the same text.
+
+A start is cheap where the model needs its keys and values least: each KV head is given the memory
+alone, the loss tells what that costs, and the cheapest heads get it together (cheapest).
 
     python -m experiments.conversion --init SMOLLM2 --data SHARDS                all that is missing
     python -m experiments.conversion --init SMOLLM2 --data SHARDS --runs NAME    one of them, here
 
 Checked in tests/test_conversion.py. docs/real-model.md tells what was found. Read real_model.py
 next, which asks the models that are made so.
+
+Letters: B batch, T tokens, KV key/value heads, D head width.
 """
 import json
+import math
 import statistics
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 import train
-from data import Shards
+from data import Shards, tokenizer_of
 from experiments import memories  # noqa: F401  puts its classes into memory.MEMORIES
 from experiments import runs
 from infra import files, runlog
@@ -31,25 +39,108 @@ from infra.cli import command, flag_parser, made_by, positive, usable_device
 from memory import lengths_of
 from model import Transformer
 
-LONG = 16  # tokens: a head counts as long from this median length of its channels on
+LONG = 16    # tokens: a head is long if the median length of its channels is as much
+REST = 0.02  # g of the gates that do not start long: k~ is k, but for 2 %
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the gates of a fresh memory start long. Elsewhere they start at REST."""
+    kind: str = "decay"   # of memory.MEMORIES
+    heads: float = 0.4    # share of the model's KV heads, those that it costs least
+    pairs: float = 0.53   # share of each head's pairs of channels, those that RoPE turns fastest
+    length: float = 32.0  # tokens, 1 / (1 - g)
+
 
 # What all have in common: 25M tokens, 16 sequences of 4,096 a step.
-COMMON = "--context_len=4096 --batch=16 --steps=381 --warmup=0.05 --weight_decay=0.1"
+COMMON = ("--context_len=4096 --batch=16 --steps=381 --lr=5e-4 --memory_lr=5e-4 --warmup=0.05 "
+          "--weight_decay=0.1")
 
-ARL = "--memory=on --arl=64"
+# Where the gates start (None: --init as it is, or as the flags say), and flags of train.py.
 PLAN = {
-    "joint-5e-4": "--joint=64 --lr=5e-4",
-    "half-5e-4-gates-5e-3": f"{ARL} --gate_start=0.5 --lr=5e-4 --memory_lr=5e-3",
-    "spread64-5e-4": f"{ARL} --gate_start=0.02,0.984 --lr=5e-4 --memory_lr=5e-4",
-    "spread256-5e-4": f"{ARL} --gate_start=0.02,0.996 --lr=5e-4 --memory_lr=5e-4",
-    "spread4-64-5e-4": f"{ARL} --gate_start=0.75,0.984 --lr=5e-4 --memory_lr=5e-4",
-    "all16-5e-4": f"{ARL} --gate_start=0.94 --lr=5e-4 --memory_lr=5e-4",
-    "fixed-5e-4": "--memory=fixed-decay --arl=64 --lr=5e-4",
-    "spread256-values-5e-4":
-        "--memory=values --arl=64 --gate_start=0.02,0.996 --lr=5e-4 --memory_lr=5e-4",
-    "joint-2e-3": "--joint=64 --lr=2e-3",
-    "spread256-2e-3": f"{ARL} --gate_start=0.02,0.996 --lr=2e-3 --memory_lr=5e-4",
+    "joint": (None, "--memory=off --joint=64"),
+    "dilated": (None, "--memory=off --arl=64"),
+    "half": (None, "--memory=on --arl=64 --gate_start=0.5 --memory_lr=5e-3"),
+    "third": (Start(), "--arl=64"),
+    "third-slow": (Start(), "--arl=64 --memory_lr=2e-5"),
+    "third-slow-joint": (Start(), "--arl=0 --joint=64 --memory_lr=2e-5"),
+    "third-keys-slow": (Start(kind="keys"), "--arl=64 --memory_lr=2e-5"),
+    "third-values-slow": (Start(kind="values"), "--arl=64 --memory_lr=2e-5"),
+    "third-whole-slow": (Start(pairs=1.0), "--arl=64 --memory_lr=2e-5"),
+    "all-keys-slow": (Start(kind="keys", heads=1.0), "--arl=64 --memory_lr=2e-5"),
+    "joint-2e-3": (None, "--memory=off --joint=64 --lr=2e-3"),
+    "third-slow-2e-3": (Start(), "--arl=64 --lr=2e-3 --memory_lr=2e-5"),
 }
+
+
+# ---------------------------------------------------------------- where the gates start
+
+def set_gates(model, heads, start):
+    """Every gate to REST, but those of `heads`, [(layer, KV head)], as `start` says."""
+    D, rest = model.config.head_width, math.log(REST / (1 - REST))
+    of_head = torch.full((D,), rest)
+    # RoPE turns channels d and d + D/2 together, those of the smallest d fastest
+    of_head[torch.arange(D) % (D // 2) < start.pairs * D / 2] = math.log(start.length - 1)
+    for number, layer in enumerate(model.layers):
+        proj = layer.self_attn.memory.proj
+        proj.weight.data.zero_()
+        proj.bias.data.fill_(rest)
+        for of_layer, head in heads:
+            if of_layer == number:
+                proj.bias.data[head * D:(head + 1) * D] = of_head.to(proj.bias)
+
+
+@torch.no_grad()
+def cheapest(
+    model,         # with a fresh memory, in any state
+    tokens,        # (B, T + 1)  text to measure on
+    start,
+    at_a_time=6,   # heads that are added before all others are measured again
+):                 # -> heads [(layer, KV head)], cheapest first; the loss in nats per token of
+                   #    none, {(layer, KV head): of it alone}, of all of them
+    """Greedy: those that cost least beside the ones that are there. Of many, half are measured."""
+    weight = torch.ones(tokens.shape, device=tokens.device)
+
+    def loss(heads):
+        set_gates(model, heads, start)
+        total, _ = model.score(tokens, weight)
+        return float(total) / (tokens.numel() - len(tokens))
+
+    every = [(layer, head) for layer in range(model.config.n_layer)
+             for head in range(model.config.n_kv_head)]
+    before, alone = loss([]), {head: loss([head]) for head in every}
+    left, chosen, wanted = sorted(every, key=alone.get), [], math.ceil(start.heads * len(every))
+    while len(chosen) < wanted:
+        if chosen:
+            # a head that is dear alone does not become cheap
+            candidates = left[:max(at_a_time, 2 * (wanted - len(chosen)))]
+            beside = {head: loss([*chosen, head]) for head in candidates}
+            left = sorted(candidates, key=beside.get) + left[len(candidates):]
+        n = min(at_a_time, wanted - len(chosen))
+        chosen, left = chosen + left[:n], left[n:]
+    return chosen, before, alone, loss(chosen)
+
+
+def started(start, init, data, folder, device, context_len=4096, windows=6):
+    """The model --init with a memory that starts so, in `folder`; what that costs beside it."""
+    folder = Path(folder)
+    if (folder / "start.json").exists():
+        return folder
+    model = Transformer.from_pretrained(init, device=device)
+    config = model.config
+    model.add_memory(REST, start.kind)
+    shards = Shards(data, context_len, seed=0)
+    tokens = torch.stack([torch.from_numpy(shards.sample(i)) for i in range(windows)]).to(device)
+    heads, before, alone, after = cheapest(model, tokens, start)
+    set_gates(model, heads, start)
+    model.save_pretrained(folder, tokenizer_of(init, config.vocab_size, None))
+    costs = [[round(alone[layer, head] - before, 4) for head in range(config.n_kv_head)]
+             for layer in range(config.n_layer)]
+    files.save({"start": asdict(start), "heads": heads, "loss": before, "loss_with": after,
+                "cost_alone": costs}, folder / "start.json")
+    print(f"{folder}: {len(heads)} heads start at {start.length:g} tokens; loss {before:.4f} -> "
+          f"{after:.4f}", flush=True)
+    return folder
 
 
 # ---------------------------------------------------------------- one conversion
@@ -57,94 +148,86 @@ PLAN = {
 @torch.no_grad()
 def on_text(
     model,
-    data,              # a folder of shards: the windows that train.py holds out
+    data,              # a folder of shards, of which train.py holds out the last windows
     context_len=4096,
-    windows=128,
+    windows=128,       # at most so many of them
     batch=8,           # windows at a time
-):
-    """
-    -> nats per token of the text; and the effective length in tokens of every channel of the
-    memory, (layers, KV, D), None without one.
-    """
-    shards, device = Shards(data, context_len, seed=0, split="val"), model.embed_tokens.weight.device
-    n = min(windows, len(shards))
+):                     # -> nats per token; effective length in tokens of each channel of the
+                       #    memory (layers, KV, D), None without one
+    shards = Shards(data, context_len, seed=0, split="val")
+    device, n = model.embed_tokens.weight.device, min(windows, len(shards))
     total, lengths = 0.0, []
-    for start in range(0, n, batch):
-        rows = [torch.from_numpy(shards.sample(i)) for i in range(start, min(start + batch, n))]
-        tokens = torch.stack(rows).to(device)  # (batch, context_len + 1)
-        weight = torch.ones(tokens.shape, device=device)
+    for first in range(0, n, batch):
+        rows = [torch.from_numpy(shards.sample(i)) for i in range(first, min(first + batch, n))]
+        tokens = torch.stack(rows).to(device)  # (B, T + 1)
         with lengths_of(model) as found:
-            loss, _ = model.score(tokens, weight)
+            loss, _ = model.score(tokens, torch.ones(tokens.shape, device=device))
         total += float(loss)
         if found:
             lengths.append(torch.stack(found))
-    lengths = torch.stack(lengths).mean(0).cpu() if lengths else None
-    return total / (n * context_len), lengths
+    return total / (n * context_len), torch.stack(lengths).mean(0).cpu() if lengths else None
 
 
-def flags_of(name, args, rest):
-    return [*COMMON.split(), f"--init={args.init}", f"--data={args.data}", f"--device={args.device}",
-            *PLAN[name].split(), *rest, "--save_every=100000", "--eval_every=127",
-            f"--out={args.out}", f"--name={name}", "--resume"]
+def quartiles(lengths):
+    """{"0.25": [[of each KV head's channels] of each layer], "0.5": ..., "0.75": ...}"""
+    return {str(q): [[round(x, 2) for x in heads] for heads in lengths.quantile(q, -1).tolist()]
+            for q in (0.25, 0.5, 0.75)}
+
+
+def losses(folder, points=20):
+    """{step: {"loss": mean since the point before, "arl_loss" or "joint_loss": likewise}}"""
+    log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    found, every = {}, max(1, len(log) // points)
+    for end in range(every, len(log) + 1, every):
+        some = log[end - every:end]
+        found[end] = {key: round(statistics.fmean(entry[key] for entry in some), 4)
+                      for key in ("loss", "arl_loss", "joint_loss") if key in some[0]}
+    return found
 
 
 def run_one(name, args, rest):
     """Train and measure, unless the result is there."""
-    result = Path(args.results) / f"{name}.json"
+    result, run = Path(args.results) / f"{name}.json", Path(args.out) / name
     if result.exists():
         print(f"{name}: done already, {result}")
         return
-    flags, run = flags_of(name, args, rest), Path(args.out) / name
+    report = made_by(args.argv, "experiments/conversion.py", args.device)
+    (start, flags), init = PLAN[name], args.init
+    if start:
+        init = started(start, init, args.data, f"{run}-start", args.device, args.context_len)
+        report["start"] = files.load(init / "start.json")
+    flags = [*COMMON.split(), f"--init={init}", f"--data={args.data}", f"--device={args.device}",
+             *flags.split(), f"--context_len={args.context_len}", "--save_every=1000000",
+             "--eval_every=0", f"--out={args.out}", f"--name={name}", "--resume", *rest]
     if not runs.finished(run, flags):
         train.train(train.parse(flags))
     model = Transformer.from_pretrained(run, torch.bfloat16, args.device)
-    loss, lengths = on_text(model, args.data)
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    report = made_by(args.argv, "experiments/conversion.py", args.device)
-    report |= {"name": name, "flags": PLAN[name], "train": runlog.training_record(run),
-               "held_out": loss, "losses": thinned(log)}
-    report["layers"] = {entry["step"]: entry["memory_lengths"] for entry in log
-                        if "memory_lengths" in entry}
+    loss, lengths = on_text(model, args.data, args.context_len)
+    report |= {"name": name, "flags": PLAN[name][1], "train": runlog.training_record(run),
+               "losses": losses(run), "held_out": loss}
     if lengths is not None:
-        report["median_lengths"] = rounded(lengths.median(-1).values)
-        report["quartiles"] = [rounded(lengths.quantile(q, dim=-1)) for q in (0.25, 0.75)]
+        report["lengths"] = quartiles(lengths)
     files.save(report, result)
     print(line(report), flush=True)
 
 
-def rounded(lengths):
-    """(layers, KV) as lists"""
-    return [[round(x, 2) for x in heads] for heads in lengths.tolist()]
+# ---------------------------------------------------------------- all of them, and the table
 
-
-def thinned(log, every=20):
-    """{step: [dense loss, the extra pass's]}, means of the steps since the one before."""
-    found = {}
-    for end in range(every, len(log) + 1, every):
-        some = log[end - every:end]
-        mean = lambda key: round(statistics.fmean(entry[key] for entry in some), 4)
-        found[end] = [mean(key) for key in ("loss", "arl_loss", "joint_loss") if key in some[0]]
-    return found
-
-
-def long_heads(report):
-    """How many KV heads are long, of how many."""
-    heads = [x for layer in report.get("median_lengths", []) for x in layer]
-    return sum(x >= LONG for x in heads), len(heads)
+def medians(report):
+    """The median length of each KV head's channels, ascending."""
+    return sorted(x for layer in report.get("lengths", {}).get("0.5", []) for x in layer)
 
 
 def line(report):
-    long, n = long_heads(report)
-    heads = sorted(x for layer in report.get("median_lengths", []) for x in layer)
-    of_heads = ""
+    """A conversion as a line of the table."""
+    heads, last = medians(report), list(report["losses"].values())[-1]
+    words = f"{report['name']:20}{report['held_out']:9.4f}"
+    words += "".join(f"{last.get(key, math.nan):8.3f}" for key in ("loss", "arl_loss"))
     if heads:
-        of_heads = f"{long:4} of {n}   median {heads[n // 2]:6.1f}  longest {heads[-1]:6.1f}"
-    last = list(report["losses"].values())[-1] if report["losses"] else []
-    words = " ".join(f"{x:.3f}" for x in last)
-    return f"{report['name']:26} held out {report['held_out']:.4f}  passes {words:14} {of_heads}"
+        long = sum(x >= LONG for x in heads)
+        words += f"{long:6} of {len(heads)}{heads[len(heads) // 2]:8.1f}{heads[-1]:8.1f}"
+    return words
 
-
-# ---------------------------------------------------------------- all of them
 
 def run_all(args, rest):
     names = args.runs or list(PLAN)
@@ -154,12 +237,15 @@ def run_all(args, rest):
 
     def job(name):
         words = ["experiments/conversion.py", f"--init={args.init}", f"--data={args.data}",
+                 f"--context_len={args.context_len}", f"--device={args.device}",
                  f"--out={args.out}", f"--results={args.results}", f"--runs={name}", *rest]
         return lambda call: call(words, Path(args.out) / f"{name}.log")
 
-    runs.on_all_gpus([job(name) for name in names], args.per_gpu)
+    runs.on_all_gpus([job(name) for name in names])
+    print(f"{'':20}{'held out':>9}{'dense':>8}{'ARL':>8}{'long heads':>12}{'median':>8}{'most':>8}")
     for name in names:
-        print(line(files.load(Path(args.results) / f"{name}.json", "held_out")))
+        print(line(files.load(Path(args.results) / f"{name}.json", "held_out", "losses")))
+    print("nats per token; a head's length: the median of its channels, in tokens")
 
 
 def flags():
@@ -168,11 +254,11 @@ def flags():
     add = parser.add_argument
     add("--init", required=True, metavar="PATH", help="the pretrained model")
     add("--data", required=True, metavar="DIR", help="token shards, as data.py writes them")
-    add("--runs", nargs="+", choices=PLAN, metavar="NAME", help="None: all of the plan")
-    add("--per_gpu", type=positive, default=1, metavar="RUNS", help="runs at a time on each GPU")
+    add("--runs", nargs="+", choices=PLAN, metavar="NAME", help=f"of {', '.join(PLAN)}; None: all")
+    add("--context_len", type=positive, default=4096, metavar="TOKENS", help="of a sequence")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cuda or cpu")
-    add("--out", default="out/conversion", metavar="DIR", help="folder of the runs")
+    add("--out", default="out/conversion", metavar="DIR", help="folder of the models and logs")
     add("--results", default="results/conversion", metavar="DIR", help="folder of the results")
     return parser
 

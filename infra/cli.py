@@ -66,14 +66,6 @@ seed = whole(-2**31, 2**31 - 1)     # with step and process it must fit a genera
 above_0, at_least_0 = number(lambda x: x > 0, "above 0"), number(lambda x: x >= 0, "0 or above")
 share = number(lambda x: 0 <= x <= 1, "a share from 0 to 1")
 gate = number(lambda g: 0 < g < 1, "above 0 and below 1")  # where a memory's gate can start
-
-
-def gates(text):
-    """A flag's gate, or two of them with a comma between: a number, or a list of two."""
-    first, comma, last = text.partition(",")
-    return [gate(first), gate(last)] if comma else gate(first)
-
-
 temperature = at_least_0
 
 
