@@ -1,15 +1,15 @@
 """
-Does a memory help a real language model? Arms that differ in how one pretrained model is continued,
-each fine-tuned and asked alike.
+Does a memory help a real language model? Arms that differ in how one pretrained model is continued
+are fine-tuned and asked alike.
 
     for each run ARM-SEED of the plan, on a GPU of its own:
         train.py   ARM's flags, on text             out/real-model/ARM-SEED-text    not of "released"
         train.py   needles, dense                   out/real-model/ARM-SEED
         train.py   needles, ARM's extra pass too    out/real-model/ARM-SEED-same    of arms with one
-        ask        each of the two                  results/real-model/ARM-SEED[-same].json
+        ask        each of the last two             results/real-model/ARM-SEED[-same].json
 
     released      the model as it is
-    continued     trained on text, one optimizer step per batch
+    continued     on text, one optimizer step per batch
     joint         and one more before it, through a window of 64 tokens
     dilated       and one more before it, through ARL's sparse pattern
     memory        with a memory, and ARL's step
@@ -17,15 +17,15 @@ each fine-tuned and asked alike.
     convolution   with a short causal convolution in the memory's place, and the window's step
 
 Arms share the text, its order, rates and schedule: recipe `continue`. A seed decides the order of
-the text and the samples of the fine-tuning; all start from one checkpoint, so that claims are of
-that one. Models are deleted once they are asked: predictions, logs and results stay.
+the text and the samples of the fine-tuning; all runs start from one checkpoint, so that what is
+found is true of that one. Models are deleted once they are asked: answers, losses and results stay.
 
     python -m experiments.real_model --init SMOLLM2 --data SHARDS --stages primary    what is missing
     python -m experiments.real_model --init SMOLLM2 --data SHARDS --runs memory-3     one run, here
-    python -m experiments.real_model --stages none                                    the tables
+    python -m experiments.real_model                                    tables of the results there
 
-docs/real-model.md has the plan in words, and what was found. What is asked besides scores is in
-swap.py and oracle.py. Checked in tests/test_real_model_plan.py. Read conversion.py first.
+docs/real-model.md has the plan in words. Checked in tests/test_real_model_plan.py. Read
+conversion.py before; what is asked besides scores is in oracle.py and swap.py.
 """
 import argparse
 import gc
@@ -38,14 +38,15 @@ from pathlib import Path
 import torch
 
 import eval_niah
+import sparse
 import train
-from experiments import memories  # noqa: F401  puts its classes into memory.MEMORIES
-from experiments import reproduce, runs, ways
-from experiments.conversion import on_text, rounded
+from experiments import conversion, reproduce, runs, swap, ways
+from experiments.oracle import Frozen, left_out, oracle
 from infra import files, runlog
 from infra.answers import read_lines
 from infra.cli import command, flag_parser, made_by, positive, usable_device
 from infra.report import best_heads, mean
+from memory import Decay
 from model import Transformer
 
 # How the released model is continued: flags of train.py that follow --recipe=continue.
@@ -58,183 +59,179 @@ ARMS = {
     "memory-joint": "--memory=on --arl=0 --joint=64",
     "convolution": "--memory=convolution --arl=0 --joint=64",
 }
-PASSES = "--joint", "--arl"  # of these the fine-tuning of a -same run has the arm's
+START = conversion.Start()  # of the gates, where --memory=on
 
-# Fine-tuning: recipe niah-sft with steps of 16 sequences, at this rate, unless a run names another.
+# Fine-tuning: recipe niah-sft with so many steps of 16 sequences, at this rate, unless a run names
+# others.
 SFT = "--recipe=niah-sft --batch=16 --min_lr=0"
 STEPS, RATE = 320, "3e-4"
 
-# The plan. A run of the curve says how many steps of fine-tuning it has, at which rate.
 STAGES = {
+    # how many steps of fine-tuning are enough, at which rate
     "curve": [f"released-0-{steps}x{rate}" for rate in ("1e-4", "3e-4")
               for steps in (54, 160, 320, 640)],
+    # the settings of the methods, on prompts of another seed
     "develop": ["joint-100"],
     "primary": [f"{arm}-{seed}" for seed in range(8) for arm in ("joint", "memory", "dilated")],
     "others": [f"{arm}-{seed}" for seed in range(2)
                for arm in ("released", "continued", "memory-joint", "convolution")],
-    "none": [],
 }
 
-# One setting of each method serves all arms. It was chosen on joint-100, by prompts of seed 100.
-KINDS = {"quest": "", "moba": "", "snapkv": ",kernel=21,window=16"}
+# One setting of each method serves all arms.
 BUDGETS = eval_niah.BUDGETS
+SETTING = {"quest": "", "moba": "", "snapkv": ",kernel=21,window=16"}
 CELLS = {kind: [f"{kind}:budget={budget}{more}" for budget in BUDGETS]
-         for kind, more in KINDS.items()}
-EXTREME = "quest:budget=1/64,block_size={}"  # 16, or a quarter of the budget
+         for kind, more in SETTING.items()}
+EXTREME = "quest:budget=1/64,block_size={}"
 GRID = [*(f"snapkv:budget=1/8,kernel={kernel},window={window}"
           for kernel in (5, 11, 21, 31) for window in (16, 32, 64)),
         *(f"moba:budget=1/8,block_size={size}" for size in (32, 64, 128))]
-DEVELOP, EVAL = 100, 1000  # seeds of the prompts
+DEVELOP, EVAL = 100, 1000  # seeds of the prompts; a run of seed DEVELOP is asked GRID alone
+DRAWS = 5                  # of H2
+
+# What the plan compares: the mean of a method's three budgets, paired by seed.
+CONTRASTS = {"primary": ("memory", "joint"), "beside it": ("memory", "dilated")}
 
 
-# ---------------------------------------------------------------- one run
+# ---------------------------------------------------------------- what a run is
 
-def named(text):
-    """A flag's run, ARM-SEED or ARM-SEED-STEPSxRATE: the text, if it is one."""
+def run_name(text):
+    """A flag's run: ARM-SEED, or ARM-SEED-STEPSxRATE."""
     try:
-        of_name(text)
+        parts_of(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
 
 
-def of_name(name):
+def parts_of(name):
     """-> arm, seed, steps and rate of the fine-tuning. ValueError if it names no run."""
     for arm in sorted(ARMS, key=len, reverse=True):
         rest = name.removeprefix(f"{arm}-")
-        if rest == name:
-            continue
-        seed, _, sft = rest.partition("-")
-        steps, _, rate = (sft or f"{STEPS}x{RATE}").partition("x")
-        if seed.isdecimal() and steps.isdecimal() and rate:
+        seed, _, tuning = rest.partition("-")
+        steps, _, rate = (tuning or f"{STEPS}x{RATE}").partition("x")
+        if rest != name and seed.isdecimal() and steps.isdecimal() and rate:
             return arm, int(seed), int(steps), rate
     raise ValueError(f"{name} is no run: ARM-SEED, of {', '.join(ARMS)}; or ARM-SEED-STEPSxRATE")
 
 
-def variants(name):
-    """{suffix of a model's name: flags of its fine-tuning}"""
-    arm, *_ = of_name(name)
-    passes = [flag for flag in (ARMS[arm] or "").split() if flag.split("=")[0] in PASSES]
-    extra = [flag for flag in passes if not flag.endswith("=0")]
-    plain = ["--arl=0"]
-    return {"": plain, "-same": extra} if extra else {"": plain}
-
-
 def stages_of(name, args, rest):
     """
-    -> flags of train.py that continue the model, None if nothing does; and {suffix: those of its
-    fine-tunings}.
+    -> flags of train.py that continue the model, None if nothing does; {suffix of the result's
+    name: flags of the fine-tuning}
     """
-    arm, seed, steps, rate = of_name(name)
+    arm, seed, steps, rate = parts_of(name)
+    flags = (ARMS[arm] or "").split()
     both = [f"--seed={seed}", f"--context_len={args.context_len}", f"--device={args.device}",
-            "--eval_every=0", "--save_every=1000000", f"--out={args.out}", "--resume"]
-    text, start = None, args.init
+            "--eval_every=0", "--save_every=1000000", f"--out={args.out}", "--resume", *rest]
+    start, text = args.init, None
     if ARMS[arm] is not None:
-        text = ["--recipe=continue", f"--init={args.init}", f"--data={args.data}",
-                *ARMS[arm].split(), *both, f"--name={name}-text", *rest]
+        if "--memory=on" in flags:
+            start = Path(args.out) / "start"
+        text = ["--recipe=continue", f"--init={start}", f"--data={args.data}", *flags, *both,
+                f"--name={name}-text"]
         start = Path(args.out) / f"{name}-text"
-    tuned = {suffix: [*SFT.split(), f"--steps={steps}", f"--lr={rate}", f"--init={start}", *flags,
-                      *both, f"--name={name}{suffix}", *rest]
-             for suffix, flags in variants(name).items()}
+
+    passes = [flag for flag in flags if flag in ("--joint=64", "--arl=64")]
+    tuned = {suffix: [*SFT.split(), f"--steps={steps}", f"--lr={rate}", f"--init={start}",
+                      *extra, *both, f"--name={name}{suffix}"]
+             for suffix, extra in {"": [], "-same": passes}.items() if extra or not suffix}
     return text, tuned
-
-
-def run_one(name, args, rest):
-    """Train, fine-tune, ask and delete, unless the results are there."""
-    text, tuned = stages_of(name, args, rest)
-    missing = [suffix for suffix in tuned if not result_of(name + suffix, args).exists()]
-    if not missing:
-        print(f"{name}: done already, in {args.results}")
-        return
-    report = made_by(args.argv, "experiments/real_model.py", args.device)
-    arm, seed, steps, rate = of_name(name)
-    report |= {"arm": arm, "seed": seed, "init": Path(args.init).name}
-    if text:
-        folder = trained(text)
-        report["text"] = record_of(folder) | on_held_out(folder, args)
-    for suffix in missing:
-        folder = trained(tuned[suffix])
-        found = report | {"name": name + suffix, "sft": record_of(folder)}
-        found |= on_held_out(folder, args)
-        found |= ask(folder, name, args)
-        files.save(found, result_of(name + suffix, args))
-        print(line(found), flush=True)
-    if not args.keep:
-        for suffix in ["-text", *tuned]:
-            shutil.rmtree(Path(args.out) / f"{name}{suffix}", ignore_errors=True)
 
 
 def result_of(name, args):
     return Path(args.results) / f"{name}.json"
 
 
-def trained(flags):
-    """The folder of a run of train.py with these flags, which is there then."""
+def missing(name, args):
+    """The suffixes of the run's results that are not there."""
+    _, tuned = stages_of(name, args, [])
+    return [suffix for suffix in tuned if not result_of(name + suffix, args).exists()]
+
+
+# ---------------------------------------------------------------- one run: train, ask, delete
+
+def run_one(name, args, rest):
+    wanted, (text, tuned) = missing(name, args), stages_of(name, args, rest)
+    if not wanted:
+        print(f"{name}: done already, in {args.results}")
+        return
+    arm, seed, *_ = parts_of(name)
+    about = made_by(args.argv, "experiments/real_model.py", args.device)
+    about |= {"arm": arm, "seed": seed}
+    if text:
+        if "--memory=on" in text:
+            conversion.started(START, args.init, args.data, Path(args.out) / "start", args.device,
+                               args.context_len)
+        about["text"] = trained(text, args)
+    for suffix in wanted:
+        tuning = trained(tuned[suffix], args)
+        found = ask(name, suffix, args)
+        report = about | {"name": name + suffix, "tuning": tuning} | found
+        files.save(report, result_of(name + suffix, args))
+        print(f"{name}{suffix}: result in {result_of(name + suffix, args)}", flush=True)
+    if not args.keep:
+        for folder in [f"{name}-text", *(name + suffix for suffix in tuned)]:
+            shutil.rmtree(Path(args.out) / folder, ignore_errors=True)
+
+
+def trained(flags, args):
+    """Train, unless the model is there. -> how it was made, its losses, its memory's lengths"""
     settings = train.parse(flags)
     folder = Path(settings.out) / settings.name
     if not runs.finished(folder, flags):
         train.train(settings)
-        gc.collect()  # its CUDA graphs, and their memory
-    return folder
-
-
-def record_of(folder):
-    """How a model was trained: train.json of its newest checkpoint, and its losses."""
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    every = max(1, len(log) // 20)
-    losses = {}
-    for end in range(every, len(log) + 1, every):
-        some = log[end - every:end]
-        losses[end] = {key: round(statistics.fmean(entry[key] for entry in some), 4)
-                       for key in ("loss", "arl_loss", "joint_loss") if key in some[0]}
-    return {"train": runlog.training_record(folder), "losses": losses}
-
-
-def on_held_out(folder, args):
-    """Loss on held-out text, and the median and quartile lengths of each KV head's channels."""
+        gc.collect()  # the training's CUDA graphs, and their memory
     model = Transformer.from_pretrained(folder, torch.bfloat16, args.device)
-    loss, lengths = on_text(model, args.data, args.context_len)
-    found = {"held_out": loss}
-    if lengths is not None:
-        found["lengths"] = {str(q): rounded(lengths.quantile(q, dim=-1))
-                            for q in (0.25, 0.5, 0.75)}
-    return found
+    loss, lengths = conversion.on_text(model, args.data, args.context_len)
+    found = {"train": runlog.training_record(folder), "losses": conversion.losses(folder),
+             "held_out": loss}
+    return found if lengths is None else found | {"lengths": conversion.quartiles(lengths)}
 
 
-# ---------------------------------------------------------------- all that is asked
+# ---------------------------------------------------------------- all that is asked of a model
 
-def ask(folder, name, args):
+def ask(name, suffix, args):
     """
-    -> {"cells": {method: {task: RULER's score}}, and for fewer prompts "hits", "by_chance" ...}
+    -> {"cells": {method: {task: RULER's score in percent}}}, and with fewer prompts what tells why:
+    "hits" (H1), "by_chance" (H2), "frozen", "oracle", "swap"
     """
-    arm, seed, *_ = of_name(name)
+    folder = Path(args.out) / (name + suffix)
+    arm, seed, *_ = parts_of(name)
     if seed == DEVELOP:
-        return {"grid": scores_in(evaluated(folder, "grid", args, DEVELOP, args.samples, GRID))}
-    extreme = EXTREME.format(min(16, args.context_len // 256))
+        report = evaluated(folder, "grid", args, DEVELOP, args.samples, GRID)
+        return {"grid": scores_in(report), "prompts": reproduce.prompts_in(report)}
+
     nine = [method for of_kind in CELLS.values() for method in of_kind]
+    # the paper's block of 16 tokens; in a short context a quarter of the budget
+    extreme = EXTREME.format(min(16, args.context_len // 256))
     report = evaluated(folder, "cells", args, EVAL, args.samples, [*nine, extreme])
-    found = {"cells": scores_in(report), "prompts": reproduce.prompts_in(report),
-             "samples": args.samples}
-    keep_answers(folder / "cells", result_of(folder.name, args).with_suffix(".answers.xz"))
-    if "x" in name.rpartition("-")[2]:  # of the curve
+    found = {"samples": args.samples, "prompts": reproduce.prompts_in(report),
+             "cells": scores_in(report)}
+    keep_answers(folder / "cells", result_of(name + suffix, args).with_suffix(".answers.xz"))
+    if name in STAGES["curve"]:
         return found
 
-    # Why: with fewer prompts, as these are many questions.
-    report = evaluated(folder, "why", args, EVAL, args.few, nine, "--hits", "--random=5")
-    found["hits"] = {method: 100 * float(best_heads(rates))
+    report = evaluated(folder, "why", args, EVAL, args.few, nine, "--hits", f"--random={DRAWS}")
+    found["few"] = args.few
+    found["hits"] = {method: 100 * best_heads(rates)
                      for method, rates in reproduce.hit_rates(report).items()}
     found["by_chance"] = {method: score for method, score in reproduce.means(report).items()
                           if method.endswith(reproduce.BY_CHANCE)}
     return found | asked_besides(folder, args)
 
 
+def asked(folder, args, seed, samples, methods, *more):
+    """Flags of eval_niah.py."""
+    return ["--ckpt", str(folder), "--protocol=sft", f"--context_len={args.context_len}",
+            f"--samples={samples}", f"--seed={seed}", f"--batch={args.eval_batch}",
+            f"--device={args.device}", "--methods", *methods, *more]
+
+
 def evaluated(folder, what, args, seed, samples, methods, *more):
     """The report of eval_niah.py."""
     out = folder / what
-    eval_niah.main(["--ckpt", str(folder), "--protocol=sft",
-                    f"--context_len={args.context_len}",
-                    f"--samples={samples}", f"--seed={seed}", f"--device={args.device}",
-                    f"--batch={args.eval_batch}", f"--out={out}", "--methods", *methods, *more])
+    eval_niah.main([*asked(folder, args, seed, samples, methods, *more), f"--out={out}"])
     return files.load(out / "results.json", "results")
 
 
@@ -247,46 +244,137 @@ def scores_in(report):
     return found
 
 
-def asked_besides(folder, args):
-    """Frozen draws, the oracle and the swap: methods that no command line names."""
-    return {}
-
-
 def keep_answers(folder, file):
-    """What was written for each prompt, in a file of few bytes."""
-    rows = [[task, method, example, line.told["text"]]
-            for (_, task, method), of_method in read_lines(folder).items()
-            for example, line in sorted(of_method.items()) if "text" in line.told]
+    """What was written for each prompt, as [task, method, index, text], in few bytes."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with lzma.open(file, "wt") as out:
-        out.writelines(json.dumps(row) + "\n" for row in rows)
+        for (_, task, method), of_method in read_lines(folder).items():
+            for index, line in sorted(of_method.items()):
+                out.write(json.dumps([task, method, index, line.told["text"]]) + "\n")
 
 
-# ---------------------------------------------------------------- all runs, and the tables
+def asked_besides(folder, args):
+    """Methods that no command line names: a frozen draw, the oracle, and the swap's cells."""
+    nine = [method for of_kind in CELLS.values() for method in of_kind]
+    flags = eval_niah.flags().parse_args(asked(folder, args, EVAL, args.few, nine))
+    _, tokenizers, methods = eval_niah.prepare(flags)
+    tokenizer = next(iter(tokenizers.values()))
+    by_task = eval_niah.make_examples(flags, tokenizer, eval_niah.choose_tasks(flags, [tokenizer]))
+    examples = [e for of_task in by_task.values() for e in of_task]
+    methods = {text: method for method, text in methods.items() if text != "dense"}
+    of = {kind: next(m for text, m in methods.items() if text.startswith(kind) and "1/8" in text)
+          for kind in CELLS}
+    quarter = next(m for text, m in methods.items() if text.startswith("quest:budget=1/4"))
+    model = Transformer.from_pretrained(folder, torch.bfloat16, args.device)
 
-def line(found):
-    cells = found.get("cells", found.get("grid"))
-    words = " ".join(f"{mean(of.values()):5.1f}" for of in cells.values())
-    return f"{found['name']:24} held out {found['held_out']:.4f}   {words}"
+    def means(model, wanted):  # {name: mean of the tasks} of {name: method}
+        made = ways.evaluate(model, tokenizer, examples, [*wanted.values()], args.eval_batch)
+        return {name: 100 * mean(eval_niah.ruler_scores(made[method].texts, examples))
+                for name, method in wanted.items()}
 
+    frozen = {draw: Frozen(quarter.budget, quarter.block_size, random=draw)
+              for draw in range(DRAWS)}
+    found = {"frozen": mean(means(model, frozen).values()),
+             "oracle": means(model, {text: oracle(method, examples, tokenizer)
+                                     for text, method in methods.items()}),
+             "oracle_left_out": {text: left_out(method, examples, tokenizer)
+                                 for text, method in methods.items()}}
+    if isinstance(model.layers[0].self_attn.memory, Decay):
+        both = swap.swapped(model)
+        found["swap"] = {sparse.name(method): means(both, swap.cells(method))
+                         for method in of.values()}
+    return found
+
+
+# ---------------------------------------------------------------- tables of what is there
+
+def read_all(args):
+    """
+    {arm, with "-same" where fine-tuned so: {seed: report}} of the results there, but for the curve
+    and the development. ValueError if two were asked otherwise.
+    """
+    found, first = {}, None
+    for file in sorted(Path(args.results).glob("*.json")):
+        report = files.load(file, "name", "arm", "seed", "tuning")
+        if "cells" not in report or report["name"] in STAGES["curve"]:
+            continue
+        prompts = report["prompts"], list(report["cells"])
+        first = first or (file, prompts)
+        if prompts != first[1]:
+            raise ValueError(f"{file} was asked otherwise than {first[0]}: move one of them away")
+        suffix = "-same" if report["name"].endswith("-same") else ""
+        found.setdefault(report["arm"] + suffix, {})[report["seed"]] = report
+    return found
+
+
+def score(report, kind):
+    """The mean of a method's three budgets, each the mean of the tasks."""
+    cells = [of_tasks for method, of_tasks in report["cells"].items() if method in CELLS[kind]
+             or any(method.startswith(f"{text},") for text in CELLS[kind])]
+    return statistics.fmean(statistics.fmean(of_tasks.values()) for of_tasks in cells)
+
+
+def contrasts(found):
+    """{contrast: {method: {"gain", "p", "by_seed", "holm"}}} of the plan, where both arms are."""
+    made = {}
+    for title, (arm, base) in CONTRASTS.items():
+        of_kind = {}
+        for kind in CELLS:
+            values, others = ({seed: score(report, kind) for seed, report in reports.items()}
+                              for reports in (found.get(arm, {}), found.get(base, {})))
+            if compared := reproduce.compare(values, others):
+                of_kind[kind] = compared
+        ps = {kind: of["p"] for kind, of in of_kind.items() if of["p"] is not None}
+        holm = reproduce.holm(ps)
+        made[f"{title}: {arm} - {base}"] = {kind: of | {"holm": holm.get(kind)}
+                                            for kind, of in of_kind.items()}
+    return made
+
+
+def tables(found):
+    """All arms, and the contrasts, as text."""
+    lines = [f"{'':20}{'seeds':>5}{'text':>8}{'dense':>7}" + "".join(
+        f"{f'{kind} {budget}':>12}" for kind in CELLS for budget in BUDGETS) + f"{'1/64':>7}"]
+    for arm, reports in found.items():
+        cells = reproduce.transpose([{method: mean(of.values())
+                                      for method, of in report["cells"].items()}
+                                     for report in reports.values()])
+        dense, *nine, extreme = (reproduce.cell(values, "±") for values in cells.values())
+        loss = mean(report["tuning"]["held_out"] for report in reports.values())
+        lines.append(f"{arm:20}{len(reports):5}{loss:8.3f}{dense:>7}"
+                     + "".join(f"{cell:>12}" for cell in nine) + f"{extreme:>7}")
+    for title, of_kind in contrasts(found).items():
+        for kind, of in of_kind.items():
+            p = "" if of["p"] is None else f"   p {of['p']:.3f}, of three {of['holm']:.3f}"
+            lines.append(f"{title}, {kind}: {of['gain']:+.1f} of {len(of['by_seed'])} seeds{p}")
+    return "\n".join([*lines, "RULER's score, %: mean of tasks and of seeds; text: loss on held-out "
+                      "text after the fine-tuning, nats per token"])
+
+
+# ---------------------------------------------------------------- python -m experiments.real_model
 
 def run_all(args, rest):
-    names = args.runs or [name for stage in args.stages for name in STAGES[stage]]
+    names = args.runs or [name for stage in args.stages or [] for name in STAGES[stage]]
     if names and not (args.init and args.data):
-        raise ValueError("--init and --data: a run needs the model and the text")
-    if args.runs and len(names) == 1:
+        raise ValueError("--init and --data: a run needs a model and text")
+    if len(names) == 1:
         run_one(names[0], args, rest)
         return
 
     def job(name):
         words = ["experiments/real_model.py", f"--init={args.init}", f"--data={args.data}",
-                 f"--samples={args.samples}", f"--few={args.few}", f"--eval_batch={args.eval_batch}", f"--context_len={args.context_len}",
-                 f"--out={args.out}", f"--results={args.results}", f"--runs={name}", *rest]
+                 f"--samples={args.samples}", f"--few={args.few}", f"--device={args.device}",
+                 f"--eval_batch={args.eval_batch}", f"--context_len={args.context_len}",
+                 *["--keep"] * args.keep, f"--out={args.out}", f"--results={args.results}",
+                 f"--runs={name}", *rest]
         return lambda call: call(words, Path(args.out) / f"{name}.log")
 
-    runs.on_all_gpus([job(name) for name in names], args.per_gpu)
-    for file in sorted(Path(args.results).glob("*.json")):
-        print(line(files.load(file, "name", "held_out")))
+    # one after the other, as the arms with a memory have one start in common
+    runs.on_all_gpus([job(name) for name in names if missing(name, args)])
+    found = read_all(args)
+    if not found:
+        raise ValueError(f"{args.results} holds no result: name --stages or --runs to make some")
+    print(tables(found))
 
 
 def flags():
@@ -295,15 +383,14 @@ def flags():
     add = parser.add_argument
     add("--init", metavar="PATH", help="the pretrained model")
     add("--data", metavar="DIR", help="token shards, as data.py writes them")
-    add("--stages", nargs="+", choices=STAGES, default=["none"], metavar="STAGE",
-        help="of the plan: " + ", ".join(STAGES))
-    add("--runs", nargs="+", type=named, metavar="RUN", help="these instead: ARM-SEED")
+    add("--stages", nargs="+", choices=STAGES, metavar="STAGE",
+        help=f"of the plan: {', '.join(STAGES)}; None: only the tables")
+    add("--runs", nargs="+", type=run_name, metavar="RUN", help="these instead: ARM-SEED")
     add("--samples", type=positive, default=100, help="prompts of each task")
-    add("--few", type=positive, default=25, help="prompts of each task for all that asks why")
+    add("--few", type=positive, default=25, help="prompts of each task, for all that asks why")
     add("--eval_batch", type=positive, default=50, help="prompts at a time")
     add("--context_len", type=positive, default=4096, metavar="TOKENS",
         help="of the text, the fine-tuning and the prompts")
-    add("--per_gpu", type=positive, default=1, metavar="RUNS", help="runs at a time on each GPU")
     add("--keep", action="store_true", help="keep the models")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cuda or cpu")
