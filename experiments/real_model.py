@@ -333,16 +333,16 @@ def contrasts(found):
 
 def tables(found):
     """All arms, and the contrasts, as text."""
-    lines = [f"{'':20}{'seeds':>5}{'text':>8}{'dense':>7}" + "".join(
-        f"{f'{kind} {budget}':>12}" for kind in CELLS for budget in BUDGETS) + f"{'1/64':>7}"]
+    lines = [f"{'':20}{'seeds':>5}{'text':>8}{'dense':>11}" + "".join(
+        f"{f'{kind} {budget}':>12}" for kind in CELLS for budget in BUDGETS) + f"{'1/64':>11}"]
     for arm, reports in found.items():
         cells = reproduce.transpose([{method: mean(of.values())
                                       for method, of in report["cells"].items()}
                                      for report in reports.values()])
         dense, *nine, extreme = (reproduce.cell(values, "±") for values in cells.values())
         loss = mean(report["tuning"]["held_out"] for report in reports.values())
-        lines.append(f"{arm:20}{len(reports):5}{loss:8.3f}{dense:>7}"
-                     + "".join(f"{cell:>12}" for cell in nine) + f"{extreme:>7}")
+        lines.append(f"{arm:20}{len(reports):5}{loss:8.3f}{dense:>11}"
+                     + "".join(f"{cell:>12}" for cell in nine) + f"{extreme:>11}")
     for title, of_kind in contrasts(found).items():
         for kind, of in of_kind.items():
             p = "" if of["p"] is None else f"   p {of['p']:.3f}, of three {of['holm']:.3f}"
