@@ -62,14 +62,14 @@ PLAN = {
     "dilated": (None, "--memory=off --arl=64"),
     "half": (None, "--memory=on --arl=64 --gate_start=0.5 --memory_lr=5e-3"),
     "third": (Start(), "--arl=64"),
-    "third-slow": (Start(), "--arl=64 --memory_lr=2e-5"),
-    "third-slow-joint": (Start(), "--arl=0 --joint=64 --memory_lr=2e-5"),
-    "third-keys-slow": (Start(kind="keys"), "--arl=64 --memory_lr=2e-5"),
-    "third-values-slow": (Start(kind="values"), "--arl=64 --memory_lr=2e-5"),
-    "third-whole-slow": (Start(pairs=1.0), "--arl=64 --memory_lr=2e-5"),
-    "all-keys-slow": (Start(kind="keys", heads=1.0), "--arl=64 --memory_lr=2e-5"),
+    "third-slow": (Start(), "--arl=64 --memory_lr=1e-4"),
+    "third-slow-joint": (Start(), "--arl=0 --joint=64 --memory_lr=1e-4"),
+    "third-keys-slow": (Start(kind="keys"), "--arl=64 --memory_lr=1e-4"),
+    "third-values-slow": (Start(kind="values"), "--arl=64 --memory_lr=1e-4"),
+    "third-whole-slow": (Start(pairs=1.0), "--arl=64 --memory_lr=1e-4"),
+    "all-keys-slow": (Start(kind="keys", heads=1.0), "--arl=64 --memory_lr=1e-4"),
     "joint-2e-3": (None, "--memory=off --joint=64 --lr=2e-3"),
-    "third-slow-2e-3": (Start(), "--arl=64 --lr=2e-3 --memory_lr=2e-5"),
+    "third-slow-2e-3": (Start(), "--arl=64 --lr=2e-3 --memory_lr=1e-4"),
 }
 
 

@@ -119,7 +119,7 @@ PATTERN = "dilated:dilation=16,local=256,initial=4"
 SETTINGS = "tokens", "batch", "lr", "memory_lr", "warmup", "weight_decay", "arl", "adapt", "memory"
 PAPER = {  # arXiv 2605.28640 and 2602.18196; (c): the configs of official RAT+, as is every min_lr
     "olmo2-continue": (10e9, 768, 6e-5, 6e-4, 0.02, 0.1, 64, None, "on"),
-    "niah-sft": (7e6, 32, 1e-5, 1e-5, 0.05, 0.01, 0, None, None),  # (c) from warmup on
+    "niah-sft": (4 * 73.7e6, 32, 1e-5, 1e-5, 0.05, 0.01, 0, None, None),  # (c) from warmup on
     "ratplus-1b": (110e9, 512, 8e-4, 8e-4, 0.05, 0.1, 64, None, None),
     "ratplus-7b": (110e9, 768, 6e-4, 6e-4, 0.05, 0.1, 64, None, None),
     "ratplus-1b-adapt": (1e9, 512, 8e-5, 8e-5, 0.0, 0.1, 0, PATTERN, None),
@@ -152,7 +152,7 @@ OUT_OF_RANGE = [
     "--lr=0", "--lr=nan", "--weight_decay=inf", "--clip=1e-300", "--memory_lr=1e300",
     "--other_weight=1e39", f"--seed={2**64}", f"--seed={-2**63}", f"--steps={10**400}",
     f"--batch={2**62}", f"--context_len={2**63}", "--log_every=0", "--warmup=1", "--joint=-1",
-    "--memory=on --joint=64", "--memory=off --arl=64", "--memory=on --gate_start=0.1"]
+    "--memory=on --joint=64", "--memory=on --gate_start=0.1"]
 REFUSED = [
     ("--preset=pico --stepz=3", "stepz"),
     ("--preset=huge", "invalid choice"),
@@ -189,6 +189,22 @@ def test_training_learns_and_leaves_a_log_alone_if_told_so(seed, capsys):
     assert last["step"] == 40 and last["loss"] < 3.5 and path is None
     assert [file.name for file in Path("out/pico").iterdir()] == ["log.jsonl"]
     assert "no checkpoint was asked for" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, extra", [
+    ("--memory=off", []), ("--memory=off --arl=16", [Dilated(16, local=0, initial=0)]),
+    ("--memory=off --joint=16", [Dilated(None, local=16, initial=0)]),
+    ("--memory=on --arl=0 --joint=16", [Dilated(None, local=16, initial=0)])])
+def test_the_extra_pass_is_what_was_asked_for_with_memory_or_without(
+        flags, extra, monkeypatch, capsys):
+    """A control that lacks ARL's pass as it has no memory, or has a pass that nobody wanted."""
+    hidden, seen = Transformer.hidden, []
+    monkeypatch.setattr(Transformer, "hidden", lambda self, tokens, method: seen.append(method)
+                        or hidden(self, tokens, method))
+    run(*flags.split(), "--steps=1", "--eval_every=0", base=[f for f in BASE if "arl" not in f])
+    assert seen == [*extra, None]
+    noted = "trains its sparse pattern alone" in capsys.readouterr().err
+    assert noted == (flags == "--memory=off --arl=16")
 
 
 def test_adaptation_trains_and_validates_through_the_pattern(monkeypatch):
