@@ -135,6 +135,9 @@ def flags():
     add("--arl", type=natural, metavar="TOKENS",
         help="length that ARL teaches the memory, 0 for none; without a memory its sparse pattern is "
         "trained alone, a control; None: 64 with a memory")
+    add("--arl_weight", type=above_0, default=1.0, metavar="W",
+        help="of the gradient of ARL's step beside that of the dense one: as Adam has one mean of "
+        "both, a small weight leaves the dense one the say")
     add("--joint", type=natural, default=0, metavar="TOKENS",
         help="an extra pass before each dense one, with a window of so many tokens: what official "
         "RAT+ gives its attention baseline to match ARL's cost (64); 0: none")

@@ -313,9 +313,10 @@ def run_in(processes, stop, run, args):
 
             # ARL's pass, then the dense one: each is an optimizer step, on the same batch.
             losses, norms, marks = [], [], [runlog.mark(args.device)]
-            for loss_of in losses_of:
+            for name, loss_of in zip(passes, losses_of):
+                share = args.arl_weight if name == "arl" else 1.0
                 loss, norm = parallel.one_pass(loss_of, model, optimizer, parts, weight_sum,
-                                               processes, plan.stays, args.clip)
+                                               processes, plan.stays, args.clip, share)
                 losses.append(loss)
                 norms.append(norm)
                 marks.append(runlog.mark(args.device))

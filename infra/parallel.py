@@ -266,12 +266,12 @@ def graphed(losses, args):
     return [torch.cuda.make_graphed_callables(loss, sample, pool=pool) for loss in losses]
 
 
-def one_pass(loss_of, model, optimizer, parts, weight_sum, processes, stays, clip):
+def one_pass(loss_of, model, optimizer, parts, weight_sum, processes, stays, clip, share=1.0):
     """
     A batch's forward and backward, and one update. parts: (tokens, weight) of this process, one
-    after the other; weight_sum: of the whole batch; stays: cost.Plan's. -> this process's share of
-    the loss; the gradient's norm; both on the device. If no token counts both are 0/0, and update
-    does nothing.
+    after the other; weight_sum: of the whole batch; stays: cost.Plan's; share: what the gradient is
+    multiplied by. -> this process's share of the loss; the gradient's norm; both on the device. If
+    no token counts both are 0/0, and update does nothing.
     """
     loss = 0.0
     for number, (tokens, weight) in enumerate(parts, start=1):
@@ -280,7 +280,7 @@ def one_pass(loss_of, model, optimizer, parts, weight_sum, processes, stays, cli
         # would let a token count more where fewer answers are.
         of_part = loss_of(tokens, weight) / weight_sum
         # fully_shard averages gradients over the processes, and we want their sum.
-        (of_part * processes.world).backward()
+        (of_part * (share * processes.world)).backward()
         loss += of_part.detach()
     norm = gradient_norm(model)
     update(optimizer, norm, clip)

@@ -16,7 +16,7 @@ one that sees a window alone (--joint).
     arl_loss            of ARL's pass, likewise; the dense one follows, with weights that have seen
                         this batch. joint_loss: of --joint's
     grad_norm           of the dense pass's gradient, before --clip; null if not finite.
-                        arl_grad_norm, joint_grad_norm: of the other's
+                        arl_grad_norm (times --arl_weight), joint_grad_norm: of the other's
     skipped             passes so far whose gradient was not finite: they changed no weight. Three
                         steps in a row end the run. A batch of which no token counts has a loss of
                         null, changes nothing and is not among them

@@ -207,6 +207,17 @@ def test_the_extra_pass_is_what_was_asked_for_with_memory_or_without(
     assert noted == (flags == "--memory=off --arl=16")
 
 
+def test_arl_weight_is_of_arls_gradient_alone():
+    """A weight that the log's loss shows, or that the dense pass has too."""
+    for weight in 1, 0.25:
+        run(f"--name=w{weight}", f"--arl_weight={weight}", "--lr=1e-18", "--steps=1",
+            "--eval_every=0")
+    whole, quarter = log_of("w1")[0], log_of("w0.25")[0]
+    assert quarter["arl_grad_norm"] == pytest.approx(whole["arl_grad_norm"] / 4, rel=1e-4)
+    for key in "loss", "arl_loss", "grad_norm":
+        assert quarter[key] == pytest.approx(whole[key], rel=1e-5)
+
+
 def test_adaptation_trains_and_validates_through_the_pattern(monkeypatch):
     """A model adapted to its pattern in name only."""
     hidden, seen = Transformer.hidden, set()
