@@ -1,0 +1,211 @@
+"""
+experiments/starts.py: a model whose values are turned is the same model, and what a memory costs it
+is measured as it is said.
+"""
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LLAMA_FORM, QWEN2_FORM, draw_tokens, refused, tiny
+from torch.nn import functional as F
+
+import data
+from data import Shards
+from experiments import starts
+from experiments.starts import (REST, Start, cheapest, least_needed, moments, set_gates,
+                                turn_values)
+from infra import files
+from model import Transformer
+from triton_ops import backend
+
+TINY = LLAMA_FORM | dict(vocab_size=257, n_head=4, n_kv_head=2, width=32, context_len=128)
+ALL = torch.ones(2, 2, 8, dtype=torch.bool)  # layers, KV heads, channels of TINY
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    monkeypatch.setattr(backend, "choice", "torch")
+
+
+# ---------------------------------------------------------------- which channels
+
+def in_places(model, tokens, n):
+    """q (B, T, H, D), k, v (B, T, KV, D) of layer n, before RoPE, from the layer's own input."""
+    seen, layer = [], model.layers[n]
+    hook = layer.self_attn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.hidden(tokens)
+    hook.remove()
+    return [getattr(layer.self_attn, f"{name}_proj")(seen[0]).unflatten(2, (-1, 8))
+            for name in "qkv"]
+
+
+@torch.no_grad()
+def test_moments_and_needs_are_those_by_hand():
+    """A mean for a variance; the queries of another KV head; RoPE's pairs d, d + 1; the most."""
+    model, tokens = tiny(**TINY), draw_tokens(2, 30, vocab_size=257)
+    found = moments(model, tokens)
+    long = least_needed(found, Start(pairs=0.5))
+    assert long.shape == (2, 2, 8) and long.sum(-1).eq(4).all()
+    assert least_needed(found, Start(pairs=0.53)).sum(-1).eq(6).all()  # 2.12 pairs: three
+    for n, head in itertools.product(range(2), range(2)):
+        q, k, v = (x.double() for x in in_places(model, tokens, n))
+        need = []
+        for d in range(4):
+            energy = q[:, :, 2 * head:2 * head + 2, [d, d + 4]].square().mean((0, 1)).sum()
+            spread = sum(k[:, :, head, c].flatten().var() for c in (d, d + 4))
+            need.append(float(energy * spread))
+        least = sorted(range(4), key=need.__getitem__)[:2]
+        assert sorted(long[n, head].nonzero().flatten().tolist()) == sorted(
+            [*least, *(d + 4 for d in least)])
+        rows = v[:, :, head].flatten(0, 1)
+        torch.testing.assert_close(found[n]["v_moment"][head], rows.T @ rows / 60)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", [LLAMA_FORM, QWEN2_FORM, {}, dict(qk_norm="head")],
+                         ids=["llama", "qwen2", "olmo2", "qk-norm"])
+def test_turned_values_leave_the_model_as_it_was(form):
+    """Rows turned and columns not; another head's columns; a bias that stays; one R for all."""
+    model = tiny(**TINY | form)
+    tokens, before = draw_tokens(2, 30, vocab_size=257), None
+    with torch.no_grad():
+        before = model(tokens)
+    weights = [layer.self_attn.v_proj.weight.clone() for layer in model.layers]
+    found = moments(model, tokens)
+    long = torch.rand(2, 2, 8, generator=torch.Generator().manual_seed(1)) < 0.5
+    turn_values(model, found, long)
+    torch.testing.assert_close(model(tokens), before, atol=2e-4, rtol=1e-3)
+    for layer, old in zip(model.layers, weights):
+        assert not torch.allclose(layer.self_attn.v_proj.weight, old, atol=1e-3)
+
+    # What the long channels bring to the output is the least, as far as R can sort it.
+    for n, of_heads in enumerate(moments(model, tokens)):
+        read = model.layers[n].self_attn.o_proj.weight.double().unflatten(1, (2, 2, 8))
+        for head in range(2):
+            M = torch.einsum("cgd,cge->de", read[:, head], read[:, head])
+            C = of_heads["v_moment"][head]
+            needed = (M @ C + C @ M).diagonal()
+            is_long = long[n, head]
+            assert needed[is_long].max() <= needed[~is_long].min() + 1e-9
+
+
+def test_an_output_gate_stands_between_values_and_output():
+    model = tiny(**TINY | dict(output_gate=True))
+    found = moments(model, draw_tokens(1, 9, vocab_size=257))
+    refused(lambda: turn_values(model, found, ALL), "output gate")
+
+
+# ---------------------------------------------------------------- which heads
+
+def with_memory(kind="decay", **changes):
+    return tiny(**TINY | changes).add_memory(0.5, kind)
+
+
+def test_gates_start_long_in_these_channels_of_these_heads_alone():
+    """Another head; channels of another layer's; g where 1 - g is meant; what stood there."""
+    model, heads = with_memory(n_layer=3), [(1, 0), (2, 1)]
+    long = torch.rand(3, 2, 8, generator=torch.Generator().manual_seed(0)) < 0.5
+    set_gates(model, heads, long, 32.0)
+    x = draw_tokens(1, 5).float()[..., None].expand(1, 5, 32)
+    for number, layer in enumerate(model.layers):
+        g = layer.self_attn.memory.gate(x).sigmoid()  # (1, 5, KV, D)
+        expected = torch.full_like(g, 0.02)
+        for of_layer, head in heads:
+            if of_layer == number:
+                expected[:, :, head, long[number, head]] = 1 - 1 / 32
+        torch.testing.assert_close(g, expected)
+    set_gates(model, [], long, 32.0)
+    assert all(torch.allclose(layer.self_attn.memory.proj.bias.sigmoid(), torch.tensor(REST))
+               for layer in model.layers)
+
+
+def loss_by_hand(model, tokens, heads, long, length):
+    set_gates(model, heads, long, length)
+    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).item()
+
+
+@torch.no_grad()
+def test_cheapest_heads_are_those_of_brute_force():
+    """The dearest; each alone, not beside the others; too few; a loss per row or of a sum."""
+    for seed in range(3):
+        model, start = with_memory(), Start(heads=0.75, length=16.0)
+        tokens = draw_tokens(3, 41, seed, vocab_size=257)
+        every, expected = list(itertools.product(range(2), range(2))), []
+        of = lambda *heads: loss_by_hand(model, tokens, heads, ALL, 16.0)
+        while len(expected) < 3:
+            expected.append(min(set(every) - set(expected), key=lambda head: of(*expected, head)))
+        heads, before, alone, after = cheapest(model, tokens, start, ALL, at_a_time=1)
+        assert heads == expected
+        near = lambda *heads: pytest.approx(of(*heads), abs=1e-5)
+        assert before == near() and after == near(*expected)
+        assert alone == {head: near(head) for head in every} and len({*alone.values()}) == 4
+        two, *_ = cheapest(model, tokens, Start(heads=0.3, length=16.0), ALL, at_a_time=6)
+        assert two == sorted(every, key=alone.get)[:2]  # 1.2 heads: two, both by what each costs
+
+
+def test_later_heads_are_weighed_beside_the_earlier(monkeypatch):
+    """A choice that goes by each head's own cost: two that do the same are not both cheap."""
+    cost = {(0, 0): 1, (0, 1): 2, (1, 0): 3, (1, 1): 9}
+    now = []
+
+    def score(tokens, weight):
+        together = 5 if {(0, 0), (0, 1)} <= {*now} else 0
+        return torch.tensor(40.0 * (sum(map(cost.get, now)) + together)), None
+    model = with_memory()
+    monkeypatch.setattr(model, "score", score)
+    monkeypatch.setattr(starts, "set_gates", lambda model, heads, *_: now.__setitem__(
+        slice(None), heads))
+    choose = lambda n: cheapest(model, draw_tokens(1, 41), Start(heads=0.5), ALL, at_a_time=n)
+    assert choose(1) == ([(0, 0), (1, 0)], 0, cost, 4)
+    assert choose(2)[0] == [(0, 0), (0, 1)]
+
+
+# ---------------------------------------------------------------- a model that starts so
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with a model of two KV heads for four query heads, and text in bytes."""
+    monkeypatch.chdir(tmp_path)
+    tiny(**TINY).save_pretrained("model")
+    words = draw_tokens(1, 6000, vocab_size=26).flatten().add(97).tolist()
+    Path("text.txt").write_text(bytes(words).decode())
+    data.main(["--input", "text.txt", "--output=shards", "--workers=1"])
+
+
+@torch.no_grad()
+def test_a_start_is_made_once_and_is_what_its_file_says(here, capsys):
+    """Heads or costs of other gates than were saved; another start taken for this one."""
+    start = Start(kind="keys", heads=0.5, length=8.0)
+    make = lambda start=start, init="model", context_len=64: starts.started(
+        start, init, "shards", "start", "cpu", context_len)
+    folder = make()
+    told, model = files.load(folder / "start.json"), Transformer.from_pretrained(folder)
+    assert model.config.memory == "keys" and "2 heads start at 8 tokens" in capsys.readouterr().out
+    of_bias = torch.stack([layer.self_attn.memory.proj.bias for layer in model.layers])
+    long = of_bias.view(2, 2, 8) > 0  # (layers, KV, D)
+    heads = long.any(-1).nonzero().tolist()
+    assert heads == sorted(told["heads"]) and len(heads) == 2 and long.sum() == 2 * 6
+
+    tokens = torch.stack([torch.from_numpy(Shards("shards", 64, seed=0).sample(i))
+                          for i in range(6)])
+    plain = Transformer.from_pretrained("model")
+    where = least_needed(moments(plain, tokens[:, :-1]), start)
+    assert torch.equal(where & long.any(-1, keepdim=True), long)
+    of = lambda *heads: pytest.approx(loss_by_hand(model, tokens, heads, where, 8.0), abs=1e-4)
+    assert told["loss"] == of() and told["loss_with"] == of(*map(tuple, heads))
+    for layer, head in itertools.product(range(2), range(2)):
+        assert told["loss"] + told["cost_alone"][layer][head] == of((layer, head))
+    by_hand = F.cross_entropy(plain(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    assert told["loss"] == pytest.approx(by_hand.item(), rel=0.01)  # but for REST
+
+    written = (folder / "start.json").stat().st_mtime_ns
+    assert make() == folder and (folder / "start.json").stat().st_mtime_ns == written
+    refused(lambda: make(Start()), "start was started with start", "move it away")
+    refused(lambda: make(init="another"), "init model, not another")
+    refused(lambda: make(context_len=32), "context_len 64, not 32")
+    (folder / "start.json").write_text('{"start')
+    refused(make, "start.json", "damaged")
+    (folder / "start.json").unlink()  # killed before it was written
+    make()
+    assert files.load(folder / "start.json") == told
