@@ -43,7 +43,10 @@ def in_places(model, tokens, n):
 @torch.no_grad()
 def test_moments_and_needs_are_those_by_hand():
     """A mean for a variance; the queries of another KV head; RoPE's pairs d, d + 1; the most."""
-    model, tokens = tiny(**TINY), draw_tokens(2, 30, vocab_size=257)
+    model = tiny(**TINY | QWEN2_FORM | dict(n_head=6, width=48))
+    for layer in model.layers:  # a mean that is no spread
+        layer.self_attn.k_proj.bias += torch.arange(16) % 5
+    tokens = draw_tokens(2, 30, vocab_size=257)
     found = moments(model, tokens)
     long = least_needed(found, Start(pairs=0.5))
     assert long.shape == (2, 2, 8) and long.sum(-1).eq(4).all()
@@ -52,7 +55,7 @@ def test_moments_and_needs_are_those_by_hand():
         q, k, v = (x.double() for x in in_places(model, tokens, n))
         need = []
         for d in range(4):
-            energy = q[:, :, 2 * head:2 * head + 2, [d, d + 4]].square().mean((0, 1)).sum()
+            energy = q[:, :, 3 * head:3 * head + 3, [d, d + 4]].square().mean((0, 1)).sum()
             spread = sum(k[:, :, head, c].flatten().var() for c in (d, d + 4))
             need.append(float(energy * spread))
         least = sorted(range(4), key=need.__getitem__)[:2]
@@ -196,6 +199,8 @@ def test_a_start_is_made_once_and_is_what_its_file_says(here, capsys):
     assert told["loss"] == of() and told["loss_with"] == of(*map(tuple, heads))
     for layer, head in itertools.product(range(2), range(2)):
         assert told["loss"] + told["cost_alone"][layer][head] == of((layer, head))
+    of_v = [m.layers[0].self_attn.v_proj.weight for m in (model, plain)]
+    assert not torch.allclose(*of_v, atol=1e-3)  # turned
     by_hand = F.cross_entropy(plain(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
     assert told["loss"] == pytest.approx(by_hand.item(), rel=0.01)  # but for REST
 
