@@ -101,7 +101,10 @@ def cheapest(
     at_a_time=6,   # heads that are added before all others are measured again
 ):                 # -> heads [(layer, KV head)], cheapest first; the loss in nats per token of
                    #    none, {(layer, KV head): of it alone}, of all of them
-    """Greedy: those that cost least beside the ones that are there. Of many, half are measured."""
+    """
+    Greedy: those that cost least beside the ones that are there. Of many, half are measured. The
+    model's gates then start so.
+    """
     weight = torch.ones(tokens.shape, device=tokens.device)
 
     def loss(heads):
@@ -144,7 +147,6 @@ def started(start, init, data, folder, device, context_len=4096, windows=6):
     shards = Shards(data, context_len, seed=0)
     tokens = torch.stack([torch.from_numpy(shards.sample(i)) for i in range(windows)]).to(device)
     heads, before, alone, after = cheapest(model, tokens, start)
-    set_gates(model, heads, start)
     model.save_pretrained(folder, tokenizer_of(init, config.vocab_size, None))
     costs = [[round(alone[layer, head] - before, 4) for head in range(config.n_kv_head)]
              for layer in range(config.n_layer)]

@@ -3,7 +3,7 @@ Does a memory help a real language model? Arms that differ in how one pretrained
 are fine-tuned and asked alike.
 
     for each run ARM-SEED of the plan, on a GPU of its own:
-        train.py   ARM's flags, on text             out/real-model/ARM-SEED-text    not of "released"
+        train.py   ARM's flags, on text             out/real-model/ARM-SEED-text   not of "released"
         train.py   needles, dense                   out/real-model/ARM-SEED
         train.py   needles, ARM's extra pass too    out/real-model/ARM-SEED-same    of arms with one
         ask        each of the last two             results/real-model/ARM-SEED[-same].json
@@ -20,8 +20,8 @@ Arms share the text, its order, rates and schedule: recipe `continue`. A seed de
 the text and the samples of the fine-tuning; all runs start from one checkpoint, so that what is
 found is true of that one. Models are deleted once they are asked: answers, losses and results stay.
 
-    python -m experiments.real_model --init SMOLLM2 --data SHARDS --stages primary    what is missing
-    python -m experiments.real_model --init SMOLLM2 --data SHARDS --runs memory-3     one run, here
+    python -m experiments.real_model --init SMOLLM2 --data SHARDS --stages primary   what is missing
+    python -m experiments.real_model --init SMOLLM2 --data SHARDS --runs memory-3    one run, here
     python -m experiments.real_model                                    tables of the results there
 
 docs/real-model.md has the plan in words. Checked in tests/test_real_model_plan.py. Read
@@ -368,8 +368,8 @@ def tables(found):
         for kind, of in of_kind.items():
             p = "" if of["p"] is None else f"   p {of['p']:.3f}, of three {of['holm']:.3f}"
             lines.append(f"{title}, {kind}: {of['gain']:+.1f} of {len(of['by_seed'])} seeds{p}")
-    return "\n".join([*lines, "RULER's score, %: mean of tasks and of seeds; text: loss on held-out "
-                      "text after the fine-tuning, nats per token"])
+    return "\n".join([*lines, "RULER's score, %: mean of tasks and of seeds; text: loss on "
+                      "held-out text after the fine-tuning, nats per token"])
 
 
 # ---------------------------------------------------------------- python -m experiments.real_model

@@ -114,7 +114,7 @@ def test_cheapest_heads_are_those_of_brute_force():
 
 
 def test_later_heads_are_weighed_beside_the_earlier(monkeypatch):
-    """A greedy choice that goes by each head's own cost: two that do the same are not both cheap."""
+    """A choice that goes by each head's own cost: two that do the same are not both cheap."""
     cost = {(0, 0): 1, (0, 1): 2, (1, 0): 3, (1, 1): 9}
     now = []
 

@@ -300,7 +300,7 @@ def test_a_model_is_asked_all_cells_and_fewer_prompts_tell_why(here, one_task, m
 
 
 def test_the_curve_is_asked_the_cells_alone_and_development_the_grid(here, one_task, monkeypatch):
-    """Settings that are chosen on the prompts by which they are judged; minutes that tell nothing."""
+    """Settings chosen on the prompts by which they are judged; prompts that tell nothing."""
     monkeypatch.setattr(real_model, "CELLS", QUEST)
     save_model("released-0-54x1e-4")
     found = real_model.ask("released-0-54x1e-4", "", flags())
@@ -517,7 +517,7 @@ def test_contrasts_are_paired_by_seed_and_corrected_for_three_methods():
 
 
 def test_tables_are_of_all_arms_and_contrasts():
-    """A column under another's head, a deviation over tasks, a loss of the text in place of ours."""
+    """A column under another's head, a deviation over tasks, the loss before the fine-tuning."""
     text = real_model.tables({"joint": JOINT, "memory": MEMORY, "memory-same": {0: MEMORY[0]}})
     lines = text.splitlines()
     assert lines[0].split() == ["seeds", "text", "dense", *(
@@ -539,7 +539,7 @@ def test_tables_are_of_all_arms_and_contrasts():
 # ---------------------------------------------------------------- all runs, and refusals
 
 def test_all_that_is_missing_is_a_process_each_and_a_table(here, monkeypatch, capsys):
-    """Flags that are lost on the way; two processes that make one start; what is there made anew."""
+    """Flags lost on the way; two processes that make one start; what is there made again."""
     made, started = [], []
     monkeypatch.setattr(conversion, "started", lambda *of: started.append((len(made), *of)))
 
