@@ -275,15 +275,14 @@ def test_a_model_is_asked_all_cells_and_fewer_prompts_tell_why(here, one_task, m
     assert len(answers) == 11 * 2 == len({tuple(line[:3]) for line in answers})
     for text, of_tasks in found["cells"].items():
         name = sparse.name(sparse.parse(text, 512))
-        texts = [text for task, method, i, text in answers if method == name]
+        texts = [told for _, method, _, told in answers if method == name]
         assert [i for _, method, i, _ in answers if method == name] == [0, 1]
-        expected = 100 * statistics.fmean(of_letters(text, None) for text in texts)
+        expected = 100 * statistics.fmean(of_letters(told, None) for told in texts)
         assert of_tasks == {"niah_single_1": pytest.approx(expected, abs=0.01)}
     assert len({of["niah_single_1"] for of in found["cells"].values()}) > 8
 
     why = files.load(folder / "why/results.json")
     assert why["settings"]["samples"] == 1 and why["settings"]["seed"] == 1000
-    of = lambda kind: {f"{kind}:budget=1/{n}{size}" for n in (4, 8, 16)}
     assert set(found["hits"]) == {text for text in found["cells"] if text.startswith(
         ("quest", "snapkv")) and "1/64" not in text}
     for row in why["results"]:
@@ -296,7 +295,6 @@ def test_a_model_is_asked_all_cells_and_fewer_prompts_tell_why(here, one_task, m
     assert {len(scores) for scores in drawn.values()} == {5} and len(drawn) == 3
     assert found["by_chance"] == {name: pytest.approx(statistics.fmean(scores))
                                   for name, scores in drawn.items()}
-    assert of("quest") <= set(found["cells"])
 
 
 def test_the_curve_is_asked_the_cells_alone_and_development_the_grid(here, one_task, monkeypatch):
@@ -467,6 +465,7 @@ def test_results_that_were_asked_otherwise_do_not_mix(other, tmp_path, monkeypat
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "joint-0", "cells": {}}'])
 def test_a_damaged_result_is_named(content, tmp_path, monkeypatch):
+    """A file of no bytes that is taken for a result, or a traceback."""
     monkeypatch.chdir(tmp_path)
     write(report("joint-0"))
     Path("results/real-model/joint-0.json").write_text(content)
