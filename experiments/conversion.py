@@ -24,7 +24,6 @@ Letters: B batch, T tokens, KV key/value heads, D head width.
 """
 import json
 import math
-import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from experiments import memories  # noqa: F401  puts its classes into memory.MEM
 from experiments import runs
 from infra import files, runlog
 from infra.cli import command, flag_parser, made_by, positive, usable_device
+from infra.report import mean
 from memory import lengths_of
 from model import Transformer
 
@@ -55,6 +55,9 @@ class Start:
 # What all have in common: 25M tokens, 16 sequences of 4,096 a step.
 COMMON = ("--context_len=4096 --batch=16 --steps=381 --lr=5e-4 --memory_lr=5e-4 --warmup=0.05 "
           "--weight_decay=0.1")
+
+# Flags of train.py that are no user's, as the conversions, or real_model's arms, differ in them.
+OURS = (*runs.OURS, "--arl", "--joint", "--lr", "--memory_lr")
 
 # Where the gates start (None: --init as it is, or as the flags say), and flags of train.py.
 PLAN = {
@@ -98,7 +101,10 @@ def cheapest(
     at_a_time=6,   # heads that are added before all others are measured again
 ):                 # -> heads [(layer, KV head)], cheapest first; the loss in nats per token of
                    #    none, {(layer, KV head): of it alone}, of all of them
-    """Greedy: those that cost least beside the ones that are there. Of many, half are measured."""
+    """
+    Greedy: those that cost least beside the ones that are there. Of many, half are measured. The
+    model's gates then start so.
+    """
     weight = torch.ones(tokens.shape, device=tokens.device)
 
     def loss(heads):
@@ -122,9 +128,18 @@ def cheapest(
 
 
 def started(start, init, data, folder, device, context_len=4096, windows=6):
-    """The model --init with a memory that starts so, in `folder`; what that costs beside it."""
-    folder = Path(folder)
-    if (folder / "start.json").exists():
+    """
+    The model --init with a memory that starts so, in `folder`; what that costs beside it.
+    ValueError if the folder holds another start.
+    """
+    folder, file = Path(folder), Path(folder) / "start.json"
+    made_of = {"start": asdict(start), "init": str(Path(init)), "data": str(Path(data)),
+               "context_len": context_len}
+    if file.exists():
+        there = files.load(file, *made_of)
+        if other := [key for key in made_of if there[key] != made_of[key]]:
+            raise ValueError(f"{folder} was started with {other[0]} {there[other[0]]}, not "
+                             f"{made_of[other[0]]}: move it away, or choose another --out")
         return folder
     model = Transformer.from_pretrained(init, device=device)
     config = model.config
@@ -132,12 +147,11 @@ def started(start, init, data, folder, device, context_len=4096, windows=6):
     shards = Shards(data, context_len, seed=0)
     tokens = torch.stack([torch.from_numpy(shards.sample(i)) for i in range(windows)]).to(device)
     heads, before, alone, after = cheapest(model, tokens, start)
-    set_gates(model, heads, start)
     model.save_pretrained(folder, tokenizer_of(init, config.vocab_size, None))
     costs = [[round(alone[layer, head] - before, 4) for head in range(config.n_kv_head)]
              for layer in range(config.n_layer)]
-    files.save({"start": asdict(start), "heads": heads, "loss": before, "loss_with": after,
-                "cost_alone": costs}, folder / "start.json")
+    files.save(made_of | {"heads": heads, "loss": before, "loss_with": after,
+                          "cost_alone": costs}, file)
     print(f"{folder}: {len(heads)} heads start at {start.length:g} tokens; loss {before:.4f} -> "
           f"{after:.4f}", flush=True)
     return folder
@@ -164,8 +178,8 @@ def on_text(
             loss, _ = model.score(tokens, torch.ones(tokens.shape, device=device))
         total += float(loss)
         if found:
-            lengths.append(torch.stack(found))
-    return total / (n * context_len), torch.stack(lengths).mean(0).cpu() if lengths else None
+            lengths.append(torch.stack(found) * len(rows))  # the last batch may have fewer
+    return total / (n * context_len), (sum(lengths) / n).cpu() if lengths else None
 
 
 def quartiles(lengths):
@@ -175,32 +189,52 @@ def quartiles(lengths):
 
 
 def losses(folder, points=20):
-    """{step: {"loss": mean since the point before, "arl_loss" or "joint_loss": likewise}}"""
+    """
+    {step: {"loss": mean since the point before, "arl_loss" or "joint_loss": likewise}}, without the
+    steps that were skipped.
+    """
     log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     found, every = {}, max(1, len(log) // points)
     for end in range(every, len(log) + 1, every):
         some = log[end - every:end]
-        found[end] = {key: round(statistics.fmean(entry[key] for entry in some), 4)
-                      for key in ("loss", "arl_loss", "joint_loss") if key in some[0]}
+        of_keys = {key: mean(entry.get(key) for entry in some)
+                   for key in ("loss", "arl_loss", "joint_loss")}
+        found[end] = {key: round(value, 4) for key, value in of_keys.items() if value is not None}
     return found
+
+
+def flags_of(name, args, rest):
+    """Of train.py. ValueError if the user's `rest` has a flag in which the conversions differ."""
+    start, flags = PLAN[name]
+    init = f"{args.out}/{name}-start" if start else args.init
+    return [*COMMON.split(), f"--init={init}", f"--data={args.data}", f"--device={args.device}",
+            *flags.split(), f"--context_len={args.context_len}", "--save_every=1000000",
+            "--eval_every=0", f"--out={args.out}", f"--name={name}", "--resume",
+            *runs.passed_on(rest, OURS)]
+
+
+def is_done(name, args):
+    """Whether the result is there. ValueError if it is damaged, or --results is no folder."""
+    folder, file = Path(args.results), Path(args.results) / f"{name}.json"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--results {folder} is no folder: choose another")
+    return file.exists() and bool(files.load(file, "name", "held_out", "losses"))
 
 
 def run_one(name, args, rest):
     """Train and measure, unless the result is there."""
     result, run = Path(args.results) / f"{name}.json", Path(args.out) / name
-    if result.exists():
+    if is_done(name, args):
         print(f"{name}: done already, {result}")
         return
     report = made_by(args.argv, "experiments/conversion.py", args.device)
-    (start, flags), init = PLAN[name], args.init
-    if start:
-        init = started(start, init, args.data, f"{run}-start", args.device, args.context_len)
-        report["start"] = files.load(init / "start.json")
-    flags = [*COMMON.split(), f"--init={init}", f"--data={args.data}", f"--device={args.device}",
-             *flags.split(), f"--context_len={args.context_len}", "--save_every=1000000",
-             "--eval_every=0", f"--out={args.out}", f"--name={name}", "--resume", *rest]
+    flags = flags_of(name, args, rest)
+    settings = train.parse(flags)  # a wrong flag is known now, not after the start is found
+    if start := PLAN[name][0]:
+        started(start, args.init, args.data, settings.init, args.device, args.context_len)
+        report["start"] = files.load(Path(settings.init) / "start.json")
     if not runs.finished(run, flags):
-        train.train(train.parse(flags))
+        train.train(settings)
     model = Transformer.from_pretrained(run, torch.bfloat16, args.device)
     loss, lengths = on_text(model, args.data, args.context_len)
     report |= {"name": name, "flags": PLAN[name][1], "train": runlog.training_record(run),
@@ -230,7 +264,7 @@ def line(report):
 
 
 def run_all(args, rest):
-    names = args.runs or list(PLAN)
+    names = list(dict.fromkeys(args.runs or PLAN))
     if len(names) == 1:
         run_one(names[0], args, rest)
         return
@@ -241,10 +275,10 @@ def run_all(args, rest):
                  f"--out={args.out}", f"--results={args.results}", f"--runs={name}", *rest]
         return lambda call: call(words, Path(args.out) / f"{name}.log")
 
-    runs.on_all_gpus([job(name) for name in names])
+    runs.on_all_gpus([job(name) for name in names if not is_done(name, args)])
     print(f"{'':20}{'held out':>9}{'dense':>8}{'ARL':>8}{'long heads':>12}{'median':>8}{'most':>8}")
     for name in names:
-        print(line(files.load(Path(args.results) / f"{name}.json", "held_out", "losses")))
+        print(line(files.load(Path(args.results) / f"{name}.json")))
     print("nats per token; a head's length: the median of its channels, in tokens")
 
 

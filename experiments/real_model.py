@@ -3,7 +3,7 @@ Does a memory help a real language model? Arms that differ in how one pretrained
 are fine-tuned and asked alike.
 
     for each run ARM-SEED of the plan, on a GPU of its own:
-        train.py   ARM's flags, on text             out/real-model/ARM-SEED-text    not of "released"
+        train.py   ARM's flags, on text             out/real-model/ARM-SEED-text   not of "released"
         train.py   needles, dense                   out/real-model/ARM-SEED
         train.py   needles, ARM's extra pass too    out/real-model/ARM-SEED-same    of arms with one
         ask        each of the last two             results/real-model/ARM-SEED[-same].json
@@ -20,8 +20,8 @@ Arms share the text, its order, rates and schedule: recipe `continue`. A seed de
 the text and the samples of the fine-tuning; all runs start from one checkpoint, so that what is
 found is true of that one. Models are deleted once they are asked: answers, losses and results stay.
 
-    python -m experiments.real_model --init SMOLLM2 --data SHARDS --stages primary    what is missing
-    python -m experiments.real_model --init SMOLLM2 --data SHARDS --runs memory-3     one run, here
+    python -m experiments.real_model --init SMOLLM2 --data SHARDS --stages primary   what is missing
+    python -m experiments.real_model --init SMOLLM2 --data SHARDS --runs memory-3    one run, here
     python -m experiments.real_model                                    tables of the results there
 
 docs/real-model.md has the plan in words. Checked in tests/test_real_model_plan.py. Read
@@ -31,6 +31,7 @@ import argparse
 import gc
 import json
 import lzma
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -40,6 +41,7 @@ import torch
 import eval_niah
 import sparse
 import train
+from data import Shards
 from experiments import conversion, reproduce, runs, swap, ways
 from experiments.oracle import Frozen, left_out, oracle
 from infra import files, runlog
@@ -65,6 +67,7 @@ START = conversion.Start()  # of the gates, where --memory=on
 # others.
 SFT = "--recipe=niah-sft --batch=16 --min_lr=0"
 STEPS, RATE = 320, "3e-4"
+RUN = re.compile(rf"({'|'.join(ARMS)})-(0|[1-9]\d*)(?:-([1-9]\d*)x([1-9]e-\d+))?", re.ASCII)
 
 STAGES = {
     # how many steps of fine-tuning are enough, at which rate
@@ -106,24 +109,24 @@ def run_name(text):
 
 def parts_of(name):
     """-> arm, seed, steps and rate of the fine-tuning. ValueError if it names no run."""
-    for arm in sorted(ARMS, key=len, reverse=True):
-        rest = name.removeprefix(f"{arm}-")
-        seed, _, tuning = rest.partition("-")
-        steps, _, rate = (tuning or f"{STEPS}x{RATE}").partition("x")
-        if rest != name and seed.isdecimal() and steps.isdecimal() and rate:
-            return arm, int(seed), int(steps), rate
-    raise ValueError(f"{name} is no run: ARM-SEED, of {', '.join(ARMS)}; or ARM-SEED-STEPSxRATE")
+    found = RUN.fullmatch(name)
+    if found is None:
+        raise ValueError(f"{name} is no run: ARM-SEED, of {', '.join(ARMS)}; or "
+                         "ARM-SEED-STEPSxRATE, as released-0-54x1e-4")
+    arm, seed, steps, rate = found.groups()
+    return arm, int(seed), int(steps or STEPS), rate or RATE
 
 
 def stages_of(name, args, rest):
     """
     -> flags of train.py that continue the model, None if nothing does; {suffix of the result's
-    name: flags of the fine-tuning}
+    name: flags of the fine-tuning}. ValueError if the user's `rest` has a flag of ours.
     """
     arm, seed, steps, rate = parts_of(name)
     flags = (ARMS[arm] or "").split()
     both = [f"--seed={seed}", f"--context_len={args.context_len}", f"--device={args.device}",
-            "--eval_every=0", "--save_every=1000000", f"--out={args.out}", "--resume", *rest]
+            "--eval_every=0", "--save_every=1000000", f"--out={args.out}", "--resume",
+            *runs.passed_on(rest, conversion.OURS)]
     start, text = args.init, None
     if ARMS[arm] is not None:
         if "--memory=on" in flags:
@@ -144,9 +147,13 @@ def result_of(name, args):
 
 
 def missing(name, args):
-    """The suffixes of the run's results that are not there."""
+    """The suffixes of the run's results that are not there. ValueError if one is damaged."""
     _, tuned = stages_of(name, args, [])
-    return [suffix for suffix in tuned if not result_of(name + suffix, args).exists()]
+    return [suffix for suffix in tuned if not is_there(result_of(name + suffix, args))]
+
+
+def is_there(file):
+    return file.exists() and bool(files.load(file, "name", "arm", "seed", "tuning"))
 
 
 # ---------------------------------------------------------------- one run: train, ask, delete
@@ -159,10 +166,8 @@ def run_one(name, args, rest):
     arm, seed, *_ = parts_of(name)
     about = made_by(args.argv, "experiments/real_model.py", args.device)
     about |= {"arm": arm, "seed": seed}
+    get_ready([name], args, rest)
     if text:
-        if "--memory=on" in text:
-            conversion.started(START, args.init, args.data, Path(args.out) / "start", args.device,
-                               args.context_len)
         about["text"] = trained(text, args)
     for suffix in wanted:
         tuning = trained(tuned[suffix], args)
@@ -173,6 +178,21 @@ def run_one(name, args, rest):
     if not args.keep:
         for folder in [f"{name}-text", *(name + suffix for suffix in tuned)]:
             shutil.rmtree(Path(args.out) / folder, ignore_errors=True)
+
+
+def get_ready(names, args, rest):
+    """What would end these runs after a training is known before; their common start is made."""
+    stages = [stages_of(name, args, rest) for name in names]
+    for text, tuned in stages:
+        for flags in filter(None, [text, *tuned.values()]):
+            train.parse(flags)
+    Shards(args.data, args.context_len, seed=0)
+    if Path(args.results).exists() and not Path(args.results).is_dir():
+        raise ValueError(f"--results {args.results} is no folder: choose another")
+    if any("--memory=on" in (text or []) for text, _ in stages):
+        conversion.started(START, args.init, args.data, Path(args.out) / "start", args.device,
+                           args.context_len)
+        torch.cuda.empty_cache()  # a run in another process counts on all of its GPU
 
 
 def trained(flags, args):
@@ -236,11 +256,10 @@ def evaluated(folder, what, args, seed, samples, methods, *more):
 
 
 def scores_in(report):
-    """{method: {task: RULER's score in percent}}"""
+    """{method: {task: RULER's score in percent}} of a report without draws by chance"""
     found = {}
     for row in report["results"]:
-        if row["random"] is None:
-            found.setdefault(row["method"], {})[row["task"]] = row["ruler"][0]
+        found.setdefault(row["method"], {})[row["task"]] = row["ruler"][0]
     return found
 
 
@@ -290,19 +309,20 @@ def asked_besides(folder, args):
 
 def read_all(args):
     """
-    {arm, with "-same" where fine-tuned so: {seed: report}} of the results there, but for the curve
-    and the development. ValueError if two were asked otherwise.
+    {arm, with "-same" where fine-tuned so: {seed: report}} of the results there, but for the
+    development and those that name their steps and rate. ValueError if two were asked otherwise.
     """
     found, first = {}, None
     for file in sorted(Path(args.results).glob("*.json")):
         report = files.load(file, "name", "arm", "seed", "tuning")
-        if "cells" not in report or report["name"] in STAGES["curve"]:
+        plain = f"{report['arm']}-{report['seed']}"
+        suffix = report["name"].removeprefix(plain)
+        if "cells" not in report or suffix not in ("", "-same"):
             continue
-        prompts = report["prompts"], list(report["cells"])
-        first = first or (file, prompts)
-        if prompts != first[1]:
+        asked = [report[key] for key in ("samples", "few", "prompts")], list(report["cells"])
+        first = first or (file, asked)
+        if asked != first[1]:
             raise ValueError(f"{file} was asked otherwise than {first[0]}: move one of them away")
-        suffix = "-same" if report["name"].endswith("-same") else ""
         found.setdefault(report["arm"] + suffix, {})[report["seed"]] = report
     return found
 
@@ -347,14 +367,15 @@ def tables(found):
         for kind, of in of_kind.items():
             p = "" if of["p"] is None else f"   p {of['p']:.3f}, of three {of['holm']:.3f}"
             lines.append(f"{title}, {kind}: {of['gain']:+.1f} of {len(of['by_seed'])} seeds{p}")
-    return "\n".join([*lines, "RULER's score, %: mean of tasks and of seeds; text: loss on held-out "
-                      "text after the fine-tuning, nats per token"])
+    return "\n".join([*lines, "RULER's score, %: mean of tasks and of seeds; text: loss on "
+                      "held-out text after the fine-tuning, nats per token"])
 
 
 # ---------------------------------------------------------------- python -m experiments.real_model
 
 def run_all(args, rest):
     names = args.runs or [name for stage in args.stages or [] for name in STAGES[stage]]
+    names = list(dict.fromkeys(names))
     if names and not (args.init and args.data):
         raise ValueError("--init and --data: a run needs a model and text")
     if len(names) == 1:
@@ -369,8 +390,16 @@ def run_all(args, rest):
                  f"--runs={name}", *rest]
         return lambda call: call(words, Path(args.out) / f"{name}.log")
 
-    # one after the other, as the arms with a memory have one start in common
-    runs.on_all_gpus([job(name) for name in names if missing(name, args)])
+    left = [name for name in names if missing(name, args)]
+    for reports in read_all(args).values():
+        for report in reports.values():
+            if left and (report["samples"], report["few"]) != (args.samples, args.few):
+                raise ValueError(f"{args.results} holds {report['name']}, asked with --samples="
+                                 f"{report['samples']} --few={report['few']}: give the same, or "
+                                 "another --results")
+    if left:
+        get_ready(left, args, rest)  # here, as two runs at once would both make the start
+    runs.on_all_gpus([job(name) for name in left])
     found = read_all(args)
     if not found:
         raise ValueError(f"{args.results} holds no result: name --stages or --runs to make some")

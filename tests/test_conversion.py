@@ -1,0 +1,352 @@
+"""
+experiments/conversion.py: where gates start and what that costs, by hand; each run made once; what
+would end a run after hours known before.
+"""
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LLAMA_FORM, draw_tokens, refused, tiny
+from torch.nn import functional as F
+
+import data
+import train
+from data import Shards
+from experiments import conversion, runs
+from experiments.conversion import LONG, PLAN, REST, Start, cheapest, set_gates
+from infra import files
+from memory import effective_length
+from model import Transformer
+from triton_ops import backend
+
+TINY = LLAMA_FORM | dict(vocab_size=257, n_head=4, n_kv_head=2, width=32, context_len=128)
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    monkeypatch.setattr(backend, "choice", "torch")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with a model of two KV heads for four query heads, and text in bytes."""
+    monkeypatch.chdir(tmp_path)
+    tiny(**TINY).save_pretrained("model")
+    words = draw_tokens(1, 6000, vocab_size=26).flatten().add(97).tolist()
+    Path("text.txt").write_text(bytes(words).decode())
+    data.main(["--input", "text.txt", "--output=shards", "--workers=1"])
+    return tmp_path
+
+
+TRIAL = ["--init=model", "--data=shards", "--context_len=64", "--device=cpu"]
+STEPS = ["--steps=3", "--batch=2", "--compile=off"]
+
+
+def convert(*flags):
+    conversion.main([*TRIAL, *flags])
+
+
+@pytest.fixture
+def refusal(here, capsys, monkeypatch):
+    """The line by which flags end the command, before anything is trained."""
+    monkeypatch.setattr(train.parallel, "make_model", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(runs, "subprocess", None)
+
+    def line(*flags):
+        with pytest.raises(SystemExit) as end:
+            convert(*flags)
+        told = capsys.readouterr().err
+        assert end.value.code == 2 and told.count("\n") == 1, told
+        return told
+    return line
+
+
+# ---------------------------------------------------------------- where the gates start
+
+def with_memory(kind="decay", **changes):
+    return tiny(**TINY | changes).add_memory(0.5, kind)
+
+
+def test_gates_start_long_in_the_fast_channels_of_these_heads_alone():
+    """Pairs d, d + 1 for d, d + D/2; the slow ones; another head; g where 1 - g is meant."""
+    model = with_memory(n_layer=3)  # D = 8: pairs (0, 4), (1, 5), (2, 6), (3, 7), the first fastest
+    set_gates(model, [(1, 0), (2, 1)], Start(pairs=0.53, length=32.0))  # 2.12 pairs: three
+    x = draw_tokens(1, 5).float()[..., None].expand(1, 5, 32)
+    for number, layer in enumerate(model.layers):
+        g = layer.self_attn.memory.gate(x).sigmoid()  # (1, 5, KV, D)
+        expected = torch.full_like(g, 0.02)
+        for of_layer, head in [(1, 0), (2, 1)]:
+            if of_layer == number:
+                expected[:, :, head, [0, 1, 2, 4, 5, 6]] = 1 - 1 / 32
+        torch.testing.assert_close(g, expected)
+    set_gates(model, [], Start())  # what stood there before is gone
+    assert all(torch.allclose(layer.self_attn.memory.proj.bias.sigmoid(), torch.tensor(REST))
+               for layer in model.layers)
+    set_gates(model, [(0, 1)], Start(pairs=1.0, length=4.0))
+    bias = model.layers[0].self_attn.memory.proj.bias.view(2, 8).sigmoid()
+    torch.testing.assert_close(bias, torch.tensor([[0.02], [0.75]]).expand(2, 8))
+
+
+def loss_by_hand(model, tokens, heads, start):
+    set_gates(model, heads, start)
+    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).item()
+
+
+@torch.no_grad()
+def test_cheapest_heads_are_those_of_brute_force():
+    """The dearest; each alone, not beside the others; too few; a loss per row or of a sum."""
+    for seed in range(3):
+        model, start = with_memory(), Start(heads=0.75, pairs=1.0, length=16.0)
+        tokens = draw_tokens(3, 41, seed, vocab_size=257)
+        every, expected = list(itertools.product(range(2), range(2))), []
+        while len(expected) < 3:
+            expected.append(min(set(every) - set(expected), key=lambda head: loss_by_hand(
+                model, tokens, [*expected, head], start)))
+        heads, before, alone, after = cheapest(model, tokens, start, at_a_time=1)
+        assert heads == expected
+        of = lambda *heads: pytest.approx(loss_by_hand(model, tokens, heads, start), abs=1e-5)
+        assert before == of() and after == of(*expected)
+        assert alone == {head: of(head) for head in every} and len({*alone.values()}) == 4
+        two, *_ = cheapest(model, tokens, Start(heads=0.3, pairs=1.0, length=16.0), at_a_time=6)
+        assert two == sorted(every, key=alone.get)[:2]  # 1.2 heads: two, both by what each costs
+
+
+def test_later_heads_are_weighed_beside_the_earlier(monkeypatch):
+    """A choice that goes by each head's own cost: two that do the same are not both cheap."""
+    cost = {(0, 0): 1, (0, 1): 2, (1, 0): 3, (1, 1): 9}
+    now = []
+
+    def score(tokens, weight):
+        together = 5 if {(0, 0), (0, 1)} <= {*now} else 0
+        return torch.tensor(40.0 * (sum(map(cost.get, now)) + together)), None
+    model = with_memory()
+    monkeypatch.setattr(model, "score", score)
+    monkeypatch.setattr(conversion, "set_gates", lambda model, heads, start: now.__setitem__(
+        slice(None), heads))
+    heads, before, alone, after = cheapest(model, draw_tokens(1, 41), Start(heads=0.5), at_a_time=1)
+    assert (heads, before, alone, after) == ([(0, 0), (1, 0)], 0, cost, 4)
+    together, *_ = cheapest(model, draw_tokens(1, 41), Start(heads=0.5), at_a_time=2)
+    assert together == [(0, 0), (0, 1)]
+
+
+def test_a_start_is_made_once_and_is_what_its_file_says(here, capsys):
+    """Heads or costs of other gates than were saved; another start taken for this one."""
+    start = Start(kind="keys", heads=0.5, length=8.0)
+    make = lambda start=start, init="model", context_len=64: conversion.started(
+        start, init, "shards", "start", "cpu", context_len)
+    folder = make()
+    told, model = files.load(folder / "start.json"), Transformer.from_pretrained(folder)
+    assert model.config.memory == "keys" and "2 heads start at 8 tokens" in capsys.readouterr().out
+    long = [(layer, head) for layer in range(2) for head in range(2)
+            if model.layers[layer].self_attn.memory.proj.bias[head * 8] > 0]
+    assert long == sorted(map(tuple, told["heads"])) and len(long) == 2
+    same = Transformer.from_pretrained("model").add_memory(0.5, "keys")
+    shards = Shards("shards", 64, seed=0)
+    tokens = torch.stack([torch.from_numpy(shards.sample(i)) for i in range(6)])
+    with torch.no_grad():
+        of = lambda *heads: loss_by_hand(same, tokens, heads, start)
+        assert told["loss"] == pytest.approx(of(), abs=1e-5)
+        assert told["loss_with"] == pytest.approx(of(*long), abs=1e-5)
+        for layer, head in itertools.product(range(2), range(2)):
+            assert told["cost_alone"][layer][head] == pytest.approx(of((layer, head)) - of(),
+                                                                    abs=1e-4)
+    assert torch.equal(model.layers[1].self_attn.k_proj.weight, same.layers[1].self_attn.k_proj
+                       .weight)
+
+    written = (folder / "start.json").stat().st_mtime_ns
+    assert make() == folder and (folder / "start.json").stat().st_mtime_ns == written
+    refused(lambda: make(Start()), "start was started with start", "move it away")
+    refused(lambda: make(init="another"), "init model, not another")
+    refused(lambda: make(context_len=32), "context_len 64, not 32")
+    (folder / "start.json").write_text('{"start')
+    refused(make, "start.json", "damaged")
+    (folder / "start.json").unlink()  # killed before it was written
+    make()
+    assert files.load(folder / "start.json") == told
+
+
+# ---------------------------------------------------------------- what is measured
+
+@torch.no_grad()
+def test_held_out_loss_and_lengths_are_those_of_each_window(here):
+    """Text that was trained on; a last batch of two that weighs as much as one of three."""
+    model = tiny(**TINY | dict(memory="decay"))
+    shards = Shards("shards", 16, seed=0, split="val")
+    assert len(shards) >= 3
+    inputs, losses = [[] for _ in model.layers], []
+    hooks = [layer.self_attn.memory.register_forward_pre_hook(
+        lambda memory, args, of_layer=of_layer: of_layer.append(
+            effective_length(memory.gate(args[0]))))
+        for layer, of_layer in zip(model.layers, inputs)]
+    for i in range(3):
+        tokens = torch.from_numpy(shards.sample(i))[None]
+        losses.append(F.cross_entropy(model(tokens[:, :-1])[0], tokens[0, 1:]).item())
+    for hook in hooks:
+        hook.remove()
+    loss, lengths = conversion.on_text(model, "shards", 16, windows=3, batch=2)
+    assert loss == pytest.approx(sum(losses) / 3, abs=1e-5)
+    assert lengths.shape == (2, 2, 8)
+    torch.testing.assert_close(lengths, torch.stack([torch.stack(x).mean(0) for x in inputs]))
+    assert conversion.on_text(tiny(**TINY), "shards", 16, windows=3)[1] is None
+    assert conversion.on_text(tiny(**TINY | dict(memory="convolution")), "shards", 16,
+                              windows=1)[1] is None
+
+
+def test_quartiles_are_of_each_head_s_channels():
+    """Those of a layer, or a mean for a median."""
+    lengths = torch.tensor([[[1.0, 2, 3, 4, 100], [5, 5, 5, 5, 5]], [[9, 8, 7, 6, 5],
+                                                                     [1, 1, 2, 2, 2]]])
+    assert conversion.quartiles(lengths) == {
+        "0.25": [[2, 5], [6, 1]], "0.5": [[3, 5], [7, 2]], "0.75": [[4, 5], [8, 2]]}
+
+
+def test_losses_are_means_since_the_point_before(tmp_path):
+    """A mean that reaches into other steps, or stumbles over a step that was skipped."""
+    log = [{"step": n, "loss": float(n), "arl_loss": 2.0 * n} for n in range(1, 10)]
+    log[4]["loss"] = None  # not finite
+    write = lambda: (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    write()
+    assert conversion.losses(tmp_path, points=3) == {
+        3: {"loss": 2, "arl_loss": 4}, 6: {"loss": 5, "arl_loss": 10},
+        9: {"loss": 8, "arl_loss": 16}}
+    log[1:] = [{"step": 2, "loss": None, "joint_loss": 7.00004}]
+    write()
+    assert conversion.losses(tmp_path) == {1: {"loss": 1, "arl_loss": 2}, 2: {"joint_loss": 7}}
+
+
+def report_of(lengths=None, **losses):
+    found = {"name": "third", "held_out": 2.34567, "losses": {"1": {"loss": 9.0}, "2": losses}}
+    return found | ({"lengths": {"0.25": [], "0.5": lengths}} if lengths else {})
+
+
+def test_a_line_counts_long_heads_and_tells_the_newest_losses():
+    """The first losses, heads of one layer, 15.9 tokens that are long or 16 that are not."""
+    words = conversion.line(report_of([[15.9, 40.25], [16.0, 1.5]], loss=2.0, arl_loss=3.0)).split()
+    assert words == ["third", "2.3457", "2.000", "3.000", "2", "of", "4", "16.0", "40.2"]
+    assert LONG == 16
+    assert conversion.line(report_of(loss=2.0)).split() == ["third", "2.3457", "2.000", "nan"]
+
+
+# ---------------------------------------------------------------- runs
+
+def plan(name, *rest):
+    args = conversion.flags().parse_args([*TRIAL, "--out=o"])
+    return train.parse(conversion.flags_of(name, args, [*rest]))
+
+
+def test_every_conversion_is_what_its_name_says():
+    """A rate or a pass that is another's; a control that has a memory, or fewer steps."""
+    starts = "o/{}-start"
+    expected = {  # init, memory, gate_start, arl, joint, lr, memory_lr
+        "joint": ("model", "off", 0.5, 0, 64, 5e-4, 5e-4),
+        "dilated": ("model", "off", 0.5, 64, 0, 5e-4, 5e-4),
+        "half": ("model", "on", 0.5, 64, 0, 5e-4, 5e-3),
+        "third": (starts, None, 0.5, 64, 0, 5e-4, 5e-4),
+        "third-slow": (starts, None, 0.5, 64, 0, 5e-4, 2e-5),
+        "third-slow-joint": (starts, None, 0.5, 0, 64, 5e-4, 2e-5),
+        "third-keys-slow": (starts, None, 0.5, 64, 0, 5e-4, 2e-5),
+        "third-values-slow": (starts, None, 0.5, 64, 0, 5e-4, 2e-5),
+        "third-whole-slow": (starts, None, 0.5, 64, 0, 5e-4, 2e-5),
+        "all-keys-slow": (starts, None, 0.5, 64, 0, 5e-4, 2e-5),
+        "joint-2e-3": ("model", "off", 0.5, 0, 64, 2e-3, 5e-4),
+        "third-slow-2e-3": (starts, None, 0.5, 64, 0, 2e-3, 2e-5),
+    }
+    assert expected.keys() == PLAN.keys()
+    for name, (init, *settings) in expected.items():
+        args = plan(name, "--batch=2")
+        assert [args.init, args.memory, args.gate_start, args.arl, args.joint, args.lr,
+                args.memory_lr] == [init.format(name), *settings], name
+        assert (args.data, args.context_len, args.steps, args.batch, args.seed) == (
+            "shards", 64, 381, 2, 0)
+        assert (args.out, args.name, args.resume, args.eval_every) == ("o", name, True, 0)
+        assert args.save_every > args.steps and args.min_lr == 0
+    starts = {name: start for name, (start, _) in PLAN.items() if start}
+    assert starts["third-keys-slow"].kind == starts["all-keys-slow"].kind == "keys"
+    assert starts["third-values-slow"].kind == "values" and starts["all-keys-slow"].heads == 1
+    assert starts["third-whole-slow"].pairs == 1 and starts["third"] == Start()
+    for word in ("--memory=off", "--arl=0", "--joint=64", "--seed=1", "--name=x", "--lr=1",
+                 "--memory_lr=1", "--gate_start=0.1", "--recipe=micro"):
+        refused(lambda: plan("third", word), word)
+
+
+def test_a_conversion_is_made_once_and_goes_on(here, monkeypatch, capsys):
+    """A second call that trains again, or a first that cannot go on once its text is read."""
+    name, result = "third-keys-slow", Path("results/conversion/third-keys-slow.json")
+    with monkeypatch.context() as patch:  # killed after the training
+        patch.setattr(conversion, "on_text", lambda *_: pytest.fail("asked"))
+        with pytest.raises(pytest.fail.Exception, match="asked"):
+            convert("--runs", name, *STEPS)
+    assert not result.exists()
+    monkeypatch.setattr(train, "train", lambda args: pytest.fail("trained again"))
+    convert("--runs", name, *STEPS)
+    report, run = files.load(result), Path("out/conversion") / name
+    loss, lengths = conversion.on_text(Transformer.from_pretrained(run, torch.bfloat16), "shards",
+                                       64)
+    assert report["held_out"] == pytest.approx(loss, abs=1e-6)
+    assert report["lengths"] == conversion.quartiles(lengths)
+    assert list(report["losses"]) == ["1", "2", "3"]
+    assert report["losses"]["1"].keys() == {"loss", "arl_loss"}
+    assert report["train"]["settings"]["init"] == f"{run}-start" and report["train"]["step"] == 3
+    assert report["start"] == files.load(f"{run}-start/start.json")
+    assert report["start"]["start"]["kind"] == "keys"
+    assert conversion.line(report) in capsys.readouterr().out
+    monkeypatch.setattr(conversion, "on_text", None)
+    written = result.stat().st_mtime_ns
+    convert("--runs", name, name, *STEPS)  # named twice, it is one
+    assert "done already" in capsys.readouterr().out and result.stat().st_mtime_ns == written
+
+
+def test_several_are_a_process_each_and_a_table(here, monkeypatch, capsys):
+    """Flags that are lost on the way, what is there made again, a row that is another's."""
+    made = []
+
+    def on_all_gpus(jobs):
+        for job in jobs:
+            job(lambda words, log: made.append((words, log)))
+        for name, loss in ("third", 2.0), ("joint", 3.0):
+            files.save(report_of(loss=loss) | {"name": name}, f"results/conversion/{name}.json")
+    monkeypatch.setattr(runs, "on_all_gpus", on_all_gpus)
+    both = ["--runs", "third", "joint", "third", "--steps=3"]
+    convert(*both)
+    assert [log for _, log in made] == [Path("out/conversion/third.log"),
+                                        Path("out/conversion/joint.log")]
+    words = made[0][0]
+    args, rest = conversion.flags().parse_known_args(words[1:])
+    assert words[0] == "experiments/conversion.py" and rest == ["--steps=3"]
+    assert args == conversion.flags().parse_args([*TRIAL, "--runs", "third"])
+    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()][1:3]
+    assert rows == [["third", "2.3457", "2.000"], ["joint", "2.3457", "3.000"]]
+    made.clear()
+    convert(*both)
+    assert made == []
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--runs", "thrid"], "thrid"),
+    (["--runs", "joint", "--init=nowhere"], "nowhere"),
+    (["--runs", "third", "--init=nowhere"], "nowhere"),
+    (["--runs", "joint", "--data=nowhere"], "no .bin shards"),
+    (["--runs", "third", "--data=nowhere"], "no .bin shards"),
+    (["--runs", "third", "--frobnicate"], "--frobnicate"),
+    (["--runs", "third", "--memory=off"], "--memory=off"),
+    (["--runs", "third", "--results=text.txt"], "--results text.txt is no folder"),
+    (["--runs", "third", "joint", "--results=text.txt"], "--results text.txt is no folder"),
+    (["--runs", "third", "--context_len=4000"], "context_len 4000"),
+])
+def test_a_wrong_flag_is_one_line_before_any_training(flags, word, refusal, monkeypatch):
+    """A traceback; minutes in which a start is found for a run that cannot begin."""
+    monkeypatch.setattr(conversion, "cheapest", lambda *_: pytest.fail("a start was looked for"))
+    assert word in refusal(*flags)
+
+
+@pytest.mark.parametrize("names", [["third"], ["joint", "third"]])
+@pytest.mark.parametrize("content", ['{"held_out": 2.0, "los', "{}", "[]", ""])
+def test_a_damaged_result_is_named_before_any_training(content, names, refusal):
+    """A file of no bytes that is taken for a result, and a table that fails hours later."""
+    file = Path("results/conversion/third.json")
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    told = refusal("--runs", *names)
+    assert str(file) in told and "move it away" in told

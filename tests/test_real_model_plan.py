@@ -1,0 +1,627 @@
+"""
+experiments/real_model.py: the plan as flags of train.py, a run that is stopped anywhere, what is
+asked of a model, and the tables. Figures are worked by hand. test_real_model.py is of the model.
+"""
+import json
+import lzma
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LLAMA_FORM, draw_tokens, refused, tiny
+
+import data
+import eval_niah
+import niah
+import sparse
+import train
+from experiments import conversion, real_model, runs, swap, ways
+from experiments.oracle import Frozen, left_out, oracle
+from experiments.real_model import ARMS, STAGES, parts_of, stages_of
+from infra import files
+from infra.tokenizers import ByteTokenizer
+from model import Transformer
+from triton_ops import backend
+
+TINY = LLAMA_FORM | dict(vocab_size=257, n_head=4, n_kv_head=2, width=32, context_len=512)
+TRIAL = ["--init=model", "--data=shards", "--context_len=512", "--device=cpu", "--samples=2",
+         "--few=1", "--eval_batch=2"]
+STEPS = ["--steps=2", "--batch=1", "--compile=off", "--tasks", "niah_single_1"]
+QUEST = {"quest": ["quest:budget=1/4", "quest:budget=1/8"]}  # cells that take seconds
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    monkeypatch.setattr(backend, "choice", "torch")
+
+
+def of_letters(text, answers):
+    """A score that tells answers of an untrained model apart."""
+    return sum(text.encode()) % 97 / 97
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with a model of two KV heads for four query heads, and text in bytes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(niah, "score_ruler", of_letters)
+    tiny(**TINY).save_pretrained("model")
+    words = draw_tokens(1, 4000, vocab_size=26).flatten().add(97).tolist()
+    Path("text.txt").write_text(bytes(words).decode())
+    data.main(["--input", "text.txt", "--output=shards", "--workers=1"])
+    return tmp_path
+
+
+def flags(*more):
+    return real_model.flags().parse_args([*TRIAL, *more])
+
+
+def do(*more):
+    real_model.main([*TRIAL, *more])
+
+
+# ---------------------------------------------------------------- the plan
+
+def test_stages_are_the_runs_of_the_plan():
+    """A seed or an arm too few; memory-joint-0 taken for a memory; a rate of the others."""
+    of = lambda stage: [parts_of(name) for name in STAGES[stage]]
+    assert of("curve") == [("released", 0, steps, rate) for rate in ("1e-4", "3e-4")
+                           for steps in (54, 160, 320, 640)]
+    assert of("develop") == [("joint", 100, 320, "3e-4")]
+    assert sorted(of("primary")) == sorted((arm, seed, 320, "3e-4") for seed in range(8)
+                                           for arm in ("joint", "memory", "dilated"))
+    assert sorted(of("others")) == sorted(
+        (arm, seed, 320, "3e-4") for seed in range(2)
+        for arm in ("released", "continued", "memory-joint", "convolution"))
+    assert parts_of("memory-joint-12-7x2e-5") == ("memory-joint", 12, 7, "2e-5")
+
+
+@pytest.mark.parametrize("name", [
+    "", "memory", "memory-", "memory-joint", "memory-0-same", "memory-0-320x3e-4-same",
+    "memory-0-", "memory-0-54", "memory-0-54x", "memory-0-0x1e-4", "memory-0-54xfast", "memory-00",
+    "memory--1", "memory-٣", "memoir-0", "memory-0 ", "../memory-0"])
+def test_what_is_no_run_is_refused(name):
+    """Two names of one run; a rate that train.py refuses once the text is read."""
+    refused(lambda: parts_of(name), "is no run", "ARM-SEED-STEPSxRATE")
+
+
+# arm: of the text init, memory, arl, joint; of the fine-tuning "-same" arl, joint (None: not there)
+PLAN = {
+    "released": (None, None),
+    "continued": (("model", "off", 0, 0), None),
+    "joint": (("model", "off", 0, 64), (0, 64)),
+    "dilated": (("model", "off", 64, 0), (64, 0)),
+    "memory": (("o/start", "on", 64, 0), (64, 0)),
+    "memory-joint": (("o/start", "on", 0, 64), (0, 64)),
+    "convolution": (("model", "convolution", 0, 64), (0, 64)),
+}
+
+
+@pytest.mark.parametrize("arm", PLAN)
+def test_each_arm_is_trained_as_the_plan_says(arm):
+    """A pass, a rate or a start that is another arm's; text of another seed; too few steps."""
+    assert PLAN.keys() == ARMS.keys()
+    (on_text, same), name = PLAN[arm], f"{arm}-3"
+    text, tuned = stages_of(name, flags("--out=o"), ["--workers=0"])
+    assert bool(text) == bool(on_text)
+    start = f"o/{name}-text" if text else "model"
+    stages = {suffix: train.parse(of) for suffix, of in tuned.items()}
+    if text:
+        s = stages["-text"] = train.parse(text)
+        assert (s.init, s.memory, s.arl, s.joint) == on_text
+        assert (s.recipe, s.data, s.steps, s.batch, s.lr, s.memory_lr, s.min_lr, s.warmup) == (
+            "continue", "shards", 381, 16, 5e-4, 5e-4, 0, 0.05)
+        assert (s.weight_decay, s.gate_start) == (0.1, 0.5)
+    for suffix, passes in ("", (0, 0)), ("-same", same):
+        assert (suffix in tuned) == (passes is not None)
+        if passes:
+            s = stages[suffix]
+            assert (s.init, s.memory, (s.arl, s.joint)) == (start, None, passes)
+            assert (s.recipe, s.data, s.protocol, s.steps, s.batch, s.lr, s.min_lr) == (
+                "niah-sft", "niah", "sft", 320, 16, 3e-4, 0)
+            assert (s.warmup, s.weight_decay, s.many, s.other_weight) == (0.05, 0.01, 0, 0)
+    for suffix, s in stages.items():
+        assert (s.out, s.name, s.seed, s.resume) == ("o", name + suffix, 3, True)
+        assert (s.context_len, s.eval_every, s.workers, s.tasks) == (512, 0, 0, None)
+        assert s.save_every > s.steps
+
+
+def test_a_run_may_name_its_steps_and_rate():
+    """Those of the plan in a curve of which all points are then one."""
+    text, tuned = stages_of("joint-3-54x1e-4", flags(), [])
+    assert (train.parse(text).steps, train.parse(text).lr) == (381, 5e-4)
+    assert [(s.steps, s.lr, s.name) for s in map(train.parse, tuned.values())] == [
+        (54, 1e-4, "joint-3-54x1e-4"), (54, 1e-4, "joint-3-54x1e-4-same")]
+    _, longer = stages_of("joint-3", flags(), ["--steps=2"])  # of a trial
+    assert {train.parse(of).steps for of in longer.values()} == {2}
+
+
+# ---------------------------------------------------------------- a run that is stopped
+
+class Stop(BaseException):
+    """What kill -9 leaves: nothing is caught, nothing is cleaned up."""
+
+
+@pytest.fixture
+def steps(here, monkeypatch):
+    """
+    What a run does, in its order: "start", a folder that is trained, "ask NAME"; before(n) stops it
+    before its n-th. Models are real, and asked nothing.
+    """
+    made, stop_at = [], [None]
+
+    def noted(name):
+        if len(made) == stop_at[0]:
+            raise Stop
+        made.append(name)
+    real = train.train, conversion.cheapest
+
+    def training(settings):
+        noted(settings.name)
+        return real[0](settings)
+
+    def cheapest(*args):
+        noted("start")
+        return real[1](*args)
+
+    def ask(name, suffix, args):
+        noted(f"ask {name}{suffix}")
+        return {"cells": {}, "model": str(Path(args.out) / (name + suffix))}
+    monkeypatch.setattr(train, "train", training)
+    monkeypatch.setattr(conversion, "cheapest", cheapest)
+    monkeypatch.setattr(real_model, "ask", ask)
+
+    def before(n, *more):
+        """What was done, up to the n-th of it; None: all."""
+        made.clear()
+        stop_at[0] = n
+        try:
+            do(*more, *STEPS)
+        except Stop:
+            pass
+        return [*made]
+    return before
+
+
+ALL = ["start", "memory-0-text", "memory-0", "ask memory-0", "memory-0-same", "ask memory-0-same"]
+
+
+def test_a_run_goes_on_from_wherever_it_was_stopped(steps):
+    """Text read twice; a model that is asked before it is trained; the second for the first."""
+    results = [Path(f"results/real-model/memory-0{suffix}.json") for suffix in ("", "-same")]
+    assert steps(0, "--runs", "memory-0") == []
+    for n in range(1, len(ALL)):
+        assert steps(1, "--runs", "memory-0") == ALL[n - 1:n]
+        assert [file.exists() for file in results] == [n >= 4, False], n
+        assert {path.name for path in Path("out/real-model").iterdir()} == {
+            name for name in ALL[:n] if not name.startswith("ask")}, n
+    assert steps(None, "--runs", "memory-0") == ALL[5:]
+    assert all(file.exists() for file in results)
+    # only the start, which others share, and which took minutes, is still there
+    assert [path.name for path in Path("out/real-model").iterdir()] == ["start"]
+    assert steps(None, "--runs", "memory-0") == []
+    assert steps(None, "--runs", "memory-1")[:2] == ["memory-1-text", "memory-1"]
+
+    for file, suffix, arl in zip(results, ("", "-same"), (0, 64)):
+        report = files.load(file)
+        assert (report["name"], report["arm"], report["seed"]) == (f"memory-0{suffix}", "memory", 0)
+        assert report["model"] == f"out/real-model/memory-0{suffix}"
+        tuning, text = report["tuning"], report["text"]
+        assert tuning["train"]["settings"]["arl"] == arl and text["train"]["settings"]["arl"] == 64
+        assert tuning["train"]["from"] == text["train"] and text["train"]["step"] == 2
+        for part in tuning, text:
+            assert set(part) == {"train", "losses", "held_out", "lengths"}
+            assert list(part["losses"]) == ["1", "2"] and 1 < part["held_out"] < 20
+        assert ("arl_loss" in tuning["losses"]["1"]) == bool(arl)
+
+
+def test_models_are_kept_if_asked_to_be(steps):
+    """Models that somebody wants to look at, and that are gone."""
+    assert steps(None, "--runs", "convolution-0", "--keep") == [
+        "convolution-0-text", "convolution-0", "ask convolution-0", "convolution-0-same",
+        "ask convolution-0-same"]
+    folder = Path("out/real-model")
+    assert {path.name for path in folder.iterdir()} == {
+        "convolution-0-text", "convolution-0", "convolution-0-same"}
+    report = files.load("results/real-model/convolution-0.json")
+    assert "lengths" not in report["tuning"]  # of a memory that has none
+    assert Transformer.from_pretrained(folder / "convolution-0").config.memory == "convolution"
+
+    # one of the two results is gone, and the models are there
+    Path("results/real-model/convolution-0.json").unlink()
+    assert steps(None, "--runs", "convolution-0", "--keep") == ["ask convolution-0"]
+    assert steps(None, "--runs", "released-0-54x1e-4") == [
+        "released-0-54x1e-4", "ask released-0-54x1e-4"]
+    assert "text" not in files.load("results/real-model/released-0-54x1e-4.json")
+    assert not (folder / "released-0-54x1e-4").exists() and (folder / "convolution-0").exists()
+
+
+# ---------------------------------------------------------------- what is asked
+
+@pytest.fixture
+def one_task(monkeypatch):
+    monkeypatch.setattr(eval_niah, "choose_tasks", lambda *_: ["niah_single_1"])
+
+
+def save_model(name, **changes):
+    tiny(**TINY | changes).save_pretrained(f"out/real-model/{name}")
+    return Path("out/real-model") / name
+
+
+def kept_answers(name):
+    with lzma.open(f"results/real-model/{name}.answers.xz", "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_a_model_is_asked_all_cells_and_fewer_prompts_tell_why(here, one_task, monkeypatch):
+    """A cell of another method or prompt; answers that belong to no score; a draw in a cell."""
+    monkeypatch.setattr(real_model, "asked_besides", lambda folder, args: {"besides": str(folder)})
+    folder = save_model("memory-0-same", memory="decay")
+    found = real_model.ask("memory-0", "-same", flags())
+    size = ",block_size=8"
+    assert list(found["cells"]) == [
+        "dense", *(f"{kind}:budget=1/{n}{size}" for kind in ("quest", "moba") for n in (4, 8, 16)),
+        *(f"snapkv:budget=1/{n},kernel=21,window=16" for n in (4, 8, 16)),
+        "quest:budget=1/64,block_size=2"]
+    assert (found["samples"], found["few"], found["besides"]) == (2, 1, str(folder))
+
+    # each cell is the mean score of the answers that are kept, of the prompts of seed 1000
+    answers, examples = kept_answers("memory-0-same"), [
+        niah.make_example("niah_single_1", 512, ByteTokenizer(), 1000, i, "sft",
+                          max_new_tokens=niah.default_new_tokens(512, ByteTokenizer()))
+        for i in range(2)]
+    assert found["prompts"] == {"niah_single_1": niah.prompt_hash(examples)}
+    assert len(answers) == 11 * 2 == len({tuple(line[:3]) for line in answers})
+    for text, of_tasks in found["cells"].items():
+        name = sparse.name(sparse.parse(text, 512))
+        texts = [told for _, method, _, told in answers if method == name]
+        assert [i for _, method, i, _ in answers if method == name] == [0, 1]
+        expected = 100 * statistics.fmean(of_letters(told, None) for told in texts)
+        assert of_tasks == {"niah_single_1": pytest.approx(expected, abs=0.01)}
+    assert len({of["niah_single_1"] for of in found["cells"].values()}) > 8
+
+    why = files.load(folder / "why/results.json")
+    assert why["settings"]["samples"] == 1 and why["settings"]["seed"] == 1000
+    assert set(found["hits"]) == {text for text in found["cells"] if text.startswith(
+        ("quest", "snapkv")) and "1/64" not in text}
+    for row in why["results"]:
+        if row["hits"]:  # of four heads the best
+            assert found["hits"][row["method"]] == pytest.approx(100 * max(max(row["hits"])))
+    drawn = {}
+    for row in why["results"]:
+        if row["random"] is not None:
+            drawn.setdefault(f"{row['method']} by chance", []).append(row["ruler"][0])
+    assert {len(scores) for scores in drawn.values()} == {5} and len(drawn) == 3
+    assert found["by_chance"] == {name: pytest.approx(statistics.fmean(scores))
+                                  for name, scores in drawn.items()}
+
+
+def test_the_curve_is_asked_the_cells_alone_and_development_the_grid(here, one_task, monkeypatch):
+    """Settings chosen on the prompts by which they are judged; prompts that tell nothing."""
+    monkeypatch.setattr(real_model, "CELLS", QUEST)
+    save_model("released-0-54x1e-4")
+    found = real_model.ask("released-0-54x1e-4", "", flags())
+    assert found.keys() == {"samples", "prompts", "cells"}
+    assert len(kept_answers("released-0-54x1e-4")) == 4 * 2
+
+    assert len(real_model.GRID) == len(set(real_model.GRID)) == 15
+    for method in real_model.GRID:
+        sparse.parse(method, 4096)
+    monkeypatch.setattr(real_model, "GRID", ["snapkv:budget=1/8,kernel=5,window=16",
+                                             "moba:budget=1/8,block_size=32"])
+    folder = save_model("joint-100-same")
+    found = real_model.ask("joint-100", "-same", flags())
+    assert found.keys() == {"grid", "prompts"}
+    assert list(found["grid"]) == ["dense", *real_model.GRID]
+    assert files.load(folder / "grid/results.json")["settings"]["seed"] == 100
+    assert not list(Path("results").glob("*/joint-100*.xz"))
+
+
+def test_asking_that_is_stopped_goes_on(here, monkeypatch):
+    """Answers that are asked again, or those of a model that is not there any more."""
+    monkeypatch.setattr(real_model, "CELLS", QUEST)
+    tasks = ["niah_single_1", "niah_single_2", "niah_single_3"]
+    monkeypatch.setattr(eval_niah, "choose_tasks", lambda *_: tasks)
+    save_model("released-0-54x1e-4")
+    asked, ask = [], eval_niah.ask
+
+    def counted(model, tokenizer, examples, batch, *rest):
+        if len(asked) == 1:
+            asked.append(None)
+            raise KeyboardInterrupt
+        asked.append(batch.task)
+        return ask(model, tokenizer, examples, batch, *rest)
+    monkeypatch.setattr(eval_niah, "ask", counted)
+    once = lambda: real_model.ask("released-0-54x1e-4", "", flags())
+    with pytest.raises(SystemExit) as end:
+        once()
+    assert end.value.code == 130 and not Path("results").exists()
+    assert once()["cells"].keys() == {"dense", *(f"{m},block_size=8" for m in QUEST["quest"]),
+                                      "quest:budget=1/64,block_size=2"}
+    assert asked == [tasks[0], None, *tasks[1:]]
+    assert len(kept_answers("released-0-54x1e-4")) == 3 * 4 * 2
+
+
+def by_hand(model, examples, method):
+    """The score in percent."""
+    outcome = ways.evaluate(model, ByteTokenizer(), examples, [method], 2)[method]
+    return 100 * statistics.fmean(of_letters(text, None) for text in outcome.texts)
+
+
+def test_besides_methods_a_frozen_draw_the_oracle_and_the_swap_are_asked(here, one_task):
+    """A draw or a needle that is another prompt's; a swap of 1/4; a cell under another's name."""
+    folder = save_model("memory-0", memory="decay")
+    args = flags("--few=2")
+    found = real_model.asked_besides(folder, args)
+    model = Transformer.from_pretrained(folder, torch.bfloat16)
+    examples = [niah.make_example("niah_single_1", 512, ByteTokenizer(), 1000, i, "sft",
+                                  max_new_tokens=48) for i in range(2)]
+    assert found.keys() == {"frozen", "oracle", "oracle_left_out", "swap"}
+    draws = [by_hand(model, examples, Frozen(128, 8, random=draw)) for draw in range(5)]
+    assert len({*draws}) > 2 and found["frozen"] == pytest.approx(statistics.fmean(draws))
+    assert list(found["oracle"]) == list(found["oracle_left_out"]) and len(found["oracle"]) == 9
+    of_oracle = set()
+    for text in found["oracle"]:
+        method = sparse.parse(text, 512)
+        expected = by_hand(model, examples, oracle(method, examples, ByteTokenizer()))
+        assert found["oracle"][text] == pytest.approx(expected), text
+        assert found["oracle_left_out"][text] == left_out(method, examples, ByteTokenizer())
+        of_oracle.add(expected)
+    assert len(of_oracle) > 4 and len({*found["oracle_left_out"].values()}) > 1
+
+    wanted = {sparse.name(sparse.parse(text, 512)): sparse.parse(text, 512)
+              for text in found["oracle"] if "1/8" in text}
+    assert found["swap"].keys() == wanted.keys() and len(wanted) == 3
+    both = swap.swapped(model)
+    for name, method in wanted.items():
+        cells = swap.cells(method)
+        assert found["swap"][name].keys() == cells.keys() and len(cells) == 8
+        assert found["swap"][name]["k~: k~, v~"] == pytest.approx(by_hand(model, examples, method))
+        assert found["swap"][name]["k: k, v"] == pytest.approx(
+            by_hand(both, examples, cells["k: k, v"]))
+
+
+@pytest.mark.parametrize("memory", [None, "convolution"])
+def test_without_an_average_there_is_nothing_to_swap(memory, here, one_task, monkeypatch):
+    """A traceback at the end of a run without memory, or of a convolution."""
+    monkeypatch.setattr(real_model, "CELLS", QUEST)
+    found = real_model.asked_besides(save_model("joint-0", memory=memory), flags())
+    assert found.keys() == {"frozen", "oracle", "oracle_left_out"}
+
+
+def test_a_whole_run_from_a_command(here, monkeypatch, capsys):
+    """Parts that do not fit each other, or whose result cannot be written or read."""
+    monkeypatch.setattr(real_model, "CELLS", QUEST)
+    monkeypatch.setattr(real_model, "BUDGETS", ("1/4", "1/8"))
+    monkeypatch.setattr(real_model, "DRAWS", 2)
+    for name in "memory-0", "joint-0":
+        do("--runs", name, *STEPS, "--samples=1")
+    found = real_model.read_all(flags())
+    assert {arm: list(of) for arm, of in found.items()} == dict.fromkeys(
+        ["joint", "joint-same", "memory", "memory-same"], [0])
+    assert found["memory"][0]["swap"] and "swap" not in found["joint-same"][0]
+    assert len(found["joint"][0]["cells"]) == 4 and found["joint"][0]["frozen"] > 0
+    assert found["memory"][0]["command"].startswith("python -m experiments.real_model --init=model")
+    capsys.readouterr()
+    do("--runs", "memory-0")
+    assert "memory-0: done already" in capsys.readouterr().out
+    real_model.main([])
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert ["joint", "1"] in rows and ["memory-same", "1"] in rows
+
+
+# ---------------------------------------------------------------- tables
+
+METHODS = ["dense", *(f"{kind}:budget=1/{n},block_size=64" for kind in ("quest", "moba")
+                      for n in (4, 8, 16)),
+           *(f"snapkv:budget=1/{n},kernel=21,window=16" for n in (4, 8, 16)),
+           "quest:budget=1/64,block_size=16"]
+
+
+def report(name, scores=range(11), **more):
+    """scores: of METHODS; two tasks are 1 above and below."""
+    arm, seed, *_ = parts_of(name.removesuffix("-same"))
+    cells = {method: {"a": score + 1.0, "b": score - 1.0}
+             for method, score in zip(METHODS, scores)}
+    return {"name": name, "arm": arm, "seed": seed, "tuning": {"held_out": 2.0 + seed / 10},
+            "samples": 2, "few": 1, "prompts": {"a": "p", "b": "p"}, "cells": cells} | more
+
+
+def write(*reports):
+    for of in reports:
+        files.save(of, f"results/real-model/{of['name']}.json")
+
+
+def of_kinds(dense, quest, moba, snapkv, extreme=0):
+    """Scores whose mean over a method's budgets is as given."""
+    return [dense, *(x + d for x in (quest, moba, snapkv) for d in (3, 1, -4)), extreme]
+
+
+def test_results_are_by_arm_and_seed(tmp_path, monkeypatch):
+    """The curve, the development or another number of steps in a mean of the plan's runs."""
+    monkeypatch.chdir(tmp_path)
+    curve = report("released-0-54x1e-4", samples=7)
+    del curve["few"]
+    grid = report("joint-100", grid={})
+    del grid["cells"], grid["samples"]
+    write(curve, grid, report("joint-1"), report("joint-1-same"), report("joint-0"),
+          report("memory-joint-0"), report("memory-0-7x3e-4"), report("memory-0-7x3e-4-same"))
+    found = real_model.read_all(flags())
+    assert {arm: [of[seed]["name"] for seed in sorted(of)] for arm, of in found.items()} == {
+        "joint": ["joint-0", "joint-1"], "joint-same": ["joint-1-same"],
+        "memory-joint": ["memory-joint-0"]}
+
+
+@pytest.mark.parametrize("other", [dict(samples=3), dict(few=2), dict(prompts={"a": "p", "b": "o"}),
+                                   dict(cells=report("joint-1")["cells"] | {"dilated": {}})])
+def test_results_that_were_asked_otherwise_do_not_mix(other, tmp_path, monkeypatch):
+    """100 prompts beside 50, or other methods."""
+    monkeypatch.chdir(tmp_path)
+    write(report("joint-0"), report("joint-1", **other))
+    refused(lambda: real_model.read_all(flags()), "joint-1.json was asked otherwise than",
+            "joint-0.json", "move one of them away")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "joint-0", "cells": {}}'])
+def test_a_damaged_result_is_named(content, tmp_path, monkeypatch):
+    """A file of no bytes that is taken for a result, or a traceback."""
+    monkeypatch.chdir(tmp_path)
+    write(report("joint-0"))
+    Path("results/real-model/joint-0.json").write_text(content)
+    for call in (lambda: real_model.read_all(flags()),
+                 lambda: real_model.missing("joint-0", flags())):
+        refused(call, "joint-0.json", "move it away")
+
+
+def test_what_is_missing_is_asked_for_by_suffix(tmp_path, monkeypatch):
+    """A pass's result that stands for both."""
+    monkeypatch.chdir(tmp_path)
+    args = flags()
+    assert real_model.missing("joint-0", args) == ["", "-same"]
+    assert real_model.missing("continued-0", args) == real_model.missing("released-0", args) == [""]
+    write(report("joint-0-same"))
+    assert real_model.missing("joint-0", args) == [""]
+    write(report("joint-0"))
+    assert real_model.missing("joint-0", args) == []
+    assert real_model.missing("joint-1", args) == ["", "-same"]
+
+
+def test_a_score_is_the_mean_of_three_budgets():
+    """The extreme budget of 1/64 among Quest's, dense in a mean, another method's cells."""
+    of = report("joint-0", of_kinds(99, 40, 60, 20, extreme=7))
+    assert [real_model.score(of, kind) for kind in ("quest", "moba", "snapkv")] == [40, 60, 20]
+
+
+# seed by seed: memory - joint is 1, 2, 3 of Quest, 1, 1, 1 of MoBA, 2, -1, 2 of SnapKV
+JOINT = {seed: report(f"joint-{seed}", of_kinds(90, 40 + seed, 60, 20 - seed)) for seed in range(4)}
+MEMORY = {seed: report(f"memory-{seed}", of_kinds(90, 41 + 2 * seed, 61, 20 - seed + gain))
+          for seed, gain in ((5, 50), (0, 2), (2, 2), (1, -1))}
+
+
+def test_contrasts_are_paired_by_seed_and_corrected_for_three_methods():
+    """Seeds that only one arm has, or in another order; p of another number of cells."""
+    made = real_model.contrasts({"memory": MEMORY, "joint": JOINT, "memory-same": JOINT})
+    assert made.keys() == {"primary: memory - joint", "beside it: memory - dilated"}
+    assert made["beside it: memory - dilated"] == {}
+    quest, moba, snapkv = (made["primary: memory - joint"][kind]
+                           for kind in ("quest", "moba", "snapkv"))
+    assert [(of["gain"], sorted(of["by_seed"])) for of in (quest, moba, snapkv)] == [
+        (2, [1, 2, 3]), (1, [1, 1, 1]), (1, [-1, 2, 2])]
+    # t = 2 sqrt(3) and 1, of 2 degrees of freedom: p = 1 - t / sqrt(t ** 2 + 2)
+    assert quest["p"] == pytest.approx(1 - (12 / 14) ** 0.5)
+    assert snapkv["p"] == pytest.approx(1 - (1 / 3) ** 0.5)
+    assert moba["p"] is None is moba["holm"]  # differences that do not differ
+    assert quest["holm"] == pytest.approx(2 * quest["p"]) and snapkv["holm"] == snapkv["p"]
+
+
+def test_tables_are_of_all_arms_and_contrasts():
+    """A column under another's head, a deviation over tasks, the loss before the fine-tuning."""
+    text = real_model.tables({"joint": JOINT, "memory": MEMORY, "memory-same": {0: MEMORY[0]}})
+    lines = text.splitlines()
+    assert lines[0].split() == ["seeds", "text", "dense", *(
+        word for kind in ("quest", "moba", "snapkv") for n in ("1/4", "1/8", "1/16")
+        for word in (kind, n)), "1/64"]
+    assert lines[1].split() == ["joint", "4", "2.150", "90.0±0.0", "44.5±1.3", "42.5±1.3",
+                                "37.5±1.3", "63.0±0.0", "61.0±0.0", "56.0±0.0", "21.5±1.3",
+                                "19.5±1.3", "14.5±1.3", "0.0±0.0"]
+    assert lines[3].split() == ["memory-same", "1", "2.000", "90.0", "44.0", "42.0", "37.0", "64.0",
+                                "62.0", "57.0", "25.0", "23.0", "18.0", "0.0"]
+    assert lines[4:7] == [
+        "primary: memory - joint, quest: +2.0 of 3 seeds   p 0.074, of three 0.148",
+        "primary: memory - joint, moba: +1.0 of 3 seeds",
+        "primary: memory - joint, snapkv: +1.0 of 3 seeds   p 0.423, of three 0.423"]
+    assert len(lines) == 8 and lines[7].startswith("RULER's score")
+    assert len({len(line) for line in lines[:4]}) == 1  # columns stand under their heads
+
+
+# ---------------------------------------------------------------- all runs, and refusals
+
+def test_all_that_is_missing_is_a_process_each_and_a_table(here, monkeypatch, capsys):
+    """Flags lost on the way; two processes that make one start; what is there made again."""
+    made, started = [], []
+    monkeypatch.setattr(conversion, "started", lambda *of: started.append((len(made), *of)))
+
+    def on_all_gpus(jobs):
+        for job in jobs:
+            job(lambda words, log: made.append((words, log)))
+        write(report("memory-0"), report("memory-1"), report("memory-1-same"))
+    monkeypatch.setattr(runs, "on_all_gpus", on_all_gpus)
+    write(report("joint-0"), report("joint-0-same"), report("memory-0-same"))
+    do("--runs", "memory-1", "memory-0", "joint-0", "memory-1", "--keep", "--out=o", "--steps=2")
+    assert [log for _, log in made] == [Path("o/memory-1.log"), Path("o/memory-0.log")]
+    words = made[1][0]
+    args, rest = real_model.flags().parse_known_args(words[1:])
+    assert words[0] == "experiments/real_model.py" and rest == ["--steps=2"]
+    assert args == flags("--runs", "memory-0", "--keep", "--out=o")
+    assert started == [(0, real_model.START, "model", "shards", Path("o/start"), "cpu", 512)]
+    assert "memory-same" in capsys.readouterr().out
+    made.clear(), started.clear()
+    do("--runs", "memory-1", "joint-0")
+    assert made == started == [] and "memory-same" in capsys.readouterr().out
+    do("--stages", "others", "develop")
+    words = [words for words, _ in made]
+    assert [line[-1] for line in words] == [f"--runs={name}" for stage in ("others", "develop")
+                                            for name in STAGES[stage]]
+    assert not any("--keep" in line for line in words)
+
+
+@pytest.fixture
+def refusal(here, capsys, monkeypatch):
+    """The line by which flags end the command, before anything is trained."""
+    monkeypatch.setattr(train.parallel, "make_model", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(conversion, "cheapest", lambda *_: pytest.fail("a start was looked for"))
+    monkeypatch.setattr(runs, "subprocess", None)  # no run may start
+
+    def line(*flags):
+        with pytest.raises(SystemExit) as end:
+            real_model.main([*flags])
+        told = capsys.readouterr().err
+        assert end.value.code == 2 and told.count("\n") == 1, told
+        return told
+    return line
+
+
+@pytest.mark.parametrize("flags, word", [
+    ("--runs memroy-0", "memroy-0 is no run"),
+    ("--runs memory-0-same", "memory-0-same is no run"),
+    ("--stages primry", "primry"),
+    ("--runs joint-0 --init=nowhere", "nowhere"),
+    ("--runs memory-0 --init=nowhere", "nowhere"),
+    ("--runs memory-0 --data=nowhere", "no .bin shards"),
+    ("--runs released-0 --data=nowhere", "no .bin shards"),
+    ("--runs released-0 --data=text.txt", "no .bin shards"),
+    ("--runs joint-0 memory-0 --data=nowhere", "no .bin shards"),
+    ("--runs joint-0 --results=text.txt", "--results text.txt is no folder"),
+    ("--runs joint-0 joint-1 --results=text.txt", "--results text.txt is no folder"),
+    ("--runs memory-0 --frobnicate", "--frobnicate"),
+    ("--runs joint-0 memory-0 --frobnicate", "--frobnicate"),
+    ("--runs memory-0 --memory=off", "--memory=off: not here"),
+    ("--runs joint-0 joint-1 --arl=64", "--arl=64: not here"),
+    ("--runs joint-0 --seed 3", "--seed: not here"),
+    ("--runs joint-0 --lr=1e-3", "--lr=1e-3: not here"),
+    ("--runs joint-0 --min_lr=4e-4", "--min_lr"),  # above the fine-tuning's rate alone
+    ("--runs joint-0 --samples=0", "--samples"),
+    ("", "holds no result: name --stages or --runs"),
+])
+def test_a_wrong_flag_is_one_line_before_any_training(flags, word, refusal):
+    """A traceback, or a training of which nothing can be asked or written."""
+    assert word in refusal(*TRIAL, *flags.split())
+
+
+def test_a_run_wants_a_model_and_text(refusal):
+    """A traceback of None."""
+    for given in "--init=model", "--data=shards":
+        assert "--init and --data" in refusal(given, "--runs", "joint-0")
+
+
+def test_what_is_there_is_known_before_any_training(refusal):
+    """A table that is refused when all are trained, and their models deleted."""
+    write(report("joint-0", samples=3))
+    told = refusal(*TRIAL, "--runs", "memory-0", "memory-1")
+    assert "joint-0, asked with --samples=3 --few=1" in told
+    write(report("joint-0"), report("joint-1", few=7))
+    assert "joint-1.json was asked otherwise" in refusal(*TRIAL, "--runs", "memory-0", "memory-1")
+    Path("results/real-model/joint-1.json").write_text("{")
+    assert "joint-1.json is damaged" in refusal(*TRIAL, "--runs", "memory-0", "memory-1")
+    assert "joint-1.json is damaged" in refusal(*TRIAL, "--runs", "joint-1")
