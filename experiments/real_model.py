@@ -5,7 +5,7 @@ are fine-tuned and asked alike.
     for each run ARM-SEED of the plan, on a GPU of its own:
         train.py   ARM's flags, on text             out/real-model/ARM-SEED-text   not of "released"
         train.py   needles, dense                   out/real-model/ARM-SEED
-        train.py   needles, ARM's extra pass too    out/real-model/ARM-SEED-same    of arms with one
+        train.py   needles, ARM's extra pass too    out/real-model/ARM-SEED-same   of seeds 0 and 1
         ask        each of the last two             results/real-model/ARM-SEED[-same].json
 
     released      the model as it is
@@ -42,7 +42,7 @@ import eval_niah
 import sparse
 import train
 from data import Shards
-from experiments import conversion, reproduce, runs, swap, ways
+from experiments import conversion, reproduce, runs, starts, swap, ways
 from experiments.oracle import Frozen, left_out, oracle
 from infra import files, runlog
 from infra.answers import read_lines
@@ -61,7 +61,7 @@ ARMS = {
     "memory-joint": "--memory=on --arl=0 --joint=64",
     "convolution": "--memory=convolution --arl=0 --joint=64",
 }
-START = conversion.Start()  # of the gates, where --memory=on
+START = starts.Start()  # of the gates, where --memory=on
 
 # Fine-tuning: recipe niah-sft with so many steps of 16 sequences, at this rate, unless a run names
 # others.
@@ -85,11 +85,13 @@ BUDGETS = eval_niah.BUDGETS
 SETTING = {"quest": "", "moba": "", "snapkv": ",kernel=21,window=16"}
 CELLS = {kind: [f"{kind}:budget={budget}{more}" for budget in BUDGETS]
          for kind, more in SETTING.items()}
+NINE = [method for of_kind in CELLS.values() for method in of_kind]
 EXTREME = "quest:budget=1/64,block_size={}"
 GRID = [*(f"snapkv:budget=1/8,kernel={kernel},window={window}"
           for kernel in (5, 11, 21, 31) for window in (16, 32, 64)),
         *(f"moba:budget=1/8,block_size={size}" for size in (32, 64, 128))]
-DEVELOP, EVAL = 100, 1000  # seeds of the prompts; a run of seed DEVELOP is asked GRID alone
+DEVELOP, EVAL = 100, 1000  # seeds of the prompts: of what is chosen, and of what is told
+DETAILED = 0, 1            # seeds whose runs are fine-tuned twice, and asked why
 DRAWS = 5                  # of H2
 
 # What the plan compares: the mean of a method's three budgets, paired by seed.
@@ -138,7 +140,8 @@ def stages_of(name, args, rest):
     passes = [flag for flag in flags if flag in ("--joint=64", "--arl=64")]
     tuned = {suffix: [*SFT.split(), f"--steps={steps}", f"--lr={rate}", f"--init={start}",
                       *extra, *both, f"--name={name}{suffix}"]
-             for suffix, extra in {"": [], "-same": passes}.items() if extra or not suffix}
+             for suffix, extra in {"": [], "-same": passes}.items()
+             if not suffix or (extra and seed in DETAILED)}
     return text, tuned
 
 
@@ -190,8 +193,8 @@ def get_ready(names, args, rest):
     if Path(args.results).exists() and not Path(args.results).is_dir():
         raise ValueError(f"--results {args.results} is no folder: choose another")
     if any("--memory=on" in (text or []) for text, _ in stages):
-        conversion.started(START, args.init, args.data, Path(args.out) / "start", args.device,
-                           args.context_len)
+        starts.started(START, args.init, args.data, Path(args.out) / "start", args.device,
+                       args.context_len)
         torch.cuda.empty_cache()  # a run in another process counts on all of its GPU
 
 
@@ -202,11 +205,8 @@ def trained(flags, args):
     if not runs.finished(folder, flags):
         train.train(settings)
         gc.collect()  # the training's CUDA graphs, and their memory
-    model = Transformer.from_pretrained(folder, torch.bfloat16, args.device)
-    loss, lengths = conversion.on_text(model, args.data, args.context_len)
-    found = {"train": runlog.training_record(folder), "losses": conversion.losses(folder),
-             "held_out": loss}
-    return found if lengths is None else found | {"lengths": conversion.quartiles(lengths)}
+    return {"train": runlog.training_record(folder), "losses": conversion.losses(folder),
+            **conversion.measured(folder, args.data, args.context_len, args.device)}
 
 
 # ---------------------------------------------------------------- all that is asked of a model
@@ -218,22 +218,21 @@ def ask(name, suffix, args):
     """
     folder = Path(args.out) / (name + suffix)
     arm, seed, *_ = parts_of(name)
-    if seed == DEVELOP:
+    if name in STAGES["develop"]:
         report = evaluated(folder, "grid", args, DEVELOP, args.samples, GRID)
         return {"grid": scores_in(report), "prompts": reproduce.prompts_in(report)}
 
-    nine = [method for of_kind in CELLS.values() for method in of_kind]
     # the paper's block of 16 tokens; in a short context a quarter of the budget
     extreme = EXTREME.format(min(16, args.context_len // 256))
-    report = evaluated(folder, "cells", args, EVAL, args.samples, [*nine, extreme])
-    found = {"samples": args.samples, "prompts": reproduce.prompts_in(report),
+    prompts = DEVELOP if name in STAGES["curve"] else EVAL
+    report = evaluated(folder, "cells", args, prompts, args.samples, [*NINE, extreme])
+    found = {"samples": args.samples, "few": args.few, "prompts": reproduce.prompts_in(report),
              "cells": scores_in(report)}
     keep_answers(folder / "cells", result_of(name + suffix, args).with_suffix(".answers.xz"))
-    if name in STAGES["curve"]:
+    if name in STAGES["curve"] or seed not in DETAILED:
         return found
 
-    report = evaluated(folder, "why", args, EVAL, args.few, nine, "--hits", f"--random={DRAWS}")
-    found["few"] = args.few
+    report = evaluated(folder, "why", args, EVAL, args.few, NINE, "--hits", f"--random={DRAWS}")
     found["hits"] = {method: 100 * best_heads(rates)
                      for method, rates in reproduce.hit_rates(report).items()}
     found["by_chance"] = {method: score for method, score in reproduce.means(report).items()
@@ -274,8 +273,7 @@ def keep_answers(folder, file):
 
 def asked_besides(folder, args):
     """Methods that no command line names: a frozen draw, the oracle, and the swap's cells."""
-    nine = [method for of_kind in CELLS.values() for method in of_kind]
-    flags = eval_niah.flags().parse_args(asked(folder, args, EVAL, args.few, nine))
+    flags = eval_niah.flags().parse_args(asked(folder, args, EVAL, args.few, NINE))
     _, tokenizers, methods = eval_niah.prepare(flags)
     tokenizer = next(iter(tokenizers.values()))
     by_task = eval_niah.make_examples(flags, tokenizer, eval_niah.choose_tasks(flags, [tokenizer]))
@@ -324,7 +322,8 @@ def read_all(args):
         if asked != first[1]:
             raise ValueError(f"{file} was asked otherwise than {first[0]}: move one of them away")
         found.setdefault(report["arm"] + suffix, {})[report["seed"]] = report
-    return found
+    order = [arm + suffix for arm in ARMS for suffix in ("", "-same")]
+    return {arm: found[arm] for arm in order if arm in found}
 
 
 def score(report, kind):
@@ -365,7 +364,7 @@ def tables(found):
                      + "".join(f"{cell:>12}" for cell in nine) + f"{extreme:>11}")
     for title, of_kind in contrasts(found).items():
         for kind, of in of_kind.items():
-            p = "" if of["p"] is None else f"   p {of['p']:.3f}, of three {of['holm']:.3f}"
+            p = "" if of["p"] is None else f"   p {of['p']:.3f}, Holm {of['holm']:.3f}"
             lines.append(f"{title}, {kind}: {of['gain']:+.1f} of {len(of['by_seed'])} seeds{p}")
     return "\n".join([*lines, "RULER's score, %: mean of tasks and of seeds; text: loss on "
                       "held-out text after the fine-tuning, nats per token"])

@@ -2,7 +2,6 @@
 experiments/conversion.py: where gates start and what that costs, by hand; each run made once; what
 would end a run after hours known before.
 """
-import itertools
 import json
 from pathlib import Path
 
@@ -14,8 +13,9 @@ from torch.nn import functional as F
 import data
 import train
 from data import Shards
-from experiments import conversion, runs
-from experiments.conversion import LONG, PLAN, REST, Start, cheapest, set_gates
+from experiments import conversion, runs, starts
+from experiments.conversion import LONG, PLAN
+from experiments.starts import Start
 from infra import files
 from memory import effective_length
 from model import Transformer
@@ -61,110 +61,6 @@ def refusal(here, capsys, monkeypatch):
         assert end.value.code == 2 and told.count("\n") == 1, told
         return told
     return line
-
-
-# ---------------------------------------------------------------- where the gates start
-
-def with_memory(kind="decay", **changes):
-    return tiny(**TINY | changes).add_memory(0.5, kind)
-
-
-def test_gates_start_long_in_the_fast_channels_of_these_heads_alone():
-    """Pairs d, d + 1 for d, d + D/2; the slow ones; another head; g where 1 - g is meant."""
-    model = with_memory(n_layer=3)  # D = 8: pairs (0, 4), (1, 5), (2, 6), (3, 7), the first fastest
-    set_gates(model, [(1, 0), (2, 1)], Start(pairs=0.53, length=32.0))  # 2.12 pairs: three
-    x = draw_tokens(1, 5).float()[..., None].expand(1, 5, 32)
-    for number, layer in enumerate(model.layers):
-        g = layer.self_attn.memory.gate(x).sigmoid()  # (1, 5, KV, D)
-        expected = torch.full_like(g, 0.02)
-        for of_layer, head in [(1, 0), (2, 1)]:
-            if of_layer == number:
-                expected[:, :, head, [0, 1, 2, 4, 5, 6]] = 1 - 1 / 32
-        torch.testing.assert_close(g, expected)
-    set_gates(model, [], Start())  # what stood there before is gone
-    assert all(torch.allclose(layer.self_attn.memory.proj.bias.sigmoid(), torch.tensor(REST))
-               for layer in model.layers)
-    set_gates(model, [(0, 1)], Start(pairs=1.0, length=4.0))
-    bias = model.layers[0].self_attn.memory.proj.bias.view(2, 8).sigmoid()
-    torch.testing.assert_close(bias, torch.tensor([[0.02], [0.75]]).expand(2, 8))
-
-
-def loss_by_hand(model, tokens, heads, start):
-    set_gates(model, heads, start)
-    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).item()
-
-
-@torch.no_grad()
-def test_cheapest_heads_are_those_of_brute_force():
-    """The dearest; each alone, not beside the others; too few; a loss per row or of a sum."""
-    for seed in range(3):
-        model, start = with_memory(), Start(heads=0.75, pairs=1.0, length=16.0)
-        tokens = draw_tokens(3, 41, seed, vocab_size=257)
-        every, expected = list(itertools.product(range(2), range(2))), []
-        while len(expected) < 3:
-            expected.append(min(set(every) - set(expected), key=lambda head: loss_by_hand(
-                model, tokens, [*expected, head], start)))
-        heads, before, alone, after = cheapest(model, tokens, start, at_a_time=1)
-        assert heads == expected
-        of = lambda *heads: pytest.approx(loss_by_hand(model, tokens, heads, start), abs=1e-5)
-        assert before == of() and after == of(*expected)
-        assert alone == {head: of(head) for head in every} and len({*alone.values()}) == 4
-        two, *_ = cheapest(model, tokens, Start(heads=0.3, pairs=1.0, length=16.0), at_a_time=6)
-        assert two == sorted(every, key=alone.get)[:2]  # 1.2 heads: two, both by what each costs
-
-
-def test_later_heads_are_weighed_beside_the_earlier(monkeypatch):
-    """A choice that goes by each head's own cost: two that do the same are not both cheap."""
-    cost = {(0, 0): 1, (0, 1): 2, (1, 0): 3, (1, 1): 9}
-    now = []
-
-    def score(tokens, weight):
-        together = 5 if {(0, 0), (0, 1)} <= {*now} else 0
-        return torch.tensor(40.0 * (sum(map(cost.get, now)) + together)), None
-    model = with_memory()
-    monkeypatch.setattr(model, "score", score)
-    monkeypatch.setattr(conversion, "set_gates", lambda model, heads, start: now.__setitem__(
-        slice(None), heads))
-    heads, before, alone, after = cheapest(model, draw_tokens(1, 41), Start(heads=0.5), at_a_time=1)
-    assert (heads, before, alone, after) == ([(0, 0), (1, 0)], 0, cost, 4)
-    together, *_ = cheapest(model, draw_tokens(1, 41), Start(heads=0.5), at_a_time=2)
-    assert together == [(0, 0), (0, 1)]
-
-
-def test_a_start_is_made_once_and_is_what_its_file_says(here, capsys):
-    """Heads or costs of other gates than were saved; another start taken for this one."""
-    start = Start(kind="keys", heads=0.5, length=8.0)
-    make = lambda start=start, init="model", context_len=64: conversion.started(
-        start, init, "shards", "start", "cpu", context_len)
-    folder = make()
-    told, model = files.load(folder / "start.json"), Transformer.from_pretrained(folder)
-    assert model.config.memory == "keys" and "2 heads start at 8 tokens" in capsys.readouterr().out
-    long = [(layer, head) for layer in range(2) for head in range(2)
-            if model.layers[layer].self_attn.memory.proj.bias[head * 8] > 0]
-    assert long == sorted(map(tuple, told["heads"])) and len(long) == 2
-    same = Transformer.from_pretrained("model").add_memory(0.5, "keys")
-    shards = Shards("shards", 64, seed=0)
-    tokens = torch.stack([torch.from_numpy(shards.sample(i)) for i in range(6)])
-    with torch.no_grad():
-        of = lambda *heads: loss_by_hand(same, tokens, heads, start)
-        assert told["loss"] == pytest.approx(of(), abs=1e-5)
-        assert told["loss_with"] == pytest.approx(of(*long), abs=1e-5)
-        for layer, head in itertools.product(range(2), range(2)):
-            assert told["cost_alone"][layer][head] == pytest.approx(of((layer, head)) - of(),
-                                                                    abs=1e-4)
-    assert torch.equal(model.layers[1].self_attn.k_proj.weight, same.layers[1].self_attn.k_proj
-                       .weight)
-
-    written = (folder / "start.json").stat().st_mtime_ns
-    assert make() == folder and (folder / "start.json").stat().st_mtime_ns == written
-    refused(lambda: make(Start()), "start was started with start", "move it away")
-    refused(lambda: make(init="another"), "init model, not another")
-    refused(lambda: make(context_len=32), "context_len 64, not 32")
-    (folder / "start.json").write_text('{"start')
-    refused(make, "start.json", "damaged")
-    (folder / "start.json").unlink()  # killed before it was written
-    make()
-    assert files.load(folder / "start.json") == told
 
 
 # ---------------------------------------------------------------- what is measured
@@ -224,9 +120,10 @@ def report_of(lengths=None, **losses):
 def test_a_line_counts_long_heads_and_tells_the_newest_losses():
     """The first losses, heads of one layer, 15.9 tokens that are long or 16 that are not."""
     words = conversion.line(report_of([[15.9, 40.25], [16.0, 1.5]], loss=2.0, arl_loss=3.0)).split()
-    assert words == ["third", "2.3457", "2.000", "3.000", "2", "of", "4", "16.0", "40.2"]
+    assert words == ["third", "2.3457", "nan", "2.000", "3.000", "2", "of", "4", "16.0", "40.2"]
     assert LONG == 16
-    assert conversion.line(report_of(loss=2.0)).split() == ["third", "2.3457", "2.000", "nan"]
+    words = conversion.line(report_of(loss=2.0, joint_loss=4.0) | {"shut": 2.5}).split()
+    assert words == ["third", "2.3457", "2.5000", "2.000", "4.000"]
 
 
 # ---------------------------------------------------------------- runs
@@ -238,36 +135,35 @@ def plan(name, *rest):
 
 def test_every_conversion_is_what_its_name_says():
     """A rate or a pass that is another's; a control that has a memory, or fewer steps."""
-    starts = "o/{}-start"
-    expected = {  # init, memory, gate_start, arl, joint, lr, memory_lr
-        "joint": ("model", "off", 0.5, 0, 64, 5e-4, 5e-4),
-        "dilated": ("model", "off", 0.5, 64, 0, 5e-4, 5e-4),
-        "half": ("model", "on", 0.5, 64, 0, 5e-4, 5e-3),
-        "third": (starts, None, 0.5, 64, 0, 5e-4, 5e-4),
-        "third-slow": (starts, None, 0.5, 64, 0, 5e-4, 2e-5),
-        "third-slow-joint": (starts, None, 0.5, 0, 64, 5e-4, 2e-5),
-        "third-keys-slow": (starts, None, 0.5, 64, 0, 5e-4, 2e-5),
-        "third-values-slow": (starts, None, 0.5, 64, 0, 5e-4, 2e-5),
-        "third-whole-slow": (starts, None, 0.5, 64, 0, 5e-4, 2e-5),
-        "all-keys-slow": (starts, None, 0.5, 64, 0, 5e-4, 2e-5),
-        "joint-2e-3": ("model", "off", 0.5, 0, 64, 2e-3, 5e-4),
-        "third-slow-2e-3": (starts, None, 0.5, 64, 0, 2e-3, 2e-5),
+    third, slow = "o/start-decay-0.4-0.53-32", 1e-4
+    expected = {  # init, memory, gate_start, arl, arl_weight, joint, lr, memory_lr
+        "joint": ("model", "off", 0.5, 0, 1, 64, 5e-4, 5e-4),
+        "dilated": ("model", "off", 0.5, 64, 1, 0, 5e-4, 5e-4),
+        "half": ("model", "on", 0.5, 64, 1, 0, 5e-4, 5e-3),
+        "third": (third, None, 0.5, 64, 1, 0, 5e-4, 5e-4),
+        "third-slow": (third, None, 0.5, 64, 1, 0, 5e-4, slow),
+        "third-slow-light": (third, None, 0.5, 64, 0.1, 0, 5e-4, slow),
+        "third-slow-joint": (third, None, 0.5, 0, 1, 64, 5e-4, slow),
+        "third-whole-slow": ("o/start-decay-0.4-1-32", None, 0.5, 64, 1, 0, 5e-4, slow),
+        "two-thirds-slow": ("o/start-decay-0.7-0.53-32", None, 0.5, 64, 1, 0, 5e-4, slow),
+        "third-keys-slow": ("o/start-keys-0.4-0.53-32", None, 0.5, 64, 1, 0, 5e-4, slow),
+        "third-values-slow": ("o/start-values-0.4-0.53-32", None, 0.5, 64, 1, 0, 5e-4, slow),
+        "all-keys-slow": ("o/start-keys-1-0.53-32", None, 0.5, 64, 1, 0, 5e-4, slow),
+        "joint-2e-3": ("model", "off", 0.5, 0, 1, 64, 2e-3, 5e-4),
+        "third-slow-2e-3": (third, None, 0.5, 64, 1, 0, 2e-3, slow),
     }
     assert expected.keys() == PLAN.keys()
-    for name, (init, *settings) in expected.items():
+    for name, settings in expected.items():
         args = plan(name, "--batch=2")
-        assert [args.init, args.memory, args.gate_start, args.arl, args.joint, args.lr,
-                args.memory_lr] == [init.format(name), *settings], name
+        assert (args.init, args.memory, args.gate_start, args.arl, args.arl_weight, args.joint,
+                args.lr, args.memory_lr) == settings, name
         assert (args.data, args.context_len, args.steps, args.batch, args.seed) == (
             "shards", 64, 381, 2, 0)
         assert (args.out, args.name, args.resume, args.eval_every) == ("o", name, True, 0)
         assert args.save_every > args.steps and args.min_lr == 0
-    starts = {name: start for name, (start, _) in PLAN.items() if start}
-    assert starts["third-keys-slow"].kind == starts["all-keys-slow"].kind == "keys"
-    assert starts["third-values-slow"].kind == "values" and starts["all-keys-slow"].heads == 1
-    assert starts["third-whole-slow"].pairs == 1 and starts["third"] == Start()
+    assert PLAN["third"][0] == Start() and PLAN["all-keys-slow"][0] == Start("keys", heads=1.0)
     for word in ("--memory=off", "--arl=0", "--joint=64", "--seed=1", "--name=x", "--lr=1",
-                 "--memory_lr=1", "--gate_start=0.1", "--recipe=micro"):
+                 "--arl_weight=2", "--memory_lr=1", "--gate_start=0.1", "--recipe=micro"):
         refused(lambda: plan("third", word), word)
 
 
@@ -285,11 +181,19 @@ def test_a_conversion_is_made_once_and_goes_on(here, monkeypatch, capsys):
     loss, lengths = conversion.on_text(Transformer.from_pretrained(run, torch.bfloat16), "shards",
                                        64)
     assert report["held_out"] == pytest.approx(loss, abs=1e-6)
+    trained = Transformer.from_pretrained(run, torch.bfloat16)
+    plain = tiny(**TINY).to(torch.bfloat16)  # the same but for its memory
+    plain.load_state_dict({name: tensor for name, tensor in trained.state_dict().items()
+                           if ".memory." not in name})
+    expected, _ = conversion.on_text(plain, "shards", 64)
+    assert report["shut"] == pytest.approx(expected, abs=2e-3)
+    assert abs(report["shut"] - report["held_out"]) > 1e-4
     assert report["lengths"] == conversion.quartiles(lengths)
     assert list(report["losses"]) == ["1", "2", "3"]
     assert report["losses"]["1"].keys() == {"loss", "arl_loss"}
-    assert report["train"]["settings"]["init"] == f"{run}-start" and report["train"]["step"] == 3
-    assert report["start"] == files.load(f"{run}-start/start.json")
+    start = "out/conversion/start-keys-0.4-0.53-32"
+    assert report["train"]["settings"]["init"] == start and report["train"]["step"] == 3
+    assert report["start"] == files.load(f"{start}/start.json")
     assert report["start"]["start"]["kind"] == "keys"
     assert conversion.line(report) in capsys.readouterr().out
     monkeypatch.setattr(conversion, "on_text", None)
@@ -316,8 +220,9 @@ def test_several_are_a_process_each_and_a_table(here, monkeypatch, capsys):
     args, rest = conversion.flags().parse_known_args(words[1:])
     assert words[0] == "experiments/conversion.py" and rest == ["--steps=3"]
     assert args == conversion.flags().parse_args([*TRIAL, "--runs", "third"])
-    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()][1:3]
-    assert rows == [["third", "2.3457", "2.000"], ["joint", "2.3457", "3.000"]]
+    rows = [line.split()[:4] for line in capsys.readouterr().out.splitlines()]
+    assert ["third", "2.3457", "nan", "2.000"] in rows and rows[-2][0] == "joint"
+    assert Path("out/conversion/start-decay-0.4-0.53-32/start.json").exists()  # before the runs
     made.clear()
     convert(*both)
     assert made == []
@@ -337,7 +242,7 @@ def test_several_are_a_process_each_and_a_table(here, monkeypatch, capsys):
 ])
 def test_a_wrong_flag_is_one_line_before_any_training(flags, word, refusal, monkeypatch):
     """A traceback; minutes in which a start is found for a run that cannot begin."""
-    monkeypatch.setattr(conversion, "cheapest", lambda *_: pytest.fail("a start was looked for"))
+    monkeypatch.setattr(starts, "cheapest", lambda *_: pytest.fail("a start was looked for"))
     assert word in refusal(*flags)
 
 

@@ -16,7 +16,7 @@ import eval_niah
 import niah
 import sparse
 import train
-from experiments import conversion, real_model, runs, swap, ways
+from experiments import conversion, real_model, runs, starts, swap, ways
 from experiments.oracle import Frozen, left_out, oracle
 from experiments.real_model import ARMS, STAGES, parts_of, stages_of
 from infra import files
@@ -155,7 +155,7 @@ def steps(here, monkeypatch):
         if len(made) == stop_at[0]:
             raise Stop
         made.append(name)
-    real = train.train, conversion.cheapest
+    real = train.train, starts.cheapest
 
     def training(settings):
         noted(settings.name)
@@ -169,7 +169,7 @@ def steps(here, monkeypatch):
         noted(f"ask {name}{suffix}")
         return {"cells": {}, "model": str(Path(args.out) / (name + suffix))}
     monkeypatch.setattr(train, "train", training)
-    monkeypatch.setattr(conversion, "cheapest", cheapest)
+    monkeypatch.setattr(starts, "cheapest", cheapest)
     monkeypatch.setattr(real_model, "ask", ask)
 
     def before(n, *more):
@@ -570,7 +570,7 @@ def test_all_that_is_missing_is_a_process_each_and_a_table(here, monkeypatch, ca
 def refusal(here, capsys, monkeypatch):
     """The line by which flags end the command, before anything is trained."""
     monkeypatch.setattr(train.parallel, "make_model", lambda *_: pytest.fail("trained"))
-    monkeypatch.setattr(conversion, "cheapest", lambda *_: pytest.fail("a start was looked for"))
+    monkeypatch.setattr(starts, "cheapest", lambda *_: pytest.fail("a start was looked for"))
     monkeypatch.setattr(runs, "subprocess", None)  # no run may start
 
     def line(*flags):
