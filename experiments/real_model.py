@@ -85,7 +85,6 @@ BUDGETS = eval_niah.BUDGETS
 SETTING = {"quest": "", "moba": "", "snapkv": ",kernel=21,window=16"}
 CELLS = {kind: [f"{kind}:budget={budget}{more}" for budget in BUDGETS]
          for kind, more in SETTING.items()}
-NINE = [method for of_kind in CELLS.values() for method in of_kind]
 EXTREME = "quest:budget=1/64,block_size={}"
 GRID = [*(f"snapkv:budget=1/8,kernel={kernel},window={window}"
           for kernel in (5, 11, 21, 31) for window in (16, 32, 64)),
@@ -211,6 +210,10 @@ def trained(flags, args):
 
 # ---------------------------------------------------------------- all that is asked of a model
 
+def nine():
+    return [method for of_kind in CELLS.values() for method in of_kind]
+
+
 def ask(name, suffix, args):
     """
     -> {"cells": {method: {task: RULER's score in percent}}}, and with fewer prompts what tells why:
@@ -225,14 +228,14 @@ def ask(name, suffix, args):
     # the paper's block of 16 tokens; in a short context a quarter of the budget
     extreme = EXTREME.format(min(16, args.context_len // 256))
     prompts = DEVELOP if name in STAGES["curve"] else EVAL
-    report = evaluated(folder, "cells", args, prompts, args.samples, [*NINE, extreme])
+    report = evaluated(folder, "cells", args, prompts, args.samples, [*nine(), extreme])
     found = {"samples": args.samples, "few": args.few, "prompts": reproduce.prompts_in(report),
              "cells": scores_in(report)}
     keep_answers(folder / "cells", result_of(name + suffix, args).with_suffix(".answers.xz"))
     if name in STAGES["curve"] or seed not in DETAILED:
         return found
 
-    report = evaluated(folder, "why", args, EVAL, args.few, NINE, "--hits", f"--random={DRAWS}")
+    report = evaluated(folder, "why", args, EVAL, args.few, nine(), "--hits", f"--random={DRAWS}")
     found["hits"] = {method: 100 * best_heads(rates)
                      for method, rates in reproduce.hit_rates(report).items()}
     found["by_chance"] = {method: score for method, score in reproduce.means(report).items()
@@ -273,7 +276,7 @@ def keep_answers(folder, file):
 
 def asked_besides(folder, args):
     """Methods that no command line names: a frozen draw, the oracle, and the swap's cells."""
-    flags = eval_niah.flags().parse_args(asked(folder, args, EVAL, args.few, NINE))
+    flags = eval_niah.flags().parse_args(asked(folder, args, EVAL, args.few, nine()))
     _, tokenizers, methods = eval_niah.prepare(flags)
     tokenizer = next(iter(tokenizers.values()))
     by_task = eval_niah.make_examples(flags, tokenizer, eval_niah.choose_tasks(flags, [tokenizer]))

@@ -102,7 +102,8 @@ PLAN = {
 def test_each_arm_is_trained_as_the_plan_says(arm):
     """A pass, a rate or a start that is another arm's; text of another seed; too few steps."""
     assert PLAN.keys() == ARMS.keys()
-    (on_text, same), name = PLAN[arm], f"{arm}-3"
+    (on_text, same), name = PLAN[arm], f"{arm}-1"
+    assert stages_of(f"{arm}-2", flags(), [])[1].keys() == {""}  # of no more seeds than two
     text, tuned = stages_of(name, flags("--out=o"), ["--workers=0"])
     assert bool(text) == bool(on_text)
     start = f"o/{name}-text" if text else "model"
@@ -122,17 +123,17 @@ def test_each_arm_is_trained_as_the_plan_says(arm):
                 "niah-sft", "niah", "sft", 320, 16, 3e-4, 0)
             assert (s.warmup, s.weight_decay, s.many, s.other_weight) == (0.05, 0.01, 0, 0)
     for suffix, s in stages.items():
-        assert (s.out, s.name, s.seed, s.resume) == ("o", name + suffix, 3, True)
+        assert (s.out, s.name, s.seed, s.resume) == ("o", name + suffix, 1, True)
         assert (s.context_len, s.eval_every, s.workers, s.tasks) == (512, 0, 0, None)
         assert s.save_every > s.steps
 
 
 def test_a_run_may_name_its_steps_and_rate():
     """Those of the plan in a curve of which all points are then one."""
-    text, tuned = stages_of("joint-3-54x1e-4", flags(), [])
+    text, tuned = stages_of("joint-0-54x1e-4", flags(), [])
     assert (train.parse(text).steps, train.parse(text).lr) == (381, 5e-4)
     assert [(s.steps, s.lr, s.name) for s in map(train.parse, tuned.values())] == [
-        (54, 1e-4, "joint-3-54x1e-4"), (54, 1e-4, "joint-3-54x1e-4-same")]
+        (54, 1e-4, "joint-0-54x1e-4"), (54, 1e-4, "joint-0-54x1e-4-same")]
     _, longer = stages_of("joint-3", flags(), ["--steps=2"])  # of a trial
     assert {train.parse(of).steps for of in longer.values()} == {2}
 
@@ -211,7 +212,7 @@ def test_a_run_goes_on_from_wherever_it_was_stopped(steps):
         assert tuning["train"]["settings"]["arl"] == arl and text["train"]["settings"]["arl"] == 64
         assert tuning["train"]["from"] == text["train"] and text["train"]["step"] == 2
         for part in tuning, text:
-            assert set(part) == {"train", "losses", "held_out", "lengths"}
+            assert set(part) == {"train", "losses", "held_out", "lengths", "shut"}
             assert list(part["losses"]) == ["1", "2"] and 1 < part["held_out"] < 20
         assert ("arl_loss" in tuning["losses"]["1"]) == bool(arl)
 
@@ -302,8 +303,15 @@ def test_the_curve_is_asked_the_cells_alone_and_development_the_grid(here, one_t
     monkeypatch.setattr(real_model, "CELLS", QUEST)
     save_model("released-0-54x1e-4")
     found = real_model.ask("released-0-54x1e-4", "", flags())
-    assert found.keys() == {"samples", "prompts", "cells"}
+    assert found.keys() == {"samples", "few", "prompts", "cells"}
+    settings = files.load("out/real-model/released-0-54x1e-4/cells/results.json")["settings"]
+    assert settings["seed"] == 100  # as steps and rate are chosen by it
     assert len(kept_answers("released-0-54x1e-4")) == 4 * 2
+
+    save_model("joint-2")  # a seed that only counts
+    assert real_model.ask("joint-2", "", flags()).keys() == {"samples", "few", "prompts", "cells"}
+    settings = files.load("out/real-model/joint-2/cells/results.json")["settings"]
+    assert settings["seed"] == 1000
 
     assert len(real_model.GRID) == len(set(real_model.GRID)) == 15
     for method in real_model.GRID:
@@ -528,9 +536,9 @@ def test_tables_are_of_all_arms_and_contrasts():
     assert lines[3].split() == ["memory-same", "1", "2.000", "90.0", "44.0", "42.0", "37.0", "64.0",
                                 "62.0", "57.0", "25.0", "23.0", "18.0", "0.0"]
     assert lines[4:7] == [
-        "primary: memory - joint, quest: +2.0 of 3 seeds   p 0.074, of three 0.148",
+        "primary: memory - joint, quest: +2.0 of 3 seeds   p 0.074, Holm 0.148",
         "primary: memory - joint, moba: +1.0 of 3 seeds",
-        "primary: memory - joint, snapkv: +1.0 of 3 seeds   p 0.423, of three 0.423"]
+        "primary: memory - joint, snapkv: +1.0 of 3 seeds   p 0.423, Holm 0.423"]
     assert len(lines) == 8 and lines[7].startswith("RULER's score")
     assert len({len(line) for line in lines[:4]}) == 1  # columns stand under their heads
 
@@ -540,7 +548,7 @@ def test_tables_are_of_all_arms_and_contrasts():
 def test_all_that_is_missing_is_a_process_each_and_a_table(here, monkeypatch, capsys):
     """Flags lost on the way; two processes that make one start; what is there made again."""
     made, started = [], []
-    monkeypatch.setattr(conversion, "started", lambda *of: started.append((len(made), *of)))
+    monkeypatch.setattr(starts, "started", lambda *of: started.append((len(made), *of)))
 
     def on_all_gpus(jobs):
         for job in jobs:
