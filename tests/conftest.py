@@ -285,3 +285,20 @@ def smollm2():
     """The folder of a real model, which the first to ask fetches (real.py); else a skip."""
     import real
     return real.smollm2()
+
+
+@pytest.fixture
+def beginnings(tmp_path, monkeypatch):
+    """
+    beginnings(**changes) makes the current folder one with a model of Llama's form, two KV heads
+    for four query heads, and 6,000 letters in shards.
+    """
+    def make(**changes):
+        import data
+        monkeypatch.chdir(tmp_path)
+        grouped = dict(vocab_size=257, n_head=4, n_kv_head=2, context_len=128)
+        tiny(**LLAMA_FORM | grouped | changes).save_pretrained("model")
+        letters = draw_tokens(1, 6000, vocab_size=26).flatten().add(97).tolist()
+        Path("text.txt").write_text(bytes(letters).decode())
+        data.main(["--input", "text.txt", "--output=shards", "--workers=1"])
+    return make

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LLAMA_FORM, draw_tokens, refused, tiny
+from conftest import LLAMA_FORM, refused, tiny
 from torch.nn import functional as F
 
-import data
 import train
 from data import Shards
 from experiments import conversion, runs, starts
@@ -30,14 +29,8 @@ def plain(monkeypatch):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A folder with a model of two KV heads for four query heads, and text in bytes."""
-    monkeypatch.chdir(tmp_path)
-    tiny(**TINY).save_pretrained("model")
-    words = draw_tokens(1, 6000, vocab_size=26).flatten().add(97).tolist()
-    Path("text.txt").write_text(bytes(words).decode())
-    data.main(["--input", "text.txt", "--output=shards", "--workers=1"])
-    return tmp_path
+def here(beginnings):
+    beginnings()
 
 
 TRIAL = ["--init=model", "--data=shards", "--context_len=64", "--device=cpu"]

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LLAMA_FORM, draw_tokens, refused, tiny
+from conftest import LLAMA_FORM, refused, tiny
 
-import data
 import eval_niah
 import niah
 import sparse
 import train
-from experiments import conversion, real_model, runs, starts, swap, ways
+from experiments import real_model, runs, starts, swap, ways
 from experiments.oracle import Frozen, left_out, oracle
 from experiments.real_model import ARMS, STAGES, parts_of, stages_of
 from infra import files
@@ -42,15 +41,9 @@ def of_letters(text, answers):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A folder with a model of two KV heads for four query heads, and text in bytes."""
-    monkeypatch.chdir(tmp_path)
+def here(beginnings, monkeypatch):
+    beginnings(context_len=512)
     monkeypatch.setattr(niah, "score_ruler", of_letters)
-    tiny(**TINY).save_pretrained("model")
-    words = draw_tokens(1, 4000, vocab_size=26).flatten().add(97).tolist()
-    Path("text.txt").write_text(bytes(words).decode())
-    data.main(["--input", "text.txt", "--output=shards", "--workers=1"])
-    return tmp_path
 
 
 def flags(*more):

@@ -3,14 +3,12 @@ experiments/starts.py: a model whose values are turned is the same model, and wh
 is measured as it is said.
 """
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import LLAMA_FORM, QWEN2_FORM, draw_tokens, refused, tiny
 from torch.nn import functional as F
 
-import data
 from data import Shards
 from experiments import starts
 from experiments.starts import (REST, Start, cheapest, least_needed, moments, set_gates,
@@ -167,13 +165,8 @@ def test_later_heads_are_weighed_beside_the_earlier(monkeypatch):
 # ---------------------------------------------------------------- a model that starts so
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A folder with a model of two KV heads for four query heads, and text in bytes."""
-    monkeypatch.chdir(tmp_path)
-    tiny(**TINY).save_pretrained("model")
-    words = draw_tokens(1, 6000, vocab_size=26).flatten().add(97).tolist()
-    Path("text.txt").write_text(bytes(words).decode())
-    data.main(["--input", "text.txt", "--output=shards", "--workers=1"])
+def here(beginnings):
+    beginnings()
 
 
 @torch.no_grad()
