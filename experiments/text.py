@@ -214,7 +214,7 @@ def of_html(text):
 
 
 # With all that is within: definitions, tables, equations.
-UNSEEN = re.compile(r"^\.(?:(?:de|am|ig).*?\n\.\.$|TS.*?\n\.TE$|EQ.*?\n\.EN$)", re.M | re.S)
+UNSEEN = re.compile(r"^\.(?:(?:de|am|ig).*?\n\.\.|TS.*?\n\.TE|EQ.*?\n\.EN)\n", re.M | re.S)
 ESCAPE = re.compile(r"\\(?:\".*|f(?:\(..|\[[^]]*\]|.)|s[-+]?\d+|\*?\((..)|\*?\[([^]]*)\]|(.)?)")
 SIGNS = {**{sign: sign for sign in "-\\ '`."}, "~": " ", "e": "\\", "rs": "\\", "co": "(C)",
          "lq": '"', "rq": '"', "dq": '"', 'L"': '"', 'R"': '"', "oq": "'", "cq": "'", "aq": "'",
