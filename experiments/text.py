@@ -79,25 +79,20 @@ def fetch(name, version, cache):
     return None
 
 
-def version_of(deb):
-    """What the name of a .deb file says."""
-    return deb.name.split("_")[1].replace("%3a", ":")
+# ---------------------------------------------------------------- documents
 
-
-def unpacked(deb, only):
-    """(path, bytes) of the files in a .deb that may be documents. ValueError if it is damaged."""
+def of_package(deb, only):
+    """documents of the .deb's files of which `only`, a regex, finds the path. ValueError: damaged."""
     command = ["dpkg-deb", "--fsys-tarfile", deb]
     try:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as opened:
             with tarfile.open(fileobj=opened.stdout, mode="r|") as members:
-                for member in members:
-                    if member.isreg() and reader(member.name) and only.search(member.name):
-                        yield member.name, members.extractfile(member).read()
+                return documents((member.name, members.extractfile(member).read())
+                                 for member in members if member.isreg()
+                                 and reader(member.name) and only.search(member.name))
     except tarfile.TarError as error:
         raise ValueError(f"{deb} is damaged ({error}): delete it and run this again") from None
 
-
-# ---------------------------------------------------------------- documents
 
 # Not prose, or nothing of its own: indices, sources of pages, changelogs, licences.
 SKIP = re.compile(
@@ -123,20 +118,17 @@ def documents(found):
     texts, counts = [], {"read": 0, "broken": 0, "not English": 0}
     for path, data in sorted(found):
         try:
-            text = tidy(reader(path)(decoded(path, data)))
-        except (OSError, EOFError, ValueError, zlib.error):
-            counts["broken"] += 1
-            continue
-        good = is_english(text)
-        counts["read" if good else "not English"] += 1
-        texts += pieces(text) if good else []
+            data = gzip.decompress(data) if path.endswith(PACKED) else data
+            text = tidy(reader(path)(decoded(data)))
+            kind = "read" if is_english(text) else "not English"
+        except (OSError, EOFError, zlib.error):
+            kind = "broken"
+        counts[kind] += 1
+        texts += pieces(text) if kind == "read" else []
     return texts, counts
 
 
-def decoded(path, data):
-    data = gzip.decompress(data) if path.endswith(PACKED) else data
-    if 0 in data:
-        raise ValueError(f"{path} is no text")
+def decoded(data):
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -174,8 +166,8 @@ def of_plain(text):
     return re.sub(r".\x08|^%$", "", text, flags=re.M)
 
 
-TAG = re.compile(r"<!--.*?-->|<(/?[A-Za-z][\w:-]*)([^<>]*)>|<[!?][^>]*>", re.S)
-UNREAD = re.compile(r"<(script|style)\b.*?</\1\s*>", re.S | re.I)
+TAG = re.compile(r"<(/?[A-Za-z][\w:-]*)([^<>]*)>")
+UNREAD = re.compile(r"<!--.*?-->|<[!?][^>]*>|<(script|style)\b.*?</\1\s*>", re.S | re.I)
 # Left out with all that is within: the page around the text, by tag, or by tag and class.
 AROUND = set("head nav header footer aside form button select object noscript svg math "
              "info".split())
@@ -185,19 +177,17 @@ BOX = re.compile(
     r"|table-of-contents|breadcrumb|\S*footer|headerlink|search|menu|doc-header)", re.I)
 # What stands in the text where such a tag begins or ends.
 EDGES = {"td": " ", "th": " ", **dict.fromkeys("br tr li dt dd hr".split(), "\n"), **dict.fromkeys(
-    "p h1 h2 h3 h4 h5 h6 div pre table dl ul ol section article blockquote title para screen "
-    "programlisting listitem item steps note".split(), "\n\n")}
+    "p h1 h2 h3 h4 h5 h6 div pre table dl ul ol section article blockquote title screen item "
+    "steps note".split(), "\n\n")}
 
 
 def of_html(text):
-    """HTML, DocBook or Mallard without tags: paragraphs, lists and what is in <pre> keep lines."""
-    parts = TAG.split(UNREAD.sub(" ", text))  # text, tag, attributes, text, tag, ...
+    """HTML or Mallard without tags: paragraphs, lists and what is in <pre> keep lines."""
+    parts = TAG.split(UNREAD.sub("", text))  # text, tag, attributes, text, tag, ...
     out, pre, box, depth = [], False, None, 0
-    for data, tag, rest in zip(parts[::3], parts[1::3] + [None], parts[2::3] + [None]):
+    for data, tag, rest in zip(parts[::3], parts[1::3] + ["end"], parts[2::3] + [""]):
         if not box:
             out.append(data if pre else re.sub(r"\s+", " ", data))
-        if not tag:
-            continue
         opens, alone, tag = tag[0] != "/", rest.endswith("/"), tag.lower().lstrip("/")
         if tag == "body":
             box = None  # whatever was not closed
@@ -218,7 +208,7 @@ UNSEEN = re.compile(r"^\.(?:(?:de|am|ig).*?\n\.\.|TS.*?\n\.TE|EQ.*?\n\.EN)\n", r
 ESCAPE = re.compile(r"\\(?:\".*|f(?:\(..|\[[^]]*\]|.)|s[-+]?\d+|\*?\((..)|\*?\[([^]]*)\]|(.)?)")
 SIGNS = {**{sign: sign for sign in "-\\ '`."}, "~": " ", "e": "\\", "rs": "\\", "co": "(C)",
          "lq": '"', "rq": '"', "dq": '"', 'L"': '"', 'R"': '"', "oq": "'", "cq": "'", "aq": "'",
-         "Aq": "'", "em": "--", "en": "-", "hy": "-", "bu": "*", "ha": "^", "ti": "~"}
+         "Aq": "'", "&": "\u200b", "em": "--", "en": "-", "hy": "-", "bu": "*", "ha": "^", "ti": "~"}
 HEADS, LITERAL, FILLED = {"SH", "SS"}, {"nf", "EX", "CS", "Vb"}, {"fi", "EE", "CE", "Ve"}
 BREAKS = HEADS | LITERAL | FILLED | set("PP LP P IP TP HP AP OP OOP RS RE sp Sp br".split())
 # So many of the words after these are text: after IP, a width comes second.
@@ -229,39 +219,31 @@ def of_roff(text):
     """A manual page in man's macros, without fonts."""
     out, literal = [], False
     text = UNSEEN.sub("", text[text.find("\n.TH") + 1:])  # more definitions stand before it
+    text = ESCAPE.sub(lambda m: SIGNS.get(m[1] or m[2] or m[3], ""), text)
     for line in text.split("\n"):
         gap = "\n" if literal or line[:1] == " " else " "
         macro = re.match(r"[.'] *(\w*) *(.*)", line)
         if not macro:
-            out.append(signs(line) + gap if line.strip() else "\n\n")
+            out.append(line + gap if line.strip() else "\n\n")
             continue
-        name, words = macro[1], re.findall(r'"([^"]*)"?|(\S+)', macro[2])
+        name, words = macro[1], re.findall(r'"[^"]*"?|\S+', macro[2])
         if name in BREAKS:
             literal = name in LITERAL or literal and name not in FILLED | HEADS
             out.append("\n" if name == "br" else "\n\n")
         if words and name in SHOWN:
-            words = [signs(quoted or bare) for quoted, bare in words[:SHOWN[name]]]
             # The two letters of BR, IR ... are fonts that alternate from word to word.
-            out.append(("" if re.fullmatch("[BIR]{2}", name) else " ").join(words))
+            join = "" if re.fullmatch("[BIR]{2}", name) else " "
+            out.append(join.join(word.strip('"') for word in words[:SHOWN[name]]))
             out.append("\n\n" if name in HEADS else gap)
     return "".join(out)
 
 
-def signs(line):
-    return ESCAPE.sub(lambda m: SIGNS.get(m[1] or m[2] or m[3], ""), line)
-
-
-READERS = [(r"\.(x?html?|page|docbook|xml)$", of_html),
+READERS = [(r"\.(x?html?|page)$", of_html),
            (r"/man[1-9n]\w*/[^/]+\.[1-9n]\w*$", of_roff),
            (r"\.(txt|rst|md|pod|texi|dict)$|/fortunes/[^.]+$", of_plain)]
 
 
 # ---------------------------------------------------------------- the corpus
-
-def of_package(deb, only):
-    """documents of the files in a .deb whose paths match: the work of one process."""
-    return documents(unpacked(deb, only))
-
 
 def fresh(text, seen):
     """
@@ -329,7 +311,7 @@ def run(args):
                       "with --go_on")
     packages = {}
     for name, (expected, _) in wanted.items():
-        found = version_of(debs[name]) if debs[name] else None
+        found = debs[name] and debs[name].name.split("_")[1].replace("%3a", ":")
         packages[name] = {"expected": expected, "version": found}
         if found != expected:
             print(f"note: {name} {expected} is expected, {found or 'nothing'} was found",
