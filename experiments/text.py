@@ -82,7 +82,7 @@ def fetch(name, version, cache):
 # ---------------------------------------------------------------- documents
 
 def of_package(deb, only):
-    """documents of the .deb's files of which `only`, a regex, finds the path. ValueError: damaged."""
+    """documents of a .deb, of the paths in which `only` finds something. ValueError: damaged."""
     command = ["dpkg-deb", "--fsys-tarfile", deb]
     try:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as opened:
@@ -203,12 +203,14 @@ def of_html(text):
     return re.sub(r"(?<=\n) (?=\S)|(?<=\S ) +(?=\S)", "", html.unescape("".join(out)))
 
 
-# With all that is within: definitions, tables, equations.
-UNSEEN = re.compile(r"^\.(?:(?:de|am|ig).*?\n\.\.|TS.*?\n\.TE|EQ.*?\n\.EN)\n", re.M | re.S)
+# Comments; with all that is within, definitions, tables and equations.
+UNSEEN = re.compile(r"^(?:[.'] *\\\".*?|\.(?:de|am|ig).*?\n\.\.|\.TS.*?\n\.TE|\.EQ.*?\n\.EN)\n",
+                    re.M | re.S)
 ESCAPE = re.compile(r"\\(?:\".*|f(?:\(..|\[[^]]*\]|.)|s[-+]?\d+|\*?\((..)|\*?\[([^]]*)\]|(.)?)")
-SIGNS = {**{sign: sign for sign in "-\\ '`."}, "~": " ", "e": "\\", "rs": "\\", "co": "(C)",
-         "lq": '"', "rq": '"', "dq": '"', 'L"': '"', 'R"': '"', "oq": "'", "cq": "'", "aq": "'",
-         "Aq": "'", "&": "\u200b", "em": "--", "en": "-", "hy": "-", "bu": "*", "ha": "^", "ti": "~"}
+SIGNS = {**{sign: sign for sign in "-\\ '`."}, "&": "\u200b", "~": " ", "0": " ", "e": "\\",
+         "rs": "\\", "co": "(C)", "lq": '"', "rq": '"', "dq": '"', 'L"': '"', 'R"': '"', "oq": "'",
+         "cq": "'", "aq": "'", "Aq": "'", "ga": "`", "em": "--", "en": "-", "hy": "-", "bu": "*",
+         "ha": "^", "ti": "~"}
 HEADS, LITERAL, FILLED = {"SH", "SS"}, {"nf", "EX", "CS", "Vb"}, {"fi", "EE", "CE", "Ve"}
 BREAKS = HEADS | LITERAL | FILLED | set("PP LP P IP TP HP AP OP OOP RS RE sp Sp br".split())
 # So many of the words after these are text: after IP, a width comes second.
@@ -222,18 +224,18 @@ def of_roff(text):
     text = ESCAPE.sub(lambda m: SIGNS.get(m[1] or m[2] or m[3], ""), text)
     for line in text.split("\n"):
         gap = "\n" if literal or line[:1] == " " else " "
-        macro = re.match(r"[.'] *(\w*) *(.*)", line)
+        macro = re.match(r"\. *(\w*) *(.*)", line)
         if not macro:
             out.append(line + gap if line.strip() else "\n\n")
             continue
-        name, words = macro[1], re.findall(r'"[^"]*"?|\S+', macro[2])
+        name, words = macro[1], re.findall(r'"([^"]*)"?|(\S+)', macro[2])
         if name in BREAKS:
             literal = name in LITERAL or literal and name not in FILLED | HEADS
             out.append("\n" if name == "br" else "\n\n")
         if words and name in SHOWN:
             # The two letters of BR, IR ... are fonts that alternate from word to word.
             join = "" if re.fullmatch("[BIR]{2}", name) else " "
-            out.append(join.join(word.strip('"') for word in words[:SHOWN[name]]))
+            out.append(join.join(quoted or bare for quoted, bare in words[:SHOWN[name]]))
             out.append("\n\n" if name in HEADS else gap)
     return "".join(out)
 
