@@ -8,14 +8,13 @@ Debian packages.
     python -m experiments.text --output=data/text
     python data.py --input data/text/*.jsonl --output data/text-smollm2 --tokenizer SmolLM2
 
-The first needs apt-get and dpkg-deb, as Debian 12 has them, but not root. The packages stand in
-text.txt. From the same packages it makes the same bytes, whatever the number of workers. A package
-that has moved on is taken in the version there is; stderr and the manifest say so. Sorting by hash
-mixes the packages, so that the last 1 %, which train.py holds out, is a bit of all.
+The first needs apt-get and dpkg-deb, as Debian 12 has them, but not root. From the same packages,
+which text.txt lists, it makes the same bytes, whatever the number of workers. A package that has
+moved on is taken in the version there is; stderr and the manifest say so. Sorting by hash mixes the
+packages, so that the last 1 %, which train.py holds out, is a bit of all.
 
-What counts as English prose is a share of its commonest words. By it tables, listings of code and
-other languages leave, and most pages that only list an interface. Read data.py next. Checked in
-tests/test_text.py.
+English prose is known by the share of its commonest words. By it tables, listings of code and other
+languages leave. Read data.py next. Checked in tests/test_text.py.
 """
 import gzip
 import hashlib
@@ -28,13 +27,12 @@ import sys
 import tarfile
 import tempfile
 import zlib
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from infra import files
+from infra import cli, files
 
-# A package a line: name=version, as Debian 12 had it, and where only some of its files are wanted,
-# after a space a regex of their paths.
+# The packages: name=version, as Debian 12 had it, and a regex of paths if only some are wanted.
 LIST = Path(__file__).with_suffix(".txt")
 CHARS_PER_TOKEN = 3.65  # SmolLM2: 392.0M characters were 107.5M tokens
 SHARD = 50_000_000     # characters in a .jsonl file, about
@@ -169,8 +167,7 @@ def of_plain(text):
 TAG = re.compile(r"<(/?[A-Za-z][\w:-]*)([^<>]*)>")
 UNREAD = re.compile(r"<!--.*?-->|<[!?][^>]*>|<(script|style)\b.*?</\1\s*>", re.S | re.I)
 # Left out with all that is within: the page around the text, by tag, or by tag and class.
-AROUND = set("head nav header footer aside form button select object noscript svg math "
-             "info".split())
+AROUND = set("head nav header footer aside form button select noscript svg math info".split())
 BOXES = set("div ul ol dl table td section span a".split())
 BOX = re.compile(
     r"\b(?:class|id|role)\s*=\s*[\"']?(?:[^\"'>]*\s)?(\S*sidebar|nav|\S*navigation|related\b|toc"
@@ -203,14 +200,12 @@ def of_html(text):
     return re.sub(r"(?<=\n) (?=\S)|(?<=\S ) +(?=\S)", "", html.unescape("".join(out)))
 
 
-# Comments; with all that is within, definitions, tables and equations.
-UNSEEN = re.compile(r"^(?:[.'] *\\\".*?|\.(?:de|am|ig).*?\n\.\.|\.TS.*?\n\.TE|\.EQ.*?\n\.EN)\n",
-                    re.M | re.S)
+# Comments; definitions and tables, with all that is within.
+UNSEEN = re.compile(r"^(?:[.'] *\\\".*?|\.(?:de|am|ig).*?\n\.\.|\.TS.*?\n\.TE)\n", re.M | re.S)
 ESCAPE = re.compile(r"\\(?:\".*|f(?:\(..|\[[^]]*\]|.)|s[-+]?\d+|\*?\((..)|\*?\[([^]]*)\]|(.)?)")
 SIGNS = {**{sign: sign for sign in "-\\ '`."}, "&": "\u200b", "~": " ", "0": " ", "e": "\\",
-         "rs": "\\", "co": "(C)", "lq": '"', "rq": '"', "dq": '"', 'L"': '"', 'R"': '"', "oq": "'",
-         "cq": "'", "aq": "'", "Aq": "'", "ga": "`", "em": "--", "en": "-", "hy": "-", "bu": "*",
-         "ha": "^", "ti": "~"}
+         "rs": "\\", "lq": '"', "rq": '"', "dq": '"', 'L"': '"', 'R"': '"', "cq": "'", "aq": "'",
+         "Aq": "'", "ga": "`", "em": "--", "en": "-", "bu": "*", "ha": "^", "ti": "~"}
 HEADS, LITERAL, FILLED = {"SH", "SS"}, {"nf", "EX", "CS", "Vb"}, {"fi", "EE", "CE", "Ve"}
 BREAKS = HEADS | LITERAL | FILLED | set("PP LP P IP TP HP AP OP OOP RS RE sp Sp br".split())
 # So many of the words after these are text: after IP, a width comes second.
@@ -252,18 +247,15 @@ def fresh(text, seen):
     The text without the paragraphs of a line or more that are in `seen`, to which its own are
     added: hashes of letters, so that numbers and spaces make no difference. "" if half was known.
     """
-    kept, new = [], 0
+    kept = []
     for paragraph in text.split("\n\n"):
-        if len(paragraph) >= 60:
-            letters = re.sub(r"[\W\d_]+", "", paragraph, flags=re.A).lower() or paragraph
-            key = hashlib.blake2b(letters.encode(), digest_size=8).digest()
-            if key in seen:
-                continue
-            seen.add(key)
-            new += len(paragraph)
-        kept.append(paragraph)
+        letters = re.sub(r"[\W\d_]+", "", paragraph, flags=re.A).lower()
+        key = hashlib.blake2b(letters.encode(), digest_size=8).digest()
+        if len(paragraph) < 60 or key not in seen:
+            kept.append(paragraph)
+        seen.add(key)
     rest = "\n\n".join(kept)
-    return rest if new >= SHORTEST and len(rest) >= len(text) / 2 else ""
+    return rest if len(rest) >= max(SHORTEST, len(text) / 2) else ""
 
 
 def write(texts, packages, output):
@@ -296,30 +288,24 @@ def run(args):
     output = Path(args.output)
     cache = Path(args.cache or output / "packages")
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        raise OSError("there is no apt-get or no dpkg-deb here: run this on Debian. `python data.py"
-                      " --input=FOLDER` makes shards of other text, such as FineWeb-Edu's parquet "
-                      "files")
-    wanted = listed()
+        raise OSError("apt-get or dpkg-deb is missing: run this on Debian. `python data.py --input="
+                      "FOLDER` makes shards of other text, such as FineWeb-Edu's parquet files")
+    wanted, packages, debs, texts = listed(), {}, {}, {}
     print(f"{len(wanted)} packages of Debian, kept in {cache}", flush=True)
     cache.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(4) as pool:
-        debs = list(pool.map(lambda name: fetch(name, wanted[name][0], cache), wanted))
-    debs = dict(zip(wanted, debs))
-
-    lacking = [name for name, deb in debs.items() if not deb]
-    if lacking and not args.go_on:
-        raise OSError(f"{len(lacking)} packages cannot be had, {lacking[0]} among them (`apt-get "
-                      f"download {lacking[0]}` says why; apt-get update may help): leave them out "
-                      "with --go_on")
-    packages = {}
     for name, (expected, _) in wanted.items():
-        found = debs[name] and debs[name].name.split("_")[1].replace("%3a", ":")
+        deb = fetch(name, expected, cache)
+        if not deb and not args.go_on:
+            raise OSError(f"{name} cannot be had (`apt-get download {name}` says why; apt-get "
+                          "update may help): --go_on leaves out what is lacking")
+        found = deb and deb.name.split("_")[1].replace("%3a", ":")
         packages[name] = {"expected": expected, "version": found}
         if found != expected:
             print(f"note: {name} {expected} is expected, {found or 'nothing'} was found",
                   file=sys.stderr)
+        if deb:
+            debs[name] = deb
 
-    debs, texts = {name: deb for name, deb in debs.items() if deb}, {}
     with ProcessPoolExecutor(args.workers) as pool:
         results = pool.map(of_package, debs.values(), (wanted[name][1] for name in debs))
         for name, (texts[name], counts) in zip(debs, results):
@@ -334,23 +320,20 @@ def run(args):
 
 
 def flags():
-    from infra.cli import flag_parser, positive
-    parser = flag_parser("text.py", "English text out of Debian's packages, as .jsonl files.")
+    parser = cli.flag_parser("text.py", "English text out of Debian's packages, as .jsonl files.")
     add = parser.add_argument
     add("--output", default="data/text", metavar="DIR", help="folder for the text")
-    add("--cache", metavar="DIR", help="folder of the packages fetched; None: packages below "
-        "--output")
+    add("--cache", metavar="DIR", help="folder of the packages; None: packages below --output")
     add("--go_on", action="store_true", help="leave out packages that cannot be had")
-    add("--workers", type=positive, default=os.cpu_count(), help="processes that read packages; "
-        "the text does not depend on it")
+    add("--workers", type=cli.positive, default=os.cpu_count(), help="processes that read; the text "
+        "does not depend on it")
     return parser
 
 
 def main(argv=None):
-    from infra.cli import command
     args = flags().parse_args(argv)
-    command("text.py", lambda: run(args), interrupted="interrupted; what was fetched is kept, and "
-            "the same command goes on")
+    cli.command("text.py", lambda: run(args), interrupted="interrupted; what was fetched is kept, "
+                "and the same command goes on")
 
 
 if __name__ == "__main__":
