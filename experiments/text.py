@@ -13,8 +13,7 @@ which text.txt lists, it makes the same bytes, whatever the number of workers. A
 moved on is taken in the version there is; stderr and the manifest say so. Sorting by hash mixes the
 packages, so that the last 1 %, which train.py holds out, is a bit of all.
 
-English prose is known by the share of its commonest words. By it tables, listings of code and other
-languages leave. Read data.py next. Checked in tests/test_text.py.
+Read data.py next. Checked in tests/test_text.py.
 """
 import gzip
 import hashlib
@@ -59,16 +58,12 @@ def listed():
 
 
 def fetch(name, version, cache):
-    """
-    The .deb file of a package in the folder `cache`, where it stays: this version, or else the one
-    that can be had; None if none can.
-    """
+    """The .deb of a package, kept in the folder `cache`: this version or another; None if none."""
     wanted = sorted(cache.glob(f"{name}_{version.replace(':', '%3a')}_*.deb"))
     there = wanted or sorted(cache.glob(f"{name}_*.deb"))
     if there:
         return there[-1]
-    # apt-get writes under the final name from the start. Whoever finds a file in the cache must
-    # find it whole.
+    # apt-get writes under the final name from the start, and what the cache has must be whole.
     for asked in f"{name}={version}", name:
         with tempfile.TemporaryDirectory(dir=cache) as partial:
             subprocess.run(["apt-get", "download", "-qq", asked], cwd=partial, capture_output=True)
@@ -103,9 +98,8 @@ PACKED = (".gz", ".dz")
 def reader(path):
     """The function that makes text of such a file; None if it is no document."""
     path = "/" + (path[:-3] if path.endswith(PACKED) else path)
-    if SKIP.search(path):
-        return None
-    return next((read for name, read in READERS if re.search(name, path, re.I)), None)
+    return next((read for name, read in READERS
+                 if re.search(name, path, re.I) and not SKIP.search(path)), None)
 
 
 def documents(found):
@@ -141,7 +135,7 @@ def tidy(text):
 
 
 def is_english(text):
-    """Is this English prose, and enough of it?"""
+    """Is this prose, and enough of it? Tables, code and other languages lack the common words."""
     letters = len(re.findall(r"[A-Za-z ]", text))
     return (len(text) >= SHORTEST and letters >= 0.75 * len(text)
             and len(COMMON.findall(text)) >= LEAST_ENGLISH * len(text.split()))
@@ -185,14 +179,12 @@ def of_html(text):
     for data, tag, rest in zip(parts[::3], parts[1::3] + ["end"], parts[2::3] + [""]):
         if not box:
             out.append(data if pre else re.sub(r"\s+", " ", data))
-        opens, alone, tag = tag[0] != "/", rest.endswith("/"), tag.lower().lstrip("/")
-        if tag == "body":
-            box = None  # whatever was not closed
-        elif box:
-            if tag == box and not alone:
+        opens, tag = tag[0] != "/", tag.lower().lstrip("/")
+        if box:
+            if tag == box:
                 depth += 1 if opens else -1
             box = box if depth else None
-        elif opens and not alone and (tag in AROUND or tag in BOXES and BOX.search(rest)):
+        elif opens and (tag in AROUND or tag in BOXES and BOX.search(rest)):
             box, depth = tag, 1
         else:
             pre = opens if tag == "pre" else pre
@@ -313,9 +305,9 @@ def run(args):
             packages[name] |= {"sha256": sha256, "files": counts}
             print(f"{name}: {counts}", flush=True)
     manifest = write(texts, packages, output)
-    print(f"{manifest['documents']:,} documents, {manifest['characters'] / 1e6:,.1f}M characters, "
-          f"sha256 {manifest['sha256'][:12]}: about "
-          f"{manifest['characters'] / CHARS_PER_TOKEN / 1e6:,.0f}M tokens of SmolLM2. Next:\n"
+    tokens = manifest["characters"] / CHARS_PER_TOKEN / 1e6
+    print(f"{manifest['documents']:,} documents, sha256 {manifest['sha256'][:12]}, about "
+          f"{tokens:,.0f}M tokens of SmolLM2. Next:\n"
           f"python data.py --input {output}/*.jsonl --output {output}-smollm2 --tokenizer SmolLM2")
 
 
@@ -325,15 +317,13 @@ def flags():
     add("--output", default="data/text", metavar="DIR", help="folder for the text")
     add("--cache", metavar="DIR", help="folder of the packages; None: packages below --output")
     add("--go_on", action="store_true", help="leave out packages that cannot be had")
-    add("--workers", type=cli.positive, default=os.cpu_count(), help="processes that read; the text "
-        "does not depend on it")
+    add("--workers", type=cli.positive, default=os.cpu_count(), help="processes that read")
     return parser
 
 
 def main(argv=None):
     args = flags().parse_args(argv)
-    cli.command("text.py", lambda: run(args), interrupted="interrupted; what was fetched is kept, "
-                "and the same command goes on")
+    cli.command("text.py", lambda: run(args), interrupted="interrupted; what was fetched is kept")
 
 
 if __name__ == "__main__":

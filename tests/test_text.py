@@ -47,12 +47,6 @@ def test_html_keeps_text_and_lines_and_nothing_of_the_page_around():
         "left right")
 
 
-def test_a_box_that_is_never_closed_ends_with_its_page():
-    """A menu before <body> without its end, after which a page has no text."""
-    page = f"<div class='navigation'><div></div><body><p>{PARAGRAPHS[0]}</p>"
-    assert one("a.html", page.encode()) == PARAGRAPHS[0]
-
-
 def test_manual_pages_lose_their_macros():
     """Fonts, escapes, definitions or tables in the text; BR's words apart; examples run on."""
     man = rf""".\" a comment
