@@ -1,6 +1,5 @@
 """
-English text to continue a language model on, where no hub of data sets is reached: the manuals that
-Debian packages.
+English text to continue a language model on, where no hub is reached: manuals out of Debian.
 
     packages  --fetch-->  .deb files  --documents-->  texts  --fresh-->  no paragraph comes twice
               --by hash of the content-->  text-00.jsonl, text-01.jsonl, ... and manifest.json
@@ -9,11 +8,9 @@ Debian packages.
     python data.py --input data/text/*.jsonl --output data/text-smollm2 --tokenizer SmolLM2
 
 The first needs apt-get and dpkg-deb, as Debian 12 has them, but not root. From the same packages,
-which text.txt lists, it makes the same bytes, whatever the number of workers. A package that has
-moved on is taken in the version there is; stderr and the manifest say so. Sorting by hash mixes the
-packages, so that the last 1 %, which train.py holds out, is a bit of all.
-
-Read data.py next. Checked in tests/test_text.py.
+which text.txt lists, it makes the same bytes with any number of workers. A package that moved on is
+taken in the version there is; stderr and the manifest say so. Sorting by hash mixes the packages:
+the last 1 %, which train.py holds out, is a bit of all. data.py is next; tests/test_text.py checks.
 """
 import gzip
 import hashlib
@@ -144,8 +141,7 @@ def is_english(text):
 def pieces(text):
     """The text in parts of at most LONGEST, which end between paragraphs if they can."""
     while len(text) > LONGEST:
-        end = text.rfind("\n\n", 1, LONGEST)
-        end = end if end > 0 else LONGEST
+        end = max(0, text.rfind("\n\n", 1, LONGEST)) or LONGEST
         yield text[:end]
         text = text[end:].lstrip("\n")
     yield text
@@ -237,17 +233,20 @@ READERS = [(r"\.(x?html?|page)$", of_html),
 def fresh(text, seen):
     """
     The text without the paragraphs of a line or more that are in `seen`, to which its own are
-    added: hashes of letters, so that numbers and spaces make no difference. "" if half was known.
+    added: hashes of letters, so that numbers and spaces make no difference. "" if little is new.
     """
-    kept = []
+    kept, new = [], 0
     for paragraph in text.split("\n\n"):
         letters = re.sub(r"[\W\d_]+", "", paragraph, flags=re.A).lower()
         key = hashlib.blake2b(letters.encode(), digest_size=8).digest()
-        if len(paragraph) < 60 or key not in seen:
+        if len(paragraph) < 60:
             kept.append(paragraph)
-        seen.add(key)
+        elif key not in seen:
+            kept.append(paragraph)
+            new += len(paragraph)
+            seen.add(key)
     rest = "\n\n".join(kept)
-    return rest if len(rest) >= max(SHORTEST, len(text) / 2) else ""
+    return rest if new >= SHORTEST and len(rest) >= len(text) / 2 else ""
 
 
 def write(texts, packages, output):
@@ -304,11 +303,11 @@ def run(args):
             sha256 = hashlib.sha256(debs[name].read_bytes()).hexdigest()
             packages[name] |= {"sha256": sha256, "files": counts}
             print(f"{name}: {counts}", flush=True)
-    manifest = write(texts, packages, output)
-    tokens = manifest["characters"] / CHARS_PER_TOKEN / 1e6
-    print(f"{manifest['documents']:,} documents, sha256 {manifest['sha256'][:12]}, about "
-          f"{tokens:,.0f}M tokens of SmolLM2. Next:\n"
-          f"python data.py --input {output}/*.jsonl --output {output}-smollm2 --tokenizer SmolLM2")
+    made = write(texts, packages, output)
+    tokens = made["characters"] / CHARS_PER_TOKEN / 1e6
+    print(f"{made['documents']:,} documents, sha256 {made['sha256'][:12]}, about {tokens:,.0f}M "
+          f"tokens of SmolLM2. Next:\npython data.py --input {output}/*.jsonl --output "
+          f"{output}-smollm2 --tokenizer SmolLM2")
 
 
 def flags():
