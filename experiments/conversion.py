@@ -15,8 +15,8 @@ A third tells whether a memory is of use: the loss when all gates are shut.
     python -m experiments.conversion --init SMOLLM2 --data SHARDS                all that is missing
     python -m experiments.conversion --init SMOLLM2 --data SHARDS --runs NAME    one of them, here
 
-Checked in tests/test_conversion.py. docs/real-model.md tells what was found. Read starts.py before,
-and real_model.py next, which asks the models that are made so.
+Checked in tests/test_conversion.py. docs/real-model.md has the plan. Read starts.py before, and
+real_model.py next, which asks the models that are made so.
 
 Letters: B batch, T tokens, KV key/value heads, D head width.
 """
@@ -38,18 +38,21 @@ from model import Transformer
 
 LONG = 16    # tokens: a head is long if the median length of its channels is as much
 
-# What all have in common: 25M tokens, 16 sequences of 4,096 a step.
+# What all have in common: 25M tokens, 16 sequences of 4,096 a step. Recipe `continue` becomes what
+# is found here, and this stays.
 COMMON = ("--context_len=4096 --batch=16 --steps=381 --lr=5e-4 --memory_lr=5e-4 --warmup=0.05 "
           "--weight_decay=0.1")
 
 # Flags of train.py that are no user's, as the conversions, or real_model's arms, differ in them.
 OURS = (*runs.OURS, "--arl", "--arl_weight", "--joint", "--lr", "--memory_lr")
 
-# Where the gates start (None: --init as it is, or as the flags say), and flags of train.py.
+PLAIN = Start(kind=None)  # of the controls: turned like the others, and without a memory
+
+# Where the gates start (None: --init as it is, and as the flags say), and flags of train.py.
 PLAN = {
     # controls
-    "joint": (None, "--memory=off --joint=64"),
-    "dilated": (None, "--memory=off --arl=64"),
+    "joint": (PLAIN, "--memory=off --joint=64"),
+    "dilated": (PLAIN, "--memory=off --arl=64"),
     # the paper's way, and RAT+'s first gates
     "half": (None, "--memory=on --arl=64 --gate_start=0.5 --memory_lr=5e-3"),
     # long from the start where that costs least
@@ -64,7 +67,7 @@ PLAN = {
     "third-values-slow": (Start(kind="values"), "--arl=64 --memory_lr=1e-4"),
     "all-keys-slow": (Start(kind="keys", heads=1.0), "--arl=64 --memory_lr=1e-4"),
     # a rate nearer to pretraining's
-    "joint-2e-3": (None, "--memory=off --joint=64 --lr=2e-3"),
+    "joint-2e-3": (PLAIN, "--memory=off --joint=64 --lr=2e-3"),
     "third-slow-2e-3": (Start(), "--arl=64 --lr=2e-3 --memory_lr=1e-4"),
 }
 
@@ -113,8 +116,8 @@ def measured(folder, data, context_len, device):
     found = {"held_out": loss}
     if lengths is not None:
         found["lengths"] = quartiles(lengths)
-        if hasattr(model.layers[0].self_attn.memory, "proj"):
-            found["shut"], _ = on_text(shut(model), data, context_len)
+    if lengths is not None and hasattr(model.layers[0].self_attn.memory, "proj"):
+        found["shut"], _ = on_text(shut(model), data, context_len)  # a fixed decay has no gate
     return found
 
 
@@ -126,8 +129,8 @@ def quartiles(lengths):
 
 def losses(folder, points=20):
     """
-    {step: {"loss": mean since the point before, "arl_loss" or "joint_loss": likewise}}, without the
-    steps that were skipped.
+    {step: {"loss": mean of the steps up to it, a twentieth of all, "arl_loss" or "joint_loss":
+    likewise}}, without the steps that were skipped. The last two may overlap.
     """
     log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     found, every = {}, max(1, len(log) // points)
@@ -140,7 +143,8 @@ def losses(folder, points=20):
 
 
 def folder_of(start, args):
-    return f"{args.out}/start-{start.kind}-{start.heads:g}-{start.pairs:g}-{start.length:g}"
+    kind = start.kind or "plain"
+    return f"{args.out}/start-{kind}-{start.heads:g}-{start.pairs:g}-{start.length:g}"
 
 
 def flags_of(name, args, rest):
@@ -225,7 +229,7 @@ def run_all(args, rest):
           f"{'median':>8}{'most':>8}")
     for name in names:
         print(line(files.load(Path(args.results) / f"{name}.json")))
-    print("nats per token: of held-out text, of it with the memory's gates shut, of the last steps; "
+    print("nats per token: held-out text, the same with the memory's gates shut, the last steps; "
           "a head's length is the median of its channels, in tokens")
 
 

@@ -126,7 +126,7 @@ class Needles:
         self.dice = dice_of_layers(torch.stack(ends).T, most_layers)[:, 0]  # (L, M)
 
     def of(self, dice, n):
-        """Ranks (B, n) of the tokens of rows whose prompts end with these dice (B, 1), a layer's."""
+        """Ranks (B, n) of the tokens of rows whose prompts end with a layer's dice (B, 1)."""
         self.ranks, self.dice = self.ranks.to(dice.device), self.dice.to(dice.device)
         same = (self.dice == dice[:, :, None]).any(1)  # (B, M)
         if not (dice.is_cuda and torch.cuda.is_current_stream_capturing()):  # else asked before

@@ -17,12 +17,13 @@ are fine-tuned and asked alike.
     convolution   with a short causal convolution in the memory's place, and the window's step
 
 Arms share the text, its order, rates and schedule: recipe `continue`. A seed decides the order of
-the text and the samples of the fine-tuning; all runs start from one checkpoint, so that what is
-found is true of that one. Models are deleted once they are asked: answers, losses and results stay.
+the text and the samples of the fine-tuning; all runs start from one checkpoint, and are asked the
+same prompts, so that what is found is true of these. Models are deleted once they are asked:
+answers, losses and results stay.
 
     python -m experiments.real_model --init SMOLLM2 --data SHARDS --stages primary   what is missing
     python -m experiments.real_model --init SMOLLM2 --data SHARDS --runs memory-3    one run, here
-    python -m experiments.real_model                                    tables of the results there
+    python -m experiments.real_model                                    tables of the scores there
 
 docs/real-model.md has the plan in words. Checked in tests/test_real_model_plan.py. Read
 conversion.py before; what is asked besides scores is in oracle.py and swap.py.
@@ -33,7 +34,7 @@ import json
 import lzma
 import re
 import shutil
-import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,15 +42,18 @@ import torch
 import eval_niah
 import sparse
 import train
-from data import Shards
+from data import Shards, tokenizer_of
 from experiments import conversion, reproduce, runs, starts, swap, ways
 from experiments.oracle import Frozen, left_out, oracle
-from infra import files, runlog
+from infra import files, runlog, weights
 from infra.answers import read_lines
-from infra.cli import command, flag_parser, made_by, positive, usable_device
+from infra.cli import command, flag_parser, made_by, positive, sized, usable_device
 from infra.report import best_heads, mean
 from memory import Decay
 from model import Transformer
+
+# What stands here of the memory's start, of steps, rates and settings is a guess, until
+# conversion.py, the curve and the grid have decided: it is set then, before the first score of `primary`.
 
 # How the released model is continued: flags of train.py that follow --recipe=continue.
 ARMS = {
@@ -61,21 +65,23 @@ ARMS = {
     "memory-joint": "--memory=on --arl=0 --joint=64",
     "convolution": "--memory=convolution --arl=0 --joint=64",
 }
-START = starts.Start()  # of the gates, where --memory=on
+START = starts.Start()                # of the gates, where --memory=on
+PLAIN = replace(START, kind=None)     # of the others: turned alike, without a memory
 
 # Fine-tuning: recipe niah-sft with so many steps of 16 sequences, at this rate, unless a run names
 # others.
-SFT = "--recipe=niah-sft --batch=16 --min_lr=0"
+SFT = "--recipe=niah-sft --batch=16 --min_lr=0 --memory_lr=1e-4"  # gates as in `continue`
 STEPS, RATE = 320, "3e-4"
 RUN = re.compile(rf"({'|'.join(ARMS)})-(0|[1-9]\d*)(?:-([1-9]\d*)x([1-9]e-\d+))?", re.ASCII)
 
+SEEDS = range(8)  # of the contrasts
 STAGES = {
     # how many steps of fine-tuning are enough, at which rate
     "curve": [f"released-0-{steps}x{rate}" for rate in ("1e-4", "3e-4")
               for steps in (54, 160, 320, 640)],
     # the settings of the methods, on prompts of another seed
     "develop": ["joint-100"],
-    "primary": [f"{arm}-{seed}" for seed in range(8) for arm in ("joint", "memory", "dilated")],
+    "primary": [f"{arm}-{seed}" for seed in SEEDS for arm in ("joint", "memory", "dilated")],
     "others": [f"{arm}-{seed}" for seed in range(2)
                for arm in ("released", "continued", "memory-joint", "convolution")],
 }
@@ -89,7 +95,7 @@ EXTREME = "quest:budget=1/64,block_size={}"
 GRID = [*(f"snapkv:budget=1/8,kernel={kernel},window={window}"
           for kernel in (5, 11, 21, 31) for window in (16, 32, 64)),
         *(f"moba:budget=1/8,block_size={size}" for size in (32, 64, 128))]
-DEVELOP, EVAL = 100, 1000  # seeds of the prompts: of what is chosen, and of what is told
+DEVELOP, EVAL = 100, 1000  # seeds of the prompts: of the curve and the grid; of the scores
 DETAILED = 0, 1            # seeds whose runs are fine-tuned twice, and asked why
 DRAWS = 5                  # of H2
 
@@ -118,20 +124,33 @@ def parts_of(name):
     return arm, int(seed), int(steps or STEPS), rate or RATE
 
 
+def is_trial(name):
+    """Whether it names its steps and rate: they are chosen by such runs."""
+    return RUN.fullmatch(name)[3] is not None
+
+
+def start_of(flags, args):
+    """-> the Start of an arm with these flags, and its folder."""
+    if "--memory=on" in flags:
+        return START, Path(args.out) / "start"
+    return PLAIN, Path(args.out) / "start-plain"
+
+
 def stages_of(name, args, rest):
     """
     -> flags of train.py that continue the model, None if nothing does; {suffix of the result's
     name: flags of the fine-tuning}. ValueError if the user's `rest` has a flag of ours.
     """
     arm, seed, steps, rate = parts_of(name)
+    if is_trial(name) and any(word.split("=")[0] == "--steps" for word in rest):
+        raise ValueError(f"--steps: {name} has its own in its name")
     flags = (ARMS[arm] or "").split()
     both = [f"--seed={seed}", f"--context_len={args.context_len}", f"--device={args.device}",
             "--eval_every=0", "--save_every=1000000", f"--out={args.out}", "--resume",
             *runs.passed_on(rest, conversion.OURS)]
     start, text = args.init, None
     if ARMS[arm] is not None:
-        if "--memory=on" in flags:
-            start = Path(args.out) / "start"
+        start = start_of(flags, args)[1]
         text = ["--recipe=continue", f"--init={start}", f"--data={args.data}", *flags, *both,
                 f"--name={name}-text"]
         start = Path(args.out) / f"{name}-text"
@@ -183,7 +202,7 @@ def run_one(name, args, rest):
 
 
 def get_ready(names, args, rest):
-    """What would end these runs after a training is known before; their common start is made."""
+    """What would end these runs after a training is known before; their common starts are made."""
     stages = [stages_of(name, args, rest) for name in names]
     for text, tuned in stages:
         for flags in filter(None, [text, *tuned.values()]):
@@ -191,9 +210,14 @@ def get_ready(names, args, rest):
     Shards(args.data, args.context_len, seed=0)
     if Path(args.results).exists() and not Path(args.results).is_dir():
         raise ValueError(f"--results {args.results} is no folder: choose another")
-    if any("--memory=on" in (text or []) for text, _ in stages):
-        starts.started(START, args.init, args.data, Path(args.out) / "start", args.device,
-                       args.context_len)
+    config = weights.read(args.init, without_tensors=True)[0]
+    tokenizer = tokenizer_of(weights.resolve(args.init), config["vocab_size"], None)
+    grid = GRID if any(name in STAGES["develop"] for name in names) else []
+    for text in [*nine(), extreme(args), *grid]:
+        sparse.parse(sized(text, args.context_len, tokenizer, sparse.METHODS), args.context_len)
+    for start, folder in dict.fromkeys(start_of(text, args) for text, _ in stages if text):
+        starts.started(start, args.init, args.data, folder, args.device, args.context_len)
+    if args.device.startswith("cuda"):
         torch.cuda.empty_cache()  # a run in another process counts on all of its GPU
 
 
@@ -214,10 +238,15 @@ def nine():
     return [method for of_kind in CELLS.values() for method in of_kind]
 
 
+def extreme(args):
+    """The paper's block of 16 tokens; in a short context a quarter of the budget."""
+    return EXTREME.format(max(1, min(16, args.context_len // 256)))
+
+
 def ask(name, suffix, args):
     """
     -> {"cells": {method: {task: RULER's score in percent}}}, and with fewer prompts what tells why:
-    "hits" (H1), "by_chance" (H2), "frozen", "oracle", "swap"
+    "few_cells", "hits" (H1), "by_chance" (H2), "frozen", "oracle", "swap"
     """
     folder = Path(args.out) / (name + suffix)
     arm, seed, *_ = parts_of(name)
@@ -225,21 +254,22 @@ def ask(name, suffix, args):
         report = evaluated(folder, "grid", args, DEVELOP, args.samples, GRID)
         return {"grid": scores_in(report), "prompts": reproduce.prompts_in(report)}
 
-    # the paper's block of 16 tokens; in a short context a quarter of the budget
-    extreme = EXTREME.format(min(16, args.context_len // 256))
-    prompts = DEVELOP if name in STAGES["curve"] else EVAL
-    report = evaluated(folder, "cells", args, prompts, args.samples, [*nine(), extreme])
+    prompts = DEVELOP if is_trial(name) else EVAL
+    report = evaluated(folder, "cells", args, prompts, args.samples, [*nine(), extreme(args)])
     found = {"samples": args.samples, "few": args.few, "prompts": reproduce.prompts_in(report),
              "cells": scores_in(report)}
     keep_answers(folder / "cells", result_of(name + suffix, args).with_suffix(".answers.xz"))
-    if name in STAGES["curve"] or seed not in DETAILED:
+    if is_trial(name) or seed not in DETAILED:
         return found
 
     report = evaluated(folder, "why", args, EVAL, args.few, nine(), "--hits", f"--random={DRAWS}")
     found["hits"] = {method: 100 * best_heads(rates)
                      for method, rates in reproduce.hit_rates(report).items()}
-    found["by_chance"] = {method: score for method, score in reproduce.means(report).items()
-                          if method.endswith(reproduce.BY_CHANCE)}
+    # what chance, the oracle and the swap reach is compared with scores of the same few prompts
+    found["few_cells"], found["by_chance"] = {}, {}
+    for method, mean_score in reproduce.means(report).items():
+        by = "by_chance" if method.endswith(reproduce.BY_CHANCE) else "few_cells"
+        found[by][method] = mean_score
     return found | asked_besides(folder, args)
 
 
@@ -267,42 +297,48 @@ def scores_in(report):
 
 def keep_answers(folder, file):
     """What was written for each prompt, as [task, method, index, text], in few bytes."""
+    lines = [json.dumps([task, method, index, line.told["text"]]) + "\n"
+             for (_, task, method), of_method in read_lines(folder).items()
+             for index, line in sorted(of_method.items())]
     file.parent.mkdir(parents=True, exist_ok=True)
-    with lzma.open(file, "wt") as out:
-        for (_, task, method), of_method in read_lines(folder).items():
-            for index, line in sorted(of_method.items()):
-                out.write(json.dumps([task, method, index, line.told["text"]]) + "\n")
+    packed = lzma.compress("".join(lines).encode())
+    files.whole_or_nothing(file, lambda path: path.write_bytes(packed))
+
+
+def few_examples(folder, args):
+    """-> the tokenizer, examples of all tasks, {text: method} of the nine cells"""
+    chosen = eval_niah.flags().parse_args(asked(folder, args, EVAL, args.few, nine()))
+    _, tokenizers, texts = eval_niah.prepare(chosen)
+    tokenizer = next(iter(tokenizers.values()))
+    tasks = eval_niah.choose_tasks(chosen, [tokenizer])
+    by_task = eval_niah.make_examples(chosen, tokenizer, tasks)
+    examples = [e for of_task in by_task.values() for e in of_task]
+    return tokenizer, examples, {text: m for m, text in texts.items() if text != "dense"}
 
 
 def asked_besides(folder, args):
     """Methods that no command line names: a frozen draw, the oracle, and the swap's cells."""
-    flags = eval_niah.flags().parse_args(asked(folder, args, EVAL, args.few, nine()))
-    _, tokenizers, methods = eval_niah.prepare(flags)
-    tokenizer = next(iter(tokenizers.values()))
-    by_task = eval_niah.make_examples(flags, tokenizer, eval_niah.choose_tasks(flags, [tokenizer]))
-    examples = [e for of_task in by_task.values() for e in of_task]
-    methods = {text: method for method, text in methods.items() if text != "dense"}
-    of = {kind: next(m for text, m in methods.items() if text.startswith(kind) and "1/8" in text)
-          for kind in CELLS}
-    quarter = next(m for text, m in methods.items() if text.startswith("quest:budget=1/4"))
+    tokenizer, examples, methods = few_examples(folder, args)
     model = Transformer.from_pretrained(folder, torch.bfloat16, args.device)
 
-    def means(model, wanted):  # {name: mean of the tasks} of {name: method}
+    def scores(model, wanted):  # {name: mean of the tasks} of {name: method}
         made = ways.evaluate(model, tokenizer, examples, [*wanted.values()], args.eval_batch)
         return {name: 100 * mean(eval_niah.ruler_scores(made[method].texts, examples))
                 for name, method in wanted.items()}
 
+    quarter = next(m for text, m in methods.items() if text.startswith("quest:budget=1/4"))
     frozen = {draw: Frozen(quarter.budget, quarter.block_size, random=draw)
               for draw in range(DRAWS)}
-    found = {"frozen": mean(means(model, frozen).values()),
-             "oracle": means(model, {text: oracle(method, examples, tokenizer)
-                                     for text, method in methods.items()}),
-             "oracle_left_out": {text: left_out(method, examples, tokenizer)
-                                 for text, method in methods.items()}}
+    found = {"frozen": list(scores(model, frozen).values()),
+             "oracle": scores(model, {text: oracle(method, examples, tokenizer)
+                                      for text, method in methods.items()}),
+             "needles": sum(len(e.answers) for e in examples),
+             "needles_left_out": {text: left_out(method, examples, tokenizer)
+                                  for text, method in methods.items()}}
     if isinstance(model.layers[0].self_attn.memory, Decay):
         both = swap.swapped(model)
-        found["swap"] = {sparse.name(method): means(both, swap.cells(method))
-                         for method in of.values()}
+        found["swap"] = {text: scores(both, swap.cells(method))
+                         for text, method in methods.items() if "budget=1/8" in text}
     return found
 
 
@@ -311,45 +347,68 @@ def asked_besides(folder, args):
 def read_all(args):
     """
     {arm, with "-same" where fine-tuned so: {seed: report}} of the results there, but for the
-    development and those that name their steps and rate. ValueError if two were asked otherwise.
+    development and those that name their steps and rate. ValueError if two were trained or asked
+    otherwise, or with other settings than SETTING's.
     """
     found, first = {}, None
     for file in sorted(Path(args.results).glob("*.json")):
         report = files.load(file, "name", "arm", "seed", "tuning")
-        plain = f"{report['arm']}-{report['seed']}"
-        suffix = report["name"].removeprefix(plain)
+        suffix = report["name"].removeprefix(f"{report['arm']}-{report['seed']}")
         if "cells" not in report or suffix not in ("", "-same"):
             continue
-        asked = [report[key] for key in ("samples", "few", "prompts")], list(report["cells"])
-        first = first or (file, asked)
-        if asked != first[1]:
-            raise ValueError(f"{file} was asked otherwise than {first[0]}: move one of them away")
+        alike = [report[key] for key in ("samples", "few", "prompts")] + [list(report["cells"])]
+        alike.append(schedule(report["tuning"]))
+        first = first or (file, alike)
+        if alike != first[1]:
+            raise ValueError(f"{file} was trained or asked otherwise than {first[0]}: move one of "
+                             "them away")
+        if any(not cells_of(report, kind) for kind in CELLS):
+            raise ValueError(f"{file} was asked with other settings of the methods than are wanted "
+                             "now: move it away")
         found.setdefault(report["arm"] + suffix, {})[report["seed"]] = report
     order = [arm + suffix for arm in ARMS for suffix in ("", "-same")]
     return {arm: found[arm] for arm in order if arm in found}
 
 
+def schedule(stage):
+    """What all fine-tunings have in common."""
+    settings = stage["train"]["settings"]
+    return [settings[key] for key in ("steps", "batch", "lr", "context_len")]
+
+
+def cells_of(report, kind):
+    """[{task: score}] of a method's three budgets."""
+    return [of_tasks for method, of_tasks in report["cells"].items()
+            if any(f"{method},".startswith(f"{cell},") for cell in CELLS[kind])]
+
+
 def score(report, kind):
     """The mean of a method's three budgets, each the mean of the tasks."""
-    cells = [of_tasks for method, of_tasks in report["cells"].items() if method in CELLS[kind]
-             or any(method.startswith(f"{text},") for text in CELLS[kind])]
-    return statistics.fmean(statistics.fmean(of_tasks.values()) for of_tasks in cells)
+    return mean([mean(of_tasks.values()) for of_tasks in cells_of(report, kind)])
 
 
 def contrasts(found):
-    """{contrast: {method: {"gain", "p", "by_seed", "holm"}}} of the plan, where both arms are."""
+    """
+    {contrast: {method: {"gain", "by_seed", and once all seeds are there "p", "holm"}}} of the plan,
+    where both arms are.
+    """
     made = {}
     for title, (arm, base) in CONTRASTS.items():
-        of_kind = {}
+        of_kind, ps = {}, {}
         for kind in CELLS:
-            values, others = ({seed: score(report, kind) for seed, report in reports.items()}
+            values, others = ({seed: score(report, kind) for seed, report in reports.items()
+                               if seed in SEEDS}
                               for reports in (found.get(arm, {}), found.get(base, {})))
-            if compared := reproduce.compare(values, others):
-                of_kind[kind] = compared
-        ps = {kind: of["p"] for kind, of in of_kind.items() if of["p"] is not None}
-        holm = reproduce.holm(ps)
-        made[f"{title}: {arm} - {base}"] = {kind: of | {"holm": holm.get(kind)}
-                                            for kind, of in of_kind.items()}
+            compared = reproduce.compare(values, others)
+            if compared is None:
+                continue
+            of_kind[kind] = {key: compared[key] for key in ("gain", "by_seed")}
+            if len(compared["by_seed"]) == len(SEEDS):
+                # differences that do not differ tell nothing
+                ps[kind] = 1.0 if compared["p"] is None else compared["p"]
+        for kind, holm in reproduce.holm(ps).items():
+            of_kind[kind] |= {"p": ps[kind], "holm": holm}
+        made[f"{title}: {arm} - {base}"] = of_kind
     return made
 
 
@@ -361,16 +420,32 @@ def tables(found):
         cells = reproduce.transpose([{method: mean(of.values())
                                       for method, of in report["cells"].items()}
                                      for report in reports.values()])
-        dense, *nine, extreme = (reproduce.cell(values, "±") for values in cells.values())
+        dense, *middle, last = (reproduce.cell(values, "±") for values in cells.values())
         loss = mean(report["tuning"]["held_out"] for report in reports.values())
         lines.append(f"{arm:20}{len(reports):5}{loss:8.3f}{dense:>11}"
-                     + "".join(f"{cell:>12}" for cell in nine) + f"{extreme:>11}")
+                     + "".join(f"{cell:>12}" for cell in middle) + f"{last:>11}")
     for title, of_kind in contrasts(found).items():
         for kind, of in of_kind.items():
-            p = "" if of["p"] is None else f"   p {of['p']:.3f}, Holm {of['holm']:.3f}"
+            p = f"   p {of['p']:.3f}, Holm {of['holm']:.3f}" if "p" in of else ""
             lines.append(f"{title}, {kind}: {of['gain']:+.1f} of {len(of['by_seed'])} seeds{p}")
     return "\n".join([*lines, "RULER's score, %: mean of tasks and of seeds; text: loss on "
                       "held-out text after the fine-tuning, nats per token"])
+
+
+def chosen_by(args):
+    """What steps, rate and settings are chosen by, curve and grid, as far as they are there."""
+    lines = []
+    for name in [*STAGES["curve"], *STAGES["develop"]]:
+        if not result_of(name, args).exists():
+            continue
+        report = files.load(result_of(name, args))
+        if "grid" in report:
+            lines += [f"{name:22}{method:40}{mean(of_tasks.values()):6.1f}"
+                      for method, of_tasks in report["grid"].items()]
+        else:
+            of_nine = mean([score(report, kind) for kind in CELLS])
+            lines.append(f"{name:22}{'mean of the nine cells':40}{of_nine:6.1f}")
+    return lines
 
 
 # ---------------------------------------------------------------- python -m experiments.real_model
@@ -380,6 +455,14 @@ def run_all(args, rest):
     names = list(dict.fromkeys(names))
     if names and not (args.init and args.data):
         raise ValueError("--init and --data: a run needs a model and text")
+    if rest and not names:
+        raise ValueError(f"{rest[0]}: no flag of ours, and no run is named to pass it on to")
+    left = [name for name in names if missing(name, args)]
+    for report in [report for reports in read_all(args).values() for report in reports.values()]:
+        if left and (report["samples"], report["few"]) != (args.samples, args.few):
+            raise ValueError(f"{args.results} holds {report['name']}, asked with --samples="
+                             f"{report['samples']} --few={report['few']}: give the same, or "
+                             "another --results")
     if len(names) == 1:
         run_one(names[0], args, rest)
         return
@@ -392,20 +475,13 @@ def run_all(args, rest):
                  f"--runs={name}", *rest]
         return lambda call: call(words, Path(args.out) / f"{name}.log")
 
-    left = [name for name in names if missing(name, args)]
-    for reports in read_all(args).values():
-        for report in reports.values():
-            if left and (report["samples"], report["few"]) != (args.samples, args.few):
-                raise ValueError(f"{args.results} holds {report['name']}, asked with --samples="
-                                 f"{report['samples']} --few={report['few']}: give the same, or "
-                                 "another --results")
     if left:
         get_ready(left, args, rest)  # here, as two runs at once would both make the start
     runs.on_all_gpus([job(name) for name in left])
-    found = read_all(args)
-    if not found:
+    found, choices = read_all(args), chosen_by(args)
+    if not (found or choices):
         raise ValueError(f"{args.results} holds no result: name --stages or --runs to make some")
-    print(tables(found))
+    print("\n".join([*choices, tables(found)] if found else choices))
 
 
 def flags():

@@ -3,10 +3,11 @@ Where does a pretrained model need its keys and values least? There a memory may
 much harm, to be trained from that.
 
     values   A head's values may be turned: W_v by R, and the columns of W_o that read them by R,
-             too, and the model computes what it did. R sorts directions by what of them reaches the
-             output, r' M C r with C = mean of v v', M = W_o' W_o, the least first.
-    keys     RoPE turns channels d and d + D/2 as a pair, so that keys stay as they are. Those pairs
-             are least needed whose keys vary least, times the energy of their queries.
+             too, and the model computes what it did. R sorts directions by their share of the
+             output's energy, the least first: r' M C r for a direction r, with C = mean of v v' and
+             M = W_o' W_o.
+    keys     RoPE turns channels d and d + D/2 as a pair, so that keys stay as they are. A pair's
+             need is the variance of its keys times the energy of its queries.
     heads    Each KV head gets the memory alone, and the loss tells what that costs; the cheapest
              ones get it together.
 
@@ -34,10 +35,10 @@ REST = 0.02  # g of the gates that do not start long: k~ is k, but for 2 %
 @dataclass(frozen=True)
 class Start:
     """Where the gates of a fresh memory start long. Elsewhere they start at REST."""
-    kind: str = "decay"   # of memory.MEMORIES
-    heads: float = 0.4    # share of the model's KV heads, those that it costs least
-    pairs: float = 0.53   # share of each head's pairs of channels, those that are least needed
-    length: float = 32.0  # tokens, 1 / (1 - g)
+    kind: str | None = "decay"  # of memory.MEMORIES; None: values are turned alone, for a control
+    heads: float = 0.4          # share of the model's KV heads, those that it costs least
+    pairs: float = 0.53         # share of each head's pairs of channels, those least needed
+    length: float = 32.0        # tokens, 1 / (1 - g)
 
 
 # ---------------------------------------------------------------- which channels
@@ -136,8 +137,9 @@ def cheapest(
 ):                 # -> heads [(layer, KV head)], cheapest first; the loss in nats per token of
                    #    none, {(layer, KV head): of it alone}, of all of them
     """
-    Greedy: those that cost least beside the ones that are there. Of many, half are measured. The
-    model's gates then start so.
+    Greedy: each round takes those that cost least beside the ones that were taken before. After the
+    first round only the 2 n cheapest so far are measured again, n being how many are still wanted:
+    we assume that a head that is dear alone stays dear. In the end the model's gates start so.
     """
     weight = torch.ones(tokens.shape, device=tokens.device)
     half = torch.autocast("cuda", torch.bfloat16) if tokens.is_cuda else nullcontext()
@@ -154,7 +156,6 @@ def cheapest(
     left, chosen, wanted = sorted(every, key=alone.get), [], math.ceil(start.heads * len(every))
     while len(chosen) < wanted:
         if chosen:
-            # a head that is dear alone does not become cheap
             candidates = left[:max(at_a_time, 2 * (wanted - len(chosen)))]
             beside = {head: loss([*chosen, head]) for head in candidates}
             left = sorted(candidates, key=beside.get) + left[len(candidates):]
@@ -185,9 +186,14 @@ def started(start, init, data, folder, device, context_len=4096, windows=6):
     found = moments(model, tokens[:, :-1])
     long = least_needed(found, start)
     turn_values(model, found, long)
+    tokenizer = tokenizer_of(init, config.vocab_size, None)
+    if start.kind is None:
+        model.save_pretrained(folder, tokenizer)
+        files.save(made_of, file)
+        return folder
     model.add_memory(REST, start.kind)
     heads, before, alone, after = cheapest(model, tokens, start, long)
-    model.save_pretrained(folder, tokenizer_of(init, config.vocab_size, None))
+    model.save_pretrained(folder, tokenizer)
     costs = [[round(alone[layer, head] - before, 4) for head in range(config.n_kv_head)]
              for layer in range(config.n_layer)]
     files.save(made_of | {"heads": heads, "loss": before, "loss_with": after,

@@ -128,10 +128,10 @@ def plan(name, *rest):
 
 def test_every_conversion_is_what_its_name_says():
     """A rate or a pass that is another's; a control that has a memory, or fewer steps."""
-    third, slow = "o/start-decay-0.4-0.53-32", 1e-4
+    plain, third, slow = "o/start-plain-0.4-0.53-32", "o/start-decay-0.4-0.53-32", 1e-4
     expected = {  # init, memory, gate_start, arl, arl_weight, joint, lr, memory_lr
-        "joint": ("model", "off", 0.5, 0, 1, 64, 5e-4, 5e-4),
-        "dilated": ("model", "off", 0.5, 64, 1, 0, 5e-4, 5e-4),
+        "joint": (plain, "off", 0.5, 0, 1, 64, 5e-4, 5e-4),
+        "dilated": (plain, "off", 0.5, 64, 1, 0, 5e-4, 5e-4),
         "half": ("model", "on", 0.5, 64, 1, 0, 5e-4, 5e-3),
         "third": (third, None, 0.5, 64, 1, 0, 5e-4, 5e-4),
         "third-slow": (third, None, 0.5, 64, 1, 0, 5e-4, slow),
@@ -142,7 +142,7 @@ def test_every_conversion_is_what_its_name_says():
         "third-keys-slow": ("o/start-keys-0.4-0.53-32", None, 0.5, 64, 1, 0, 5e-4, slow),
         "third-values-slow": ("o/start-values-0.4-0.53-32", None, 0.5, 64, 1, 0, 5e-4, slow),
         "all-keys-slow": ("o/start-keys-1-0.53-32", None, 0.5, 64, 1, 0, 5e-4, slow),
-        "joint-2e-3": ("model", "off", 0.5, 0, 1, 64, 2e-3, 5e-4),
+        "joint-2e-3": (plain, "off", 0.5, 0, 1, 64, 2e-3, 5e-4),
         "third-slow-2e-3": (third, None, 0.5, 64, 1, 0, 2e-3, slow),
     }
     assert expected.keys() == PLAN.keys()

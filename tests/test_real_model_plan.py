@@ -82,12 +82,12 @@ def test_what_is_no_run_is_refused(name):
 # arm: of the text init, memory, arl, joint; of the fine-tuning "-same" arl, joint (None: not there)
 PLAN = {
     "released": (None, None),
-    "continued": (("model", "off", 0, 0), None),
-    "joint": (("model", "off", 0, 64), (0, 64)),
-    "dilated": (("model", "off", 64, 0), (64, 0)),
+    "continued": (("o/start-plain", "off", 0, 0), None),
+    "joint": (("o/start-plain", "off", 0, 64), (0, 64)),
+    "dilated": (("o/start-plain", "off", 64, 0), (64, 0)),
     "memory": (("o/start", "on", 64, 0), (64, 0)),
     "memory-joint": (("o/start", "on", 0, 64), (0, 64)),
-    "convolution": (("model", "convolution", 0, 64), (0, 64)),
+    "convolution": (("o/start-plain", "convolution", 0, 64), (0, 64)),
 }
 
 
@@ -105,7 +105,7 @@ def test_each_arm_is_trained_as_the_plan_says(arm):
         s = stages["-text"] = train.parse(text)
         assert (s.init, s.memory, s.arl, s.joint) == on_text
         assert (s.recipe, s.data, s.steps, s.batch, s.lr, s.memory_lr, s.min_lr, s.warmup) == (
-            "continue", "shards", 381, 16, 5e-4, 5e-4, 0, 0.05)
+            "continue", "shards", 381, 16, 5e-4, 1e-4, 0, 0.05)
         assert (s.weight_decay, s.gate_start) == (0.1, 0.5)
     for suffix, passes in ("", (0, 0)), ("-same", same):
         assert (suffix in tuned) == (passes is not None)
@@ -115,6 +115,7 @@ def test_each_arm_is_trained_as_the_plan_says(arm):
             assert (s.recipe, s.data, s.protocol, s.steps, s.batch, s.lr, s.min_lr) == (
                 "niah-sft", "niah", "sft", 320, 16, 3e-4, 0)
             assert (s.warmup, s.weight_decay, s.many, s.other_weight) == (0.05, 0.01, 0, 0)
+            assert s.memory_lr == 1e-4
     for suffix, s in stages.items():
         assert (s.out, s.name, s.seed, s.resume) == ("o", name + suffix, 1, True)
         assert (s.context_len, s.eval_every, s.workers, s.tasks) == (512, 0, 0, None)
@@ -161,7 +162,9 @@ def steps(here, monkeypatch):
 
     def ask(name, suffix, args):
         noted(f"ask {name}{suffix}")
-        return {"cells": {}, "model": str(Path(args.out) / (name + suffix))}
+        return {
+            **{key: report(name)[key] for key in ("samples", "few", "prompts", "cells")},
+            "model": str(Path(args.out) / (name + suffix))}
     monkeypatch.setattr(train, "train", training)
     monkeypatch.setattr(starts, "cheapest", cheapest)
     monkeypatch.setattr(real_model, "ask", ask)
@@ -217,7 +220,7 @@ def test_models_are_kept_if_asked_to_be(steps):
         "ask convolution-0-same"]
     folder = Path("out/real-model")
     assert {path.name for path in folder.iterdir()} == {
-        "convolution-0-text", "convolution-0", "convolution-0-same"}
+        "start-plain", "convolution-0-text", "convolution-0", "convolution-0-same"}
     report = files.load("results/real-model/convolution-0.json")
     assert "lengths" not in report["tuning"]  # of a memory that has none
     assert Transformer.from_pretrained(folder / "convolution-0").config.memory == "convolution"
@@ -225,10 +228,9 @@ def test_models_are_kept_if_asked_to_be(steps):
     # one of the two results is gone, and the models are there
     Path("results/real-model/convolution-0.json").unlink()
     assert steps(None, "--runs", "convolution-0", "--keep") == ["ask convolution-0"]
-    assert steps(None, "--runs", "released-0-54x1e-4") == [
-        "released-0-54x1e-4", "ask released-0-54x1e-4"]
-    assert "text" not in files.load("results/real-model/released-0-54x1e-4.json")
-    assert not (folder / "released-0-54x1e-4").exists() and (folder / "convolution-0").exists()
+    assert steps(None, "--runs", "released-0") == ["released-0", "ask released-0"]
+    assert "text" not in files.load("results/real-model/released-0.json")
+    assert not (folder / "released-0").exists() and (folder / "convolution-0").exists()
 
 
 # ---------------------------------------------------------------- what is asked
@@ -289,6 +291,8 @@ def test_a_model_is_asked_all_cells_and_fewer_prompts_tell_why(here, one_task, m
     assert {len(scores) for scores in drawn.values()} == {5} and len(drawn) == 3
     assert found["by_chance"] == {name: pytest.approx(statistics.fmean(scores))
                                   for name, scores in drawn.items()}
+    of_few = {row["method"]: row["ruler"][0] for row in why["results"] if row["random"] is None}
+    assert found["few_cells"] == of_few and len(of_few) == 10
 
 
 def test_the_curve_is_asked_the_cells_alone_and_development_the_grid(here, one_task, monkeypatch):
@@ -358,21 +362,21 @@ def test_besides_methods_a_frozen_draw_the_oracle_and_the_swap_are_asked(here, o
     model = Transformer.from_pretrained(folder, torch.bfloat16)
     examples = [niah.make_example("niah_single_1", 512, ByteTokenizer(), 1000, i, "sft",
                                   max_new_tokens=48) for i in range(2)]
-    assert found.keys() == {"frozen", "oracle", "oracle_left_out", "swap"}
+    assert found.keys() == {"frozen", "oracle", "needles", "needles_left_out", "swap"}
     draws = [by_hand(model, examples, Frozen(128, 8, random=draw)) for draw in range(5)]
-    assert len({*draws}) > 2 and found["frozen"] == pytest.approx(statistics.fmean(draws))
-    assert list(found["oracle"]) == list(found["oracle_left_out"]) and len(found["oracle"]) == 9
+    assert len({*draws}) > 2 and found["frozen"] == pytest.approx(draws)
+    assert list(found["oracle"]) == list(found["needles_left_out"]) and len(found["oracle"]) == 9
     of_oracle = set()
     for text in found["oracle"]:
         method = sparse.parse(text, 512)
         expected = by_hand(model, examples, oracle(method, examples, ByteTokenizer()))
         assert found["oracle"][text] == pytest.approx(expected), text
-        assert found["oracle_left_out"][text] == left_out(method, examples, ByteTokenizer())
+        assert found["needles_left_out"][text] == left_out(method, examples, ByteTokenizer())
         of_oracle.add(expected)
-    assert len(of_oracle) > 4 and len({*found["oracle_left_out"].values()}) > 1
+    assert len(of_oracle) > 4 and len({*found["needles_left_out"].values()}) > 1
 
-    wanted = {sparse.name(sparse.parse(text, 512)): sparse.parse(text, 512)
-              for text in found["oracle"] if "1/8" in text}
+    assert found["needles"] == 2
+    wanted = {text: sparse.parse(text, 512) for text in found["oracle"] if "1/8" in text}
     assert found["swap"].keys() == wanted.keys() and len(wanted) == 3
     both = swap.swapped(model)
     for name, method in wanted.items():
@@ -388,7 +392,7 @@ def test_without_an_average_there_is_nothing_to_swap(memory, here, one_task, mon
     """A traceback at the end of a run without memory, or of a convolution."""
     monkeypatch.setattr(real_model, "CELLS", QUEST)
     found = real_model.asked_besides(save_model("joint-0", memory=memory), flags())
-    assert found.keys() == {"frozen", "oracle", "oracle_left_out"}
+    assert found.keys() == {"frozen", "oracle", "needles", "needles_left_out"}
 
 
 def test_a_whole_run_from_a_command(here, monkeypatch, capsys):
@@ -402,7 +406,7 @@ def test_a_whole_run_from_a_command(here, monkeypatch, capsys):
     assert {arm: list(of) for arm, of in found.items()} == dict.fromkeys(
         ["joint", "joint-same", "memory", "memory-same"], [0])
     assert found["memory"][0]["swap"] and "swap" not in found["joint-same"][0]
-    assert len(found["joint"][0]["cells"]) == 4 and found["joint"][0]["frozen"] > 0
+    assert len(found["joint"][0]["cells"]) == 4 and sum(found["joint"][0]["frozen"]) > 0
     assert found["memory"][0]["command"].startswith("python -m experiments.real_model --init=model")
     capsys.readouterr()
     do("--runs", "memory-0")
@@ -420,12 +424,17 @@ METHODS = ["dense", *(f"{kind}:budget=1/{n},block_size=64" for kind in ("quest",
            "quest:budget=1/64,block_size=16"]
 
 
+def tuning_of(seed, **other):
+    settings = {"steps": 320, "batch": 16, "lr": 3e-4, "context_len": 4096} | other
+    return {"held_out": 2.0 + seed / 10, "train": {"settings": settings}}
+
+
 def report(name, scores=range(11), **more):
     """scores: of METHODS; two tasks are 1 above and below."""
     arm, seed, *_ = parts_of(name.removesuffix("-same"))
     cells = {method: {"a": score + 1.0, "b": score - 1.0}
              for method, score in zip(METHODS, scores)}
-    return {"name": name, "arm": arm, "seed": seed, "tuning": {"held_out": 2.0 + seed / 10},
+    return {"name": name, "arm": arm, "seed": seed, "tuning": tuning_of(seed),
             "samples": 2, "few": 1, "prompts": {"a": "p", "b": "p"}, "cells": cells} | more
 
 
@@ -455,12 +464,13 @@ def test_results_are_by_arm_and_seed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("other", [dict(samples=3), dict(few=2), dict(prompts={"a": "p", "b": "o"}),
-                                   dict(cells=report("joint-1")["cells"] | {"dilated": {}})])
+                                   dict(cells=report("joint-1")["cells"] | {"dilated": {}}),
+                                   dict(tuning=tuning_of(1, steps=2))])
 def test_results_that_were_asked_otherwise_do_not_mix(other, tmp_path, monkeypatch):
-    """100 prompts beside 50, or other methods."""
+    """100 prompts beside 50, other methods, or a trial of two steps."""
     monkeypatch.chdir(tmp_path)
     write(report("joint-0"), report("joint-1", **other))
-    refused(lambda: real_model.read_all(flags()), "joint-1.json was asked otherwise than",
+    refused(lambda: real_model.read_all(flags()), "joint-1.json was trained or asked otherwise than",
             "joint-0.json", "move one of them away")
 
 
@@ -500,9 +510,14 @@ MEMORY = {seed: report(f"memory-{seed}", of_kinds(90, 41 + 2 * seed, 61, 20 - se
           for seed, gain in ((5, 50), (0, 2), (2, 2), (1, -1))}
 
 
-def test_contrasts_are_paired_by_seed_and_corrected_for_three_methods():
-    """Seeds that only one arm has, or in another order; p of another number of cells."""
-    made = real_model.contrasts({"memory": MEMORY, "joint": JOINT, "memory-same": JOINT})
+def test_contrasts_are_paired_by_seed_and_corrected_for_three_methods(monkeypatch):
+    """Seeds that only one arm has, or in another order, or none of the plan's; too few tests."""
+    arms = {"memory": MEMORY, "joint": JOINT, "memory-same": JOINT}
+    early = real_model.contrasts(arms)["primary: memory - joint"]
+    assert {kind: [*of] for kind, of in early.items()} == dict.fromkeys(
+        ("quest", "moba", "snapkv"), ["gain", "by_seed"])  # three of eight
+    monkeypatch.setattr(real_model, "SEEDS", range(3))
+    made = real_model.contrasts(arms)
     assert made.keys() == {"primary: memory - joint", "beside it: memory - dilated"}
     assert made["beside it: memory - dilated"] == {}
     quest, moba, snapkv = (made["primary: memory - joint"][kind]
@@ -512,12 +527,16 @@ def test_contrasts_are_paired_by_seed_and_corrected_for_three_methods():
     # t = 2 sqrt(3) and 1, of 2 degrees of freedom: p = 1 - t / sqrt(t ** 2 + 2)
     assert quest["p"] == pytest.approx(1 - (12 / 14) ** 0.5)
     assert snapkv["p"] == pytest.approx(1 - (1 / 3) ** 0.5)
-    assert moba["p"] is None is moba["holm"]  # differences that do not differ
-    assert quest["holm"] == pytest.approx(2 * quest["p"]) and snapkv["holm"] == snapkv["p"]
+    assert moba["p"] == 1 == moba["holm"]  # differences that do not differ
+    assert quest["holm"] == pytest.approx(3 * quest["p"])
+    assert snapkv["holm"] == pytest.approx(2 * snapkv["p"])
+    outside = MEMORY | {7: report("memory-7", of_kinds(90, 99, 99, 99))}
+    assert real_model.contrasts({"memory": outside, "joint": JOINT | {7: JOINT[0]}}) == made
 
 
-def test_tables_are_of_all_arms_and_contrasts():
+def test_tables_are_of_all_arms_and_contrasts(monkeypatch):
     """A column under another's head, a deviation over tasks, the loss before the fine-tuning."""
+    monkeypatch.setattr(real_model, "SEEDS", range(3))
     text = real_model.tables({"joint": JOINT, "memory": MEMORY, "memory-same": {0: MEMORY[0]}})
     lines = text.splitlines()
     assert lines[0].split() == ["seeds", "text", "dense", *(
@@ -529,9 +548,9 @@ def test_tables_are_of_all_arms_and_contrasts():
     assert lines[3].split() == ["memory-same", "1", "2.000", "90.0", "44.0", "42.0", "37.0", "64.0",
                                 "62.0", "57.0", "25.0", "23.0", "18.0", "0.0"]
     assert lines[4:7] == [
-        "primary: memory - joint, quest: +2.0 of 3 seeds   p 0.074, Holm 0.148",
-        "primary: memory - joint, moba: +1.0 of 3 seeds",
-        "primary: memory - joint, snapkv: +1.0 of 3 seeds   p 0.423, Holm 0.423"]
+        "primary: memory - joint, quest: +2.0 of 3 seeds   p 0.074, Holm 0.223",
+        "primary: memory - joint, moba: +1.0 of 3 seeds   p 1.000, Holm 1.000",
+        "primary: memory - joint, snapkv: +1.0 of 3 seeds   p 0.423, Holm 0.845"]
     assert len(lines) == 8 and lines[7].startswith("RULER's score")
     assert len({len(line) for line in lines[:4]}) == 1  # columns stand under their heads
 
@@ -560,6 +579,7 @@ def test_all_that_is_missing_is_a_process_each_and_a_table(here, monkeypatch, ca
     made.clear(), started.clear()
     do("--runs", "memory-1", "joint-0")
     assert made == started == [] and "memory-same" in capsys.readouterr().out
+    monkeypatch.setattr(real_model, "GRID", ["moba:budget=1/8,block_size=32"])  # of 512 tokens
     do("--stages", "others", "develop")
     words = [words for words, _ in made]
     assert [line[-1] for line in words] == [f"--runs={name}" for stage in ("others", "develop")
@@ -601,6 +621,9 @@ def refusal(here, capsys, monkeypatch):
     ("--runs joint-0 joint-1 --arl=64", "--arl=64: not here"),
     ("--runs joint-0 --seed 3", "--seed: not here"),
     ("--runs joint-0 --lr=1e-3", "--lr=1e-3: not here"),
+    ("--runs released-0-54x1e-4 --steps=7", "--steps: released-0-54x1e-4"),
+    ("--stage primary", "--stage: no flag of ours"),
+    ("--runs joint-100", "budget=64 must exceed window=64"),  # the grid, in 512 tokens
     ("--runs joint-0 --min_lr=4e-4", "--min_lr"),  # above the fine-tuning's rate alone
     ("--runs joint-0 --samples=0", "--samples"),
     ("", "holds no result: name --stages or --runs"),
@@ -622,7 +645,27 @@ def test_what_is_there_is_known_before_any_training(refusal):
     told = refusal(*TRIAL, "--runs", "memory-0", "memory-1")
     assert "joint-0, asked with --samples=3 --few=1" in told
     write(report("joint-0"), report("joint-1", few=7))
-    assert "joint-1.json was asked otherwise" in refusal(*TRIAL, "--runs", "memory-0", "memory-1")
+    assert "joint-1.json was trained or asked otherwise" in refusal(*TRIAL, "--runs", "memory-0", "memory-1")
     Path("results/real-model/joint-1.json").write_text("{")
     assert "joint-1.json is damaged" in refusal(*TRIAL, "--runs", "memory-0", "memory-1")
     assert "joint-1.json is damaged" in refusal(*TRIAL, "--runs", "joint-1")
+
+
+def test_what_is_chosen_by_is_told(here, capsys):
+    """A curve that nobody can read; a table that ends the first command of the plan badly."""
+    curve = [report(f"released-0-{n}x1e-4", of_kinds(90, score, score, score))
+             for n, score in ((54, 30), (160, 42))]
+    write(*curve, {key: value for key, value in report("joint-100").items() if key != "cells"}
+          | {"grid": {"moba:budget=1/8,block_size=32": {"a": 40.0, "b": 50.0}}})
+    real_model.main(["--results=results/real-model"])
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["released-0-54x1e-4", "mean", "of", "the", "nine", "cells", "30.0"],
+        ["released-0-160x1e-4", "mean", "of", "the", "nine", "cells", "42.0"],
+        ["joint-100", "moba:budget=1/8,block_size=32", "45.0"]]
+
+
+def test_results_of_other_settings_are_named(here, monkeypatch):
+    """A mean of no cells, once the grid has changed a kernel."""
+    write(report("joint-0"))
+    monkeypatch.setitem(real_model.CELLS, "snapkv", ["snapkv:budget=1/4,kernel=5,window=64"])
+    refused(lambda: real_model.read_all(flags()), "joint-0.json", "other settings", "move it away")

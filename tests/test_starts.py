@@ -207,3 +207,19 @@ def test_a_start_is_made_once_and_is_what_its_file_says(here, capsys):
     (folder / "start.json").unlink()  # killed before it was written
     make()
     assert files.load(folder / "start.json") == told
+
+
+@torch.no_grad()
+def test_a_control_is_turned_alike_and_has_no_memory(here):
+    """A control whose values are turned otherwise than those of the memory beside it, or not."""
+    made = [Transformer.from_pretrained(starts.started(
+        Start(kind=kind, heads=0.5), "model", "shards", str(kind), "cpu", 64))
+        for kind in (None, "decay")]
+    assert [model.config.memory for model in made] == [None, "decay"]
+    tensors = [dict(model.named_parameters()) for model in made]
+    for name, tensor in tensors[0].items():
+        assert torch.equal(tensor, tensors[1][name]), name
+    tokens, plain = draw_tokens(2, 30, vocab_size=257), Transformer.from_pretrained("model")
+    torch.testing.assert_close(made[0](tokens), plain(tokens), atol=2e-4, rtol=1e-3)
+    assert not torch.equal(made[0].layers[0].self_attn.v_proj.weight,
+                           plain.layers[0].self_attn.v_proj.weight)
