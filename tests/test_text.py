@@ -48,7 +48,8 @@ def test_html_keeps_text_and_lines_and_nothing_of_the_page_around():
 
 
 def test_manual_pages_lose_their_macros():
-    """Fonts, escapes, definitions or tables in the text; BR's words apart; examples run on."""
+    """Fonts, escapes, definitions or tables in the text; BR's words apart; examples run on; a
+    line lost for its dot; a width of IP's as text."""
     man = rf""".\" a comment
 .de unseen
 ..
@@ -70,10 +71,14 @@ three\&
 .TP
 .B \-a
 all \*(lqof\*(rq them
+.br
+\&.profile
+.IP "a name" 4
+is kept
 """
     assert one("usr/share/man/man1/ls.1.gz", gzip.compress(man.encode())) == (
         f"NAME\n\nls - list files\n\n{PARAGRAPHS[0]} open(2) and --all\n\none   \"two\"\nthree\n\n"
-        "-a all \"of\" them")
+        "-a all \"of\" them\n.profile\n\na name is kept")
 
 
 def test_plain_text_is_opened_and_kept_as_it_is():
@@ -126,12 +131,14 @@ def test_long_documents_are_cut_between_paragraphs():
 # ---------------------------------------------------------------- the corpus
 
 def test_no_paragraph_comes_twice():
-    """A licence in every document; two versions of a manual; a heading lost as a repetition."""
+    """A licence in every document; two versions of a manual; a heading lost as a repetition, or a
+    page of headings kept for one line."""
     seen = set()
     assert text.fresh("\n\n".join(["Title", *PARAGRAPHS[:3]]), seen).count("\n\n") == 3
     assert text.fresh("\n\n".join(["Title", *PARAGRAPHS[2:5]]), seen) == "\n\n".join(
         ["Title", *PARAGRAPHS[3:5]])
     assert text.fresh("\n\n".join(PARAGRAPHS[1:]), seen) == ""  # one of five is new
+    assert text.fresh("A page of headings\n\n" * 20 + f"{PROSE[:90]} and one line.", seen) == ""
     assert text.fresh(PARAGRAPHS[0].replace(" ", "\n").upper() + " 7", seen) == ""
 
 
