@@ -42,8 +42,8 @@ from infra.files import sealed
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 # If the newest checkpoint turns out to be of no use, there is one more.
 KEPT = 2
-OURS = re.compile(  # the names in a checkpoint
-    r"(model|optimizer)(-\d{5}-of-\d{5})?\.safetensors|"
+OURS = re.compile(  # the names in a checkpoint, and of what safetensors was writing when killed
+    r"(model|optimizer)(-\d{5}-of-\d{5})?\.safetensors|\.tmp[A-Za-z0-9]{6}|"
     r"(config|train|tokenizer|tokenizer_config)\.json|tokenizer\.model")
 
 
