@@ -52,8 +52,8 @@ from infra.report import best_heads, mean
 from memory import Decay
 from model import Transformer
 
-# What stands here of the memory's start, of steps, rates and settings is a guess, until
-# conversion.py, the curve and the grid have decided: it is set then, before the first score of `primary`.
+# What stands here of the memory's start, of steps, rates and settings is a guess until
+# conversion.py, the curve and the grid have decided. It is set before `primary` has a score.
 
 # How the released model is continued: flags of train.py that follow --recipe=continue.
 ARMS = {
