@@ -134,8 +134,8 @@ def flags():
     add("--gate_start", type=gate, default=0.5, metavar="G",
         help="where the gates of a memory start that --init is given, above 0 and below 1")
     add("--arl", type=natural, metavar="TOKENS",
-        help="length that ARL teaches the memory, 0 for none; without a memory its sparse pattern is "
-        "trained alone, a control; None: 64 with a memory")
+        help="length that ARL teaches the memory, 0 for none; without a memory its sparse pattern "
+        "is trained alone, a control; None: 64 with a memory")
     add("--arl_weight", type=above_0, default=1.0, metavar="W",
         help="of the gradient of ARL's step beside that of the dense one: as Adam has one mean of "
         "both, a small weight leaves the dense one the say")

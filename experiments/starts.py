@@ -116,15 +116,13 @@ def turn_values(model, found, long):
 
 def set_gates(model, heads, long, length):
     """Every gate to REST, but to `length` tokens the channels `long` of `heads`: (layer, head)s."""
-    D = model.config.head_width
-    for number, layer in enumerate(model.layers):
-        proj = layer.self_attn.memory.proj
+    D, projections = model.config.head_width, [x.self_attn.memory.proj for x in model.layers]
+    for proj in projections:
         proj.weight.data.zero_()
         proj.bias.data.fill_(math.log(REST / (1 - REST)))
-        for of_layer, head in heads:
-            if of_layer == number:
-                of_head = proj.bias.data[head * D:(head + 1) * D]
-                of_head[long[number, head]] = math.log(length - 1)
+    for layer, head in heads:
+        of_head = projections[layer].bias.data[head * D:(head + 1) * D]
+        of_head[long[layer, head]] = math.log(length - 1)
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 Does a memory help a selector to choose (Eq. 3), or does it help what is read (Eq. 4)? One trained
 model, in which either may be taken away at the moment of asking.
 
-    I = TopK_i s(q, rho(K_i))         K of "by": k~ as the memory made it, or k as it came
-    y = softmax(q K_I^T / sqrt(D)) V_I     K and V of "reads": k~ or k, v~ or v
+    I = TopK_i s(q, rho(K_i))             K of "by": k~ as the memory made it, or k as it came
+    y = softmax(q K_I^T / sqrt(D)) V_I    K of "keys": k~ or k; V of "values": v~ or v
 
 Eight cells, "by: keys, values". All keys are behind QK-norm and RoPE, also those without memory.
 Only the phase in which a method is sparse changes, all else stays as trained, over k~ and v~:

@@ -470,8 +470,9 @@ def test_results_that_were_asked_otherwise_do_not_mix(other, tmp_path, monkeypat
     """100 prompts beside 50, other methods, or a trial of two steps."""
     monkeypatch.chdir(tmp_path)
     write(report("joint-0"), report("joint-1", **other))
-    refused(lambda: real_model.read_all(flags()), "joint-1.json was trained or asked otherwise than",
-            "joint-0.json", "move one of them away")
+    refused(lambda: real_model.read_all(flags()),
+            "joint-1.json was trained or asked otherwise than", "joint-0.json",
+            "move one of them away")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "joint-0", "cells": {}}'])
@@ -645,7 +646,8 @@ def test_what_is_there_is_known_before_any_training(refusal):
     told = refusal(*TRIAL, "--runs", "memory-0", "memory-1")
     assert "joint-0, asked with --samples=3 --few=1" in told
     write(report("joint-0"), report("joint-1", few=7))
-    assert "joint-1.json was trained or asked otherwise" in refusal(*TRIAL, "--runs", "memory-0", "memory-1")
+    told = refusal(*TRIAL, "--runs", "memory-0", "memory-1")
+    assert "joint-1.json was trained or asked otherwise" in told
     Path("results/real-model/joint-1.json").write_text("{")
     assert "joint-1.json is damaged" in refusal(*TRIAL, "--runs", "memory-0", "memory-1")
     assert "joint-1.json is damaged" in refusal(*TRIAL, "--runs", "joint-1")
