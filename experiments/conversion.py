@@ -22,6 +22,7 @@ Letters: B batch, T tokens, KV key/value heads, D head width.
 """
 import json
 import math
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -53,22 +54,29 @@ PLAN = {
     # controls
     "joint": (PLAIN, "--memory=off --joint=64"),
     "dilated": (PLAIN, "--memory=off --arl=64"),
+    "dilated-light": (PLAIN, "--memory=off --arl=64 --arl_weight=0.1"),
     # the paper's way, and RAT+'s first gates
     "half": (None, "--memory=on --arl=64 --gate_start=0.5 --memory_lr=5e-3"),
     # long from the start where that costs least
     "third": (Start(), "--arl=64"),
     "third-slow": (Start(), "--arl=64 --memory_lr=1e-4"),
-    "third-slow-light": (Start(), "--arl=64 --arl_weight=0.1 --memory_lr=1e-4"),
     "third-slow-joint": (Start(), "--arl=0 --joint=64 --memory_lr=1e-4"),
-    "third-whole-slow": (Start(pairs=1.0), "--arl=64 --memory_lr=1e-4"),
-    "two-thirds-slow": (Start(heads=0.7), "--arl=64 --memory_lr=1e-4"),
-    # keys or values alone
-    "third-keys-slow": (Start(kind="keys"), "--arl=64 --memory_lr=1e-4"),
-    "third-values-slow": (Start(kind="values"), "--arl=64 --memory_lr=1e-4"),
-    "all-keys-slow": (Start(kind="keys", heads=1.0), "--arl=64 --memory_lr=1e-4"),
+    "third-slow-light": (Start(), "--arl=64 --arl_weight=0.1 --memory_lr=1e-4"),
+    # not as long, and chosen more finely
+    "third-18-slow-joint": (Start(heads=0.35, length=18.0),
+                            "--arl=0 --joint=64 --memory_lr=1e-4"),
+    "third-18-slow-light": (Start(heads=0.35, length=18.0),
+                            "--arl=64 --arl_weight=0.1 --memory_lr=1e-4"),
+    "third-20-fine-slow-light": (Start(heads=0.34, length=20.0, rest=0.005, at_a_time=3),
+                                 "--arl=64 --arl_weight=0.1 --memory_lr=1e-4"),
+    "third-18-fine-slower-light": (Start(heads=0.34, length=18.0, rest=0.005, at_a_time=3),
+                                   "--arl=64 --arl_weight=0.1 --memory_lr=3e-5"),
+    # keys alone
+    "third-keys-slow-joint": (Start(kind="keys"), "--arl=0 --joint=64 --memory_lr=1e-4"),
+    "third-keys-slow-light": (Start(kind="keys"), "--arl=64 --arl_weight=0.1 --memory_lr=1e-4"),
     # a rate nearer to pretraining's
     "joint-2e-3": (PLAIN, "--memory=off --joint=64 --lr=2e-3"),
-    "third-slow-2e-3": (Start(), "--arl=64 --lr=2e-3 --memory_lr=1e-4"),
+    "third-slow-light-2e-3": (Start(), "--arl=64 --arl_weight=0.1 --lr=2e-3 --memory_lr=1e-4"),
 }
 
 
@@ -143,8 +151,7 @@ def losses(folder, points=20):
 
 
 def folder_of(start, args):
-    kind = start.kind or "plain"
-    return f"{args.out}/start-{kind}-{start.heads:g}-{start.pairs:g}-{start.length:g}"
+    return "-".join([f"{args.out}/start", *(str(value or "plain") for value in astuple(start))])
 
 
 def flags_of(name, args, rest):

@@ -29,16 +29,16 @@ from experiments import memories  # noqa: F401  puts its classes into memory.MEM
 from infra import files
 from model import Transformer
 
-REST = 0.02  # g of the gates that do not start long: k~ is k, but for 2 %
-
 
 @dataclass(frozen=True)
 class Start:
-    """Where the gates of a fresh memory start long. Elsewhere they start at REST."""
+    """Where the gates of a fresh memory start long, and how these heads are found."""
     kind: str | None = "decay"  # of memory.MEMORIES; None: values are turned alone, for a control
     heads: float = 0.4          # share of the model's KV heads, those that it costs least
     pairs: float = 0.53         # share of each head's pairs of channels, those least needed
     length: float = 32.0        # tokens, 1 / (1 - g)
+    rest: float = 0.02          # g of all other gates: k~ is k, but for 2 %
+    at_a_time: int = 6          # heads that are added before all others are measured again
 
 
 # ---------------------------------------------------------------- which channels
@@ -114,15 +114,15 @@ def turn_values(model, found, long):
 
 # ---------------------------------------------------------------- which heads
 
-def set_gates(model, heads, long, length):
-    """Every gate to REST, but to `length` tokens the channels `long` of `heads`: (layer, head)s."""
+def set_gates(model, heads, long, start):
+    """Every gate as at rest, but the channels `long` of `heads`, (layer, head)s, long."""
     D, projections = model.config.head_width, [x.self_attn.memory.proj for x in model.layers]
     for proj in projections:
         proj.weight.data.zero_()
-        proj.bias.data.fill_(math.log(REST / (1 - REST)))
+        proj.bias.data.fill_(math.log(start.rest / (1 - start.rest)))
     for layer, head in heads:
         of_head = projections[layer].bias.data[head * D:(head + 1) * D]
-        of_head[long[layer, head]] = math.log(length - 1)
+        of_head[long[layer, head]] = math.log(start.length - 1)
 
 
 @torch.no_grad()
@@ -131,7 +131,6 @@ def cheapest(
     tokens,        # (B, T + 1)  text to measure on
     start,
     long,          # (layers, KV, D)  bool: which channels
-    at_a_time=6,   # heads that are added before all others are measured again
 ):                 # -> heads [(layer, KV head)], cheapest first; the loss in nats per token of
                    #    none, {(layer, KV head): of it alone}, of all of them
     """
@@ -143,7 +142,7 @@ def cheapest(
     half = torch.autocast("cuda", torch.bfloat16) if tokens.is_cuda else nullcontext()
 
     def loss(heads):
-        set_gates(model, heads, long, start.length)
+        set_gates(model, heads, long, start)
         with half:
             total, _ = model.score(tokens, weight)
         return float(total) / (tokens.numel() - len(tokens))
@@ -154,10 +153,10 @@ def cheapest(
     left, chosen, wanted = sorted(every, key=alone.get), [], math.ceil(start.heads * len(every))
     while len(chosen) < wanted:
         if chosen:
-            candidates = left[:max(at_a_time, 2 * (wanted - len(chosen)))]
+            candidates = left[:max(start.at_a_time, 2 * (wanted - len(chosen)))]
             beside = {head: loss([*chosen, head]) for head in candidates}
             left = sorted(candidates, key=beside.get) + left[len(candidates):]
-        n = min(at_a_time, wanted - len(chosen))
+        n = min(start.at_a_time, wanted - len(chosen))
         chosen, left = chosen + left[:n], left[n:]
     return chosen, before, alone, loss(chosen)
 
@@ -189,7 +188,7 @@ def started(start, init, data, folder, device, context_len=4096, windows=6):
         model.save_pretrained(folder, tokenizer)
         files.save(made_of, file)
         return folder
-    model.add_memory(REST, start.kind)
+    model.add_memory(start.rest, start.kind)
     heads, before, alone, after = cheapest(model, tokens, start, long)
     model.save_pretrained(folder, tokenizer)
     costs = [[round(alone[layer, head] - before, 4) for head in range(config.n_kv_head)]

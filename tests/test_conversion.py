@@ -128,33 +128,32 @@ def plan(name, *rest):
 
 def test_every_conversion_is_what_its_name_says():
     """A rate or a pass that is another's; a control that has a memory, or fewer steps."""
-    plain, third, slow = "o/start-plain-0.4-0.53-32", "o/start-decay-0.4-0.53-32", 1e-4
-    expected = {  # init, memory, gate_start, arl, arl_weight, joint, lr, memory_lr
-        "joint": (plain, "off", 0.5, 0, 1, 64, 5e-4, 5e-4),
-        "dilated": (plain, "off", 0.5, 64, 1, 0, 5e-4, 5e-4),
-        "half": ("model", "on", 0.5, 64, 1, 0, 5e-4, 5e-3),
-        "third": (third, None, 0.5, 64, 1, 0, 5e-4, 5e-4),
-        "third-slow": (third, None, 0.5, 64, 1, 0, 5e-4, slow),
-        "third-slow-light": (third, None, 0.5, 64, 0.1, 0, 5e-4, slow),
-        "third-slow-joint": (third, None, 0.5, 0, 1, 64, 5e-4, slow),
-        "third-whole-slow": ("o/start-decay-0.4-1-32", None, 0.5, 64, 1, 0, 5e-4, slow),
-        "two-thirds-slow": ("o/start-decay-0.7-0.53-32", None, 0.5, 64, 1, 0, 5e-4, slow),
-        "third-keys-slow": ("o/start-keys-0.4-0.53-32", None, 0.5, 64, 1, 0, 5e-4, slow),
-        "third-values-slow": ("o/start-values-0.4-0.53-32", None, 0.5, 64, 1, 0, 5e-4, slow),
-        "all-keys-slow": ("o/start-keys-1-0.53-32", None, 0.5, 64, 1, 0, 5e-4, slow),
-        "joint-2e-3": (plain, "off", 0.5, 0, 1, 64, 2e-3, 5e-4),
-        "third-slow-2e-3": (third, None, 0.5, 64, 1, 0, 2e-3, slow),
-    }
-    assert expected.keys() == PLAN.keys()
-    for name, settings in expected.items():
-        args = plan(name, "--batch=2")
-        assert (args.init, args.memory, args.gate_start, args.arl, args.arl_weight, args.joint,
-                args.lr, args.memory_lr) == settings, name
+    for name, (start, _) in PLAN.items():
+        args, words = plan(name, "--batch=2"), name.split("-")
+        control = words[0] in ("joint", "dilated")
+        joint = "joint" in words
+        assert (args.joint, args.arl) == ((64, 0) if joint else (0, 64)), name
+        assert args.arl_weight == (0.1 if "light" in words else 1), name
+        assert args.lr == next((float(rate) for rate in ("1e-3", "2e-3") if rate in name), 5e-4)
+        if name == "half":
+            assert start is None and (args.init, args.memory) == ("model", "on")
+            assert (args.gate_start, args.memory_lr) == (0.5, 5e-3)
+        elif control:
+            assert start == Start(kind=None) and args.memory == "off", name
+        else:
+            assert start.kind == ("keys" if "keys" in words else "decay"), name
+            length = float(words[1]) if words[1:2] and words[1].isdecimal() else 32.0
+            assert (start.length, args.memory) == (length, None), name
+            rates = {"slow": 1e-4, "slower": 3e-5}
+            assert args.memory_lr == next((rates[w] for w in words if w in rates), 5e-4), name
+            assert (start.at_a_time < 6) == ("fine" in words), name
+        assert args.init == ("model" if start is None else conversion.folder_of(start, args))
         assert (args.data, args.context_len, args.steps, args.batch, args.seed) == (
             "shards", 64, 381, 2, 0)
         assert (args.out, args.name, args.resume, args.eval_every) == ("o", name, True, 0)
         assert args.save_every > args.steps and args.min_lr == 0
-    assert PLAN["third"][0] == Start() and PLAN["all-keys-slow"][0] == Start("keys", heads=1.0)
+    starts = {start for start, _ in PLAN.values() if start}
+    assert len({conversion.folder_of(start, args) for start in starts}) == len(starts)
     for word in ("--memory=off", "--arl=0", "--joint=64", "--seed=1", "--name=x", "--lr=1",
                  "--arl_weight=2", "--memory_lr=1", "--gate_start=0.1", "--recipe=micro"):
         refused(lambda: plan("third", word), word)
@@ -162,7 +161,8 @@ def test_every_conversion_is_what_its_name_says():
 
 def test_a_conversion_is_made_once_and_goes_on(here, monkeypatch, capsys):
     """A second call that trains again, or a first that cannot go on once its text is read."""
-    name, result = "third-keys-slow", Path("results/conversion/third-keys-slow.json")
+    name = "third-keys-slow-light"
+    result = Path(f"results/conversion/{name}.json")
     with monkeypatch.context() as patch:  # killed after the training
         patch.setattr(conversion, "on_text", lambda *_: pytest.fail("asked"))
         with pytest.raises(pytest.fail.Exception, match="asked"):
@@ -184,7 +184,7 @@ def test_a_conversion_is_made_once_and_goes_on(here, monkeypatch, capsys):
     assert report["lengths"] == conversion.quartiles(lengths)
     assert list(report["losses"]) == ["1", "2", "3"]
     assert report["losses"]["1"].keys() == {"loss", "arl_loss"}
-    start = "out/conversion/start-keys-0.4-0.53-32"
+    start = "out/conversion/start-keys-0.4-0.53-32.0-0.02-6"
     assert report["train"]["settings"]["init"] == start and report["train"]["step"] == 3
     assert report["start"] == files.load(f"{start}/start.json")
     assert report["start"]["start"]["kind"] == "keys"
@@ -215,7 +215,7 @@ def test_several_are_a_process_each_and_a_table(here, monkeypatch, capsys):
     assert args == conversion.flags().parse_args([*TRIAL, "--runs", "third"])
     rows = [line.split()[:4] for line in capsys.readouterr().out.splitlines()]
     assert ["third", "2.3457", "nan", "2.000"] in rows and rows[-2][0] == "joint"
-    assert Path("out/conversion/start-decay-0.4-0.53-32/start.json").exists()  # before the runs
+    assert Path("out/conversion/start-decay-0.4-0.53-32.0-0.02-6/start.json").exists()  # before the runs
     made.clear()
     convert(*both)
     assert made == []

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from data import Shards
 from experiments import starts
-from experiments.starts import (REST, Start, cheapest, least_needed, moments, set_gates,
+from experiments.starts import (Start, cheapest, least_needed, moments, set_gates,
                                 turn_values)
 from infra import files
 from model import Transformer
@@ -107,7 +107,7 @@ def test_gates_start_long_in_these_channels_of_these_heads_alone():
     """Another head; channels of another layer's; g where 1 - g is meant; what stood there."""
     model, heads = with_memory(n_layer=3), [(1, 0), (2, 1)]
     long = torch.rand(3, 2, 8, generator=torch.Generator().manual_seed(0)) < 0.5
-    set_gates(model, heads, long, 32.0)
+    set_gates(model, heads, long, Start())
     x = draw_tokens(1, 5).float()[..., None].expand(1, 5, 32)
     for number, layer in enumerate(model.layers):
         g = layer.self_attn.memory.gate(x).sigmoid()  # (1, 5, KV, D)
@@ -116,13 +116,13 @@ def test_gates_start_long_in_these_channels_of_these_heads_alone():
             if of_layer == number:
                 expected[:, :, head, long[number, head]] = 1 - 1 / 32
         torch.testing.assert_close(g, expected)
-    set_gates(model, [], long, 32.0)
-    assert all(torch.allclose(layer.self_attn.memory.proj.bias.sigmoid(), torch.tensor(REST))
+    set_gates(model, [], long, Start(rest=0.01))
+    assert all(torch.allclose(layer.self_attn.memory.proj.bias.sigmoid(), torch.tensor(0.01))
                for layer in model.layers)
 
 
-def loss_by_hand(model, tokens, heads, long, length):
-    set_gates(model, heads, long, length)
+def loss_by_hand(model, tokens, heads, long, start):
+    set_gates(model, heads, long, start)
     return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).item()
 
 
@@ -130,18 +130,18 @@ def loss_by_hand(model, tokens, heads, long, length):
 def test_cheapest_heads_are_those_of_brute_force():
     """The dearest; each alone, not beside the others; too few; a loss per row or of a sum."""
     for seed in range(3):
-        model, start = with_memory(), Start(heads=0.75, length=16.0)
+        model, start = with_memory(), Start(heads=0.75, length=16.0, at_a_time=1)
         tokens = draw_tokens(3, 41, seed, vocab_size=257)
         every, expected = list(itertools.product(range(2), range(2))), []
-        of = lambda *heads: loss_by_hand(model, tokens, heads, ALL, 16.0)
+        of = lambda *heads: loss_by_hand(model, tokens, heads, ALL, start)
         while len(expected) < 3:
             expected.append(min(set(every) - set(expected), key=lambda head: of(*expected, head)))
-        heads, before, alone, after = cheapest(model, tokens, start, ALL, at_a_time=1)
+        heads, before, alone, after = cheapest(model, tokens, start, ALL)
         assert heads == expected
         near = lambda *heads: pytest.approx(of(*heads), abs=1e-5)
         assert before == near() and after == near(*expected)
         assert alone == {head: near(head) for head in every} and len({*alone.values()}) == 4
-        two, *_ = cheapest(model, tokens, Start(heads=0.3, length=16.0), ALL, at_a_time=6)
+        two, *_ = cheapest(model, tokens, Start(heads=0.3, length=16.0), ALL)
         assert two == sorted(every, key=alone.get)[:2]  # 1.2 heads: two, both by what each costs
 
 
@@ -157,7 +157,7 @@ def test_later_heads_are_weighed_beside_the_earlier(monkeypatch):
     monkeypatch.setattr(model, "score", score)
     monkeypatch.setattr(starts, "set_gates", lambda model, heads, *_: now.__setitem__(
         slice(None), heads))
-    choose = lambda n: cheapest(model, draw_tokens(1, 41), Start(heads=0.5), ALL, at_a_time=n)
+    choose = lambda n: cheapest(model, draw_tokens(1, 41), Start(heads=0.5, at_a_time=n), ALL)
     assert choose(1) == ([(0, 0), (1, 0)], 0, cost, 4)
     assert choose(2)[0] == [(0, 0), (0, 1)]
 
@@ -188,7 +188,7 @@ def test_a_start_is_made_once_and_is_what_its_file_says(here, capsys):
     plain = Transformer.from_pretrained("model")
     where = least_needed(moments(plain, tokens[:, :-1]), start)
     assert torch.equal(where & long.any(-1, keepdim=True), long)
-    of = lambda *heads: pytest.approx(loss_by_hand(model, tokens, heads, where, 8.0), abs=1e-4)
+    of = lambda *heads: pytest.approx(loss_by_hand(model, tokens, heads, where, start), abs=1e-4)
     assert told["loss"] == of() and told["loss_with"] == of(*map(tuple, heads))
     for layer, head in itertools.product(range(2), range(2)):
         assert told["loss"] + told["cost_alone"][layer][head] == of((layer, head))
