@@ -5,7 +5,7 @@ the gates start and in a few flags of train.py, on the same text in the same ord
     for each conversion of PLAN:
         starts.py  ->  out/conversion/start-...   --init with a memory whose gates start so
         train.py   ->  out/conversion/NAME        that, continued on --data
-        measure    ->  results/conversion/NAME.json
+        measure    ->  results/conversion/NAME.json; the model is deleted
 
 Two numbers decide, and no needle is asked for: the loss on text held out, compared with the
 controls that took as many optimizer steps without a memory; and how many KV heads have a memory
@@ -14,6 +14,7 @@ A third tells whether a memory is of use: the loss when all gates are shut.
 
     python -m experiments.conversion --init SMOLLM2 --data SHARDS                all that is missing
     python -m experiments.conversion --init SMOLLM2 --data SHARDS --runs NAME    one of them, here
+    python -m experiments.conversion                                             table and plot
 
 Checked in tests/test_conversion.py. docs/real-model.md has the plan. Read starts.py before, and
 real_model.py next, which asks the models that are made so.
@@ -22,6 +23,7 @@ Letters: B batch, T tokens, KV key/value heads, D head width.
 """
 import json
 import math
+import shutil
 from dataclasses import astuple
 from pathlib import Path
 
@@ -190,28 +192,88 @@ def run_one(name, args, rest):
                "losses": losses(run), **measured(run, args.data, args.context_len, args.device)}
     files.save(report, result)
     print(line(report), flush=True)
+    if not args.keep:
+        shutil.rmtree(run)
 
 
-# ---------------------------------------------------------------- all of them, and the table
+# ---------------------------------------------------------------- table and plot
 
 def medians(report):
     """The median length of each KV head's channels, ascending."""
     return sorted(x for layer in report.get("lengths", {}).get("0.5", []) for x in layer)
 
 
-def line(report):
+def above(report, reports):
+    """By how many percent the loss held out is above that of `joint` with as many steps and this
+    rate; nan if it is not among the reports."""
+    alike = lambda other: [other["train"]["settings"][key] for key in ("steps", "lr")]
+    for other in reports:
+        if other["name"].startswith("joint") and alike(other) == alike(report):
+            return 100 * (report["held_out"] / other["held_out"] - 1)
+    return math.nan
+
+
+def line(report, percent=math.nan):
     """A conversion as a line of the table."""
     heads, last = medians(report), list(report["losses"].values())[-1]
-    words = f"{report['name']:20}{report['held_out']:9.4f}"
+    words = f"{report['name']:27}{report['held_out']:9.4f}{percent:+9.2f}"
     extra = last.get("arl_loss", last.get("joint_loss", math.nan))
     words += f"{report.get('shut', math.nan):9.4f}{last['loss']:8.3f}{extra:8.3f}"
     if heads:
         long = sum(x >= LONG for x in heads)
-        words += f"{long:6} of {len(heads):2}{heads[len(heads) // 2]:8.1f}{heads[-1]:8.1f}"
+        words += f"{long:6} of {len(heads):2}{heads[-math.ceil(len(heads) / 3)]:8.1f}{heads[-1]:8.1f}"
     return words
 
 
+def tell(args):
+    """A table of the results that are there, and a plot."""
+    files_there = [Path(args.results) / f"{name}.json" for name in PLAN if is_done(name, args)]
+    if not files_there:
+        raise ValueError(f"{args.results} holds no result: give --init and --data to make some")
+    reports = [files.load(file) for file in files_there]
+    print(f"{'':27}{'held out':>9}{'joint, %':>9}{'shut':>9}{'dense':>8}{'extra':>8}"
+          f"{'long heads':>12}{'a third':>8}{'most':>8}")
+    for report in reports:
+        print(line(report, above(report, reports)))
+    print("nats per token: held-out text, and how much that is above `joint` of the same rate; with "
+          "the memory's gates shut; the last steps. A head's length is the median of its channels, "
+          "in tokens; a third of the heads have so many or more")
+    plot(reports, Path(args.results) / "conversions.png")
+
+
+def plot(reports, file):
+    """Left what each conversion costs, right how long its memory is."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, (cost, length) = plt.subplots(1, 2, figsize=(11, 4.2))
+    for i, report in enumerate(reports):
+        [[bar]] = [cost.barh([i], [above(report, reports)])]
+        if heads := medians(report)[::-1]:
+            length.plot(range(1, len(heads) + 1), heads, color=bar.get_facecolor())
+    cost.set(yticks=range(len(reports)), yticklabels=[report["name"] for report in reports],
+             xlabel="held-out loss above joint, %")
+    cost.invert_yaxis()
+    length.set(yscale="log", xlabel="KV head, longest first", ylabel="median length, tokens")
+    cost.axvline(1, color="grey", ls=":")      # what is wanted: within 1 %,
+    length.axhline(LONG, color="grey", ls=":")  # and a third of the heads above
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    print(f"plot in {file}")
+
+
+# ---------------------------------------------------------------- python -m experiments.conversion
+
 def run_all(args, rest):
+    if not (args.init and args.data):
+        if args.init or args.data or args.runs or rest:
+            raise ValueError("--init and --data: a conversion needs a model and text")
+        tell(args)
+        return
     names = list(dict.fromkeys(args.runs or PLAN))
     if len(names) == 1:
         run_one(names[0], args, rest)
@@ -220,7 +282,8 @@ def run_all(args, rest):
     def job(name):
         words = ["experiments/conversion.py", f"--init={args.init}", f"--data={args.data}",
                  f"--context_len={args.context_len}", f"--device={args.device}",
-                 f"--out={args.out}", f"--results={args.results}", f"--runs={name}", *rest]
+                 *["--keep"] * args.keep, f"--out={args.out}", f"--results={args.results}",
+                 f"--runs={name}", *rest]
         return lambda call: call(words, Path(args.out) / f"{name}.log")
 
     left = [name for name in names if not is_done(name, args)]
@@ -232,22 +295,18 @@ def run_all(args, rest):
     if args.device.startswith("cuda"):
         torch.cuda.empty_cache()  # a run in another process counts on all of its GPU
     runs.on_all_gpus([job(name) for name in left])
-    print(f"{'':20}{'held out':>9}{'shut':>9}{'dense':>8}{'extra':>8}{'long heads':>12}"
-          f"{'median':>8}{'most':>8}")
-    for name in names:
-        print(line(files.load(Path(args.results) / f"{name}.json")))
-    print("nats per token: held-out text, the same with the memory's gates shut, the last steps; "
-          "a head's length is the median of its channels, in tokens")
+    tell(args)
 
 
 def flags():
     parser = flag_parser("conversion.py", "Conversions of a pretrained model; flags not named here "
                          "go to train.py.")
     add = parser.add_argument
-    add("--init", required=True, metavar="PATH", help="the pretrained model")
-    add("--data", required=True, metavar="DIR", help="token shards, as data.py writes them")
+    add("--init", metavar="PATH", help="the pretrained model")
+    add("--data", metavar="DIR", help="token shards, as data.py writes them")
     add("--runs", nargs="+", choices=PLAN, metavar="NAME", help=f"of {', '.join(PLAN)}; None: all")
     add("--context_len", type=positive, default=4096, metavar="TOKENS", help="of a sequence")
+    add("--keep", action="store_true", help="keep the models")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cuda or cpu")
     add("--out", default="out/conversion", metavar="DIR", help="folder of the models and logs")

@@ -35,6 +35,7 @@ import lzma
 import re
 import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -432,6 +433,33 @@ def tables(found):
                       "held-out text after the fine-tuning, nats per token"])
 
 
+def why(found):
+    """What tells why, of the arms that were asked: at a budget of 1/4, and the swap at 1/8."""
+    lines = [f"{'':32}" + "".join(f"{head:>8}" for head in ("H1", "chosen", "chance", "frozen",
+                                                            "oracle"))]
+    swaps = []
+    for arm, kind in product(found, CELLS):
+        reports = [report for report in found[arm].values() if "oracle" in report]
+        of = lambda key, budget: [value for report in reports
+                                  for method, value in report.get(key, {}).items()
+                                  if method.startswith(f"{kind}:budget={budget}")]
+        frozen = [x for report in reports for x in report["frozen"] if kind == "quest"]
+        cells = [of("hits", "1/4"), of("few_cells", "1/4"), of("by_chance", "1/4"), frozen,
+                 of("oracle", "1/4")]
+        if reports:
+            lines.append(f"{arm:20}{f'{kind} 1/4':12}" + "".join(
+                f"{mean(cell):8.1f}" if cell else " " * 8 for cell in cells))
+        if swapped := of("swap", "1/8"):
+            swaps.append(f"{arm:20}{f'{kind} 1/8':12}" + ";  ".join(
+                f"{name} {mean(x):.1f}" for name, x in reproduce.transpose(swapped).items()))
+    lines.append("H1: the best heads select the answer's place, %. RULER's score, %, of fewer "
+                 "prompts: as the method chooses, by chance, by one chance for a whole answer, an "
+                 "oracle")
+    if swaps:
+        lines += [*swaps, "the swap: what chooses, and what is then read: RULER's score, %"]
+    return lines if len(lines) > 2 else []
+
+
 def chosen_by(args):
     """What steps, rate and settings are chosen by, curve and grid, as far as they are there."""
     lines = []
@@ -481,7 +509,7 @@ def run_all(args, rest):
     found, choices = read_all(args), chosen_by(args)
     if not (found or choices):
         raise ValueError(f"{args.results} holds no result: name --stages or --runs to make some")
-    print("\n".join([*choices, tables(found)] if found else choices))
+    print("\n".join([*choices, *([tables(found), *why(found)] if found else [])]))
 
 
 def flags():

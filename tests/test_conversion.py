@@ -3,6 +3,8 @@ experiments/conversion.py: where gates start and what that costs, by hand; each 
 would end a run after hours known before.
 """
 import json
+import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,17 +108,20 @@ def test_losses_are_means_since_the_point_before(tmp_path):
 
 
 def report_of(lengths=None, **losses):
-    found = {"name": "third", "held_out": 2.34567, "losses": {"1": {"loss": 9.0}, "2": losses}}
+    found = {"name": "third", "held_out": 2.34567, "losses": {"1": {"loss": 9.0}, "2": losses},
+             "train": {"settings": {"steps": 3, "lr": 1e-3}}}
     return found | ({"lengths": {"0.25": [], "0.5": lengths}} if lengths else {})
 
 
 def test_a_line_counts_long_heads_and_tells_the_newest_losses():
     """The first losses, heads of one layer, 15.9 tokens that are long or 16 that are not."""
-    words = conversion.line(report_of([[15.9, 40.25], [16.0, 1.5]], loss=2.0, arl_loss=3.0)).split()
-    assert words == ["third", "2.3457", "nan", "2.000", "3.000", "2", "of", "4", "16.0", "40.2"]
+    heads = [[15.9, 40.25], [16.0, 1.5]]
+    words = conversion.line(report_of(heads, loss=2.0, arl_loss=3.0), 1.256).split()
+    assert words == ["third", "2.3457", "+1.26", "nan", "2.000", "3.000", "2", "of", "4", "16.0",
+                     "40.2"]
     assert LONG == 16
     words = conversion.line(report_of(loss=2.0, joint_loss=4.0) | {"shut": 2.5}).split()
-    assert words == ["third", "2.3457", "2.5000", "2.000", "4.000"]
+    assert words == ["third", "2.3457", "+nan", "2.5000", "2.000", "4.000"]
 
 
 # ---------------------------------------------------------------- runs
@@ -169,7 +174,7 @@ def test_a_conversion_is_made_once_and_goes_on(here, monkeypatch, capsys):
             convert("--runs", name, *STEPS)
     assert not result.exists()
     monkeypatch.setattr(train, "train", lambda args: pytest.fail("trained again"))
-    convert("--runs", name, *STEPS)
+    convert("--runs", name, "--keep", *STEPS)
     report, run = files.load(result), Path("out/conversion") / name
     loss, lengths = conversion.on_text(Transformer.from_pretrained(run, torch.bfloat16), "shards",
                                        64)
@@ -189,10 +194,45 @@ def test_a_conversion_is_made_once_and_goes_on(here, monkeypatch, capsys):
     assert report["start"] == files.load(f"{start}/start.json")
     assert report["start"]["start"]["kind"] == "keys"
     assert conversion.line(report) in capsys.readouterr().out
+    result.unlink()
+    convert("--runs", name, *STEPS)
+    assert not run.exists() and files.load(result)["held_out"] == report["held_out"]
     monkeypatch.setattr(conversion, "on_text", None)
     written = result.stat().st_mtime_ns
     convert("--runs", name, name, *STEPS)  # named twice, it is one
     assert "done already" in capsys.readouterr().out and result.stat().st_mtime_ns == written
+
+
+def test_a_loss_is_compared_with_joint_of_the_same_rate_and_steps():
+    """The other rate's control, or a run of other steps; a control's loss that is a hundredth."""
+    def of(name, held_out, lr, steps=3):
+        return report_of() | {"name": name, "held_out": held_out,
+                              "train": {"settings": {"steps": steps, "lr": lr}}}
+    reports = [of("joint", 2.0, 5e-4, steps=2), of("joint", 2.5, 5e-4), of("joint-2e-3", 4.0, 2e-3),
+               of("dilated", 3.0, 1e-3)]
+    assert conversion.above(of("third", 3.0, 5e-4), reports) == pytest.approx(20)
+    assert conversion.above(of("third", 3.0, 2e-3), reports) == pytest.approx(-25)
+    assert math.isnan(conversion.above(of("third", 3.0, 1e-3), reports))
+
+
+def test_what_is_there_is_a_table_and_a_plot(tmp_path, capsys, monkeypatch):
+    """A table that needs a model; conversions in another order than the plan's."""
+    def tell(*words):
+        args, rest = conversion.flags().parse_known_args([f"--results={tmp_path}", *words])
+        conversion.run_all(args, rest)
+    refused(tell, str(tmp_path), "no result", "--init")
+    refused(lambda: tell("--runs=joint"), "--init and --data")
+    for name in ("third", "joint"):
+        files.save(report_of([[20.0, 1.0]], loss=2.0) | {"name": name}, tmp_path / f"{name}.json")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    tell()
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows[1:3]] == ["joint", "third"]
+    assert rows[-1] == "no plot: pip install matplotlib"
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    tell()
+    assert (tmp_path / "conversions.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_several_are_a_process_each_and_a_table(here, monkeypatch, capsys):
@@ -205,16 +245,16 @@ def test_several_are_a_process_each_and_a_table(here, monkeypatch, capsys):
         for name, loss in ("third", 2.0), ("joint", 3.0):
             files.save(report_of(loss=loss) | {"name": name}, f"results/conversion/{name}.json")
     monkeypatch.setattr(runs, "on_all_gpus", on_all_gpus)
-    both = ["--runs", "third", "joint", "third", "--steps=3"]
+    both = ["--runs", "third", "joint", "third", "--keep", "--steps=3"]
     convert(*both)
     assert [log for _, log in made] == [Path("out/conversion/third.log"),
                                         Path("out/conversion/joint.log")]
     words = made[0][0]
     args, rest = conversion.flags().parse_known_args(words[1:])
     assert words[0] == "experiments/conversion.py" and rest == ["--steps=3"]
-    assert args == conversion.flags().parse_args([*TRIAL, "--runs", "third"])
+    assert args == conversion.flags().parse_args([*TRIAL, "--keep", "--runs", "third"])
     rows = [line.split()[:4] for line in capsys.readouterr().out.splitlines()]
-    assert ["third", "2.3457", "nan", "2.000"] in rows and rows[-2][0] == "joint"
+    assert ["third", "2.3457", "+0.00", "nan"] in rows and "joint" in [row[0] for row in rows]
     assert Path("out/conversion/start-decay-0.4-0.53-32.0-0.02-6/start.json").exists()  # before the runs
     made.clear()
     convert(*both)

@@ -2,6 +2,7 @@
 experiments/real_model.py: the plan as flags of train.py, a run that is stopped anywhere, what is
 asked of a model, and the tables. Figures are worked by hand. test_real_model.py is of the model.
 """
+import itertools
 import json
 import lzma
 import statistics
@@ -554,6 +555,34 @@ def test_tables_are_of_all_arms_and_contrasts(monkeypatch):
         "primary: memory - joint, snapkv: +1.0 of 3 seeds   p 0.423, Holm 0.845"]
     assert len(lines) == 8 and lines[7].startswith("RULER's score")
     assert len({len(line) for line in lines[:4]}) == 1  # columns stand under their heads
+
+
+def test_what_tells_why_is_a_line_for_each_arm_and_method():
+    """A column of another budget, a frozen draw of MoBA, a seed that was not asked in the mean."""
+    def asked(plus, **more):
+        methods = [text for text in METHODS if "1/64" not in text]
+        of = lambda start: {text: start + plus + i for i, text in enumerate(methods)}
+        hits = {text: x for text, x in of(10).items() if "moba" not in text}
+        by_chance = {f"{text} by chance": x for text, x in of(50).items() if "1/4" in text}
+        return {"oracle": of(30), "hits": hits, "few_cells": of(20), "by_chance": by_chance,
+                "frozen": [plus, plus + 3.0]} | more
+
+    quest, moba = (next(text for text in METHODS if text.startswith(f"{kind}:budget=1/8"))
+                   for kind in ("quest", "moba"))
+    swaps = [{"swap": {quest: {"k: k, v": x, "k: k~, v": 1.0}, moba: {"k: k, v": 7.0}}}
+             for x in (3.0, 4.0)]
+    found = {"joint": {0: asked(0.0), 5: {}}, "continued": {5: {}},
+             "memory": {0: asked(0.0, **swaps[0]), 1: asked(2.0, **swaps[1])}}
+    lines = [line.split() for line in real_model.why(found)]
+    assert lines[0] == ["H1", "chosen", "chance", "frozen", "oracle"]
+    first = {"quest": 1, "moba": 4, "snapkv": 7}  # where its 1/4 stands among METHODS
+    for line, (arm, kind) in zip(lines[1:], itertools.product(["joint", "memory"], first)):
+        i, plus = first[kind], 1 if arm == "memory" else 0
+        cells = [10 + i] * (kind != "moba") + [20 + i, 50 + i] + [1.5] * (kind == "quest")
+        assert line == [arm, kind, "1/4", *(f"{x + plus:.1f}" for x in [*cells, 30 + i])]
+    assert [" ".join(line) for line in lines[8:10]] == [
+        "memory quest 1/8 k: k, v 3.5; k: k~, v 1.0", "memory moba 1/8 k: k, v 7.0"]
+    assert real_model.why({"joint": {5: {}}}) == []
 
 
 # ---------------------------------------------------------------- all runs, and refusals
