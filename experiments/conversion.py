@@ -64,18 +64,11 @@ PLAN = {
     "third-slow": (Start(), "--arl=64 --memory_lr=1e-4"),
     "third-slow-joint": (Start(), "--arl=0 --joint=64 --memory_lr=1e-4"),
     "third-slow-light": (Start(), "--arl=64 --arl_weight=0.1 --memory_lr=1e-4"),
-    # not as long, and chosen more finely
-    "third-18-slow-joint": (Start(heads=0.35, length=18.0),
-                            "--arl=0 --joint=64 --memory_lr=1e-4"),
-    "third-18-slow-light": (Start(heads=0.35, length=18.0),
-                            "--arl=64 --arl_weight=0.1 --memory_lr=1e-4"),
-    "third-20-fine-slow-light": (Start(heads=0.34, length=20.0, rest=0.005, at_a_time=3),
-                                 "--arl=64 --arl_weight=0.1 --memory_lr=1e-4"),
-    "third-18-fine-slower-light": (Start(heads=0.34, length=18.0, rest=0.005, at_a_time=3),
-                                   "--arl=64 --arl_weight=0.1 --memory_lr=3e-5"),
-    # keys alone
-    "third-keys-slow-joint": (Start(kind="keys"), "--arl=0 --joint=64 --memory_lr=1e-4"),
+    "two-thirds-slow-light": (Start(heads=0.7), "--arl=64 --arl_weight=0.1 --memory_lr=1e-4"),
+    # keys or values alone
     "third-keys-slow-light": (Start(kind="keys"), "--arl=64 --arl_weight=0.1 --memory_lr=1e-4"),
+    "third-values-slow-light": (Start(kind="values"),
+                                "--arl=64 --arl_weight=0.1 --memory_lr=1e-4"),
     # a rate nearer to pretraining's
     "joint-2e-3": (PLAIN, "--memory=off --joint=64 --lr=2e-3"),
     "third-slow-light-2e-3": (Start(), "--arl=64 --arl_weight=0.1 --lr=2e-3 --memory_lr=1e-4"),
@@ -227,10 +220,12 @@ def line(report, percent=math.nan):
 
 def tell(args):
     """A table of the results that are there, and a plot."""
-    files_there = [Path(args.results) / f"{name}.json" for name in PLAN if is_done(name, args)]
-    if not files_there:
+    there = sorted(file.stem for file in Path(args.results).glob("*.json"))
+    reports = [files.load(Path(args.results) / f"{name}.json", "name", "held_out", "losses")
+               for name in [*(name for name in PLAN if name in there),
+                            *(name for name in there if name not in PLAN)]]
+    if not reports:
         raise ValueError(f"{args.results} holds no result: give --init and --data to make some")
-    reports = [files.load(file) for file in files_there]
     print(f"{'':27}{'held out':>9}{'joint, %':>9}{'shut':>9}{'dense':>8}{'extra':>8}"
           f"{'long heads':>12}{'a third':>8}{'most':>8}")
     for report in reports:

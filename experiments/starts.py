@@ -2,94 +2,99 @@
 Where does a pretrained model need its keys and values least? There a memory may start long without
 much harm, to be trained from that.
 
-    values   A head's values may be turned: W_v by R, and the columns of W_o that read them by R,
+Dense attention over k and v is watched, and what it would get wrong with the memory's k~ and v~:
+
+    values   e[i] = sum over t of a[i, t] (v[t] - v~[t]), which W_o then reads, a being the softmax.
+             A head's values may be turned: W_v by R, and the columns of W_o that read them by R,
              too, and the model computes what it did. R sorts directions by their share of the
-             output's energy, the least first: r' M C r for a direction r, with C = mean of v v' and
+             error's energy, the least first: r' M C r for a direction r, with C = mean of e e' and
              M = W_o' W_o.
     keys     RoPE turns channels d and d + D/2 as a pair, so that keys stay as they are. A pair's
-             need is the variance of its keys times the energy of its queries.
+             need is the mean over queries of |q[i]|^2 times the sum of a[i, t] |k[t] - k~[t]|^2.
     heads    Each KV head gets the memory alone, and the loss tells what that costs; the cheapest
              ones get it together.
 
 The gate is one for key and value, so the least needed pairs of the key are the channels to which
 the least needed directions of the value are turned. `started` makes such a model, and conversion.py
-trains it. Checked in tests/test_starts.py.
+trains it. Checked in tests/test_starts.py. Read swap.py before, which lets attention see k and k~.
 
 Letters: B batch, T tokens, H query heads, KV key/value heads, G = H / KV, D head width.
 """
+import copy
 import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from data import Shards, tokenizer_of
 from experiments import memories  # noqa: F401  puts its classes into memory.MEMORIES
+from experiments.swap import half, twice
 from infra import files
 from model import Transformer
+from sparse import Dense, attend
+
+REST = 0.005  # g of the gates that do not start long: k~ is k, but for half a percent
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where the gates of a fresh memory start long, and how these heads are found."""
+    """Where the gates of a fresh memory start long. Elsewhere they start at REST."""
     kind: str | None = "decay"  # of memory.MEMORIES; None: values are turned alone, for a control
     heads: float = 0.4          # share of the model's KV heads, those that it costs least
     pairs: float = 0.53         # share of each head's pairs of channels, those least needed
     length: float = 32.0        # tokens, 1 / (1 - g)
-    rest: float = 0.02          # g of all other gates: k~ is k, but for 2 %
-    at_a_time: int = 6          # heads that are added before all others are measured again
 
 
 # ---------------------------------------------------------------- which channels
 
+class Watch(Dense):
+    """
+    Dense attention over k and v of a model `twice`, which notes of each layer what k~ and v~ would
+    do: k_need (KV, D/2) of each pair, v_error (H, D, D), the mean of e e'.
+    """
+
+    def __init__(self):
+        self.found = []
+
+    def prefill(self, q, k, v, start, dice):
+        KV = k.shape[2] // 2
+        read = lambda x: attend(q, half(k, "k"), x, causal=True)          # (B, T, H, D)
+        energy = lambda x: x.unflatten(-1, (2, -1)).square().sum(-2)      # (..., D/2) of each pair
+        error = energy(half(k, "k") - half(k, "k~"))                      # (B, T, KV, D/2)
+        need = energy(q) * read(error.repeat(1, 1, 1, 2)).chunk(2, -1)[0]  # (B, T, H, D/2)
+        e = read(half(v, "v") - half(v, "v~")).flatten(0, 1).double()     # (B * T, H, D)
+        self.found.append({"k_need": need.mean((0, 1)).unflatten(0, (KV, -1)).sum(1),
+                           "v_error": torch.einsum("thc,thd->hcd", e, e) / len(e)})
+        return read(half(v, "v")), None
+
+
 @torch.no_grad()
-def moments(model, tokens):
-    """
-    What the layers' projections give on text (B, T): a list of q_energy (H, D), the mean square of
-    each channel; k_variance (KV, D); v_moment (KV, D, D), the mean of v v'.
-    """
-    found = [{} for _ in model.layers]
-
-    def look(of_layer, name):
-        def hook(module, inputs, y):
-            heads = y.double().unflatten(-1, (-1, model.config.head_width)).flatten(0, 1)
-            if name == "q":
-                of_layer["q_energy"] = heads.square().mean(0)
-            elif name == "k":
-                of_layer["k_variance"] = heads.var(0)
-            else:
-                of_layer["v_moment"] = torch.einsum("thc,thd->hcd", heads, heads) / len(heads)
-        return hook
-
-    hooks = [getattr(layer.self_attn, f"{name}_proj").register_forward_hook(look(of_layer, name))
-             for layer, of_layer in zip(model.layers, found) for name in "qkv"]
-    try:
-        model.hidden(tokens)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+def watch(model, tokens, length):
+    """What a memory of `length` tokens would do in a model without one, on text (B, T): as Watch
+    notes it, a list of the layers'."""
+    probe, watched = copy.deepcopy(model).add_memory(0.5), Watch()
+    n, KV, D = model.config.n_layer, model.config.n_kv_head, model.config.head_width
+    set_gates(probe, product(range(n), range(KV)), torch.ones(n, KV, D, dtype=torch.bool),
+              Start(length=length))
+    twice(probe).hidden(tokens, watched)
+    return watched.found
 
 
 def least_needed(found, start):
     """Which channels of each KV head are of the least needed pairs: bool (layers, KV, D)."""
-    long = []
-    for of_layer in found:
-        k = of_layer["k_variance"]                           # (KV, D)
-        q = of_layer["q_energy"].unflatten(0, (len(k), -1))  # (KV, G, D)
-        of_pair = lambda x: x.unflatten(-1, (2, -1)).sum(-2)
-        need = of_pair(k) * of_pair(q.sum(1))                # (KV, D/2)
-        rank = need.argsort(-1).argsort(-1)
-        long.append((rank < start.pairs * need.shape[-1]).repeat(1, 2))
-    return torch.stack(long)
+    rank = torch.stack([of_layer["k_need"] for of_layer in found]).argsort(-1).argsort(-1)
+    return (rank < start.pairs * rank.shape[-1]).repeat(1, 1, 2)
 
 
 @torch.no_grad()
 def turn_values(model, found, long):
     """
-    Turn the values of each KV head, so that what reaches the output least comes to its channels
-    `long` (layers, KV, D). The model computes what it did. ValueError if a gate stands between.
+    Turn the values of each KV head, so that the directions whose error reaches the output least
+    come to its channels `long` (layers, KV, D). The model computes what it did. ValueError if a
+    gate stands between.
     """
     if model.config.output_gate:
         raise ValueError("values cannot be turned where attention has an output gate, channel by "
@@ -98,10 +103,10 @@ def turn_values(model, found, long):
     for layer, of_layer, of_heads in zip(model.layers, found, long):
         v_proj, o_proj = layer.self_attn.v_proj, layer.self_attn.o_proj
         read = o_proj.weight.double().unflatten(1, (len(of_heads), -1, D))  # (C, KV, G, D)
+        error = of_layer["v_error"].unflatten(0, read.shape[1:3])           # (KV, G, D, D)
         for head, is_long in enumerate(of_heads):
-            M = torch.einsum("cgd,cge->de", read[:, head], read[:, head])
-            C = of_layer["v_moment"][head]
-            _, ascending = torch.linalg.eigh(M @ C + C @ M)  # (D, D), a direction in each column
+            of_group = torch.einsum("cgd,cge,gef->df", read[:, head], read[:, head], error[head])
+            _, ascending = torch.linalg.eigh(of_group + of_group.T)  # a direction in each column
             R = torch.empty_like(ascending)
             R[:, (~is_long).int().argsort(stable=True)] = ascending  # the first to those long
             rows = slice(head * D, (head + 1) * D)
@@ -115,11 +120,11 @@ def turn_values(model, found, long):
 # ---------------------------------------------------------------- which heads
 
 def set_gates(model, heads, long, start):
-    """Every gate as at rest, but the channels `long` of `heads`, (layer, head)s, long."""
+    """Every gate to REST, but long in the channels `long` of `heads`, (layer, head)s."""
     D, projections = model.config.head_width, [x.self_attn.memory.proj for x in model.layers]
     for proj in projections:
         proj.weight.data.zero_()
-        proj.bias.data.fill_(math.log(start.rest / (1 - start.rest)))
+        proj.bias.data.fill_(math.log(REST / (1 - REST)))
     for layer, head in heads:
         of_head = projections[layer].bias.data[head * D:(head + 1) * D]
         of_head[long[layer, head]] = math.log(start.length - 1)
@@ -131,6 +136,7 @@ def cheapest(
     tokens,        # (B, T + 1)  text to measure on
     start,
     long,          # (layers, KV, D)  bool: which channels
+    at_a_time=6,   # heads that are added before all others are measured again
 ):                 # -> heads [(layer, KV head)], cheapest first; the loss in nats per token of
                    #    none, {(layer, KV head): of it alone}, of all of them
     """
@@ -153,10 +159,10 @@ def cheapest(
     left, chosen, wanted = sorted(every, key=alone.get), [], math.ceil(start.heads * len(every))
     while len(chosen) < wanted:
         if chosen:
-            candidates = left[:max(start.at_a_time, 2 * (wanted - len(chosen)))]
+            candidates = left[:max(at_a_time, 2 * (wanted - len(chosen)))]
             beside = {head: loss([*chosen, head]) for head in candidates}
             left = sorted(candidates, key=beside.get) + left[len(candidates):]
-        n = min(start.at_a_time, wanted - len(chosen))
+        n = min(at_a_time, wanted - len(chosen))
         chosen, left = chosen + left[:n], left[n:]
     return chosen, before, alone, loss(chosen)
 
@@ -180,7 +186,7 @@ def started(start, init, data, folder, device, context_len=4096, windows=6):
     model = Transformer.from_pretrained(init, torch.float32, device)
     config, shards = model.config, Shards(data, context_len, seed=0)
     tokens = torch.stack([torch.from_numpy(shards.sample(i)) for i in range(windows)]).to(device)
-    found = moments(model, tokens[:, :-1])
+    found = watch(model, tokens[:, :-1], start.length)
     long = least_needed(found, start)
     turn_values(model, found, long)
     tokenizer = tokenizer_of(init, config.vocab_size, None)
@@ -188,7 +194,7 @@ def started(start, init, data, folder, device, context_len=4096, windows=6):
         model.save_pretrained(folder, tokenizer)
         files.save(made_of, file)
         return folder
-    model.add_memory(start.rest, start.kind)
+    model.add_memory(REST, start.kind)
     heads, before, alone, after = cheapest(model, tokens, start, long)
     model.save_pretrained(folder, tokenizer)
     costs = [[round(alone[layer, head] - before, 4) for head in range(config.n_kv_head)]

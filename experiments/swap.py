@@ -85,11 +85,11 @@ class Swapped(Transformer):
         return False  # the fused layers have no such memory; methods and recurrence stay in Triton
 
 
-def swapped(model):
+def twice(model):
     """
-    The model, to be asked by `cells`: it shares the weights, and may go on to be used itself. On a
-    GPU its steps are not recorded as graphs, so ask many prompts at a time, 50 or 100. ValueError
-    for a model without memory, and for one whose memory is not of Eq. 1.
+    A model whose attention is given k~ and k, v~ and v side by side, so (B, T, 2 KV, D) each: a
+    method must take its half. It shares the weights. ValueError for a model without memory, and
+    for one whose memory is not of Eq. 1.
     """
     kind = model.config.memory
     check(kind is not None, "this model has no memory, so that there is nothing to swap: give one "
@@ -100,7 +100,6 @@ def swapped(model):
 
     shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
     both = copy.deepcopy(model, shared)
-    both.__class__ = Swapped
     both.config = copy.copy(model.config)  # of the cache: what it says is no model of its own,
     both.config.n_kv_head *= 2             # as 9 query heads have no 6 KV heads
     for layer in both.layers:
@@ -108,6 +107,17 @@ def swapped(model):
         attention.memory = Both(attention.memory)
         if model.config.qk_norm == "all":
             attention.k_norm = OfEachHalf(attention.k_norm)
+    return both
+
+
+def swapped(model):
+    """
+    The model, to be asked by `cells`: it shares the weights, and may go on to be used itself. On a
+    GPU its steps are not recorded as graphs, so ask many prompts at a time, 50 or 100. ValueError
+    as of `twice`.
+    """
+    both = twice(model)
+    both.__class__ = Swapped
     return both
 
 

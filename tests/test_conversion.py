@@ -146,12 +146,10 @@ def test_every_conversion_is_what_its_name_says():
         elif control:
             assert start == Start(kind=None) and args.memory == "off", name
         else:
-            assert start.kind == ("keys" if "keys" in words else "decay"), name
-            length = float(words[1]) if words[1:2] and words[1].isdecimal() else 32.0
-            assert (start.length, args.memory) == (length, None), name
-            rates = {"slow": 1e-4, "slower": 3e-5}
-            assert args.memory_lr == next((rates[w] for w in words if w in rates), 5e-4), name
-            assert (start.at_a_time < 6) == ("fine" in words), name
+            kind = next((word for word in ("keys", "values") if word in words), "decay")
+            heads = 0.7 if words[0] == "two" else 0.4
+            assert (start, args.memory) == (Start(kind, heads), None), name
+            assert args.memory_lr == (1e-4 if "slow" in words else 5e-4), name
         assert args.init == ("model" if start is None else conversion.folder_of(start, args))
         assert (args.data, args.context_len, args.steps, args.batch, args.seed) == (
             "shards", 64, 381, 2, 0)
@@ -189,7 +187,7 @@ def test_a_conversion_is_made_once_and_goes_on(here, monkeypatch, capsys):
     assert report["lengths"] == conversion.quartiles(lengths)
     assert list(report["losses"]) == ["1", "2", "3"]
     assert report["losses"]["1"].keys() == {"loss", "arl_loss"}
-    start = "out/conversion/start-keys-0.4-0.53-32.0-0.02-6"
+    start = "out/conversion/start-keys-0.4-0.53-32.0"
     assert report["train"]["settings"]["init"] == start and report["train"]["step"] == 3
     assert report["start"] == files.load(f"{start}/start.json")
     assert report["start"]["start"]["kind"] == "keys"
@@ -255,7 +253,7 @@ def test_several_are_a_process_each_and_a_table(here, monkeypatch, capsys):
     assert args == conversion.flags().parse_args([*TRIAL, "--keep", "--runs", "third"])
     rows = [line.split()[:4] for line in capsys.readouterr().out.splitlines()]
     assert ["third", "2.3457", "+0.00", "nan"] in rows and "joint" in [row[0] for row in rows]
-    assert Path("out/conversion/start-decay-0.4-0.53-32.0-0.02-6/start.json").exists()  # before the runs
+    assert Path("out/conversion/start-decay-0.4-0.53-32.0/start.json").exists()  # before the runs
     made.clear()
     convert(*both)
     assert made == []

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from data import Shards
 from experiments import starts
-from experiments.starts import (Start, cheapest, least_needed, moments, set_gates,
-                                turn_values)
+from experiments.starts import (REST, Start, cheapest, least_needed, set_gates, turn_values,
+                                watch)
 from infra import files
 from model import Transformer
 from triton_ops import backend
@@ -38,29 +38,46 @@ def in_places(model, tokens, n):
             for name in "qkv"]
 
 
+def averaged(x, length):
+    """m of x (B, T, KV, D), token by token."""
+    m, rows = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        m = (1 - 1 / length) * m + x[:, t] / length
+        rows.append(m)
+    return torch.stack(rows, dim=1)
+
+
 @torch.no_grad()
-def test_moments_and_needs_are_those_by_hand():
-    """A mean for a variance; the queries of another KV head; RoPE's pairs d, d + 1; the most."""
+def test_needs_and_errors_are_those_by_hand():
+    """The queries of another KV head; RoPE's pairs d, d + 1; the most; attention over k~; an error
+    that attention has not averaged; a length that is a decay."""
     model = tiny(**TINY | QWEN2_FORM | dict(n_head=6, width=48))
-    for layer in model.layers:  # a mean that is no spread
-        layer.self_attn.k_proj.bias += torch.arange(16) % 5
     tokens = draw_tokens(2, 30, vocab_size=257)
-    found = moments(model, tokens)
+    found = watch(model, tokens, 5.0)
     long = least_needed(found, Start(pairs=0.5))
     assert long.shape == (2, 2, 8) and long.sum(-1).eq(4).all()
     assert least_needed(found, Start(pairs=0.53)).sum(-1).eq(6).all()  # 2.12 pairs: three
+    rope = model.rope(torch.arange(30)[None])
+    later = torch.ones(30, 30, dtype=torch.bool).triu(1)
     for n, head in itertools.product(range(2), range(2)):
-        q, k, v = (x.double() for x in in_places(model, tokens, n))
-        need = []
-        for d in range(4):
-            energy = q[:, :, 3 * head:3 * head + 3, [d, d + 4]].square().mean((0, 1)).sum()
-            spread = sum(k[:, :, head, c].flatten().var() for c in (d, d + 4))
-            need.append(float(energy * spread))
-        least = sorted(range(4), key=need.__getitem__)[:2]
+        q, k, v = in_places(model, tokens, n)
+        of_k, of_v = ((x - averaged(x, 5.0))[:, :, head].double() for x in (k, v))  # (B, T, D)
+        turned_q, turned_k = (model.layers[n].self_attn.rotate(x, rope) for x in (q, k))
+        needs = torch.zeros(4, dtype=torch.double)
+        for of_q in range(3 * head, 3 * head + 3):
+            scores = turned_q[:, :, of_q] @ turned_k[:, :, head].mT / 8 ** 0.5
+            share = scores.masked_fill(later, -torch.inf).softmax(-1).double()  # (B, T, T)
+            e = (share @ of_v).flatten(0, 1)
+            torch.testing.assert_close(found[n]["v_error"][of_q], e.T @ e / 60, rtol=1e-4, atol=1e-9)
+            for d in range(4):
+                energy = q[:, :, of_q, [d, d + 4]].square().sum(-1)             # (B, T)
+                error = of_k[:, :, [d, d + 4]].square().sum(-1, keepdim=True)   # (B, T, 1)
+                needs[d] += (energy * (share @ error)[..., 0]).mean()
+        torch.testing.assert_close(found[n]["k_need"][head].double(), needs, rtol=1e-4, atol=0)
+        least = sorted(range(4), key=needs.tolist().__getitem__)[:2]
         assert sorted(long[n, head].nonzero().flatten().tolist()) == sorted(
             [*least, *(d + 4 for d in least)])
-        rows = v[:, :, head].flatten(0, 1)
-        torch.testing.assert_close(found[n]["v_moment"][head], rows.T @ rows / 60)
+    assert model.config.memory is None  # as it was
 
 
 @torch.no_grad()
@@ -73,27 +90,28 @@ def test_turned_values_leave_the_model_as_it_was(form):
     with torch.no_grad():
         before = model(tokens)
     weights = [layer.self_attn.v_proj.weight.clone() for layer in model.layers]
-    found = moments(model, tokens)
+    found = watch(model, tokens, 8.0)
     long = torch.rand(2, 2, 8, generator=torch.Generator().manual_seed(1)) < 0.5
     turn_values(model, found, long)
     torch.testing.assert_close(model(tokens), before, atol=2e-4, rtol=1e-3)
     for layer, old in zip(model.layers, weights):
         assert not torch.allclose(layer.self_attn.v_proj.weight, old, atol=1e-3)
 
-    # What the long channels bring to the output is the least, as far as R can sort it.
-    for n, of_heads in enumerate(moments(model, tokens)):
-        read = model.layers[n].self_attn.o_proj.weight.double().unflatten(1, (2, 2, 8))
+    # What the long channels' error brings to the output is the least, as far as R can sort it.
+    for n, of_layer in enumerate(watch(model, tokens, 8.0)):
+        read = model.layers[n].self_attn.o_proj.weight.double().unflatten(1, (4, 8))
         for head in range(2):
-            M = torch.einsum("cgd,cge->de", read[:, head], read[:, head])
-            C = of_heads["v_moment"][head]
-            needed = (M @ C + C @ M).diagonal()
+            needed = 0
+            for of_q in (2 * head, 2 * head + 1):
+                M, C = read[:, of_q].T @ read[:, of_q], of_layer["v_error"][of_q]
+                needed = needed + (M @ C + C @ M).diagonal()
             is_long = long[n, head]
             assert needed[is_long].max() <= needed[~is_long].min() + 1e-9
 
 
 def test_an_output_gate_stands_between_values_and_output():
     model = tiny(**TINY | dict(output_gate=True))
-    found = moments(model, draw_tokens(1, 9, vocab_size=257))
+    found = watch(model, draw_tokens(1, 9, vocab_size=257), 8.0)
     refused(lambda: turn_values(model, found, ALL), "output gate")
 
 
@@ -111,13 +129,13 @@ def test_gates_start_long_in_these_channels_of_these_heads_alone():
     x = draw_tokens(1, 5).float()[..., None].expand(1, 5, 32)
     for number, layer in enumerate(model.layers):
         g = layer.self_attn.memory.gate(x).sigmoid()  # (1, 5, KV, D)
-        expected = torch.full_like(g, 0.02)
+        expected = torch.full_like(g, REST)
         for of_layer, head in heads:
             if of_layer == number:
                 expected[:, :, head, long[number, head]] = 1 - 1 / 32
         torch.testing.assert_close(g, expected)
-    set_gates(model, [], long, Start(rest=0.01))
-    assert all(torch.allclose(layer.self_attn.memory.proj.bias.sigmoid(), torch.tensor(0.01))
+    set_gates(model, [], long, Start())
+    assert all(torch.allclose(layer.self_attn.memory.proj.bias.sigmoid(), torch.tensor(REST))
                for layer in model.layers)
 
 
@@ -130,13 +148,13 @@ def loss_by_hand(model, tokens, heads, long, start):
 def test_cheapest_heads_are_those_of_brute_force():
     """The dearest; each alone, not beside the others; too few; a loss per row or of a sum."""
     for seed in range(3):
-        model, start = with_memory(), Start(heads=0.75, length=16.0, at_a_time=1)
+        model, start = with_memory(), Start(heads=0.75, length=16.0)
         tokens = draw_tokens(3, 41, seed, vocab_size=257)
         every, expected = list(itertools.product(range(2), range(2))), []
         of = lambda *heads: loss_by_hand(model, tokens, heads, ALL, start)
         while len(expected) < 3:
             expected.append(min(set(every) - set(expected), key=lambda head: of(*expected, head)))
-        heads, before, alone, after = cheapest(model, tokens, start, ALL)
+        heads, before, alone, after = cheapest(model, tokens, start, ALL, at_a_time=1)
         assert heads == expected
         near = lambda *heads: pytest.approx(of(*heads), abs=1e-5)
         assert before == near() and after == near(*expected)
@@ -157,7 +175,7 @@ def test_later_heads_are_weighed_beside_the_earlier(monkeypatch):
     monkeypatch.setattr(model, "score", score)
     monkeypatch.setattr(starts, "set_gates", lambda model, heads, *_: now.__setitem__(
         slice(None), heads))
-    choose = lambda n: cheapest(model, draw_tokens(1, 41), Start(heads=0.5, at_a_time=n), ALL)
+    choose = lambda n: cheapest(model, draw_tokens(1, 41), Start(heads=0.5), ALL, at_a_time=n)
     assert choose(1) == ([(0, 0), (1, 0)], 0, cost, 4)
     assert choose(2)[0] == [(0, 0), (0, 1)]
 
@@ -186,7 +204,7 @@ def test_a_start_is_made_once_and_is_what_its_file_says(here, capsys):
     tokens = torch.stack([torch.from_numpy(Shards("shards", 64, seed=0).sample(i))
                           for i in range(6)])
     plain = Transformer.from_pretrained("model")
-    where = least_needed(moments(plain, tokens[:, :-1]), start)
+    where = least_needed(watch(plain, tokens[:, :-1], start.length), start)
     assert torch.equal(where & long.any(-1, keepdim=True), long)
     of = lambda *heads: pytest.approx(loss_by_hand(model, tokens, heads, where, start), abs=1e-4)
     assert told["loss"] == of() and told["loss_with"] == of(*map(tuple, heads))
