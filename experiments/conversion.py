@@ -5,7 +5,7 @@ the gates start and in a few flags of train.py, on the same text in the same ord
     for each conversion of PLAN:
         starts.py  ->  out/conversion/start-...   --init with a memory whose gates start so
         train.py   ->  out/conversion/NAME        that, continued on --data
-        measure    ->  results/conversion/NAME.json; the model is deleted
+        measure    ->  results/conversion/NAME.json; out/conversion/NAME is deleted
 
 Two numbers decide, and no needle is asked for: the loss on text held out, compared with the
 controls that took as many optimizer steps without a memory; and how many KV heads have a memory
@@ -146,7 +146,8 @@ def losses(folder, points=20):
 
 
 def folder_of(start, args):
-    return "-".join([f"{args.out}/start", *(str(value or "plain") for value in astuple(start))])
+    kind, *numbers = astuple(start)
+    return "-".join([f"{args.out}/start", kind or "plain", *(f"{x:g}" for x in numbers)])
 
 
 def flags_of(name, args, rest):
@@ -184,9 +185,10 @@ def run_one(name, args, rest):
     report |= {"name": name, "flags": PLAN[name][1], "train": runlog.training_record(run),
                "losses": losses(run), **measured(run, args.data, args.context_len, args.device)}
     files.save(report, result)
-    print(line(report), flush=True)
+    print(f"{name}: {report['held_out']:.4f} nats per token of held-out text, in {result}",
+          flush=True)
     if not args.keep:
-        shutil.rmtree(run)
+        shutil.rmtree(run, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- table and plot
@@ -197,59 +199,71 @@ def medians(report):
 
 
 def above(report, reports):
-    """By how many percent the loss held out is above that of `joint` with as many steps and this
-    rate; nan if it is not among the reports."""
-    alike = lambda other: [other["train"]["settings"][key] for key in ("steps", "lr")]
+    """By how many percent the loss held out is above that of `joint` with as many steps of the same
+    size and rate; nan if it is not among the reports."""
+    alike = lambda of: [of["train"]["settings"][key] for key in ("steps", "batch", "context_len",
+                                                                 "lr", "data")]
     for other in reports:
         if other["name"].startswith("joint") and alike(other) == alike(report):
             return 100 * (report["held_out"] / other["held_out"] - 1)
     return math.nan
 
 
-def line(report, percent=math.nan):
+def line(report, percent):
     """A conversion as a line of the table."""
     heads, last = medians(report), list(report["losses"].values())[-1]
-    words = f"{report['name']:27}{report['held_out']:9.4f}{percent:+9.2f}"
-    extra = last.get("arl_loss", last.get("joint_loss", math.nan))
-    words += f"{report.get('shut', math.nan):9.4f}{last['loss']:8.3f}{extra:8.3f}"
+    extra = last.get("arl_loss", last.get("joint_loss"))
+    words = f"{report['name']:27}{report['held_out']:9.4f}"
+    words += f"{'-':>9}" if math.isnan(percent) else f"{percent:+9.2f}"
+    for loss in report.get("shut"), last["loss"], extra:
+        words += f"{'-':>9}" if loss is None else f"{loss:9.4f}"
     if heads:
         long = sum(x >= LONG for x in heads)
-        words += f"{long:6} of {len(heads):2}{heads[-math.ceil(len(heads) / 3)]:8.1f}{heads[-1]:8.1f}"
+        of_a_third = heads[-math.ceil(len(heads) / 3)]
+        words += f"{long:6} of {len(heads):2}{of_a_third:9.1f}{heads[-1]:9.1f}"
     return words
 
 
 def tell(args):
     """A table of the results that are there, and a plot."""
     there = sorted(file.stem for file in Path(args.results).glob("*.json"))
-    reports = [files.load(Path(args.results) / f"{name}.json", "name", "held_out", "losses")
-               for name in [*(name for name in PLAN if name in there),
-                            *(name for name in there if name not in PLAN)]]
-    if not reports:
-        raise ValueError(f"{args.results} holds no result: give --init and --data to make some")
-    print(f"{'':27}{'held out':>9}{'joint, %':>9}{'shut':>9}{'dense':>8}{'extra':>8}"
-          f"{'long heads':>12}{'a third':>8}{'most':>8}")
+    names = [name for name in PLAN if name in there]
+    names += [name for name in there if name not in PLAN]
+    if not names:
+        raise ValueError(f"{args.results} holds no result: give --init and --data to make some, or "
+                         "--results")
+    load = lambda name: files.load(Path(args.results) / f"{name}.json",
+                                   "name", "held_out", "losses", "train")
+    reports = [load(name) for name in names]
+    print(f"{'':27}" + "".join(f"{head:>9}" for head in ("held out", "joint, %", "shut", "dense",
+                                                         "first"))
+          + f"{'long heads':>12}{'a third':>9}{'most':>9}")
     for report in reports:
         print(line(report, above(report, reports)))
-    print("nats per token: held-out text, and how much that is above `joint` of the same rate; with "
-          "the memory's gates shut; the last steps. A head's length is the median of its channels, "
-          "in tokens; a third of the heads have so many or more")
+    print("nats per token: of held-out text, and how much that is above `joint`; with the memory's "
+          "gates shut; the last dense steps, and the first steps beside them. A head's length is "
+          "the median of its channels, in tokens; a third of the heads have so many or more")
     plot(reports, Path(args.results) / "conversions.png")
 
 
 def plot(reports, file):
-    """Left what each conversion costs, right how long its memory is."""
+    """
+    Left what each conversion costs, right how long its memory is. -> the figure; None without
+    matplotlib.
+    """
     try:
         import matplotlib
     except ImportError:
         print("no plot: pip install matplotlib")
-        return
+        return None
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     figure, (cost, length) = plt.subplots(1, 2, figsize=(11, 4.2))
     for i, report in enumerate(reports):
-        [[bar]] = [cost.barh([i], [above(report, reports)])]
+        color = plt.get_cmap("tab20")(i % 20)
+        cost.barh([i], [above(report, reports)], color=color)
         if heads := medians(report)[::-1]:
-            length.plot(range(1, len(heads) + 1), heads, color=bar.get_facecolor())
+            length.plot(range(1, len(heads) + 1), heads, color=color)
     cost.set(yticks=range(len(reports)), yticklabels=[report["name"] for report in reports],
              xlabel="held-out loss above joint, %")
     cost.invert_yaxis()
@@ -259,13 +273,17 @@ def plot(reports, file):
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     print(f"plot in {file}")
+    return figure
 
 
 # ---------------------------------------------------------------- python -m experiments.conversion
 
 def run_all(args, rest):
     if not (args.init and args.data):
-        if args.init or args.data or args.runs or rest:
+        if rest:
+            raise ValueError(f"{rest[0]}: no flag of ours, and without --init and --data there is "
+                             "no run to pass it on to")
+        if args.init or args.data or args.runs:
             raise ValueError("--init and --data: a conversion needs a model and text")
         tell(args)
         return

@@ -4,11 +4,11 @@ much harm, to be trained from that.
 
 Dense attention over k and v is watched, and what it would get wrong with the memory's k~ and v~:
 
-    values   e[i] = sum over t of a[i, t] (v[t] - v~[t]), which W_o then reads, a being the softmax.
+    values   e[i] = sum over t of a[i, t] (v[t] - v~[t]), a being the softmax of a query head.
              A head's values may be turned: W_v by R, and the columns of W_o that read them by R,
-             too, and the model computes what it did. R sorts directions by their share of the
-             error's energy, the least first: r' M C r for a direction r, with C = mean of e e' and
-             M = W_o' W_o.
+             too, and the model computes what it did. R sorts directions by the energy of the error,
+             the least first: r' C r for a direction r, with C the sum of mean e e' over the query
+             heads that read these values.
     keys     RoPE turns channels d and d + D/2 as a pair, so that keys stay as they are. A pair's
              need is the mean over queries of |q[i]|^2 times the sum of a[i, t] |k[t] - k~[t]|^2.
     heads    Each KV head gets the memory alone, and the loss tells what that costs; the cheapest
@@ -31,7 +31,7 @@ import torch
 
 from data import Shards, tokenizer_of
 from experiments import memories  # noqa: F401  puts its classes into memory.MEMORIES
-from experiments.swap import half, twice
+from experiments.swap import half, swapped
 from infra import files
 from model import Transformer
 from sparse import Dense, attend
@@ -52,9 +52,10 @@ class Start:
 
 class Watch(Dense):
     """
-    Dense attention over k and v of a model `twice`, which notes of each layer what k~ and v~ would
-    do: k_need (KV, D/2) of each pair, v_error (H, D, D), the mean of e e'.
+    Dense attention over k and v of a `swapped` model, which notes of each layer what k~ and v~
+    would do: k_need (KV, D/2) of each pair, v_error (H, D, D), the mean of e e'.
     """
+    takes_half = True
 
     def __init__(self):
         self.found = []
@@ -72,15 +73,22 @@ class Watch(Dense):
 
 
 @torch.no_grad()
-def watch(model, tokens, length):
-    """What a memory of `length` tokens would do in a model without one, on text (B, T): as Watch
-    notes it, a list of the layers'."""
-    probe, watched = copy.deepcopy(model).add_memory(0.5), Watch()
+def watch(
+    model,    # without a memory
+    tokens,   # (B, T)  text
+    length,   # tokens, of a memory in all channels
+):            # -> what Watch notes of each layer, the mean of the rows
+    probe = copy.deepcopy(model, {id(x): x for x in model.parameters()}).add_memory(0.5)
     n, KV, D = model.config.n_layer, model.config.n_kv_head, model.config.head_width
-    set_gates(probe, product(range(n), range(KV)), torch.ones(n, KV, D, dtype=torch.bool),
-              Start(length=length))
-    twice(probe).hidden(tokens, watched)
-    return watched.found
+    everywhere = torch.ones(n, KV, D, dtype=torch.bool)
+    set_gates(probe, product(range(n), range(KV)), everywhere, length)
+    of_rows = []
+    for row in tokens.split(1):  # on a GPU, attention in fp32 takes (H, T, T) of each row
+        watched = Watch()
+        swapped(probe).hidden(row, watched)
+        of_rows.append(watched.found)
+    return [{key: sum(of[key] for of in of_layer) / len(of_layer) for key in of_layer[0]}
+            for of_layer in zip(*of_rows)]
 
 
 def least_needed(found, start):
@@ -92,9 +100,9 @@ def least_needed(found, start):
 @torch.no_grad()
 def turn_values(model, found, long):
     """
-    Turn the values of each KV head, so that the directions whose error reaches the output least
-    come to its channels `long` (layers, KV, D). The model computes what it did. ValueError if a
-    gate stands between.
+    Turn the values of each KV head, so that the directions in which attention errs least come to
+    its channels `long` (layers, KV, D). The model computes what it did. ValueError if a gate stands
+    between.
     """
     if model.config.output_gate:
         raise ValueError("values cannot be turned where attention has an output gate, channel by "
@@ -103,10 +111,9 @@ def turn_values(model, found, long):
     for layer, of_layer, of_heads in zip(model.layers, found, long):
         v_proj, o_proj = layer.self_attn.v_proj, layer.self_attn.o_proj
         read = o_proj.weight.double().unflatten(1, (len(of_heads), -1, D))  # (C, KV, G, D)
-        error = of_layer["v_error"].unflatten(0, read.shape[1:3])           # (KV, G, D, D)
+        error = of_layer["v_error"].unflatten(0, (len(of_heads), -1)).sum(1)  # (KV, D, D)
         for head, is_long in enumerate(of_heads):
-            of_group = torch.einsum("cgd,cge,gef->df", read[:, head], read[:, head], error[head])
-            _, ascending = torch.linalg.eigh(of_group + of_group.T)  # a direction in each column
+            _, ascending = torch.linalg.eigh(error[head])  # (D, D), a direction in each column
             R = torch.empty_like(ascending)
             R[:, (~is_long).int().argsort(stable=True)] = ascending  # the first to those long
             rows = slice(head * D, (head + 1) * D)
@@ -119,15 +126,15 @@ def turn_values(model, found, long):
 
 # ---------------------------------------------------------------- which heads
 
-def set_gates(model, heads, long, start):
-    """Every gate to REST, but long in the channels `long` of `heads`, (layer, head)s."""
+def set_gates(model, heads, long, length):
+    """Every gate to REST, but to `length` tokens the channels `long` of `heads`: (layer, head)s."""
     D, projections = model.config.head_width, [x.self_attn.memory.proj for x in model.layers]
     for proj in projections:
         proj.weight.data.zero_()
         proj.bias.data.fill_(math.log(REST / (1 - REST)))
     for layer, head in heads:
         of_head = projections[layer].bias.data[head * D:(head + 1) * D]
-        of_head[long[layer, head]] = math.log(start.length - 1)
+        of_head[long[layer, head]] = math.log(length - 1)
 
 
 @torch.no_grad()
@@ -145,11 +152,11 @@ def cheapest(
     we assume that a head that is dear alone stays dear. In the end the model's gates start so.
     """
     weight = torch.ones(tokens.shape, device=tokens.device)
-    half = torch.autocast("cuda", torch.bfloat16) if tokens.is_cuda else nullcontext()
+    autocast = torch.autocast("cuda", torch.bfloat16) if tokens.is_cuda else nullcontext()
 
     def loss(heads):
-        set_gates(model, heads, long, start)
-        with half:
+        set_gates(model, heads, long, start.length)
+        with autocast:
             total, _ = model.score(tokens, weight)
         return float(total) / (tokens.numel() - len(tokens))
 
@@ -176,7 +183,7 @@ def started(start, init, data, folder, device, context_len=4096, windows=6):
     """
     folder, file = Path(folder), Path(folder) / "start.json"
     made_of = {"start": asdict(start), "init": str(Path(init)), "data": str(Path(data)),
-               "context_len": context_len}
+               "context_len": context_len, "windows": windows, "rest": REST}
     if file.exists():
         there = files.load(file, *made_of)
         if other := [key for key in made_of if there[key] != made_of[key]]:

@@ -72,11 +72,12 @@ class OfEachHalf(nn.Module):
 
 
 class Swapped(Transformer):
-    """A model that is asked by cells of a method alone."""
+    """A model that is asked by methods alone that take their half of the KV heads."""
 
     def hidden(self, tokens, method=None, cache=None):
         parts, method = sparse.phases(method), method or Dense()
-        check(isinstance(parts.prefill_by, Cell) and isinstance(parts.decode_by, Cell),
+        asked = [parts.prefill_by] if cache is None else [parts.prefill_by, parts.decode_by]
+        check(all(getattr(part, "takes_half", False) for part in asked),
               f"a swapped model is asked by swap.cells of a method, not by {sparse.name(method)} "
               "itself: ask that of the model as it was")
         return super().hidden(tokens, method, cache)
@@ -85,11 +86,11 @@ class Swapped(Transformer):
         return False  # the fused layers have no such memory; methods and recurrence stay in Triton
 
 
-def twice(model):
+def swapped(model):
     """
-    A model whose attention is given k~ and k, v~ and v side by side, so (B, T, 2 KV, D) each: a
-    method must take its half. It shares the weights. ValueError for a model without memory, and
-    for one whose memory is not of Eq. 1.
+    The model, to be asked by `cells`: it shares the weights, and may go on to be used itself. On a
+    GPU its steps are not recorded as graphs, so ask many prompts at a time, 50 or 100. ValueError
+    for a model without memory, and for one whose memory is not of Eq. 1.
     """
     kind = model.config.memory
     check(kind is not None, "this model has no memory, so that there is nothing to swap: give one "
@@ -100,6 +101,7 @@ def twice(model):
 
     shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
     both = copy.deepcopy(model, shared)
+    both.__class__ = Swapped
     both.config = copy.copy(model.config)  # of the cache: what it says is no model of its own,
     both.config.n_kv_head *= 2             # as 9 query heads have no 6 KV heads
     for layer in both.layers:
@@ -107,17 +109,6 @@ def twice(model):
         attention.memory = Both(attention.memory)
         if model.config.qk_norm == "all":
             attention.k_norm = OfEachHalf(attention.k_norm)
-    return both
-
-
-def swapped(model):
-    """
-    The model, to be asked by `cells`: it shares the weights, and may go on to be used itself. On a
-    GPU its steps are not recorded as graphs, so ask many prompts at a time, 50 or 100. ValueError
-    as of `twice`.
-    """
-    both = twice(model)
-    both.__class__ = Swapped
     return both
 
 
@@ -132,6 +123,8 @@ def half(x, which):
 @dataclass(frozen=True)
 class Cell(Around):
     """The hooks of a method in a swapped model, which choose by some keys and read others."""
+    takes_half = True  # of the KV heads, as `half` does: what a swapped model asks of a method
+
     by: str      # k~ or k
     keys: str    # k~ or k
     values: str  # v~ or v

@@ -107,9 +107,14 @@ def test_losses_are_means_since_the_point_before(tmp_path):
     assert conversion.losses(tmp_path) == {1: {"loss": 1, "arl_loss": 2}, 2: {"joint_loss": 7}}
 
 
+def settings_of(steps, lr, **more):
+    return {"settings": {"steps": steps, "lr": lr, "batch": 2, "context_len": 64, "data": "shards"}
+            | more}
+
+
 def report_of(lengths=None, **losses):
     found = {"name": "third", "held_out": 2.34567, "losses": {"1": {"loss": 9.0}, "2": losses},
-             "train": {"settings": {"steps": 3, "lr": 1e-3}}}
+             "train": settings_of(3, 1e-3)}
     return found | ({"lengths": {"0.25": [], "0.5": lengths}} if lengths else {})
 
 
@@ -117,11 +122,11 @@ def test_a_line_counts_long_heads_and_tells_the_newest_losses():
     """The first losses, heads of one layer, 15.9 tokens that are long or 16 that are not."""
     heads = [[15.9, 40.25], [16.0, 1.5]]
     words = conversion.line(report_of(heads, loss=2.0, arl_loss=3.0), 1.256).split()
-    assert words == ["third", "2.3457", "+1.26", "nan", "2.000", "3.000", "2", "of", "4", "16.0",
+    assert words == ["third", "2.3457", "+1.26", "-", "2.0000", "3.0000", "2", "of", "4", "16.0",
                      "40.2"]
     assert LONG == 16
-    words = conversion.line(report_of(loss=2.0, joint_loss=4.0) | {"shut": 2.5}).split()
-    assert words == ["third", "2.3457", "+nan", "2.5000", "2.000", "4.000"]
+    words = conversion.line(report_of(loss=2.0, joint_loss=4.0) | {"shut": 2.5}, math.nan).split()
+    assert words == ["third", "2.3457", "-", "2.5000", "2.0000", "4.0000"]
 
 
 # ---------------------------------------------------------------- runs
@@ -187,11 +192,11 @@ def test_a_conversion_is_made_once_and_goes_on(here, monkeypatch, capsys):
     assert report["lengths"] == conversion.quartiles(lengths)
     assert list(report["losses"]) == ["1", "2", "3"]
     assert report["losses"]["1"].keys() == {"loss", "arl_loss"}
-    start = "out/conversion/start-keys-0.4-0.53-32.0"
+    start = "out/conversion/start-keys-0.4-0.53-32"
     assert report["train"]["settings"]["init"] == start and report["train"]["step"] == 3
     assert report["start"] == files.load(f"{start}/start.json")
     assert report["start"]["start"]["kind"] == "keys"
-    assert conversion.line(report) in capsys.readouterr().out
+    assert f"{report['held_out']:.4f}" in capsys.readouterr().out
     result.unlink()
     convert("--runs", name, *STEPS)
     assert not run.exists() and files.load(result)["held_out"] == report["held_out"]
@@ -203,34 +208,44 @@ def test_a_conversion_is_made_once_and_goes_on(here, monkeypatch, capsys):
 
 def test_a_loss_is_compared_with_joint_of_the_same_rate_and_steps():
     """The other rate's control, or a run of other steps; a control's loss that is a hundredth."""
-    def of(name, held_out, lr, steps=3):
+    def of(name, held_out, lr, steps=3, **more):
         return report_of() | {"name": name, "held_out": held_out,
-                              "train": {"settings": {"steps": steps, "lr": lr}}}
-    reports = [of("joint", 2.0, 5e-4, steps=2), of("joint", 2.5, 5e-4), of("joint-2e-3", 4.0, 2e-3),
-               of("dilated", 3.0, 1e-3)]
+                              "train": settings_of(steps, lr, **more)}
+    reports = [of("joint", 2.0, 5e-4, steps=2), of("joint", 2.1, 5e-4, batch=4),
+               of("joint", 2.2, 5e-4, context_len=32), of("joint", 2.3, 5e-4, data="others"),
+               of("joint", 2.5, 5e-4), of("joint-2e-3", 4.0, 2e-3), of("dilated", 3.0, 1e-3)]
     assert conversion.above(of("third", 3.0, 5e-4), reports) == pytest.approx(20)
     assert conversion.above(of("third", 3.0, 2e-3), reports) == pytest.approx(-25)
     assert math.isnan(conversion.above(of("third", 3.0, 1e-3), reports))
 
 
 def test_what_is_there_is_a_table_and_a_plot(tmp_path, capsys, monkeypatch):
-    """A table that needs a model; conversions in another order than the plan's."""
+    """A table that needs a model, leaves out what the plan has no more, or stands in another order;
+    bars of the loss itself, lengths that ascend; a flag that is passed on to nobody."""
     def tell(*words):
         args, rest = conversion.flags().parse_known_args([f"--results={tmp_path}", *words])
         conversion.run_all(args, rest)
     refused(tell, str(tmp_path), "no result", "--init")
-    refused(lambda: tell("--runs=joint"), "--init and --data")
-    for name in ("third", "joint"):
-        files.save(report_of([[20.0, 1.0]], loss=2.0) | {"name": name}, tmp_path / f"{name}.json")
+    for words in ("--runs=joint",), ("--init=model",), ("--data=shards",):
+        refused(lambda: tell(*words), "--init and --data")
+    refused(lambda: tell("--steps=3"), "--steps", "no flag of ours")
+    reports = [report_of([[20.0, 1.0]], loss=2.0) | {"name": name, "held_out": held_out}
+               for name, held_out in (("third", 2.5), ("joint", 2.0), ("first-of-all", 3.0))]
+    for report in reports:
+        files.save(report, tmp_path / f"{report['name']}.json")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     tell()
-    rows = capsys.readouterr().out.splitlines()
-    assert [row.split()[0] for row in rows[1:3]] == ["joint", "third"]
-    assert rows[-1] == "no plot: pip install matplotlib"
+    rows = [row.split() for row in capsys.readouterr().out.splitlines()]
+    assert [row[:3] for row in rows[1:4]] == [["joint", "2.0000", "+0.00"], [
+        "third", "2.5000", "+25.00"], ["first-of-all", "3.0000", "+50.00"]]
+    assert " ".join(rows[-1]) == "no plot: pip install matplotlib"
     monkeypatch.undo()
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
-    tell()
-    assert (tmp_path / "conversions.png").read_bytes().startswith(b"\x89PNG")
+    cost, length = conversion.plot(reports, tmp_path / "a.png").axes
+    assert [bar.get_width() for bar in cost.patches] == pytest.approx([25, 0, 50])
+    assert [label.get_text() for label in cost.get_yticklabels()] == [x["name"] for x in reports]
+    assert list(length.lines[0].get_ydata()) == [20, 1]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_several_are_a_process_each_and_a_table(here, monkeypatch, capsys):
@@ -252,8 +267,8 @@ def test_several_are_a_process_each_and_a_table(here, monkeypatch, capsys):
     assert words[0] == "experiments/conversion.py" and rest == ["--steps=3"]
     assert args == conversion.flags().parse_args([*TRIAL, "--keep", "--runs", "third"])
     rows = [line.split()[:4] for line in capsys.readouterr().out.splitlines()]
-    assert ["third", "2.3457", "+0.00", "nan"] in rows and "joint" in [row[0] for row in rows]
-    assert Path("out/conversion/start-decay-0.4-0.53-32.0/start.json").exists()  # before the runs
+    assert ["third", "2.3457", "+0.00", "-"] in rows and "joint" in [row[0] for row in rows]
+    assert Path("out/conversion/start-decay-0.4-0.53-32/start.json").exists()  # before the runs
     made.clear()
     convert(*both)
     assert made == []

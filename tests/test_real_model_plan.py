@@ -573,6 +573,7 @@ def test_what_tells_why_is_a_line_for_each_arm_and_method():
              for x in (3.0, 4.0)]
     found = {"joint": {0: asked(0.0), 5: {}}, "continued": {5: {}},
              "memory": {0: asked(0.0, **swaps[0]), 1: asked(2.0, **swaps[1])}}
+    assert len({len(line) for line in real_model.why(found)[:7]}) == 1  # columns under their heads
     lines = [line.split() for line in real_model.why(found)]
     assert lines[0] == ["H1", "chosen", "chance", "frozen", "oracle"]
     first = {"quest": 1, "moba": 4, "snapkv": 7}  # where its 1/4 stands among METHODS
