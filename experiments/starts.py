@@ -53,7 +53,7 @@ class Start:
 class Watch(Dense):
     """
     Dense attention over k and v of a `swapped` model, which notes of each layer what k~ and v~
-    would do: k_need (KV, D/2) of each pair, v_error (H, D, D), the mean of e e'.
+    would do: k_need (KV, D/2), and v_error (KV, D, D), the C of above.
     """
     takes_half = True
 
@@ -61,14 +61,15 @@ class Watch(Dense):
         self.found = []
 
     def prefill(self, q, k, v, start, dice):
-        KV = k.shape[2] // 2
         read = lambda x: attend(q, half(k, "k"), x, causal=True)          # (B, T, H, D)
         energy = lambda x: x.unflatten(-1, (2, -1)).square().sum(-2)      # (..., D/2) of each pair
+        of_groups = lambda x: x.unflatten(2, (k.shape[2] // 2, -1))       # (B, T, KV, G, ...)
         error = energy(half(k, "k") - half(k, "k~"))                      # (B, T, KV, D/2)
         need = energy(q) * read(error.repeat(1, 1, 1, 2)).chunk(2, -1)[0]  # (B, T, H, D/2)
-        e = read(half(v, "v") - half(v, "v~")).flatten(0, 1).double()     # (B * T, H, D)
-        self.found.append({"k_need": need.mean((0, 1)).unflatten(0, (KV, -1)).sum(1),
-                           "v_error": torch.einsum("thc,thd->hcd", e, e) / len(e)})
+        e = of_groups(read(half(v, "v") - half(v, "v~"))).double()
+        self.found.append({
+            "k_need": of_groups(need).mean((0, 1)).sum(1),
+            "v_error": torch.einsum("btkgc,btkgd->kcd", e, e) / e[..., 0, 0, 0].numel()})
         return read(half(v, "v")), None
 
 
@@ -111,9 +112,8 @@ def turn_values(model, found, long):
     for layer, of_layer, of_heads in zip(model.layers, found, long):
         v_proj, o_proj = layer.self_attn.v_proj, layer.self_attn.o_proj
         read = o_proj.weight.double().unflatten(1, (len(of_heads), -1, D))  # (C, KV, G, D)
-        error = of_layer["v_error"].unflatten(0, (len(of_heads), -1)).sum(1)  # (KV, D, D)
         for head, is_long in enumerate(of_heads):
-            _, ascending = torch.linalg.eigh(error[head])  # (D, D), a direction in each column
+            _, ascending = torch.linalg.eigh(of_layer["v_error"][head])  # in columns
             R = torch.empty_like(ascending)
             R[:, (~is_long).int().argsort(stable=True)] = ascending  # the first to those long
             rows = slice(head * D, (head + 1) * D)

@@ -63,18 +63,18 @@ def test_needs_and_errors_are_those_by_hand():
         q, k, v = in_places(model, tokens, n)
         of_k, of_v = ((x - averaged(x, 5.0))[:, :, head].double() for x in (k, v))  # (B, T, D)
         turned_q, turned_k = (model.layers[n].self_attn.rotate(x, rope) for x in (q, k))
-        needs = torch.zeros(4, dtype=torch.double)
+        needs, errors = torch.zeros(4, dtype=torch.double), torch.zeros(8, 8, dtype=torch.double)
         for of_q in range(3 * head, 3 * head + 3):
             scores = turned_q[:, :, of_q] @ turned_k[:, :, head].mT / 8 ** 0.5
             share = scores.masked_fill(later, -torch.inf).softmax(-1).double()  # (B, T, T)
             e = (share @ of_v).flatten(0, 1)
-            torch.testing.assert_close(found[n]["v_error"][of_q], e.T @ e / 60, rtol=1e-4,
-                                       atol=1e-9)
+            errors += e.T @ e / 60
             for d in range(4):
                 energy = q[:, :, of_q, [d, d + 4]].square().sum(-1)             # (B, T)
                 error = of_k[:, :, [d, d + 4]].square().sum(-1, keepdim=True)   # (B, T, 1)
                 needs[d] += (energy * (share @ error)[..., 0]).mean()
         torch.testing.assert_close(found[n]["k_need"][head].double(), needs, rtol=1e-4, atol=0)
+        torch.testing.assert_close(found[n]["v_error"][head], errors, rtol=1e-4, atol=1e-9)
         least = sorted(range(4), key=needs.tolist().__getitem__)[:2]
         assert sorted(long[n, head].nonzero().flatten().tolist()) == sorted(
             [*least, *(d + 4 for d in least)])
@@ -101,8 +101,7 @@ def test_turned_values_leave_the_model_as_it_was(form):
     # Of all choices of as many directions, the long channels err least in sum (Ky Fan).
     for n, of_layer in enumerate(watch(model, tokens, 8.0)):
         for head in range(2):
-            error = of_layer["v_error"][2 * head:2 * head + 2].sum(0)
-            is_long = long[n, head]
+            error, is_long = of_layer["v_error"][head], long[n, head]
             least = float(torch.linalg.eigvalsh(error)[:is_long.sum()].sum())
             assert float(error.diagonal()[is_long].sum()) == pytest.approx(least, rel=1e-3)
 
