@@ -42,6 +42,7 @@ from data import tokenizer_of
 from experiments import memories  # noqa: F401  puts its classes into memory.MEMORIES
 from experiments import reproduce, runs
 from infra import cli, files, runlog, weights
+from infra.report import pyplot
 from memory import lengths_of
 from model import Transformer
 
@@ -245,13 +246,8 @@ def show_lengths(path, args):
     print("layer     " + "".join(f"{f'head {h}':>9}" for h in range(found.shape[1])))
     for i, of_layer in enumerate(found.median(dim=2).values.tolist()):
         print(f"{i:5}     " + "".join(f"{length:9.1f}" for length in of_layer))
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: pip install matplotlib")
+    if not (plt := pyplot()):
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     figure, axes = plt.subplots(1, len(found), figsize=(1 + 2.5 * len(found), 3.5), sharey=True,
                                 squeeze=False)
     for i, (axis, of_layer) in enumerate(zip(axes[0], found)):

@@ -35,7 +35,7 @@ from experiments import runs
 from experiments.starts import Start, started
 from infra import files, runlog
 from infra.cli import command, flag_parser, made_by, positive, usable_device
-from infra.report import mean
+from infra.report import mean, pyplot
 from memory import lengths_of
 from model import Transformer
 
@@ -251,13 +251,8 @@ def plot(reports, file):
     Left what each conversion costs, right how long its memory is. -> the figure; None without
     matplotlib.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: pip install matplotlib")
+    if not (plt := pyplot()):
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     figure, (cost, length) = plt.subplots(1, 2, figsize=(11, 4.2))
     for i, report in enumerate(reports):
         color = plt.get_cmap("tab20")(i % 20)

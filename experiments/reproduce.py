@@ -47,7 +47,7 @@ from experiments import runs
 from infra import runlog, weights
 from infra.cli import command, flag_parser, natural, positive, seed
 from infra.files import load, save, whole_or_nothing
-from infra.report import best_heads
+from infra.report import best_heads, pyplot
 from model import Transformer
 
 ARMS = {  # pretraining: flags of train.py; {seed} is filled in
@@ -421,13 +421,8 @@ def plots(found, folder):
     found = {arm: reports for arm, reports in found.items() if arm not in CONTROLS}
     if not found:
         return
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plots: pip install matplotlib")
+    if not (plt := pyplot()):
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
     report = first_report(found)
     tasks = list(dict.fromkeys(row["task"] for row in report["results"]))

@@ -5,6 +5,7 @@ Results as tables and plots, and the statistics in them.
     difference    of two models' means: Newcombe's, paired where both were asked the same prompts
     table         the paper's Table 3: accuracy by model, method and task, reads, H1
     table_random  H2: scores drawn by chance
+    pyplot        of matplotlib, which is optional
     plot          the paper's Figure 1: accuracy by budget; and by depth of the needle
 
 A result is a row of results.json (eval_niah.report), of one model, method and task. Checked by hand
@@ -205,19 +206,25 @@ def depths(rows):
     return found
 
 
+def pyplot():
+    """matplotlib's, which draws into files; None, and a line that says so, where it is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: pip install matplotlib")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    return plt
+
+
 def plot(results, path):
     """
     The paper's Figure 1, accuracy by budget for each method; below, accuracy by needle depth at the
     least budget.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: pip install matplotlib")
+    if not (plt := pyplot()):
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     found = lookup(results)
     kinds = by_budget(found)
     if not kinds:

@@ -52,6 +52,7 @@ from pathlib import Path
 import numpy as np
 
 from infra.cli import command, flag_parser
+from infra.report import pyplot
 
 SCALES = [  # panel; fields; what the scale is. A panel's second scale is on its right
     ("training loss, nats per token (x: a pass was skipped)",
@@ -224,13 +225,8 @@ STYLES = ["-", "--", ":", "-.", (0, (6, 1))]
 
 def plot(runs, path):
     """Of several runs colors tell runs and styles tell fields; of one, colors tell fields."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: pip install matplotlib")
+    if not (plt := pyplot()):
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False,
                          "grid.alpha": 0.3})
     # Panels that no run has anything to show in are left out.
