@@ -435,9 +435,7 @@ def tables(found):
 
 def why(found):
     """What tells why, of the arms that were asked: at a budget of 1/4, and the swap at 1/8."""
-    lines = [f"{'':32}" + "".join(f"{head:>8}" for head in ("H1", "chosen", "chance", "frozen",
-                                                            "oracle"))]
-    swaps = []
+    lines, swaps = [], []
     for arm, kind in product(found, CELLS):
         reports = [report for report in found[arm].values() if "oracle" in report]
         of = lambda key, budget: [value for report in reports
@@ -452,12 +450,15 @@ def why(found):
         if swapped := of("swap", "1/8"):
             swaps.append(f"{arm:20}{f'{kind} 1/8':12}" + ";  ".join(
                 f"{name} {mean(x):.1f}" for name, x in reproduce.transpose(swapped).items()))
-    lines.append("H1: the best heads select the answer's place, %. RULER's score, %, of fewer "
-                 "prompts: as the method chooses, by chance, by one chance for a whole answer, an "
-                 "oracle")
+    if lines:
+        heads = "H1", "chosen", "chance", "frozen", "oracle"
+        lines = [" " * 32 + "".join(f"{head:>8}" for head in heads), *lines,
+                 "H1: the best heads select the answer's place, %. RULER's score, %, of fewer "
+                 "prompts: as the method chooses, by chance, by one chance for a whole answer, as "
+                 "an oracle chooses"]
     if swaps:
         lines += [*swaps, "the swap: what chooses, and what is then read: RULER's score, %"]
-    return lines if len(lines) > 2 else []
+    return lines
 
 
 def chosen_by(args):

@@ -11,8 +11,8 @@ Dense attention over k and v is watched, and what it would get wrong with the me
              heads that read these values.
     keys     RoPE turns channels d and d + D/2 as a pair, so that keys stay as they are. A pair's
              need is the mean over queries of |q[i]|^2 times the sum of a[i, t] |k[t] - k~[t]|^2.
-    heads    Each KV head gets the memory alone, and the loss tells what that costs; the cheapest
-             ones get it together.
+    heads    Each KV head is given the memory alone, and the loss tells what that costs. The
+             cheapest get it, the next ones are measured beside them, and so on.
 
 The gate is one for key and value, so the least needed pairs of the key are the channels to which
 the least needed directions of the value are turned. `started` makes such a model, and conversion.py
@@ -65,11 +65,12 @@ class Watch(Dense):
         energy = lambda x: x.unflatten(-1, (2, -1)).square().sum(-2)      # (..., D/2) of each pair
         of_groups = lambda x: x.unflatten(2, (k.shape[2] // 2, -1))       # (B, T, KV, G, ...)
         error = energy(half(k, "k") - half(k, "k~"))                      # (B, T, KV, D/2)
+        # on a GPU, what attention reads must be as wide as the keys
         need = energy(q) * read(error.repeat(1, 1, 1, 2)).chunk(2, -1)[0]  # (B, T, H, D/2)
         e = of_groups(read(half(v, "v") - half(v, "v~"))).double()
         self.found.append({
             "k_need": of_groups(need).mean((0, 1)).sum(1),
-            "v_error": torch.einsum("btkgc,btkgd->kcd", e, e) / e[..., 0, 0, 0].numel()})
+            "v_error": torch.einsum("btkgc,btkgd->kcd", e, e) / math.prod(e.shape[:2])})
         return read(half(v, "v")), None
 
 
@@ -78,7 +79,8 @@ def watch(
     model,    # without a memory
     tokens,   # (B, T)  text
     length,   # tokens, of a memory in all channels
-):            # -> what Watch notes of each layer, the mean of the rows
+):            # -> {"k_need": (KV, D/2), "v_error": (KV, D, D)} of each layer, as Watch notes them;
+              #    the mean of the rows
     probe = copy.deepcopy(model, {id(x): x for x in model.parameters()}).add_memory(0.5)
     n, KV, D = model.config.n_layer, model.config.n_kv_head, model.config.head_width
     everywhere = torch.ones(n, KV, D, dtype=torch.bool)
