@@ -49,7 +49,7 @@ from experiments.oracle import Frozen, left_out, oracle
 from infra import files, runlog, weights
 from infra.answers import read_lines
 from infra.cli import command, flag_parser, made_by, positive, sized, usable_device
-from infra.report import best_heads, mean
+from infra.report import best_heads, mean, pyplot
 from memory import Decay
 from model import Transformer
 
@@ -463,18 +463,50 @@ def why(found):
 
 def chosen_by(args):
     """What steps, rate and settings are chosen by, curve and grid, as far as they are there."""
+    there = {name: files.load(result_of(name, args), "name")
+             for name in [*STAGES["curve"], *STAGES["develop"]] if result_of(name, args).exists()}
+    curve = {name: report for name, report in there.items() if is_trial(name)}
     lines = []
-    for name in [*STAGES["curve"], *STAGES["develop"]]:
-        if not result_of(name, args).exists():
-            continue
-        report = files.load(result_of(name, args))
-        if "grid" in report:
-            lines += [f"{name:22}{method:40}{mean(of_tasks.values()):6.1f}"
-                      for method, of_tasks in report["grid"].items()]
-        else:
-            of_nine = mean([score(report, kind) for kind in CELLS])
-            lines.append(f"{name:22}{'mean of the nine cells':40}{of_nine:6.1f}")
+    if curve:
+        plot_curve(curve, Path(args.results) / "curve.png")
+        lines.append(" " * 22 + "".join(f"{head:>8}" for head in ("dense", *CELLS, "nine", "text")))
+    for name, report in curve.items():
+        lines.append(f"{name:22}" + "".join(f"{x:8.1f}" for x in curve_point(report))
+                     + f"{report['tuning']['held_out']:8.3f}")
+    for name in there.keys() - curve.keys():
+        lines += [f"{name:22}{method:40}{mean(of_tasks.values()):6.1f}"
+                  for method, of_tasks in there[name]["grid"].items()]
     return lines
+
+
+def curve_point(report):
+    """RULER's score in percent, the mean of the tasks: dense; each method's three budgets; the mean
+    of all nine cells."""
+    of_kinds = [score(report, kind) for kind in CELLS]
+    return [mean(report["cells"]["dense"].values()), *of_kinds, mean(of_kinds)]
+
+
+def plot_curve(reports, file):
+    """Scores by steps of fine-tuning, a panel for each rate. -> the figure; None without
+    matplotlib."""
+    if not (plt := pyplot()):
+        return None
+    of_rates = {}
+    for name, report in reports.items():
+        _, _, steps, rate = parts_of(name)
+        of_rates.setdefault(rate, {})[steps] = curve_point(report)
+    figure, panels = plt.subplots(1, len(of_rates), figsize=(9, 3.6), sharey=True, squeeze=False)
+    for panel, (rate, of_steps) in zip(panels[0], of_rates.items()):
+        for label, scores in zip(("dense", *CELLS, "nine cells"), zip(*of_steps.values())):
+            panel.plot([*of_steps], scores, "o-", label=label)
+        panel.set(xscale="log", xticks=[*of_steps], xticklabels=[*of_steps], title=f"rate {rate}",
+                  xlabel="steps of fine-tuning", ylim=(0, 100))
+        panel.minorticks_off()
+    panels[0, 0].set_ylabel("RULER's score, %")
+    panels[0, 0].legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    return figure
 
 
 # ---------------------------------------------------------------- python -m experiments.real_model

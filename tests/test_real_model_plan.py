@@ -683,17 +683,27 @@ def test_what_is_there_is_known_before_any_training(refusal):
     assert "joint-1.json is damaged" in refusal(*TRIAL, "--runs", "joint-1")
 
 
-def test_what_is_chosen_by_is_told(here, capsys):
+def test_what_is_chosen_by_is_told(here, monkeypatch, capsys):
     """A curve that nobody can read; a table that ends the first command of the plan badly."""
-    curve = [report(f"released-0-{n}x1e-4", of_kinds(90, score, score, score))
+    curve = [report(f"released-0-{n}x1e-4", of_kinds(90, score, score + 5, score + 25))
              for n, score in ((54, 30), (160, 42))]
     write(*curve, {key: value for key, value in report("joint-100").items() if key != "cells"}
           | {"grid": {"moba:budget=1/8,block_size=32": {"a": 40.0, "b": 50.0}}})
+    figures, draw = [], real_model.plot_curve
+    monkeypatch.setattr(real_model, "plot_curve", lambda *args: figures.append(draw(*args)))
     real_model.main(["--results=results/real-model"])
-    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
-        ["released-0-54x1e-4", "mean", "of", "the", "nine", "cells", "30.0"],
-        ["released-0-160x1e-4", "mean", "of", "the", "nine", "cells", "42.0"],
+    told = [line.split() for line in capsys.readouterr().out.splitlines() if "no plot" not in line]
+    assert told == [
+        ["dense", "quest", "moba", "snapkv", "nine", "text"],
+        ["released-0-54x1e-4", "90.0", "30.0", "35.0", "55.0", "40.0", "2.000"],
+        ["released-0-160x1e-4", "90.0", "42.0", "47.0", "67.0", "52.0", "2.000"],
         ["joint-100", "moba:budget=1/8,block_size=32", "45.0"]]
+    if figure := figures[0]:  # matplotlib is there
+        assert Path("results/real-model/curve.png").exists()
+        [panel] = figure.axes
+        assert [[*line.get_xdata()] for line in panel.lines] == [[54, 160]] * 5
+        assert [tuple(line.get_ydata()) for line in panel.lines] == [
+            (90, 90), (30, 42), (35, 47), (55, 67), (40, 52)]
 
 
 def test_results_of_other_settings_are_named(here, monkeypatch):
