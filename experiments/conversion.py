@@ -66,6 +66,8 @@ PLAN = {
     "third-slow-light": (Start(), "--arl=64 --arl_weight=0.1 --memory_lr=1e-4"),
     "third-20-slower-light": (Start(heads=0.35, length=20),
                               "--arl=64 --arl_weight=0.1 --memory_lr=3e-5"),
+    "third-18-slowest-light": (Start(heads=0.34, length=18),
+                               "--arl=64 --arl_weight=0.1 --memory_lr=1e-5"),
     "two-thirds-slow-light": (Start(heads=0.7), "--arl=64 --arl_weight=0.1 --memory_lr=1e-4"),
     # keys or values alone
     "third-keys-slow-light": (Start(kind="keys"), "--arl=64 --arl_weight=0.1 --memory_lr=1e-4"),
