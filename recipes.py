@@ -68,12 +68,13 @@ RECIPES = {
         lr=6e-5, memory_lr=6e-4, min_lr=1e-6, warmup=0.02, weight_decay=0.1,
         save_every=25),
 
-    # A memory for a language model of 135M parameters, on one GPU: the schedule of all arms in
-    # docs/real-model.md.
+    # A memory for a language model of 135M parameters, on one GPU: the conversion that was chosen
+    # in docs/real-model.md, whose schedule all arms there have. Its gates hardly move, so --init
+    # comes from experiments/starts.py, where they start long.
     "continue": dict(
-        data=None, memory="on", arl=64,
+        data=None, memory="on", arl=64, arl_weight=0.1,
         context_len=4096, batch=16, steps=381,
-        lr=5e-4, memory_lr=1e-4, warmup=0.05, weight_decay=0.1),
+        lr=5e-4, memory_lr=1e-5, warmup=0.05, weight_decay=0.1),
 
     # Needles before the evaluation, for both backbones. The steps are a reading: the paper says
     # "about 7M tokens" and gives 16 GPUs two hours, and (c)'s file name says 2,248 steps, which are

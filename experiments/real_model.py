@@ -11,8 +11,8 @@ are fine-tuned and asked alike.
     released      the model as it is
     continued     on text, one optimizer step per batch
     joint         and one more before it, through a window of 64 tokens
-    dilated       and one more before it, through ARL's sparse pattern
-    memory        with a memory, and ARL's step
+    dilated       and one more before it, through ARL's sparse pattern, that weighs little
+    memory        with a memory, and that step of ARL's
     memory-joint  with a memory, and the window's step
     convolution   with a short causal convolution in the memory's place, and the window's step
 
@@ -53,26 +53,27 @@ from infra.report import best_heads, mean, pyplot
 from memory import Decay
 from model import Transformer
 
-# What stands here of the memory's start, of steps, rates and settings is a guess until
-# conversion.py, the curve and the grid have decided. It is set before `primary` has a score.
+# The memory's start, ARL's weight and the gates' rate are those of the conversion that was chosen,
+# steps and rate what the curve says: docs/real-model.md. SETTING is a guess until `develop` has
+# decided, before `primary` has a score.
 
 # How the released model is continued: flags of train.py that follow --recipe=continue.
 ARMS = {
     "released": None,
     "continued": "--memory=off",
     "joint": "--memory=off --joint=64",
-    "dilated": "--memory=off --arl=64",
-    "memory": "--memory=on --arl=64",
+    "dilated": "--memory=off --arl=64 --arl_weight=0.1",
+    "memory": "--memory=on --arl=64 --arl_weight=0.1",
     "memory-joint": "--memory=on --arl=0 --joint=64",
-    "convolution": "--memory=convolution --arl=0 --joint=64",
+    "convolution": "--memory=convolution --arl=0 --joint=64 --memory_lr=5e-4",  # as the weights
 }
-START = starts.Start()                # of the gates, where --memory=on
-PLAIN = replace(START, kind=None)     # of the others: turned alike, without a memory
+START = conversion.PLAN["third-18-slowest-light"][0]  # of the gates, where --memory=on
+PLAIN = replace(START, kind=None)                     # of the others: turned alike, without
 
 # Fine-tuning: recipe niah-sft with so many steps of 16 sequences, at this rate, unless a run names
-# others.
-SFT = "--recipe=niah-sft --batch=16 --min_lr=0 --memory_lr=1e-4"  # gates as in `continue`
-STEPS, RATE = 320, "3e-4"
+# others. Gates learn as in `continue`, filters as the weights do.
+SFT = "--recipe=niah-sft --batch=16 --min_lr=0"
+STEPS, RATE = 160, "3e-4"
 RUN = re.compile(rf"({'|'.join(ARMS)})-(0|[1-9]\d*)(?:-([1-9]\d*)x([1-9]e-\d+))?", re.ASCII)
 
 SEEDS = range(8)  # of the contrasts
@@ -156,9 +157,10 @@ def stages_of(name, args, rest):
                 f"--name={name}-text"]
         start = Path(args.out) / f"{name}-text"
 
-    passes = [flag for flag in flags if flag in ("--joint=64", "--arl=64")]
-    tuned = {suffix: [*SFT.split(), f"--steps={steps}", f"--lr={rate}", f"--init={start}",
-                      *extra, *both, f"--name={name}{suffix}"]
+    passes = [flag for flag in flags if flag in ("--joint=64", "--arl=64", "--arl_weight=0.1")]
+    memory_lr = rate if arm == "convolution" else "1e-5"
+    tuned = {suffix: [*SFT.split(), f"--steps={steps}", f"--lr={rate}", f"--memory_lr={memory_lr}",
+                      f"--init={start}", *extra, *both, f"--name={name}{suffix}"]
              for suffix, extra in {"": [], "-same": passes}.items()
              if not suffix or (extra and seed in DETAILED)}
     return text, tuned
@@ -500,7 +502,7 @@ def plot_curve(reports, file):
         for label, scores in zip(("dense", *CELLS, "nine cells"), zip(*of_steps.values())):
             panel.plot([*of_steps], scores, "o-", label=label)
         panel.set(xscale="log", xticks=[*of_steps], xticklabels=[*of_steps], title=f"rate {rate}",
-                  xlabel="steps of fine-tuning", ylim=(0, 100))
+                  xlabel="steps of fine-tuning", ylim=(0, 102))
         panel.minorticks_off()
     panels[0, 0].set_ylabel("RULER's score, %")
     panels[0, 0].legend()

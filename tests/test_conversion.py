@@ -138,6 +138,9 @@ def plan(name, *rest):
 
 def test_every_conversion_is_what_its_name_says():
     """A rate or a pass that is another's; a control that has a memory, or fewer steps."""
+    slow = {"slow": 1e-4, "slower": 3e-5, "slowest": 1e-5}
+    shorter = {"18": dict(heads=0.34, length=18), "20": dict(heads=0.35, length=20),
+               "two": dict(heads=0.7)}
     for name, (start, _) in PLAN.items():
         args, words = plan(name, "--batch=2"), name.split("-")
         control = words[0] in ("joint", "dilated")
@@ -152,9 +155,9 @@ def test_every_conversion_is_what_its_name_says():
             assert start == Start(kind=None) and args.memory == "off", name
         else:
             kind = next((word for word in ("keys", "values") if word in words), "decay")
-            heads = 0.7 if words[0] == "two" else 0.4
-            assert (start, args.memory) == (Start(kind, heads), None), name
-            assert args.memory_lr == (1e-4 if "slow" in words else 5e-4), name
+            [of] = [shorter[word] for word in words if word in shorter] or [{}]
+            assert (start, args.memory) == (Start(kind, **of), None), name
+            assert args.memory_lr == next((slow[word] for word in words if word in slow), 5e-4)
         assert args.init == ("model" if start is None else conversion.folder_of(start, args))
         assert (args.data, args.context_len, args.steps, args.batch, args.seed) == (
             "shards", 64, 381, 2, 0)

@@ -16,7 +16,7 @@ import eval_niah
 import niah
 import sparse
 import train
-from experiments import real_model, runs, starts, swap, ways
+from experiments import conversion, real_model, runs, starts, swap, ways
 from experiments.oracle import Frozen, left_out, oracle
 from experiments.real_model import ARMS, STAGES, parts_of, stages_of
 from infra import files
@@ -62,11 +62,11 @@ def test_stages_are_the_runs_of_the_plan():
     of = lambda stage: [parts_of(name) for name in STAGES[stage]]
     assert of("curve") == [("released", 0, steps, rate) for rate in ("1e-4", "3e-4")
                            for steps in (54, 160, 320, 640)]
-    assert of("develop") == [("joint", 100, 320, "3e-4")]
-    assert sorted(of("primary")) == sorted((arm, seed, 320, "3e-4") for seed in range(8)
+    assert of("develop") == [("joint", 100, 160, "3e-4")]
+    assert sorted(of("primary")) == sorted((arm, seed, 160, "3e-4") for seed in range(8)
                                            for arm in ("joint", "memory", "dilated"))
     assert sorted(of("others")) == sorted(
-        (arm, seed, 320, "3e-4") for seed in range(2)
+        (arm, seed, 160, "3e-4") for seed in range(2)
         for arm in ("released", "continued", "memory-joint", "convolution"))
     assert parts_of("memory-joint-12-7x2e-5") == ("memory-joint", 12, 7, "2e-5")
 
@@ -102,25 +102,43 @@ def test_each_arm_is_trained_as_the_plan_says(arm):
     assert bool(text) == bool(on_text)
     start = f"o/{name}-text" if text else "model"
     stages = {suffix: train.parse(of) for suffix, of in tuned.items()}
+    filters = arm == "convolution"  # learn as fast as the weights, where gates hardly move
     if text:
         s = stages["-text"] = train.parse(text)
         assert (s.init, s.memory, s.arl, s.joint) == on_text
         assert (s.recipe, s.data, s.steps, s.batch, s.lr, s.memory_lr, s.min_lr, s.warmup) == (
-            "continue", "shards", 381, 16, 5e-4, 1e-4, 0, 0.05)
-        assert (s.weight_decay, s.gate_start) == (0.1, 0.5)
+            "continue", "shards", 381, 16, 5e-4, 5e-4 if filters else 1e-5, 0, 0.05)
+        assert (s.weight_decay, s.arl_weight) == (0.1, 0.1)
     for suffix, passes in ("", (0, 0)), ("-same", same):
         assert (suffix in tuned) == (passes is not None)
         if passes:
             s = stages[suffix]
             assert (s.init, s.memory, (s.arl, s.joint)) == (start, None, passes)
             assert (s.recipe, s.data, s.protocol, s.steps, s.batch, s.lr, s.min_lr) == (
-                "niah-sft", "niah", "sft", 320, 16, 3e-4, 0)
+                "niah-sft", "niah", "sft", 160, 16, 3e-4, 0)
             assert (s.warmup, s.weight_decay, s.many, s.other_weight) == (0.05, 0.01, 0, 0)
-            assert s.memory_lr == 1e-4
+            assert s.memory_lr == (3e-4 if filters else 1e-5)
+            assert s.arl_weight == 0.1 or not s.arl
     for suffix, s in stages.items():
         assert (s.out, s.name, s.seed, s.resume) == ("o", name + suffix, 1, True)
         assert (s.context_len, s.eval_every, s.workers, s.tasks) == (512, 0, 0, None)
         assert s.save_every > s.steps
+
+
+@pytest.mark.parametrize("arm, name", [("memory", "third-18-slowest-light"), ("joint", "joint"),
+                                       ("dilated", "dilated-light")])
+def test_arms_are_the_conversions_that_were_measured(arm, name):
+    """A conversion that is chosen by its loss and lengths, and an arm that is another one."""
+    text, _ = stages_of(f"{arm}-0", flags("--out=o"), [])
+    args = conversion.flags().parse_args([*TRIAL[:4], "--out=c"])
+    ours, chosen = (vars(train.parse(of)) for of in (text, conversion.flags_of(name, args, [])))
+    assert chosen["memory"] == (None if arm == "memory" else "off")  # its start has it already
+    folders = {"recipe", "memory", "init", "out", "name"}
+    without = {"joint": {"memory_lr", "arl_weight"}, "dilated": {"memory_lr"}}  # of no effect
+    assert {key for key in ours if ours[key] != chosen[key]} - folders == without.get(arm, set())
+    start, folder = real_model.start_of(text, flags())
+    assert start.kind == conversion.PLAN[name][0].kind
+    assert arm != "memory" or start == conversion.PLAN[name][0]
 
 
 def test_a_run_may_name_its_steps_and_rate():
@@ -129,6 +147,8 @@ def test_a_run_may_name_its_steps_and_rate():
     assert (train.parse(text).steps, train.parse(text).lr) == (381, 5e-4)
     assert [(s.steps, s.lr, s.name) for s in map(train.parse, tuned.values())] == [
         (54, 1e-4, "joint-0-54x1e-4"), (54, 1e-4, "joint-0-54x1e-4-same")]
+    text, tuned = stages_of("convolution-2-54x1e-4", flags(), [])
+    assert (train.parse(text).memory_lr, train.parse(tuned[""]).memory_lr) == (5e-4, 1e-4)
     _, longer = stages_of("joint-3", flags(), ["--steps=2"])  # of a trial
     assert {train.parse(of).steps for of in longer.values()} == {2}
 
