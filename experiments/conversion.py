@@ -49,7 +49,7 @@ COMMON = ("--context_len=4096 --batch=16 --steps=381 --lr=5e-4 --memory_lr=5e-4 
 # Flags of train.py that are no user's, as the conversions, or real_model's arms, differ in them.
 OURS = (*runs.OURS, "--arl", "--arl_weight", "--joint", "--lr", "--memory_lr")
 
-PLAIN = Start(kind=None)  # of the controls: turned like the others, and without a memory
+PLAIN = Start(kind=None)  # of the controls: turned as for 32 tokens, and without a memory
 
 # Where the gates start (None: --init as it is, and as the flags say), and flags of train.py.
 PLAN = {
@@ -202,6 +202,12 @@ def medians(report):
     return sorted(x for layer in report.get("lengths", {}).get("0.5", []) for x in layer)
 
 
+def of_a_third(report):
+    """Tokens that a third of the KV heads' medians have or exceed."""
+    heads = medians(report)
+    return heads[-math.ceil(len(heads) / 3)]
+
+
 def above(report, reports):
     """By how many percent the loss held out is above that of `joint` with as many steps of the same
     size and rate; nan if it is not among the reports."""
@@ -223,8 +229,7 @@ def line(report, percent):
         words += f"{'-':>9}" if loss is None else f"{loss:9.4f}"
     if heads:
         long = sum(x >= LONG for x in heads)
-        of_a_third = heads[-math.ceil(len(heads) / 3)]
-        words += f"{long:6} of {len(heads):2}{of_a_third:9.1f}{heads[-1]:9.1f}"
+        words += f"{long:6} of {len(heads):2}{of_a_third(report):9.1f}{heads[-1]:9.1f}"
     return words
 
 

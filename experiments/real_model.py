@@ -34,7 +34,7 @@ import json
 import lzma
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
@@ -52,6 +52,7 @@ from infra.cli import command, flag_parser, made_by, positive, sized, usable_dev
 from infra.report import best_heads, mean, pyplot
 from memory import Decay
 from model import Transformer
+from recipes import RECIPES
 
 # The memory's start, ARL's weight and the gates' rate are those of the conversion that was chosen,
 # steps and rate what the curve says: docs/real-model.md. SETTING is a guess until `develop` has
@@ -96,7 +97,8 @@ CELLS = {kind: [f"{kind}:budget={budget}{more}" for budget in BUDGETS]
 EXTREME = "quest:budget=1/64,block_size={}"
 GRID = [*(f"snapkv:budget=1/8,kernel={kernel},window={window}"
           for kernel in (5, 11, 21, 31) for window in (16, 32, 64)),
-        *(f"moba:budget=1/8,block_size={size}" for size in (32, 64, 128))]
+        # at 1/16, two blocks of 128 would be those that it always reads
+        *(f"moba:budget=1/8,block_size={size}" for size in (32, 64))]
 DEVELOP, EVAL = 100, 1000  # seeds of the prompts: of the curve and the grid; of the scores
 DETAILED = 0, 1            # seeds whose runs are fine-tuned twice, and asked why
 DRAWS = 5                  # of H2
@@ -157,8 +159,8 @@ def stages_of(name, args, rest):
                 f"--name={name}-text"]
         start = Path(args.out) / f"{name}-text"
 
-    passes = [flag for flag in flags if flag in ("--joint=64", "--arl=64", "--arl_weight=0.1")]
-    memory_lr = rate if arm == "convolution" else "1e-5"
+    passes = [flag for flag in flags if flag.startswith(("--joint", "--arl")) and flag != "--arl=0"]
+    memory_lr = rate if arm == "convolution" else RECIPES["continue"]["memory_lr"]
     tuned = {suffix: [*SFT.split(), f"--steps={steps}", f"--lr={rate}", f"--memory_lr={memory_lr}",
                       f"--init={start}", *extra, *both, f"--name={name}{suffix}"]
              for suffix, extra in {"": [], "-same": passes}.items()
@@ -171,13 +173,28 @@ def result_of(name, args):
 
 
 def missing(name, args):
-    """The suffixes of the run's results that are not there. ValueError if one is damaged."""
+    """The suffixes of the run's results that are not there, whole. ValueError if one is damaged."""
     _, tuned = stages_of(name, args, [])
-    return [suffix for suffix in tuned if not is_there(result_of(name + suffix, args))]
+    return [suffix for suffix in tuned if not is_there(name, suffix, args)]
 
 
-def is_there(file):
-    return file.exists() and bool(files.load(file, "name", "arm", "seed", "tuning"))
+def is_there(name, suffix, args):
+    file = result_of(name + suffix, args)
+    if not file.exists():
+        return False
+    report = files.load(file, "name", "arm", "seed", "tuning")
+    return "oracle" in report or not is_detailed(name)
+
+
+def is_detailed(name):
+    """Whether a run's models are asked why."""
+    return parts_of(name)[1] in DETAILED and not is_trial(name)
+
+
+def reports_in(args):
+    """(file, report) of all results that are there. ValueError if one is damaged."""
+    for file in sorted(Path(args.results).glob("*.json")):
+        yield file, files.load(file, "name", "arm", "seed", "tuning")
 
 
 # ---------------------------------------------------------------- one run: train, ask, delete
@@ -192,13 +209,20 @@ def run_one(name, args, rest):
     about |= {"arm": arm, "seed": seed}
     get_ready([name], args, rest)
     if text:
+        about["start"] = files.load(start_of(text, args)[1] / "start.json")
         about["text"] = trained(text, args)
     for suffix in wanted:
-        tuning = trained(tuned[suffix], args)
-        found = ask(name, suffix, args)
-        report = about | {"name": name + suffix, "tuning": tuning} | found
-        files.save(report, result_of(name + suffix, args))
-        print(f"{name}{suffix}: result in {result_of(name + suffix, args)}", flush=True)
+        result = result_of(name + suffix, args)
+        report = about | {"name": name + suffix, "tuning": trained(tuned[suffix], args)}
+        there = files.load(result, "tuning") if result.exists() else {}
+        if there.get("tuning", {}).get("train") == report["tuning"]["train"]:  # but not why
+            report |= there
+        else:
+            report |= ask(name, suffix, args)
+            files.save(report, result)  # what tells why takes as long as all before
+        if is_detailed(name):
+            files.save(report | ask_why(name, suffix, args), result)
+        print(f"{name}{suffix}: result in {result}", flush=True)
     if not args.keep:
         for folder in [f"{name}-text", *(name + suffix for suffix in tuned)]:
             shutil.rmtree(Path(args.out) / folder, ignore_errors=True)
@@ -218,8 +242,19 @@ def get_ready(names, args, rest):
     grid = GRID if any(name in STAGES["develop"] for name in names) else []
     for text in [*nine(), extreme(args), *grid]:
         sparse.parse(sized(text, args.context_len, tokenizer, sparse.METHODS), args.context_len)
+    first = {}
+    read_all(args, first)
+    shared = lambda flags: flags_in(vars(train.parse(flags)), lambda key: key not in OF_ARM)
+    for name, (text, tuned) in zip(names, stages):
+        if not is_trial(name):
+            planned = {"text": shared(text), "the start": asdict(PLAIN)} if text else {}
+            agree(name, planned | {"tuning": shared(tuned[""])}, first)
+    # runs on another machine start as those did whose results are there: a memory's tells more
+    there = [report["start"] for _, report in reports_in(args) if "start" in report]
+    like = max(there, key=len, default=None)
     for start, folder in dict.fromkeys(start_of(text, args) for text, _ in stages if text):
-        starts.started(start, args.init, args.data, folder, args.device, args.context_len)
+        starts.started(start, args.init, args.data, folder, args.device, args.context_len,
+                       like=like)
     if args.device.startswith("cuda"):
         torch.cuda.empty_cache()  # a run in another process counts on all of its GPU
 
@@ -247,27 +282,27 @@ def extreme(args):
 
 
 def ask(name, suffix, args):
-    """
-    -> {"cells": {method: {task: RULER's score in percent}}}, and with fewer prompts what tells why:
-    "few_cells", "hits" (H1), "by_chance" (H2), "frozen", "oracle", "swap"
-    """
+    """-> {"cells": {method: {task: RULER's score in percent}}}, or of `develop` "grid" """
     folder = Path(args.out) / (name + suffix)
-    arm, seed, *_ = parts_of(name)
+    what, methods = "cells", [*nine(), extreme(args)]
     if name in STAGES["develop"]:
-        report = evaluated(folder, "grid", args, DEVELOP, args.samples, GRID)
-        return {"grid": scores_in(report), "prompts": reproduce.prompts_in(report)}
+        what, methods = "grid", GRID
+    prompts = DEVELOP if is_trial(name) or what == "grid" else EVAL
+    report = evaluated(folder, what, args, prompts, args.samples, methods)
+    if what == "cells":
+        file = result_of(name + suffix, args).with_suffix(".answers.xz")
+        keep_answers(folder / what, file)
+    return {"samples": args.samples, "few": args.few, "prompts": reproduce.prompts_in(report),
+            what: scores_in(report)}
 
-    prompts = DEVELOP if is_trial(name) else EVAL
-    report = evaluated(folder, "cells", args, prompts, args.samples, [*nine(), extreme(args)])
-    found = {"samples": args.samples, "few": args.few, "prompts": reproduce.prompts_in(report),
-             "cells": scores_in(report)}
-    keep_answers(folder / "cells", result_of(name + suffix, args).with_suffix(".answers.xz"))
-    if is_trial(name) or seed not in DETAILED:
-        return found
 
+def ask_why(name, suffix, args):
+    """What tells why, of fewer prompts -> "few_cells", "hits" (H1), "by_chance" (H2), "frozen",
+    "oracle", "swap" """
+    folder = Path(args.out) / (name + suffix)
     report = evaluated(folder, "why", args, EVAL, args.few, nine(), "--hits", f"--random={DRAWS}")
-    found["hits"] = {method: 100 * best_heads(rates)
-                     for method, rates in reproduce.hit_rates(report).items()}
+    found = {"hits": {method: 100 * best_heads(rates)
+                      for method, rates in reproduce.hit_rates(report).items()}}
     # what chance, the oracle and the swap reach is compared with scores of the same few prompts
     found["few_cells"], found["by_chance"] = {}, {}
     for method, mean_score in reproduce.means(report).items():
@@ -347,24 +382,18 @@ def asked_besides(folder, args):
 
 # ---------------------------------------------------------------- tables of what is there
 
-def read_all(args):
+def read_all(args, first=None):
     """
     {arm, with "-same" where fine-tuned so: {seed: report}} of the results there, but for the
-    development and those that name their steps and rate. ValueError if two were trained or asked
-    otherwise, or with other settings than SETTING's.
+    development and those that name their steps and rate; `first` gets the facts in which they
+    agree. ValueError if two do not, or were asked with other settings than SETTING's.
     """
-    found, first = {}, None
-    for file in sorted(Path(args.results).glob("*.json")):
-        report = files.load(file, "name", "arm", "seed", "tuning")
+    found, first = {}, {} if first is None else first
+    for file, report in reports_in(args):
         suffix = report["name"].removeprefix(f"{report['arm']}-{report['seed']}")
         if "cells" not in report or suffix not in ("", "-same"):
             continue
-        alike = [report[key] for key in ("samples", "few", "prompts")] + [list(report["cells"])]
-        alike.append(schedule(report["tuning"]))
-        first = first or (file, alike)
-        if alike != first[1]:
-            raise ValueError(f"{file} was trained or asked otherwise than {first[0]}: move one of "
-                             "them away")
+        agree(file, facts(report, suffix), first)
         if any(not cells_of(report, kind) for kind in CELLS):
             raise ValueError(f"{file} was asked with other settings of the methods than are wanted "
                              "now: move it away")
@@ -373,10 +402,41 @@ def read_all(args):
     return {arm: found[arm] for arm in order if arm in found}
 
 
-def schedule(stage):
-    """What all fine-tunings have in common."""
-    settings = stage["train"]["settings"]
-    return [settings[key] for key in ("steps", "batch", "lr", "context_len")]
+OF_ARM = {"memory", "memory_lr", "arl", "arl_weight", "joint"}  # flags in which arms differ
+
+
+def facts(report, suffix):
+    """{of what: value} in which all results agree that have it."""
+    arm = report["arm"] + suffix
+    found = {"what is asked": {key: report[key] for key in ("samples", "few", "prompts")}
+             | {"methods": list(report["cells"])}}
+    if start := report.get("start"):
+        found["the start"] = start["start"] | {"kind": None}  # that of a control is made alike
+        found |= {f"{key} of the start": start[key] for key in {"long", "heads"} & start.keys()}
+    for stage in {"text", "tuning"} & report.keys():
+        train = report[stage]["train"]
+        found[stage] = flags_in(train["settings"], lambda key: key not in OF_ARM)
+        found[f"{stage} of {arm}"] = flags_in(train["settings"], lambda key: key in OF_ARM)
+        found[f"order of {stage}, seed {report['seed']}"] = train["first_sample"]
+    return found
+
+
+def flags_in(settings, wanted):
+    """Those of train.py's that decide what is trained, but for its seed."""
+    free = {"seed", *runlog.FILES, *runlog.MAY_CHANGE}
+    return {key: value for key, value in settings.items() if key not in free and wanted(key)}
+
+
+def agree(name, facts, first):
+    """ValueError if facts differ from those that came first, {of what: (value, name)}, which get
+    what they lack."""
+    for what, value in facts.items():
+        there, other = first.setdefault(what, (value, name))
+        if there != value:
+            if isinstance(value, dict):
+                what += f", {next(x for x in value | there if value.get(x) != there.get(x))}"
+            raise ValueError(f"{name} is trained or asked otherwise than {other} ({what}): give "
+                             "the same flags, or move one of them away")
 
 
 def cells_of(report, kind):
@@ -416,23 +476,39 @@ def contrasts(found):
 
 
 def tables(found):
-    """All arms, and the contrasts, as text."""
-    lines = [f"{'':20}{'seeds':>5}{'text':>8}{'dense':>11}" + "".join(
+    """Lines of all arms' scores, and of the contrasts."""
+    lines = [f"{'':20}{'seeds':>5}{'dense':>11}" + "".join(
         f"{f'{kind} {budget}':>12}" for kind in CELLS for budget in BUDGETS) + f"{'1/64':>11}"]
     for arm, reports in found.items():
         cells = reproduce.transpose([{method: mean(of.values())
                                       for method, of in report["cells"].items()}
                                      for report in reports.values()])
         dense, *middle, last = (reproduce.cell(values, "±") for values in cells.values())
-        loss = mean(report["tuning"]["held_out"] for report in reports.values())
-        lines.append(f"{arm:20}{len(reports):5}{loss:8.3f}{dense:>11}"
+        lines.append(f"{arm:20}{len(reports):5}{dense:>11}"
                      + "".join(f"{cell:>12}" for cell in middle) + f"{last:>11}")
     for title, of_kind in contrasts(found).items():
         for kind, of in of_kind.items():
             p = f"   p {of['p']:.3f}, Holm {of['holm']:.3f}" if "p" in of else ""
             lines.append(f"{title}, {kind}: {of['gain']:+.1f} of {len(of['by_seed'])} seeds{p}")
-    return "\n".join([*lines, "RULER's score, %: mean of tasks and of seeds; text: loss on "
-                      "held-out text after the fine-tuning, nats per token"])
+    return [*lines, "RULER's score, %: mean of tasks and of seeds"]
+
+
+def memories(found):
+    """Of each arm the losses, and of a memory how long it is and what its model loses without."""
+    lines = [f"{'':20}{'':5}" + "".join(f"{head:>9}" for head in ("text", "long", "shut") * 2)]
+    for arm, reports in found.items():
+        line = f"{arm:20}{len(reports):5}"
+        for stage in "text", "tuning":
+            there = [report[stage] for report in reports.values() if stage in report]
+            columns = {".3f": [of["held_out"] for of in there],
+                       ".1f": [conversion.of_a_third(of) for of in there if "lengths" in of],
+                       "+.3f": [of["shut"] - of["held_out"] for of in there if "shut" in of]}
+            for digits, values in columns.items():
+                line += f"{format(mean(values), digits) if values else '':>9}"
+        lines.append(line)
+    return [*lines, "after continuing, and after the fine-tuning: loss on held-out text, nats per "
+            "token; tokens that a third of the KV heads' medians have or exceed; how much the loss "
+            "rises with the memory's gates shut"]
 
 
 def why(found):
@@ -464,7 +540,8 @@ def why(found):
 
 
 def chosen_by(args):
-    """What steps, rate and settings are chosen by, curve and grid, as far as they are there."""
+    """What steps, rate and settings are chosen by, curve and grid, as far as they are there; the
+    curve is drawn."""
     there = {name: files.load(result_of(name, args), "name")
              for name in [*STAGES["curve"], *STAGES["develop"]] if result_of(name, args).exists()}
     curve = {name: report for name, report in there.items() if is_trial(name)}
@@ -483,8 +560,10 @@ def chosen_by(args):
 
 def curve_point(report):
     """RULER's score in percent, the mean of the tasks: dense; each method's three budgets; the mean
-    of all nine cells."""
-    of_kinds = [score(report, kind) for kind in CELLS]
+    of all nine cells, whatever the settings were."""
+    of = lambda kind: mean([mean(of_tasks.values()) for method, of_tasks in report["cells"].items()
+                            for budget in BUDGETS if method.startswith(f"{kind}:budget={budget},")])
+    of_kinds = [of(kind) for kind in CELLS]
     return [mean(report["cells"]["dense"].values()), *of_kinds, mean(of_kinds)]
 
 
@@ -521,7 +600,8 @@ def run_all(args, rest):
     if rest and not names:
         raise ValueError(f"{rest[0]}: no flag of ours, and no run is named to pass it on to")
     left = [name for name in names if missing(name, args)]
-    for report in [report for reports in read_all(args).values() for report in reports.values()]:
+    read_all(args)  # what does not fit together is known now
+    for _, report in reports_in(args):
         if left and (report["samples"], report["few"]) != (args.samples, args.few):
             raise ValueError(f"{args.results} holds {report['name']}, asked with --samples="
                              f"{report['samples']} --few={report['few']}: give the same, or "
@@ -544,7 +624,8 @@ def run_all(args, rest):
     found, choices = read_all(args), chosen_by(args)
     if not (found or choices):
         raise ValueError(f"{args.results} holds no result: name --stages or --runs to make some")
-    print("\n".join([*choices, *([tables(found), *why(found)] if found else [])]))
+    lines = [*tables(found), *memories(found), *why(found)] if found else []
+    print("\n".join([*choices, *lines]))
 
 
 def flags():

@@ -178,38 +178,60 @@ def cheapest(
 
 # ---------------------------------------------------------------- a model that starts so
 
-def started(start, init, data, folder, device, context_len=4096, windows=6):
+# What a start chooses by measuring: its channels, as to_words has them; its heads [layer, KV head],
+# cheapest first; the loss before and with them, and what each costs alone, in nats per token.
+CHOSEN = {"long", "heads", "loss", "loss_with", "cost_alone"}
+
+
+def to_words(long):
+    """(layers, KV, D) -> a word of D letters, 0 or 1, for each KV head of each layer."""
+    return [["".join(str(int(x)) for x in of_head) for of_head in of_layer]
+            for of_layer in long.tolist()]
+
+
+def from_words(words):
+    return torch.tensor([[[x == "1" for x in of_head] for of_head in of_layer]
+                         for of_layer in words])
+
+
+def started(start, init, data, folder, device, context_len=4096, windows=6, like=None):
     """
     The model --init with a memory that starts so, in `folder`, in fp32; what that costs stands
-    beside it, in start.json. ValueError if the folder holds another start.
+    beside it, in start.json. With `like`, what another start.json says, channels and heads are
+    those that were chosen then, as a second machine may choose otherwise. ValueError if the folder
+    holds another start.
     """
     folder, file = Path(folder), Path(folder) / "start.json"
     made_of = {"start": asdict(start), "init": str(Path(init)), "data": str(Path(data)),
                "context_len": context_len, "windows": windows, "rest": REST}
+    like = like or {}
     if file.exists():
         there = files.load(file, *made_of)
-        if other := [key for key in made_of if there[key] != made_of[key]]:
+        wanted = made_of | {key: like[key] for key in CHOSEN & like.keys() & there.keys()}
+        if other := [key for key in wanted if there[key] != wanted[key]]:
             raise ValueError(f"{folder} was started with {other[0]} {there[other[0]]}, not "
-                             f"{made_of[other[0]]}: move it away, or choose another --out")
+                             f"{wanted[other[0]]}: move it away, or choose another --out")
         return folder
     model = Transformer.from_pretrained(init, torch.float32, device)
     config, shards = model.config, Shards(data, context_len, seed=0)
     tokens = torch.stack([torch.from_numpy(shards.sample(i)) for i in range(windows)]).to(device)
     found = watch(model, tokens[:, :-1], start.length)
-    long = least_needed(found, start)
+    long = from_words(like["long"]) if "long" in like else least_needed(found, start)
     turn_values(model, found, long)
     tokenizer = tokenizer_of(init, config.vocab_size, None)
-    if start.kind is None:
-        model.save_pretrained(folder, tokenizer)
-        files.save(made_of, file)
-        return folder
-    model.add_memory(REST, start.kind)
-    heads, before, alone, after = cheapest(model, tokens, start, long)
+    about = made_of | {"long": to_words(long)}
+    if start.kind is not None:
+        model.add_memory(REST, start.kind)
+        if "heads" in like:
+            set_gates(model, like["heads"], long, start.length)
+            about |= {key: like[key] for key in CHOSEN & like.keys()}
+        else:
+            heads, before, alone, after = cheapest(model, tokens, start, long)
+            costs = [[round(alone[layer, head] - before, 4) for head in range(config.n_kv_head)]
+                     for layer in range(config.n_layer)]
+            about |= {"heads": heads, "loss": before, "loss_with": after, "cost_alone": costs}
+            print(f"{folder}: {len(heads)} heads start at {start.length:g} tokens; loss "
+                  f"{before:.4f} -> {after:.4f}", flush=True)
     model.save_pretrained(folder, tokenizer)
-    costs = [[round(alone[layer, head] - before, 4) for head in range(config.n_kv_head)]
-             for layer in range(config.n_layer)]
-    files.save(made_of | {"heads": heads, "loss": before, "loss_with": after,
-                          "cost_alone": costs}, file)
-    print(f"{folder}: {len(heads)} heads start at {start.length:g} tokens; loss {before:.4f} -> "
-          f"{after:.4f}", flush=True)
+    files.save(about, file)
     return folder

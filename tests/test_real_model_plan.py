@@ -6,6 +6,7 @@ import itertools
 import json
 import lzma
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,11 @@ QUEST = {"quest": ["quest:budget=1/4", "quest:budget=1/8"]}  # cells that take s
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch):
+    """Plain PyTorch; cells that 512 tokens allow, whatever the development chooses."""
     monkeypatch.setattr(backend, "choice", "torch")
+    monkeypatch.setattr(real_model, "CELLS", {
+        kind: [f"{kind}:budget=1/{n}{more}" for n in (4, 8, 16)]
+        for kind, more in (("quest", ""), ("moba", ""), ("snapkv", ",kernel=21,window=16"))})
 
 
 def of_letters(text, answers):
@@ -189,6 +194,8 @@ def steps(here, monkeypatch):
     monkeypatch.setattr(train, "train", training)
     monkeypatch.setattr(starts, "cheapest", cheapest)
     monkeypatch.setattr(real_model, "ask", ask)
+    monkeypatch.setattr(real_model, "ask_why", lambda name, suffix, args: noted(
+        f"why {name}{suffix}") or {"oracle": {}})
 
     def before(n, *more):
         """What was done, up to the n-th of it; None: all."""
@@ -202,7 +209,8 @@ def steps(here, monkeypatch):
     return before
 
 
-ALL = ["start", "memory-0-text", "memory-0", "ask memory-0", "memory-0-same", "ask memory-0-same"]
+ALL = ["start", "memory-0-text", "memory-0", "ask memory-0", "why memory-0",
+       "memory-0-same", "ask memory-0-same", "why memory-0-same"]
 
 
 def test_a_run_goes_on_from_wherever_it_was_stopped(steps):
@@ -211,11 +219,12 @@ def test_a_run_goes_on_from_wherever_it_was_stopped(steps):
     assert steps(0, "--runs", "memory-0") == []
     for n in range(1, len(ALL)):
         assert steps(1, "--runs", "memory-0") == ALL[n - 1:n]
-        assert [file.exists() for file in results] == [n >= 4, False], n
+        assert [file.exists() for file in results] == [n >= 4, n >= 7], n
+        assert real_model.missing("memory-0", flags()) == ["", "-same"][n >= 5:], n
         assert {path.name for path in Path("out/real-model").iterdir()} == {
-            name for name in ALL[:n] if not name.startswith("ask")}, n
-    assert steps(None, "--runs", "memory-0") == ALL[5:]
-    assert all(file.exists() for file in results)
+            name for name in ALL[:n] if " " not in name}, n
+    assert steps(None, "--runs", "memory-0") == ALL[7:]
+    assert all("cells" in files.load(file) and "oracle" in files.load(file) for file in results)
     # only the start, which others share, and which took minutes, is still there
     assert [path.name for path in Path("out/real-model").iterdir()] == ["start"]
     assert steps(None, "--runs", "memory-0") == []
@@ -237,8 +246,8 @@ def test_a_run_goes_on_from_wherever_it_was_stopped(steps):
 def test_models_are_kept_if_asked_to_be(steps):
     """Models that somebody wants to look at, and that are gone."""
     assert steps(None, "--runs", "convolution-0", "--keep") == [
-        "convolution-0-text", "convolution-0", "ask convolution-0", "convolution-0-same",
-        "ask convolution-0-same"]
+        "convolution-0-text", "convolution-0", "ask convolution-0", "why convolution-0",
+        "convolution-0-same", "ask convolution-0-same", "why convolution-0-same"]
     folder = Path("out/real-model")
     assert {path.name for path in folder.iterdir()} == {
         "start-plain", "convolution-0-text", "convolution-0", "convolution-0-same"}
@@ -248,8 +257,10 @@ def test_models_are_kept_if_asked_to_be(steps):
 
     # one of the two results is gone, and the models are there
     Path("results/real-model/convolution-0.json").unlink()
-    assert steps(None, "--runs", "convolution-0", "--keep") == ["ask convolution-0"]
-    assert steps(None, "--runs", "released-0") == ["released-0", "ask released-0"]
+    assert steps(None, "--runs", "convolution-0", "--keep") == [
+        "ask convolution-0", "why convolution-0"]
+    assert steps(None, "--runs", "released-0") == [
+        "released-0", "ask released-0", "why released-0"]
     assert "text" not in files.load("results/real-model/released-0.json")
     assert not (folder / "released-0").exists() and (folder / "convolution-0").exists()
 
@@ -276,6 +287,8 @@ def test_a_model_is_asked_all_cells_and_fewer_prompts_tell_why(here, one_task, m
     monkeypatch.setattr(real_model, "asked_besides", lambda folder, args: {"besides": str(folder)})
     folder = save_model("memory-0-same", memory="decay")
     found = real_model.ask("memory-0", "-same", flags())
+    assert found.keys() == {"samples", "few", "prompts", "cells"}
+    found |= real_model.ask_why("memory-0", "-same", flags())
     size = ",block_size=8"
     assert list(found["cells"]) == [
         "dense", *(f"{kind}:budget=1/{n}{size}" for kind in ("quest", "moba") for n in (4, 8, 16)),
@@ -331,14 +344,14 @@ def test_the_curve_is_asked_the_cells_alone_and_development_the_grid(here, one_t
     settings = files.load("out/real-model/joint-2/cells/results.json")["settings"]
     assert settings["seed"] == 1000
 
-    assert len(real_model.GRID) == len(set(real_model.GRID)) == 15
+    assert len(real_model.GRID) == len(set(real_model.GRID)) == 14
     for method in real_model.GRID:
         sparse.parse(method, 4096)
     monkeypatch.setattr(real_model, "GRID", ["snapkv:budget=1/8,kernel=5,window=16",
                                              "moba:budget=1/8,block_size=32"])
     folder = save_model("joint-100-same")
     found = real_model.ask("joint-100", "-same", flags())
-    assert found.keys() == {"grid", "prompts"}
+    assert found.keys() == {"samples", "few", "prompts", "grid"}
     assert list(found["grid"]) == ["dense", *real_model.GRID]
     assert files.load(folder / "grid/results.json")["settings"]["seed"] == 100
     assert not list(Path("results").glob("*/joint-100*.xz"))
@@ -426,6 +439,8 @@ def test_a_whole_run_from_a_command(here, monkeypatch, capsys):
     found = real_model.read_all(flags())
     assert {arm: list(of) for arm, of in found.items()} == dict.fromkeys(
         ["joint", "joint-same", "memory", "memory-same"], [0])
+    here, there = (found[arm][0]["start"] for arm in ("memory", "joint"))
+    assert here["long"] == there["long"] and here["start"]["kind"] != there["start"]["kind"]
     assert found["memory"][0]["swap"] and "swap" not in found["joint-same"][0]
     assert len(found["joint"][0]["cells"]) == 4 and sum(found["joint"][0]["frozen"]) > 0
     assert found["memory"][0]["command"].startswith("python -m experiments.real_model --init=model")
@@ -445,9 +460,10 @@ METHODS = ["dense", *(f"{kind}:budget=1/{n},block_size=64" for kind in ("quest",
            "quest:budget=1/64,block_size=16"]
 
 
-def tuning_of(seed, **other):
-    settings = {"steps": 320, "batch": 16, "lr": 3e-4, "context_len": 4096} | other
-    return {"held_out": 2.0 + seed / 10, "train": {"settings": settings}}
+def tuning_of(seed, first_sample="s{}", more={}, **other):
+    settings = vars(train.parse(stages_of(f"joint-{seed}", flags(), [])[1][""])) | other
+    return {"held_out": 2.0 + seed / 10, "train": {
+        "settings": settings, "first_sample": first_sample.format(seed)}} | more
 
 
 def report(name, scores=range(11), **more):
@@ -475,7 +491,7 @@ def test_results_are_by_arm_and_seed(tmp_path, monkeypatch):
     curve = report("released-0-54x1e-4", samples=7)
     del curve["few"]
     grid = report("joint-100", grid={})
-    del grid["cells"], grid["samples"]
+    del grid["cells"]
     write(curve, grid, report("joint-1"), report("joint-1-same"), report("joint-0"),
           report("memory-joint-0"), report("memory-0-7x3e-4"), report("memory-0-7x3e-4-same"))
     found = real_model.read_all(flags())
@@ -484,16 +500,34 @@ def test_results_are_by_arm_and_seed(tmp_path, monkeypatch):
         "memory-joint": ["memory-joint-0"]}
 
 
-@pytest.mark.parametrize("other", [dict(samples=3), dict(few=2), dict(prompts={"a": "p", "b": "o"}),
-                                   dict(cells=report("joint-1")["cells"] | {"dilated": {}}),
-                                   dict(tuning=tuning_of(1, steps=2))])
-def test_results_that_were_asked_otherwise_do_not_mix(other, tmp_path, monkeypatch):
-    """100 prompts beside 50, other methods, or a trial of two steps."""
+WHOLE = {"oracle": {}, "frozen": []}  # of a result that was asked why
+START = {"start": asdict(real_model.START), "long": [["10"]], "heads": [[0, 0]]}
+
+
+@pytest.mark.parametrize("other, word", [
+    (dict(samples=3), "what is asked, samples"), (dict(few=2), "what is asked, few"),
+    (dict(prompts={"a": "p", "b": "o"}), "what is asked, prompts"),
+    (dict(cells=report("joint-1")["cells"] | {"dilated": {}}), "what is asked, methods"),
+    (dict(tuning=tuning_of(1, steps=2)), "tuning, steps"),
+    (dict(tuning=tuning_of(1, clip=2.0)), "tuning, clip"),
+    (dict(tuning=tuning_of(1, arl=64)), "tuning of joint, arl"),
+    (dict(tuning=tuning_of(1, first_sample="s0")), "order of tuning, seed 1"),
+    (dict(text=tuning_of(1, lr=2e-4)), "text, lr"),
+    (dict(text=tuning_of(1, first_sample="other")), "order of text, seed 1"),
+    (dict(start=START | {"heads": [[0, 1]]}), "heads of the start"),
+    (dict(start=START | {"start": asdict(starts.Start(length=9))}), "the start, "),
+    (dict(start=START | {"long": [["01"]]}), "long of the start")])
+def test_results_that_were_made_otherwise_do_not_mix(other, word, tmp_path, monkeypatch):
+    """100 prompts beside 50, other methods, a trial of two steps, another order, another start."""
     monkeypatch.chdir(tmp_path)
-    write(report("joint-0"), report("joint-1", **other))
-    refused(lambda: real_model.read_all(flags()),
-            "joint-1.json was trained or asked otherwise than", "joint-0.json",
-            "move one of them away")
+    memory = report("memory-1", text=tuning_of(1), start=START, tuning=tuning_of(1, arl=64))
+    write(report("dilated-0"), report("joint-0"), memory,
+          report("joint-1", text=tuning_of(1, workers=3),
+                 start={"start": asdict(real_model.PLAIN), "long": START["long"]}))
+    real_model.read_all(flags())
+    write(report("joint-1", **other))
+    refused(lambda: real_model.read_all(flags()), ".json is trained or asked otherwise than",
+            f".json ({word}", "): give the same flags, or move one of them away")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "joint-0", "cells": {}}'])
@@ -513,10 +547,14 @@ def test_what_is_missing_is_asked_for_by_suffix(tmp_path, monkeypatch):
     args = flags()
     assert real_model.missing("joint-0", args) == ["", "-same"]
     assert real_model.missing("continued-0", args) == real_model.missing("released-0", args) == [""]
-    write(report("joint-0-same"))
+    write(report("joint-0-same", oracle={}), report("joint-2"), report("joint-0-54x1e-4"))
     assert real_model.missing("joint-0", args) == [""]
-    write(report("joint-0"))
-    assert real_model.missing("joint-0", args) == []
+    write(report("joint-0"))  # and was not asked why
+    assert real_model.missing("joint-0", args) == [""]
+    write(report("joint-0", oracle={}))
+    for name in "joint-0", "joint-2":
+        assert real_model.missing(name, args) == []
+    assert real_model.missing("joint-0-54x1e-4", args) == ["-same"]
     assert real_model.missing("joint-1", args) == ["", "-same"]
 
 
@@ -557,17 +595,16 @@ def test_contrasts_are_paired_by_seed_and_corrected_for_three_methods(monkeypatc
 
 
 def test_tables_are_of_all_arms_and_contrasts(monkeypatch):
-    """A column under another's head, a deviation over tasks, the loss before the fine-tuning."""
+    """A column under another's head, a deviation over tasks."""
     monkeypatch.setattr(real_model, "SEEDS", range(3))
-    text = real_model.tables({"joint": JOINT, "memory": MEMORY, "memory-same": {0: MEMORY[0]}})
-    lines = text.splitlines()
-    assert lines[0].split() == ["seeds", "text", "dense", *(
+    lines = real_model.tables({"joint": JOINT, "memory": MEMORY, "memory-same": {0: MEMORY[0]}})
+    assert lines[0].split() == ["seeds", "dense", *(
         word for kind in ("quest", "moba", "snapkv") for n in ("1/4", "1/8", "1/16")
         for word in (kind, n)), "1/64"]
-    assert lines[1].split() == ["joint", "4", "2.150", "90.0±0.0", "44.5±1.3", "42.5±1.3",
+    assert lines[1].split() == ["joint", "4", "90.0±0.0", "44.5±1.3", "42.5±1.3",
                                 "37.5±1.3", "63.0±0.0", "61.0±0.0", "56.0±0.0", "21.5±1.3",
                                 "19.5±1.3", "14.5±1.3", "0.0±0.0"]
-    assert lines[3].split() == ["memory-same", "1", "2.000", "90.0", "44.0", "42.0", "37.0", "64.0",
+    assert lines[3].split() == ["memory-same", "1", "90.0", "44.0", "42.0", "37.0", "64.0",
                                 "62.0", "57.0", "25.0", "23.0", "18.0", "0.0"]
     assert lines[4:7] == [
         "primary: memory - joint, quest: +2.0 of 3 seeds   p 0.074, Holm 0.223",
@@ -575,6 +612,21 @@ def test_tables_are_of_all_arms_and_contrasts(monkeypatch):
         "primary: memory - joint, snapkv: +1.0 of 3 seeds   p 0.423, Holm 0.845"]
     assert len(lines) == 8 and lines[7].startswith("RULER's score")
     assert len({len(line) for line in lines[:4]}) == 1  # columns stand under their heads
+
+
+def test_losses_and_lengths_are_of_both_trainings():
+    """Lengths before the fine-tuning in its place; a head that is not the third; a loss alone."""
+    of = lambda *medians: {"lengths": {"0.5": [[x] for x in medians]}, "shut": 2.5}
+    found = {
+        "joint": {0: report("joint-0", text=tuning_of(3)), 5: report("joint-5")},
+        "memory": {seed: report(f"memory-{seed}", text=tuning_of(0, more=of(9, 1, 5, 2)),
+                                tuning=tuning_of(seed, more=of(3, 8 + seed, 7 + seed, 1)))
+                   for seed in (0, 2)}}
+    lines = real_model.memories(found)
+    assert lines[0].split() == ["text", "long", "shut"] * 2
+    assert lines[1].split() == ["joint", "2", "2.300", "2.250"]
+    assert lines[2].split() == ["memory", "2", "2.000", "5.0", "+0.500", "2.100", "8.0", "+0.400"]
+    assert len({len(line) for line in (lines[0], lines[2])}) == 1 and len(lines) == 4
 
 
 def test_what_tells_why_is_a_line_for_each_arm_and_method():
@@ -611,21 +663,23 @@ def test_what_tells_why_is_a_line_for_each_arm_and_method():
 def test_all_that_is_missing_is_a_process_each_and_a_table(here, monkeypatch, capsys):
     """Flags lost on the way; two processes that make one start; what is there made again."""
     made, started = [], []
-    monkeypatch.setattr(starts, "started", lambda *of: started.append((len(made), *of)))
+    monkeypatch.setattr(starts, "started", lambda *of, like: started.append(
+        (len(made), *of, like)))
 
     def on_all_gpus(jobs):
         for job in jobs:
             job(lambda words, log: made.append((words, log)))
-        write(report("memory-0"), report("memory-1"), report("memory-1-same"))
+        write(*(report(name, **WHOLE) for name in ("memory-0", "memory-1", "memory-1-same")))
     monkeypatch.setattr(runs, "on_all_gpus", on_all_gpus)
-    write(report("joint-0"), report("joint-0-same"), report("memory-0-same"))
-    do("--runs", "memory-1", "memory-0", "joint-0", "memory-1", "--keep", "--out=o", "--steps=2")
+    write(report("joint-0", **WHOLE), report("memory-0-same", **WHOLE, start=START),
+          report("joint-0-same", **WHOLE, start={"start": START["start"], "long": START["long"]}))
+    do("--runs", "memory-1", "memory-0", "joint-0", "memory-1", "--keep", "--out=o", "--workers=0")
     assert [log for _, log in made] == [Path("o/memory-1.log"), Path("o/memory-0.log")]
     words = made[1][0]
     args, rest = real_model.flags().parse_known_args(words[1:])
-    assert words[0] == "experiments/real_model.py" and rest == ["--steps=2"]
+    assert words[0] == "experiments/real_model.py" and rest == ["--workers=0"]
     assert args == flags("--runs", "memory-0", "--keep", "--out=o")
-    assert started == [(0, real_model.START, "model", "shards", Path("o/start"), "cpu", 512)]
+    assert started == [(0, real_model.START, "model", "shards", Path("o/start"), "cpu", 512, START)]
     assert "memory-same" in capsys.readouterr().out
     made.clear(), started.clear()
     do("--runs", "memory-1", "joint-0")
@@ -695,9 +749,19 @@ def test_what_is_there_is_known_before_any_training(refusal):
     write(report("joint-0", samples=3))
     told = refusal(*TRIAL, "--runs", "memory-0", "memory-1")
     assert "joint-0, asked with --samples=3 --few=1" in told
-    write(report("joint-0"), report("joint-1", few=7))
+    write(report("joint-0", oracle={}))
+    told = refusal(*TRIAL, "--runs", "joint-1", "--steps=7")
+    assert "joint-1 is trained or asked otherwise than results/real-model/joint-0.json (tuning, " \
+           "steps): give the same flags" in told
+    write(report("joint-0", oracle={}, start=START | {"start": asdict(starts.Start())}))
+    assert "joint-1 is trained or asked otherwise than results/real-model/joint-0.json (the " \
+           "start, heads)" in refusal(*TRIAL, "--runs", "joint-1")
+    write(report("joint-0", oracle={}), report("released-0-54x1e-4", few=7))
     told = refusal(*TRIAL, "--runs", "memory-0", "memory-1")
-    assert "joint-1.json was trained or asked otherwise" in told
+    assert "released-0-54x1e-4, asked with --samples=2 --few=7" in told
+    write(report("joint-1", few=7))
+    told = refusal(*TRIAL, "--runs", "memory-0", "memory-1")
+    assert "joint-1.json is trained or asked otherwise" in told
     Path("results/real-model/joint-1.json").write_text("{")
     assert "joint-1.json is damaged" in refusal(*TRIAL, "--runs", "memory-0", "memory-1")
     assert "joint-1.json is damaged" in refusal(*TRIAL, "--runs", "joint-1")
@@ -724,6 +788,15 @@ def test_what_is_chosen_by_is_told(here, monkeypatch, capsys):
         assert [[*line.get_xdata()] for line in panel.lines] == [[54, 160]] * 5
         assert [tuple(line.get_ydata()) for line in panel.lines] == [
             (90, 90), (30, 42), (35, 47), (55, 67), (40, 52)]
+
+
+def test_the_curve_is_told_when_settings_have_been_chosen_by_it(here, monkeypatch, capsys):
+    """No table at all, from the day on which the development has chosen another kernel."""
+    write(report("released-0-54x1e-4", of_kinds(90, 30, 35, 55)))
+    monkeypatch.setitem(real_model.CELLS, "snapkv", ["snapkv:budget=1/4,kernel=5,window=64"])
+    real_model.main(["--results=results/real-model"])
+    assert capsys.readouterr().out.split()[-7:-1] == [
+        "released-0-54x1e-4", "90.0", "30.0", "35.0", "55.0", "40.0"]
 
 
 def test_results_of_other_settings_are_named(here, monkeypatch):

@@ -242,3 +242,29 @@ def test_a_control_is_turned_alike_and_has_no_memory(here):
     torch.testing.assert_close(made[0](tokens), plain(tokens), atol=2e-4, rtol=1e-3)
     assert not torch.equal(made[0].layers[0].self_attn.v_proj.weight,
                            plain.layers[0].self_attn.v_proj.weight)
+
+
+@torch.no_grad()
+def test_a_start_may_follow_what_another_chose(here, monkeypatch):
+    """Heads that a second machine chooses anew; channels of one start with heads of another."""
+    make = lambda folder, kind="decay", like=None: starts.started(
+        Start(kind=kind, heads=0.5), "model", "shards", folder, "cpu", 64, like=like)
+    told = files.load(make("first") / "start.json")
+    other = ["".join(reversed(word)) for word in told["long"][0]]  # as nobody would choose
+    assert other != told["long"][0] and not {"01", "10"} & {*other}
+    like = told | {"long": [other, told["long"][1]], "heads": [[0, 1], [1, 0]]}
+    monkeypatch.setattr(starts, "cheapest", lambda *_: pytest.fail("chosen anew"))
+    memory, plain = make("memory", like=like), make("plain", None, like)
+    assert files.load(memory / "start.json") == like
+    kind = {"start": told["start"] | {"kind": None}}
+    assert files.load(plain / "start.json") == {
+        key: like[key] for key in like if key not in starts.CHOSEN or key == "long"} | kind
+    memory, plain = map(Transformer.from_pretrained, (memory, plain))
+    long = torch.stack([x.self_attn.memory.proj.bias for x in memory.layers]).view(2, 2, 8) > 0
+    assert starts.to_words(long) == [["0" * 8, other[1]], [told["long"][1][0], "0" * 8]]
+    first = Transformer.from_pretrained("first")
+    for i, same in (0, False), (1, True):
+        v = [model.layers[i].self_attn.v_proj.weight for model in (memory, plain, first)]
+        assert torch.equal(v[0], v[1]) and torch.allclose(v[0], v[2]) == same
+    assert make("memory", like=like) and make("memory")  # there already
+    refused(lambda: make("memory", like=told), "memory was started with", "move it away")
