@@ -17,9 +17,9 @@ are fine-tuned and asked alike.
     convolution   with a short causal convolution in the memory's place, and the window's step
 
 Arms share the text, its order, rates and schedule: recipe `continue`. A seed decides the order of
-the text and the samples of the fine-tuning; all runs start from one checkpoint, and are asked the
-same prompts, so that what is found is true of these. Models are deleted once they are asked:
-answers, losses and results stay.
+the text and the samples of the fine-tuning. All runs start alike, by results/real-model/start, and
+are asked the same prompts, so that what is found is true of these. Models are deleted once they are
+asked: answers, losses and results stay.
 
     python -m experiments.real_model --init SMOLLM2 --data SHARDS --stages primary   what is missing
     python -m experiments.real_model --init SMOLLM2 --data SHARDS --runs memory-3    one run, here
@@ -34,13 +34,14 @@ import json
 import lzma
 import re
 import shutil
-from dataclasses import asdict, replace
-from itertools import product
+from dataclasses import replace
+from itertools import chain, product
 from pathlib import Path
 
 import torch
 
 import eval_niah
+import niah
 import sparse
 import train
 from data import Shards, tokenizer_of
@@ -175,10 +176,11 @@ def result_of(name, args):
 def missing(name, args):
     """The suffixes of the run's results that are not there, whole. ValueError if one is damaged."""
     _, tuned = stages_of(name, args, [])
-    return [suffix for suffix in tuned if not is_there(name, suffix, args)]
+    return [suffix for suffix in tuned if not is_whole(name, suffix, args)]
 
 
-def is_there(name, suffix, args):
+def is_whole(name, suffix, args):
+    """Whether the result is there, and if it is to tell why, was asked that too."""
     file = result_of(name + suffix, args)
     if not file.exists():
         return False
@@ -194,7 +196,7 @@ def is_detailed(name):
 def reports_in(args):
     """(file, report) of all results that are there. ValueError if one is damaged."""
     for file in sorted(Path(args.results).glob("*.json")):
-        yield file, files.load(file, "name", "arm", "seed", "tuning")
+        yield file, files.load(file, "name", "arm", "seed", "tuning", "samples", "few")
 
 
 # ---------------------------------------------------------------- one run: train, ask, delete
@@ -208,6 +210,7 @@ def run_one(name, args, rest):
     about = made_by(args.argv, "experiments/real_model.py", args.device)
     about |= {"arm": arm, "seed": seed}
     get_ready([name], args, rest)
+    about["weights"] = starts.hash_of(Transformer.from_pretrained(args.init, torch.float32, "cpu"))
     if text:
         about["start"] = files.load(start_of(text, args)[1] / "start.json")
         about["text"] = trained(text, args)
@@ -215,8 +218,8 @@ def run_one(name, args, rest):
         result = result_of(name + suffix, args)
         report = about | {"name": name + suffix, "tuning": trained(tuned[suffix], args)}
         there = files.load(result, "tuning") if result.exists() else {}
-        if there.get("tuning", {}).get("train") == report["tuning"]["train"]:  # but not why
-            report |= there
+        if there.get("tuning", {}).get("train") == report["tuning"]["train"]:
+            report |= there  # the scores are of this very model
         else:
             report |= ask(name, suffix, args)
             files.save(report, result)  # what tells why takes as long as all before
@@ -247,16 +250,31 @@ def get_ready(names, args, rest):
     shared = lambda flags: flags_in(vars(train.parse(flags)), lambda key: key not in OF_ARM)
     for name, (text, tuned) in zip(names, stages):
         if not is_trial(name):
-            planned = {"text": shared(text), "the start": asdict(PLAIN)} if text else {}
+            planned = {"text": shared(text)} if text else {}
             agree(name, planned | {"tuning": shared(tuned[""])}, first)
-    # runs on another machine start as those did whose results are there: a memory's tells more
-    there = [report["start"] for _, report in reports_in(args) if "start" in report]
-    like = max(there, key=len, default=None)
-    for start, folder in dict.fromkeys(start_of(text, args) for text, _ in stages if text):
-        starts.started(start, args.init, args.data, folder, args.device, args.context_len,
-                       like=like)
+    asked_there, file = first.get("what is asked", ({"prompts": {}}, None))
+    if (task := "niah_single_2") in asked_there["prompts"]:
+        _, by_task, _ = examples_of(args.init, args, args.samples, [task])
+        if niah.prompt_hash(by_task[task]) != asked_there["prompts"][task]:
+            raise ValueError(f"{file} was asked other prompts than these runs would be (Python's "
+                             "help pages): take the same version of Python, or another --results")
+    make_starts([text for text, _ in stages if text], args)
     if args.device.startswith("cuda"):
         torch.cuda.empty_cache()  # a run in another process counts on all of its GPU
+
+
+def make_starts(texts, args):
+    """
+    The models from which these continue, flags of train.py. The first start of all, a memory's,
+    chooses channels and heads, which --results/start/start.json holds for runs on other machines.
+    """
+    chosen = Path(args.results) / "start" / "start.json"
+    make = lambda start, folder, like: starts.started(
+        start, args.init, args.data, folder, args.device, args.context_len, like=like)
+    if texts and not chosen.exists():
+        files.save(files.load(make(*start_of(["--memory=on"], args), None) / "start.json"), chosen)
+    for start, folder in dict.fromkeys(start_of(text, args) for text in texts):
+        make(start, folder, files.load(chosen, "start", "long", "heads", "weights"))
 
 
 def trained(flags, args):
@@ -343,20 +361,20 @@ def keep_answers(folder, file):
     files.whole_or_nothing(file, lambda path: path.write_bytes(packed))
 
 
-def few_examples(folder, args):
-    """-> the tokenizer, examples of all tasks, {text: method} of the nine cells"""
-    chosen = eval_niah.flags().parse_args(asked(folder, args, EVAL, args.few, nine()))
+def examples_of(folder, args, samples, tasks=None):
+    """-> the tokenizer, {task: examples} by which is scored, {text: method} of the nine cells"""
+    chosen = eval_niah.flags().parse_args(asked(folder, args, EVAL, samples, nine()))
     _, tokenizers, texts = eval_niah.prepare(chosen)
     tokenizer = next(iter(tokenizers.values()))
-    tasks = eval_niah.choose_tasks(chosen, [tokenizer])
-    by_task = eval_niah.make_examples(chosen, tokenizer, tasks)
-    examples = [e for of_task in by_task.values() for e in of_task]
-    return tokenizer, examples, {text: m for m, text in texts.items() if text != "dense"}
+    by_task = eval_niah.make_examples(chosen, tokenizer,
+                                      tasks or eval_niah.choose_tasks(chosen, [tokenizer]))
+    return tokenizer, by_task, {text: m for m, text in texts.items() if text != "dense"}
 
 
 def asked_besides(folder, args):
     """Methods that no command line names: a frozen draw, the oracle, and the swap's cells."""
-    tokenizer, examples, methods = few_examples(folder, args)
+    tokenizer, by_task, methods = examples_of(folder, args, args.few)
+    examples = [e for of_task in by_task.values() for e in of_task]
     model = Transformer.from_pretrained(folder, torch.bfloat16, args.device)
 
     def scores(model, wanted):  # {name: mean of the tasks} of {name: method}
@@ -410,9 +428,9 @@ def facts(report, suffix):
     arm = report["arm"] + suffix
     found = {"what is asked": {key: report[key] for key in ("samples", "few", "prompts")}
              | {"methods": list(report["cells"])}}
-    if start := report.get("start"):
-        found["the start"] = start["start"] | {"kind": None}  # that of a control is made alike
-        found |= {f"{key} of the start": start[key] for key in {"long", "heads"} & start.keys()}
+    found |= {"weights": report["weights"]} if "weights" in report else {}
+    found |= {f"{key} of the start": report["start"][key]
+              for key in ("long", "heads") if key in report.get("start", {})}
     for stage in {"text", "tuning"} & report.keys():
         train = report[stage]["train"]
         found[stage] = flags_in(train["settings"], lambda key: key not in OF_ARM)
@@ -422,21 +440,25 @@ def facts(report, suffix):
 
 
 def flags_in(settings, wanted):
-    """Those of train.py's that decide what is trained, but for its seed."""
+    """Those of train.py's that decide how it is trained, but for its seed and for files."""
     free = {"seed", *runlog.FILES, *runlog.MAY_CHANGE}
     return {key: value for key, value in settings.items() if key not in free and wanted(key)}
 
 
-def agree(name, facts, first):
-    """ValueError if facts differ from those that came first, {of what: (value, name)}, which get
-    what they lack."""
-    for what, value in facts.items():
+def agree(name, found, first):
+    """
+    ValueError if a fact differs from the one that came first, of those {what: (value, whose)}; new
+    ones are added. Of flags, those that both have are compared.
+    """
+    for what, value in found.items():
         there, other = first.setdefault(what, (value, name))
-        if there != value:
-            if isinstance(value, dict):
-                what += f", {next(x for x in value | there if value.get(x) != there.get(x))}"
-            raise ValueError(f"{name} is trained or asked otherwise than {other} ({what}): give "
-                             "the same flags, or move one of them away")
+        differ = [what] if value != there else []
+        if isinstance(value, dict):
+            differ = sorted(f"{what}, {key}" for key in value.keys() & there.keys()
+                            if value[key] != there[key])
+        if differ:
+            raise ValueError(f"{name} is made otherwise than {other} ({differ[0]}): give the same "
+                             "flags, or move one of them away")
 
 
 def cells_of(report, kind):
@@ -495,7 +517,8 @@ def tables(found):
 
 def memories(found):
     """Of each arm the losses, and of a memory how long it is and what its model loses without."""
-    lines = [f"{'':20}{'':5}" + "".join(f"{head:>9}" for head in ("text", "long", "shut") * 2)]
+    lines = [f"{'':20}{'':5}{'after continuing':>27}{'after fine-tuning':>27}",
+             f"{'':20}{'seeds':>5}" + "".join(f"{x:>9}" for x in ("loss", "long", "shut") * 2)]
     for arm, reports in found.items():
         line = f"{arm:20}{len(reports):5}"
         for stage in "text", "tuning":
@@ -506,9 +529,8 @@ def memories(found):
             for digits, values in columns.items():
                 line += f"{format(mean(values), digits) if values else '':>9}"
         lines.append(line)
-    return [*lines, "after continuing, and after the fine-tuning: loss on held-out text, nats per "
-            "token; tokens that a third of the KV heads' medians have or exceed; how much the loss "
-            "rises with the memory's gates shut"]
+    return [*lines, "loss on held-out text, nats per token; long: tokens that a third of the KV "
+            "heads' medians have or exceed; shut: how much the loss rises with the gates shut"]
 
 
 def why(found):
@@ -602,7 +624,9 @@ def run_all(args, rest):
     left = [name for name in names if missing(name, args)]
     read_all(args)  # what does not fit together is known now
     for _, report in reports_in(args):
-        if left and (report["samples"], report["few"]) != (args.samples, args.few):
+        name = report["name"].removesuffix("-same")
+        there = report["samples"], report["few"] if is_detailed(name) else args.few
+        if left and there != (args.samples, args.few) and name in chain(*STAGES.values()):
             raise ValueError(f"{args.results} holds {report['name']}, asked with --samples="
                              f"{report['samples']} --few={report['few']}: give the same, or "
                              "another --results")

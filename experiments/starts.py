@@ -32,7 +32,7 @@ import torch
 from data import Shards, tokenizer_of
 from experiments import memories  # noqa: F401  puts its classes into memory.MEMORIES
 from experiments.swap import half, swapped
-from infra import files
+from infra import files, weights
 from model import Transformer
 from sparse import Dense, attend
 
@@ -178,53 +178,47 @@ def cheapest(
 
 # ---------------------------------------------------------------- a model that starts so
 
-# What a start chooses by measuring: its channels, as to_words has them; its heads [layer, KV head],
-# cheapest first; the loss before and with them, and what each costs alone, in nats per token.
-CHOSEN = {"long", "heads", "loss", "loss_with", "cost_alone"}
-
-
-def to_words(long):
-    """(layers, KV, D) -> a word of D letters, 0 or 1, for each KV head of each layer."""
-    return [["".join(str(int(x)) for x in of_head) for of_head in of_layer]
-            for of_layer in long.tolist()]
-
-
-def from_words(words):
-    return torch.tensor([[[x == "1" for x in of_head] for of_head in of_layer]
-                         for of_layer in words])
-
-
 def started(start, init, data, folder, device, context_len=4096, windows=6, like=None):
     """
-    The model --init with a memory that starts so, in `folder`, in fp32; what that costs stands
-    beside it, in start.json. With `like`, what another start.json says, channels and heads are
-    those that were chosen then, as a second machine may choose otherwise. ValueError if the folder
-    holds another start.
+    The model --init with a memory that starts so, in `folder`, in fp32. What it chose and what that
+    costs stand beside it, in start.json. With `like`, another start.json, channels and heads are
+    those that were chosen there, as another machine may choose otherwise. ValueError if the folder
+    holds another start, or if `like` was chosen for another model or in another way.
     """
     folder, file = Path(folder), Path(folder) / "start.json"
     made_of = {"start": asdict(start), "init": str(Path(init)), "data": str(Path(data)),
                "context_len": context_len, "windows": windows, "rest": REST}
-    like = like or {}
+    if like:
+        wanted = made_of | {"start": asdict(start) | {"kind": like["start"]["kind"]}}
+        for key in wanted.keys() - {"init", "data"}:  # which are paths of another machine
+            if like[key] != wanted[key]:
+                raise ValueError(f"the start that is to be followed was chosen with {key} "
+                                 f"{like[key]}, not {wanted[key]}: choose another --results")
     if file.exists():
         there = files.load(file, *made_of)
-        wanted = made_of | {key: like[key] for key in CHOSEN & like.keys() & there.keys()}
-        if other := [key for key in wanted if there[key] != wanted[key]]:
+        if other := [key for key in made_of if there[key] != made_of[key]]:
             raise ValueError(f"{folder} was started with {other[0]} {there[other[0]]}, not "
-                             f"{wanted[other[0]]}: move it away, or choose another --out")
+                             f"{made_of[other[0]]}: move it away, or choose another --out")
+        if like and any(there[key] != like[key] for key in {"long", "heads"} & there.keys()):
+            raise ValueError(f"{folder} has other channels or heads than the start that is to be "
+                             "followed: move it away, or choose another --out")
         return folder
     model = Transformer.from_pretrained(init, torch.float32, device)
+    about = made_of | {"weights": hash_of(model)}
+    if like and like["weights"] != about["weights"]:
+        raise ValueError(f"the start that is to be followed is one of another model than {init}: "
+                         "choose another --results")
     config, shards = model.config, Shards(data, context_len, seed=0)
     tokens = torch.stack([torch.from_numpy(shards.sample(i)) for i in range(windows)]).to(device)
     found = watch(model, tokens[:, :-1], start.length)
-    long = from_words(like["long"]) if "long" in like else least_needed(found, start)
+    long = from_words(like["long"]).to(device) if like else least_needed(found, start)
+    about["long"] = to_words(long)
     turn_values(model, found, long)
-    tokenizer = tokenizer_of(init, config.vocab_size, None)
-    about = made_of | {"long": to_words(long)}
     if start.kind is not None:
         model.add_memory(REST, start.kind)
-        if "heads" in like:
+        if like:
+            about |= {key: like[key] for key in ("heads", "loss", "loss_with", "cost_alone")}
             set_gates(model, like["heads"], long, start.length)
-            about |= {key: like[key] for key in CHOSEN & like.keys()}
         else:
             heads, before, alone, after = cheapest(model, tokens, start, long)
             costs = [[round(alone[layer, head] - before, 4) for head in range(config.n_kv_head)]
@@ -232,6 +226,23 @@ def started(start, init, data, folder, device, context_len=4096, windows=6, like
             about |= {"heads": heads, "loss": before, "loss_with": after, "cost_alone": costs}
             print(f"{folder}: {len(heads)} heads start at {start.length:g} tokens; loss "
                   f"{before:.4f} -> {after:.4f}", flush=True)
-    model.save_pretrained(folder, tokenizer)
+    model.save_pretrained(folder, tokenizer_of(init, config.vocab_size, None))
     files.save(about, file)
     return folder
+
+
+def hash_of(model):
+    """Of all weights, as twelve letters."""
+    return weights.content_hash({name: x.detach().cpu()
+                                 for name, x in model.named_parameters()})[:12]
+
+
+def to_words(long):
+    """(layers, KV, D) -> for each KV head of each layer a word of D letters, 0 or 1"""
+    return [["".join(str(int(x)) for x in of_head) for of_head in of_layer]
+            for of_layer in long.tolist()]
+
+
+def from_words(words):
+    return torch.tensor([[[x == "1" for x in of_head] for of_head in of_layer]
+                         for of_layer in words])

@@ -6,7 +6,6 @@ import itertools
 import json
 import lzma
 import statistics
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -228,7 +227,11 @@ def test_a_run_goes_on_from_wherever_it_was_stopped(steps):
     # only the start, which others share, and which took minutes, is still there
     assert [path.name for path in Path("out/real-model").iterdir()] == ["start"]
     assert steps(None, "--runs", "memory-0") == []
-    assert steps(None, "--runs", "memory-1")[:2] == ["memory-1-text", "memory-1"]
+    assert steps(None, "--runs", "memory-1", "--out=elsewhere")[:2] == [  # as was chosen before
+        "memory-1-text", "memory-1"]
+    there, elsewhere = (files.load(f"{out}/start/start.json")
+                        for out in ("out/real-model", "elsewhere"))
+    assert there == elsewhere == files.load("results/real-model/start/start.json")
 
     for file, suffix, arl in zip(results, ("", "-same"), (0, 64)):
         report = files.load(file)
@@ -246,11 +249,11 @@ def test_a_run_goes_on_from_wherever_it_was_stopped(steps):
 def test_models_are_kept_if_asked_to_be(steps):
     """Models that somebody wants to look at, and that are gone."""
     assert steps(None, "--runs", "convolution-0", "--keep") == [
-        "convolution-0-text", "convolution-0", "ask convolution-0", "why convolution-0",
+        "start", "convolution-0-text", "convolution-0", "ask convolution-0", "why convolution-0",
         "convolution-0-same", "ask convolution-0-same", "why convolution-0-same"]
     folder = Path("out/real-model")
     assert {path.name for path in folder.iterdir()} == {
-        "start-plain", "convolution-0-text", "convolution-0", "convolution-0-same"}
+        "start", "start-plain", "convolution-0-text", "convolution-0", "convolution-0-same"}
     report = files.load("results/real-model/convolution-0.json")
     assert "lengths" not in report["tuning"]  # of a memory that has none
     assert Transformer.from_pretrained(folder / "convolution-0").config.memory == "convolution"
@@ -489,7 +492,6 @@ def test_results_are_by_arm_and_seed(tmp_path, monkeypatch):
     """The curve, the development or another number of steps in a mean of the plan's runs."""
     monkeypatch.chdir(tmp_path)
     curve = report("released-0-54x1e-4", samples=7)
-    del curve["few"]
     grid = report("joint-100", grid={})
     del grid["cells"]
     write(curve, grid, report("joint-1"), report("joint-1-same"), report("joint-0"),
@@ -501,7 +503,7 @@ def test_results_are_by_arm_and_seed(tmp_path, monkeypatch):
 
 
 WHOLE = {"oracle": {}, "frozen": []}  # of a result that was asked why
-START = {"start": asdict(real_model.START), "long": [["10"]], "heads": [[0, 0]]}
+START = {"long": [["10"]], "heads": [[0, 0]]}
 
 
 @pytest.mark.parametrize("other, word", [
@@ -515,19 +517,20 @@ START = {"start": asdict(real_model.START), "long": [["10"]], "heads": [[0, 0]]}
     (dict(text=tuning_of(1, lr=2e-4)), "text, lr"),
     (dict(text=tuning_of(1, first_sample="other")), "order of text, seed 1"),
     (dict(start=START | {"heads": [[0, 1]]}), "heads of the start"),
-    (dict(start=START | {"start": asdict(starts.Start(length=9))}), "the start, "),
+    (dict(weights="other"), "weights"),
     (dict(start=START | {"long": [["01"]]}), "long of the start")])
 def test_results_that_were_made_otherwise_do_not_mix(other, word, tmp_path, monkeypatch):
     """100 prompts beside 50, other methods, a trial of two steps, another order, another start."""
     monkeypatch.chdir(tmp_path)
-    memory = report("memory-1", text=tuning_of(1), start=START, tuning=tuning_of(1, arl=64))
+    memory = report("memory-1", text=tuning_of(1), start=START, tuning=tuning_of(1, arl=64),
+                    weights="w")
     write(report("dilated-0"), report("joint-0"), memory,
-          report("joint-1", text=tuning_of(1, workers=3),
-                 start={"start": asdict(real_model.PLAIN), "long": START["long"]}))
+          report("joint-1", text=tuning_of(1, workers=3, later="a flag of another day"),
+                 start={"long": START["long"]}))
     real_model.read_all(flags())
     write(report("joint-1", **other))
-    refused(lambda: real_model.read_all(flags()), ".json is trained or asked otherwise than",
-            f".json ({word}", "): give the same flags, or move one of them away")
+    refused(lambda: real_model.read_all(flags()), ".json is made otherwise than",
+            f".json ({word}): give the same flags, or move one of them away")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "joint-0", "cells": {}}'])
@@ -623,10 +626,11 @@ def test_losses_and_lengths_are_of_both_trainings():
                                 tuning=tuning_of(seed, more=of(3, 8 + seed, 7 + seed, 1)))
                    for seed in (0, 2)}}
     lines = real_model.memories(found)
-    assert lines[0].split() == ["text", "long", "shut"] * 2
-    assert lines[1].split() == ["joint", "2", "2.300", "2.250"]
-    assert lines[2].split() == ["memory", "2", "2.000", "5.0", "+0.500", "2.100", "8.0", "+0.400"]
-    assert len({len(line) for line in (lines[0], lines[2])}) == 1 and len(lines) == 4
+    assert lines[0].split() == ["after", "continuing", "after", "fine-tuning"]
+    assert lines[1].split() == ["seeds", *["loss", "long", "shut"] * 2]
+    assert lines[2].split() == ["joint", "2", "2.300", "2.250"]
+    assert lines[3].split() == ["memory", "2", "2.000", "5.0", "+0.500", "2.100", "8.0", "+0.400"]
+    assert len({len(line) for line in (*lines[:2], lines[3])}) == 1 and len(lines) == 5
 
 
 def test_what_tells_why_is_a_line_for_each_arm_and_method():
@@ -664,28 +668,32 @@ def test_all_that_is_missing_is_a_process_each_and_a_table(here, monkeypatch, ca
     """Flags lost on the way; two processes that make one start; what is there made again."""
     made, started = [], []
     monkeypatch.setattr(starts, "started", lambda *of, like: started.append(
-        (len(made), *of, like)))
+        (len(made), *of, like)) or Path("chosen"))
+    chosen = START | {"start": {}, "weights": "w"}
+    files.save(chosen, "chosen/start.json")
 
     def on_all_gpus(jobs):
         for job in jobs:
             job(lambda words, log: made.append((words, log)))
         write(*(report(name, **WHOLE) for name in ("memory-0", "memory-1", "memory-1-same")))
     monkeypatch.setattr(runs, "on_all_gpus", on_all_gpus)
-    write(report("joint-0", **WHOLE), report("memory-0-same", **WHOLE, start=START),
-          report("joint-0-same", **WHOLE, start={"start": START["start"], "long": START["long"]}))
+    write(*(report(name, **WHOLE) for name in ("joint-0", "joint-0-same", "memory-0-same")))
     do("--runs", "memory-1", "memory-0", "joint-0", "memory-1", "--keep", "--out=o", "--workers=0")
     assert [log for _, log in made] == [Path("o/memory-1.log"), Path("o/memory-0.log")]
     words = made[1][0]
     args, rest = real_model.flags().parse_known_args(words[1:])
     assert words[0] == "experiments/real_model.py" and rest == ["--workers=0"]
     assert args == flags("--runs", "memory-0", "--keep", "--out=o")
-    assert started == [(0, real_model.START, "model", "shards", Path("o/start"), "cpu", 512, START)]
+    memory = real_model.START, "model", "shards", Path("o/start"), "cpu", 512
+    assert started == [(0, *memory, None), (0, *memory, chosen)]
     assert "memory-same" in capsys.readouterr().out
     made.clear(), started.clear()
     do("--runs", "memory-1", "joint-0")
     assert made == started == [] and "memory-same" in capsys.readouterr().out
     monkeypatch.setattr(real_model, "GRID", ["moba:budget=1/8,block_size=32"])  # of 512 tokens
     do("--stages", "others", "develop")
+    plain = real_model.PLAIN, "model", "shards", Path("out/real-model/start-plain"), "cpu", 512
+    assert (0, *plain, chosen) in started and not any(like is None for *_, like in started)
     words = [words for words, _ in made]
     assert [line[-1] for line in words] == [f"--runs={name}" for stage in ("others", "develop")
                                             for name in STAGES[stage]]
@@ -751,17 +759,20 @@ def test_what_is_there_is_known_before_any_training(refusal):
     assert "joint-0, asked with --samples=3 --few=1" in told
     write(report("joint-0", oracle={}))
     told = refusal(*TRIAL, "--runs", "joint-1", "--steps=7")
-    assert "joint-1 is trained or asked otherwise than results/real-model/joint-0.json (tuning, " \
+    assert "joint-1 is made otherwise than results/real-model/joint-0.json (tuning, " \
            "steps): give the same flags" in told
-    write(report("joint-0", oracle={}, start=START | {"start": asdict(starts.Start())}))
-    assert "joint-1 is trained or asked otherwise than results/real-model/joint-0.json (the " \
-           "start, heads)" in refusal(*TRIAL, "--runs", "joint-1")
-    write(report("joint-0", oracle={}), report("released-0-54x1e-4", few=7))
+    write(report("joint-0", oracle={}), report("released-0-54x1e-4", samples=7, few=7),
+          report("joint-0-2x1e-4", samples=7))  # no run of the plan
     told = refusal(*TRIAL, "--runs", "memory-0", "memory-1")
-    assert "released-0-54x1e-4, asked with --samples=2 --few=7" in told
+    assert "released-0-54x1e-4, asked with --samples=7 --few=7" in told
+    write(report("released-0-54x1e-4"))
+    write(report("joint-0", oracle={}, prompts={"niah_single_2": "of another Python"}))
+    told = refusal(*TRIAL, "--runs", "memory-0")
+    assert "joint-0.json was asked other prompts" in told and "version of Python" in told
+    write(report("joint-0", oracle={}))
     write(report("joint-1", few=7))
     told = refusal(*TRIAL, "--runs", "memory-0", "memory-1")
-    assert "joint-1.json is trained or asked otherwise" in told
+    assert "joint-1.json is made otherwise" in told
     Path("results/real-model/joint-1.json").write_text("{")
     assert "joint-1.json is damaged" in refusal(*TRIAL, "--runs", "memory-0", "memory-1")
     assert "joint-1.json is damaged" in refusal(*TRIAL, "--runs", "joint-1")

@@ -247,24 +247,33 @@ def test_a_control_is_turned_alike_and_has_no_memory(here):
 @torch.no_grad()
 def test_a_start_may_follow_what_another_chose(here, monkeypatch):
     """Heads that a second machine chooses anew; channels of one start with heads of another."""
-    make = lambda folder, kind="decay", like=None: starts.started(
-        Start(kind=kind, heads=0.5), "model", "shards", folder, "cpu", 64, like=like)
+    def make(folder, kind="decay", like=None, init="model", length=32.0):
+        return starts.started(Start(kind=kind, heads=0.5, length=length), init, "shards", folder,
+                              "cpu", 64, like=like)
+
     told = files.load(make("first") / "start.json")
     other = ["".join(reversed(word)) for word in told["long"][0]]  # as nobody would choose
-    assert other != told["long"][0] and not {"01", "10"} & {*other}
+    assert other != told["long"][0]
     like = told | {"long": [other, told["long"][1]], "heads": [[0, 1], [1, 0]]}
     monkeypatch.setattr(starts, "cheapest", lambda *_: pytest.fail("chosen anew"))
     memory, plain = make("memory", like=like), make("plain", None, like)
     assert files.load(memory / "start.json") == like
-    kind = {"start": told["start"] | {"kind": None}}
-    assert files.load(plain / "start.json") == {
-        key: like[key] for key in like if key not in starts.CHOSEN or key == "long"} | kind
-    memory, plain = map(Transformer.from_pretrained, (memory, plain))
-    long = torch.stack([x.self_attn.memory.proj.bias for x in memory.layers]).view(2, 2, 8) > 0
-    assert starts.to_words(long) == [["0" * 8, other[1]], [told["long"][1][0], "0" * 8]]
-    first = Transformer.from_pretrained("first")
+    of_plain = files.load(plain / "start.json")
+    assert of_plain["long"] == like["long"] and "heads" not in of_plain
+    models = [Transformer.from_pretrained(x) for x in (memory, plain, "first")]
+    bias = torch.stack([layer.self_attn.memory.proj.bias for layer in models[0].layers])
+    assert starts.to_words(bias.view(2, 2, 8) > 0) == [
+        ["0" * 8, other[1]], [told["long"][1][0], "0" * 8]]
     for i, same in (0, False), (1, True):
-        v = [model.layers[i].self_attn.v_proj.weight for model in (memory, plain, first)]
+        v = [model.layers[i].self_attn.v_proj.weight for model in models]
         assert torch.equal(v[0], v[1]) and torch.allclose(v[0], v[2]) == same
-    assert make("memory", like=like) and make("memory")  # there already
-    refused(lambda: make("memory", like=told), "memory was started with", "move it away")
+
+    assert make("memory", like=like) and make("memory", like=like | {"loss": 9.0})  # there already
+    refused(lambda: make("memory", like=told), "memory has other channels or heads")
+    refused(lambda: make("new", like=told, length=9.0), "to be followed was chosen with start",
+            "choose another --results")
+    refused(lambda: make("new", like=told | {"rest": 0.02}), "chosen with rest 0.02, not 0.005")
+    other = Transformer.from_pretrained("model")
+    other.layers[0].self_attn.k_proj.weight[0] += 1
+    other.save_pretrained("other")
+    refused(lambda: make("new", like=told, init="other"), "of another model than other")
