@@ -69,6 +69,7 @@ ARMS = {
     "memory-joint": "--memory=on --arl=0 --joint=64",
     "convolution": "--memory=convolution --arl=0 --joint=64 --memory_lr=5e-4",  # as the weights
 }
+OF_ARM = {"memory", "memory_lr", "arl", "arl_weight", "joint"}  # in which they may differ
 START = conversion.PLAN["third-18-slowest-light"][0]  # of the gates, where --memory=on
 PLAIN = replace(START, kind=None)                     # of the others: turned alike, without
 
@@ -210,10 +211,13 @@ def run_one(name, args, rest):
     about = made_by(args.argv, "experiments/real_model.py", args.device)
     about |= {"arm": arm, "seed": seed}
     get_ready([name], args, rest)
-    about["weights"] = starts.hash_of(Transformer.from_pretrained(args.init, torch.float32, "cpu"))
     if text:
-        about["start"] = files.load(start_of(text, args)[1] / "start.json")
+        about["start"] = files.load(start_of(text, args)[1] / "start.json", "weights")
+        about["weights"] = about["start"]["weights"]
         about["text"] = trained(text, args)
+    else:
+        model = Transformer.from_pretrained(args.init, torch.float32, "cpu")
+        about["weights"] = starts.hash_of(model)
     for suffix in wanted:
         result = result_of(name + suffix, args)
         report = about | {"name": name + suffix, "tuning": trained(tuned[suffix], args)}
@@ -245,22 +249,34 @@ def get_ready(names, args, rest):
     grid = GRID if any(name in STAGES["develop"] for name in names) else []
     for text in [*nine(), extreme(args), *grid]:
         sparse.parse(sized(text, args.context_len, tokenizer, sparse.METHODS), args.context_len)
+    refuse_misfits(names, stages, args)
+    make_starts([text for text, _ in stages if text], args)
+    if args.device.startswith("cuda"):
+        torch.cuda.empty_cache()  # a run in another process counts on all of its GPU
+
+
+def refuse_misfits(names, stages, args):
+    """ValueError if these runs would be trained or asked otherwise than those that have results."""
     first = {}
     read_all(args, first)
-    shared = lambda flags: flags_in(vars(train.parse(flags)), lambda key: key not in OF_ARM)
+    for _, report in reports_in(args):
+        name = report["name"].removesuffix("-same")
+        there = report["samples"], report["few"] if is_detailed(name) else args.few
+        if there != (args.samples, args.few) and name in chain(*STAGES.values()):
+            raise ValueError(f"{args.results} holds {report['name']}, asked with --samples="
+                             f"{report['samples']} --few={report['few']}: give the same, or "
+                             "another --results")
+    planned = lambda flags: flags_in(vars(train.parse(flags)), of_arm=False)
     for name, (text, tuned) in zip(names, stages):
         if not is_trial(name):
-            planned = {"text": shared(text)} if text else {}
-            agree(name, planned | {"tuning": shared(tuned[""])}, first)
+            agree(name, {"text": planned(text)} if text else {}, first)
+            agree(name, {"tuning": planned(tuned[""])}, first)
     asked_there, file = first.get("what is asked", ({"prompts": {}}, None))
     if (task := "niah_single_2") in asked_there["prompts"]:
         _, by_task, _ = examples_of(args.init, args, args.samples, [task])
         if niah.prompt_hash(by_task[task]) != asked_there["prompts"][task]:
             raise ValueError(f"{file} was asked other prompts than these runs would be (Python's "
                              "help pages): take the same version of Python, or another --results")
-    make_starts([text for text, _ in stages if text], args)
-    if args.device.startswith("cuda"):
-        torch.cuda.empty_cache()  # a run in another process counts on all of its GPU
 
 
 def make_starts(texts, args):
@@ -274,7 +290,7 @@ def make_starts(texts, args):
     if texts and not chosen.exists():
         files.save(files.load(make(*start_of(["--memory=on"], args), None) / "start.json"), chosen)
     for start, folder in dict.fromkeys(start_of(text, args) for text in texts):
-        make(start, folder, files.load(chosen, "start", "long", "heads", "weights"))
+        make(start, folder, chosen)
 
 
 def trained(flags, args):
@@ -420,9 +436,6 @@ def read_all(args, first=None):
     return {arm: found[arm] for arm in order if arm in found}
 
 
-OF_ARM = {"memory", "memory_lr", "arl", "arl_weight", "joint"}  # flags in which arms differ
-
-
 def facts(report, suffix):
     """{of what: value} in which all results agree that have it."""
     arm = report["arm"] + suffix
@@ -432,17 +445,19 @@ def facts(report, suffix):
     found |= {f"{key} of the start": report["start"][key]
               for key in ("long", "heads") if key in report.get("start", {})}
     for stage in {"text", "tuning"} & report.keys():
-        train = report[stage]["train"]
-        found[stage] = flags_in(train["settings"], lambda key: key not in OF_ARM)
-        found[f"{stage} of {arm}"] = flags_in(train["settings"], lambda key: key in OF_ARM)
-        found[f"order of {stage}, seed {report['seed']}"] = train["first_sample"]
+        record = report[stage]["train"]
+        found[stage] = flags_in(record["settings"], of_arm=False)
+        found[f"{stage} of {arm}"] = flags_in(record["settings"], of_arm=True)
+        found[f"order of {stage}, seed {report['seed']}"] = record["first_sample"]
     return found
 
 
-def flags_in(settings, wanted):
-    """Those of train.py's that decide how it is trained, but for its seed and for files."""
+def flags_in(settings, of_arm):
+    """Those of train.py's in which arms differ, or all others that decide how it is trained, but
+    for the seed and for files."""
     free = {"seed", *runlog.FILES, *runlog.MAY_CHANGE}
-    return {key: value for key, value in settings.items() if key not in free and wanted(key)}
+    return {key: value for key, value in settings.items()
+            if key not in free and (key in OF_ARM) == of_arm}
 
 
 def agree(name, found, first):
@@ -461,15 +476,16 @@ def agree(name, found, first):
                              "flags, or move one of them away")
 
 
-def cells_of(report, kind):
-    """[{task: score}] of a method's three budgets."""
+def cells_of(report, kind, any_setting=False):
+    """[{task: score}] of a method's three budgets, with its SETTING or with any."""
+    cells = [f"{kind}:budget={budget}" for budget in BUDGETS] if any_setting else CELLS[kind]
     return [of_tasks for method, of_tasks in report["cells"].items()
-            if any(f"{method},".startswith(f"{cell},") for cell in CELLS[kind])]
+            if any(f"{method},".startswith(f"{cell},") for cell in cells)]
 
 
-def score(report, kind):
+def score(report, kind, any_setting=False):
     """The mean of a method's three budgets, each the mean of the tasks."""
-    return mean([mean(of_tasks.values()) for of_tasks in cells_of(report, kind)])
+    return mean([mean(of_tasks.values()) for of_tasks in cells_of(report, kind, any_setting)])
 
 
 def contrasts(found):
@@ -564,8 +580,8 @@ def why(found):
 def chosen_by(args):
     """What steps, rate and settings are chosen by, curve and grid, as far as they are there; the
     curve is drawn."""
-    there = {name: files.load(result_of(name, args), "name")
-             for name in [*STAGES["curve"], *STAGES["develop"]] if result_of(name, args).exists()}
+    every = {report["name"]: report for _, report in reports_in(args)}
+    there = {name: every[name] for name in [*STAGES["curve"], *STAGES["develop"]] if name in every}
     curve = {name: report for name, report in there.items() if is_trial(name)}
     lines = []
     if curve:
@@ -583,9 +599,7 @@ def chosen_by(args):
 def curve_point(report):
     """RULER's score in percent, the mean of the tasks: dense; each method's three budgets; the mean
     of all nine cells, whatever the settings were."""
-    of = lambda kind: mean([mean(of_tasks.values()) for method, of_tasks in report["cells"].items()
-                            for budget in BUDGETS if method.startswith(f"{kind}:budget={budget},")])
-    of_kinds = [of(kind) for kind in CELLS]
+    of_kinds = [score(report, kind, any_setting=True) for kind in CELLS]
     return [mean(report["cells"]["dense"].values()), *of_kinds, mean(of_kinds)]
 
 
@@ -622,14 +636,7 @@ def run_all(args, rest):
     if rest and not names:
         raise ValueError(f"{rest[0]}: no flag of ours, and no run is named to pass it on to")
     left = [name for name in names if missing(name, args)]
-    read_all(args)  # what does not fit together is known now
-    for _, report in reports_in(args):
-        name = report["name"].removesuffix("-same")
-        there = report["samples"], report["few"] if is_detailed(name) else args.few
-        if left and there != (args.samples, args.few) and name in chain(*STAGES.values()):
-            raise ValueError(f"{args.results} holds {report['name']}, asked with --samples="
-                             f"{report['samples']} --few={report['few']}: give the same, or "
-                             "another --results")
+    read_all(args)  # what does not fit together is known now, also when nothing is left to do
     if len(names) == 1:
         run_one(names[0], args, rest)
         return

@@ -178,57 +178,71 @@ def cheapest(
 
 # ---------------------------------------------------------------- a model that starts so
 
+# Of a memory's start.json: [layer, KV head] of those chosen, cheapest first; the loss in nats per
+# token before, and with all of them; what each of the model's heads costs alone.
+OF_HEADS = "heads", "loss", "loss_with", "cost_alone"
+
+
 def started(start, init, data, folder, device, context_len=4096, windows=6, like=None):
     """
     The model --init with a memory that starts so, in `folder`, in fp32. What it chose and what that
-    costs stand beside it, in start.json. With `like`, another start.json, channels and heads are
-    those that were chosen there, as another machine may choose otherwise. ValueError if the folder
+    costs stand beside it, in start.json. With `like`, the start.json of another memory, channels
+    and heads are those of that, as another machine may choose otherwise. ValueError if the folder
     holds another start, or if `like` was chosen for another model or in another way.
     """
     folder, file = Path(folder), Path(folder) / "start.json"
     made_of = {"start": asdict(start), "init": str(Path(init)), "data": str(Path(data)),
                "context_len": context_len, "windows": windows, "rest": REST}
-    if like:
-        wanted = made_of | {"start": asdict(start) | {"kind": like["start"]["kind"]}}
-        for key in wanted.keys() - {"init", "data"}:  # which are paths of another machine
-            if like[key] != wanted[key]:
-                raise ValueError(f"the start that is to be followed was chosen with {key} "
-                                 f"{like[key]}, not {wanted[key]}: choose another --results")
+    chosen = chosen_in(like, made_of) if like else None
     if file.exists():
         there = files.load(file, *made_of)
         if other := [key for key in made_of if there[key] != made_of[key]]:
             raise ValueError(f"{folder} was started with {other[0]} {there[other[0]]}, not "
                              f"{made_of[other[0]]}: move it away, or choose another --out")
-        if like and any(there[key] != like[key] for key in {"long", "heads"} & there.keys()):
-            raise ValueError(f"{folder} has other channels or heads than the start that is to be "
-                             "followed: move it away, or choose another --out")
+        if chosen and any(there[key] != chosen[key] for key in {"long", "heads"} & there.keys()):
+            raise ValueError(f"{folder} has other channels or heads than {like}: move it away, or "
+                             "choose another --out")
         return folder
     model = Transformer.from_pretrained(init, torch.float32, device)
     about = made_of | {"weights": hash_of(model)}
-    if like and like["weights"] != about["weights"]:
-        raise ValueError(f"the start that is to be followed is one of another model than {init}: "
-                         "choose another --results")
+    if chosen and chosen["weights"] != about["weights"]:
+        raise ValueError(f"{like} was chosen for another model than {init}: choose another "
+                         "--results")
     config, shards = model.config, Shards(data, context_len, seed=0)
     tokens = torch.stack([torch.from_numpy(shards.sample(i)) for i in range(windows)]).to(device)
     found = watch(model, tokens[:, :-1], start.length)
-    long = from_words(like["long"]).to(device) if like else least_needed(found, start)
+    long = from_words(chosen["long"]).to(device) if chosen else least_needed(found, start)
     about["long"] = to_words(long)
     turn_values(model, found, long)
     if start.kind is not None:
         model.add_memory(REST, start.kind)
-        if like:
-            about |= {key: like[key] for key in ("heads", "loss", "loss_with", "cost_alone")}
-            set_gates(model, like["heads"], long, start.length)
+        if chosen:
+            about |= {key: chosen[key] for key in OF_HEADS}
+            set_gates(model, chosen["heads"], long, start.length)
         else:
             heads, before, alone, after = cheapest(model, tokens, start, long)
             costs = [[round(alone[layer, head] - before, 4) for head in range(config.n_kv_head)]
                      for layer in range(config.n_layer)]
-            about |= {"heads": heads, "loss": before, "loss_with": after, "cost_alone": costs}
+            about |= dict(zip(OF_HEADS, (heads, before, after, costs)))
             print(f"{folder}: {len(heads)} heads start at {start.length:g} tokens; loss "
                   f"{before:.4f} -> {after:.4f}", flush=True)
     model.save_pretrained(folder, tokenizer_of(init, config.vocab_size, None))
     files.save(about, file)
     return folder
+
+
+def chosen_in(file, made_of):
+    """
+    What a memory's start.json holds. ValueError if it was chosen otherwise than a start that is
+    `made_of` this; --init and --data are paths of another machine.
+    """
+    chosen = files.load(file, *made_of, "weights", "long", *OF_HEADS)
+    same_kind = made_of | {"start": made_of["start"] | {"kind": chosen["start"]["kind"]}}
+    for key in "start", "context_len", "windows", "rest":
+        if chosen[key] != same_kind[key]:
+            raise ValueError(f"{file} was chosen with {key} {chosen[key]}, not {same_kind[key]}: "
+                             "choose another --results")
+    return chosen
 
 
 def hash_of(model):

@@ -671,6 +671,7 @@ def test_all_that_is_missing_is_a_process_each_and_a_table(here, monkeypatch, ca
         (len(made), *of, like)) or Path("chosen"))
     chosen = START | {"start": {}, "weights": "w"}
     files.save(chosen, "chosen/start.json")
+    record = Path("results/real-model/start/start.json")
 
     def on_all_gpus(jobs):
         for job in jobs:
@@ -685,7 +686,8 @@ def test_all_that_is_missing_is_a_process_each_and_a_table(here, monkeypatch, ca
     assert words[0] == "experiments/real_model.py" and rest == ["--workers=0"]
     assert args == flags("--runs", "memory-0", "--keep", "--out=o")
     memory = real_model.START, "model", "shards", Path("o/start"), "cpu", 512
-    assert started == [(0, *memory, None), (0, *memory, chosen)]
+    assert started == [(0, *memory, None), (0, *memory, record)]
+    assert files.load(record) == chosen
     assert "memory-same" in capsys.readouterr().out
     made.clear(), started.clear()
     do("--runs", "memory-1", "joint-0")
@@ -693,7 +695,7 @@ def test_all_that_is_missing_is_a_process_each_and_a_table(here, monkeypatch, ca
     monkeypatch.setattr(real_model, "GRID", ["moba:budget=1/8,block_size=32"])  # of 512 tokens
     do("--stages", "others", "develop")
     plain = real_model.PLAIN, "model", "shards", Path("out/real-model/start-plain"), "cpu", 512
-    assert (0, *plain, chosen) in started and not any(like is None for *_, like in started)
+    assert (0, *plain, record) in started and not any(like is None for *_, like in started)
     words = [words for words, _ in made]
     assert [line[-1] for line in words] == [f"--runs={name}" for stage in ("others", "develop")
                                             for name in STAGES[stage]]

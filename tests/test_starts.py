@@ -248,8 +248,10 @@ def test_a_control_is_turned_alike_and_has_no_memory(here):
 def test_a_start_may_follow_what_another_chose(here, monkeypatch):
     """Heads that a second machine chooses anew; channels of one start with heads of another."""
     def make(folder, kind="decay", like=None, init="model", length=32.0):
+        if like:
+            files.save(like, "chosen.json")
         return starts.started(Start(kind=kind, heads=0.5, length=length), init, "shards", folder,
-                              "cpu", 64, like=like)
+                              "cpu", 64, like=like and "chosen.json")
 
     told = files.load(make("first") / "start.json")
     other = ["".join(reversed(word)) for word in told["long"][0]]  # as nobody would choose
@@ -270,10 +272,13 @@ def test_a_start_may_follow_what_another_chose(here, monkeypatch):
 
     assert make("memory", like=like) and make("memory", like=like | {"loss": 9.0})  # there already
     refused(lambda: make("memory", like=told), "memory has other channels or heads")
-    refused(lambda: make("new", like=told, length=9.0), "to be followed was chosen with start",
+    refused(lambda: make("new", like=told, length=9.0), "chosen.json was chosen with start",
             "choose another --results")
     refused(lambda: make("new", like=told | {"rest": 0.02}), "chosen with rest 0.02, not 0.005")
     other = Transformer.from_pretrained("model")
     other.layers[0].self_attn.k_proj.weight[0] += 1
     other.save_pretrained("other")
-    refused(lambda: make("new", like=told, init="other"), "of another model than other")
+    refused(lambda: make("new", like=told, init="other"),
+            "chosen.json was chosen for another model than other")
+    lacking = {key: value for key, value in told.items() if key != "loss_with"}
+    refused(lambda: make("new", like=lacking), "chosen.json", "no field 'loss_with'")
