@@ -92,6 +92,8 @@ PRESETS = {
     # ours, over bytes (256 values and the end of text): to train in minutes
     "pico": Config(n_layer=2, width=96, n_head=3, n_kv_head=3, mlp_width=256,  # 0.3M
                    context_len=512, **BYTES),
+    "nano": Config(n_layer=3, width=128, n_head=4, n_kv_head=4, mlp_width=352,  # 0.7M
+                   context_len=1024, **BYTES),
     "micro": Config(n_layer=4, width=384, n_head=6, n_kv_head=6, mlp_width=704,  # 5.8M
                     context_len=1024, **BYTES),
     # allenai/OLMo-2-0425-1B, -1124-7B, -1124-13B, -0325-32B

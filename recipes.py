@@ -24,6 +24,8 @@ from triton_ops import backend
 # RAT+'s adaptation: every 16th token, the last 256 and the first 4 (arXiv 2602.18196)
 PATTERN = "dilated:dilation=16,local=256,initial=4"
 
+NANO_TASKS = ["niah_single_2", "niah_multikey_1", "niah_multikey_2", "niah_multivalue"]
+
 # One recipe reads: what is trained on what; for how long; how fast; what is kept.
 RECIPES = {
     # The paper in small, in minutes on a GPU: pretraining in a short context, where retrieval
@@ -51,12 +53,25 @@ RECIPES = {
         lr=1e-3,
         log_every=80, eval_every=320, save_every=640),
 
-    # A toy of two tasks for a CPU.
-    "pico": dict(
-        preset="pico", tasks=["niah_single_1", "niah_single_2"], drills=0.5, many=0.3, arl=32,
-        context_len=512, batch=4, device_batch=4, steps=1600,
+    # The loop for ideas (experiments/ideas.py), in 0.7M parameters: an attention model that is made
+    # on a GPU in a minute and ships as checkpoints/nano, and
+    "nano": dict(
+        preset="nano", tasks=NANO_TASKS, protocol="sft", drills=1/3, other_weight=1.0,
+        context_len=1024, batch=64, device_batch=64, steps=3000,
         lr=3e-3,
-        log_every=100, eval_every=200, save_every=700),
+        log_every=100, eval_every=1000, save_every=1000),
+    "nano-sft": dict(
+        tasks=NANO_TASKS, protocol="sft", arl=0,
+        context_len=1024, batch=64, device_batch=64, steps=800,
+        lr=1e-3,
+        log_every=100, eval_every=400, save_every=400),
+
+    # what a CPU does with it in two minutes: that model is given a memory.
+    "nano-convert": dict(
+        memory="on", tasks=NANO_TASKS, protocol="sft", other_weight=0.0, arl=64,
+        context_len=1024, batch=8, device_batch=8, steps=128,
+        lr=1e-3, memory_lr=1e-2,
+        log_every=16, eval_every=0, save_every=64),
 
     # The paper's own (arXiv 2605.28640). What it leaves out is from the configs of official RAT+,
     # marked (c). data=None: it trains on text, and --data must say where that is.
@@ -108,12 +123,6 @@ RECIPES = {
         context_len=4096, batch=768, steps=316,
         lr=2e-5, min_lr=1e-6, warmup=0.02, weight_decay=0.1),
 }
-
-# `python train.py` alone: micro-convert with a 240th of its tokens, in a few minutes on two cores.
-# So few tokens must change little but the gates, hence the low rate and gates that start near 0.
-LESSON = ["--context_len=4096", "--drills=0", "--gate_start=0.1",
-          "--steps=40", "--batch=1", "--device_batch=1",
-          "--lr=5e-5", "--memory_lr=3e-3", "--log_every=5", "--eval_every=40"]
 
 
 # ---------------------------------------------------------------- the flags

@@ -10,8 +10,9 @@ or many.
         learning rate: warm-up, then cosine
 
 A weight is 1, or less where a token is no answer. `python train.py` alone is a lesson of a few
-minutes: the small attention model that comes with the code is given a memory, trained on, and
-compared with itself. Everything else is flags, and --recipe sets many at once (recipes.py):
+minutes (experiments/ideas.py): the smallest model that comes with the code is trained on with and
+without a memory, and the two are compared. Everything else is flags, and --recipe sets many at once
+(recipes.py):
 
     torchrun --nproc_per_node=8 train.py --recipe=olmo2-continue --init=OLMo-2-1124-7B --data=shards
 
@@ -21,10 +22,7 @@ that was stopped, by ctrl-C, kill or a lost GPU, goes on with --resume as if it 
 to the bit. What several GPUs, CUDA graphs and signals need is in infra/parallel. Checked in
 tests/test_train.py. Read eval_niah.py and data.py before; recipes.py is next.
 """
-import json
 import math
-import os
-import statistics
 import sys
 import time
 from contextlib import nullcontext
@@ -33,7 +31,6 @@ from pathlib import Path
 
 import torch
 
-import eval_niah
 import sparse
 from data import batches, fingerprint, hash_of, make_data, tokenizer_of, workers_told
 from infra import checkpoint, cost, parallel, runlog, watch, weights
@@ -43,7 +40,7 @@ from infra.init import fresh, memory_tensors
 from memory import MEMORIES, arl_passes, lengths_of
 from model import Transformer, config_of
 from niah import Needles
-from recipes import LESSON, new_config, parse, settle, wanted_memory
+from recipes import new_config, parse, settle, wanted_memory
 from sparse import Dilated
 from triton_ops import backend
 
@@ -383,42 +380,12 @@ def last_or_every(n, step, args):
 
 # ---------------------------------------------------------------- python train.py
 
-def lesson():
-    """
-    The attention checkpoint that comes with the code is given a memory and trained on; then both
-    are asked for needles.
-    """
-    # The run has a name and goes on: whoever stops the lesson and starts it again loses nothing.
-    attention = os.path.relpath(runlog.SHIPPED[0])
-    recipe = ["--recipe=micro-convert", f"--init={attention}"]
-    args, whole = parse([*recipe, "--name=converted", "--resume", *LESSON]), parse(recipe)
-    print("checkpoints/attention, trained without a memory, gets one (Eq. 1 on its keys and values)"
-          " and is trained on: each batch once through the memory alone (ARL), once dense. Ctrl-C "
-          "stops; the same command goes on.\n")
-    train(args)
-    if not parallel.is_first():
-        return
-
-    # What the reader has just made: the log that any run leaves, and a model like any other.
-    run = Path(args.out) / args.name
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    at_last = statistics.fmean(entry["arl_loss"] for entry in log[-10:])
-    tokens = [flags.steps * flags.batch * flags.context_len for flags in (args, whole)]
-    print(f"\nWhat changed: loss per token where each query reads one entry in {args.arl} (ARL): "
-          f"{log[0]['arl_loss']:.2f} at the first step, {at_last:.2f} over the last ten. That took "
-          f"{tokens[0]:,} tokens, of the {tokens[1]:,} of the recipe: expect less of the needles "
-          "below.")
-    print("\nNeedles, before and after, reading all of the prompt or a sixteenth of it:\n")
-    methods = [f"{kind}:budget=1/16" for kind in ("quest", "moba", "snapkv")]
-    eval_niah.main(["--ckpt", attention, str(run), "--methods", *methods,
-                    f"--out={run / 'lesson'}"])
-    print("\nNext: python eval_niah.py (all methods and budgets, and the model trained with a "
-          "memory from the start)   python sample.py (one prompt, to read)")
-
-
 def main():
-    run = lesson if len(sys.argv) == 1 else lambda: train(parse(sys.argv[1:]))
-    command("train.py", run)
+    if len(sys.argv) == 1:
+        from experiments.ideas import lesson  # which trains through this file
+        command("train.py", lesson)
+    else:
+        command("train.py", lambda: train(parse(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,325 @@
+"""
+A short loop for ideas: is a memory, or a selector, better than what there is, beyond noise? In five
+minutes on two CPU cores, in one or two on a GPU.
+
+    start    checkpoints/nano: attention in 0.7M parameters, which finds needles in 1,024 bytes
+    joint    the control: trained on without a memory, two passes a step as the others take
+    NAME     given the memory of that name, and trained on (recipe nano-convert)
+
+All of a seed take the same batches and as many optimizer steps. Then all are asked the same prompts
+under the same methods, and differences are paired by prompt:
+
+    gain(arm) = mean over prompts of (mean over sparse methods of score(arm) - score(joint))
+
+    python -m experiments.ideas                                     the paper's memory: decay
+    python -m experiments.ideas --memories values head-gate convolution
+    python -m experiments.ideas --also shift.py --memories shift    a memory of your own
+    python -m experiments.ideas --also bestkey.py --memories --methods moba:budget=1/8 \\
+                                bestkey:budget=1/8                  a selector of your own: no training
+
+`python train.py` without flags is the first of these. A trained arm lies in out/ideas, and is not
+trained again unless its memory's file, or memory.py, has changed.
+
+What the loop cannot say: whether an idea helps a large model. It was chosen because it shows in
+minutes what longer trainings show (docs/training.md): that decay gains, and a convolution does not.
+Checked in tests/test_ideas.py. Read memories.py first, where a memory of your own is written.
+"""
+import hashlib
+import importlib.util
+import inspect
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import eval_niah
+import niah
+import sparse
+import train
+from experiments import memories  # noqa: F401  puts its classes into memory.MEMORIES
+from experiments import runs
+from infra.cli import (ROOT, command, flag_parser, made_by, natural, positive, seed, sized,
+                       usable_device)
+from infra.files import save, told_to_end
+from infra.report import Z, mean
+from infra.tokenizers import get_tokenizer
+from memory import MEMORIES
+from model import Transformer
+from recipes import NANO_TASKS
+from triton_ops import backend
+
+START = ROOT / "checkpoints" / "nano"
+CONTEXT = 1024
+TASKS = [task for task in NANO_TASKS if task != "niah_single_2"]  # which all arms find: tells none
+METHODS = ["quest:budget=1/8", "quest:budget=1/16", "moba:budget=1/8", "snapkv:budget=1/8"]
+BATCH = 32  # prompts at a time
+
+
+# ---------------------------------------------------------------- the arms
+
+def arms_of(args):
+    """{arm: its train.py flags, None for the start}, for each seed: [(seed, arms), ...]"""
+    for name in args.memories:
+        if name not in MEMORIES:
+            raise ValueError(f"--memories: there is no {name}; there are {', '.join(MEMORIES)}, and "
+                             "--also FILE.py brings more")
+    common = ["--recipe=nano-convert", f"--init={START}", "--resume", f"--out={args.out}",
+              f"--device={args.device}", f"--kernels={args.kernels}", "--compile=off",
+              *runs.passed_on(args.train, (*runs.OURS, "--joint", "--arl", "--resume"))]
+    of_seeds = []
+    for number in args.seeds:
+        arms = {"start": None}
+        if args.memories:
+            arms["joint"] = [*common, "--memory=off", "--arl=0", "--joint=64",
+                             f"--seed={number}", f"--name=joint-{number}"]
+        for name in args.memories:
+            arms[name] = [*common, f"--memory={name}", f"--seed={number}",
+                          f"--name={name}-{number}-{code_of(MEMORIES[name])}"]
+        of_seeds.append((number, arms))
+    return of_seeds
+
+
+def code_of(kind):
+    """Six hex digits of the files that a memory's class, and those that it derives from, are in."""
+    files = {inspect.getfile(owner) for owner in kind.__mro__ if issubclass(owner, torch.nn.Module)
+             and owner.__module__.partition(".")[0] != "torch"}
+    content = b"".join(Path(file).read_bytes() for file in sorted(files))
+    return hashlib.sha256(content).hexdigest()[:6]
+
+
+def folder_of(flags):
+    """The folder of the model that these flags of train.py make; None: the start's."""
+    if flags is None:
+        return START
+    settings = train.parse(flags)
+    return Path(settings.out) / settings.name
+
+
+def make(arms):
+    """Train what is not there yet."""
+    for name, flags in arms.items():
+        if flags and not runs.finished(folder_of(flags), flags):
+            print(f"\n{name}: python train.py {shlex.join(flags)}", flush=True)
+            train.train(train.parse(flags))
+
+
+# ---------------------------------------------------------------- the questions
+
+def questions(args, tokenizer):
+    """Examples of all tasks, by task: the same for all arms."""
+    return {task: [niah.make_example(task, CONTEXT, tokenizer, args.eval_seed, index, "sft")
+                   for index in range(args.samples)] for task in TASKS}
+
+
+def ask(path, methods, args, tokenizer, examples):
+    """-> {method's text: RULER's score of each prompt, 0 to 1, task after task}"""
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    model, cache = Transformer.from_pretrained(path, dtype, args.device), None
+    scores = {text: [] for text in methods}
+    for of_task in examples.values():
+        for first in range(0, len(of_task), BATCH):
+            some = of_task[first:first + BATCH]
+            answers, _, cache = eval_niah.answer(model, tokenizer, some, [*methods.values()], cache)
+            for text, method in methods.items():
+                texts = [answer.text for answer in answers[method]]
+                scores[text] += eval_niah.ruler_scores(texts, some)
+    return scores
+
+
+# ---------------------------------------------------------------- the verdict
+
+def paired(a, b):
+    """
+    Mean of b - a over prompts, of scores 0 to 1, and half its 95 % interval, in percent.
+    """
+    differences = [100 * (y - x) for x, y in zip(a, b, strict=True)]
+    half = Z * statistics.stdev(differences) / len(differences) ** 0.5
+    return statistics.fmean(differences), half
+
+
+def pooled(scores, texts):
+    """Of {method: scores by prompt}: each prompt's mean over these methods."""
+    return [statistics.fmean(of_prompt) for of_prompt in zip(*(scores[text] for text in texts))]
+
+
+def over_seeds(found, arm):
+    """{method: scores by prompt} of an arm, each prompt's mean over the seeds of training."""
+    of_arm = [scores[arm] for scores in found.values()]
+    return {text: pooled(dict(enumerate(scores[text] for scores in of_arm)), range(len(of_arm)))
+            for text in of_arm[0]}
+
+
+def verdict(gain, half):
+    return "better" if gain > half else "worse" if gain < -half else "not told apart"
+
+
+def report(found, methods):
+    """
+    found: {seed: {arm: {method: scores by prompt}}} -> the table as text, and as JSON has it:
+    {arm: {method: mean in percent, "gain", "half", "verdict", "gains": by seed}}
+    """
+    sparse_ones = [text for text in methods if text != "dense"]
+    short = {text: text.replace("budget=", "").split(",")[0].replace(":", " ") for text in methods}
+    arms = list(next(iter(found.values())))
+    control = "joint" if "joint" in arms else None
+    width = 2 + max(map(len, [*arms, "score, %"]))
+    head = "".join(f"{short[text]:>13}" for text in methods)
+    lines = [f"{'score, %':{width}}{head}" + ("   sparse - joint" if control else "")]
+    rows = {}
+    for arm in arms:
+        scores = over_seeds(found, arm)
+        row = rows[arm] = {text: 100 * mean(scores[text]) for text in methods}
+        line = f"{arm:{width}}" + "".join(f"{row[text]:13.1f}" for text in methods)
+        if control and arm not in ("start", control):
+            before = over_seeds(found, control)
+            gain, half = paired(pooled(before, sparse_ones), pooled(scores, sparse_ones))
+            gains = [paired(pooled(of_seed[control], sparse_ones),
+                            pooled(of_seed[arm], sparse_ones))[0] for of_seed in found.values()]
+            row |= {"gain": gain, "half": half, "verdict": verdict(gain, half), "gains": gains}
+            line += f"   {gain:+5.1f} ±{half:4.1f}  {row['verdict']}"
+            if len(gains) > 1:
+                line += f"   by seed {' '.join(f'{x:+.1f}' for x in gains)}"
+        lines.append(line)
+    return "\n".join(lines), rows
+
+
+def selectors(found, methods):
+    """How methods differ from the first sparse one, for each arm, as lines of text."""
+    first, *others = [text for text in methods if text != "dense"]
+    lines = []
+    for arm in next(iter(found.values())):
+        scores = over_seeds(found, arm)
+        for other in others:
+            gain, half = paired(scores[first], scores[other])
+            lines.append(f"{arm}: {other} - {first}: {gain:+.1f} ±{half:.1f}, "
+                         f"{verdict(gain, half)}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- python -m experiments.ideas
+
+def flags():
+    parser = flag_parser("ideas.py", "A short loop for ideas: memories and selectors, trained and "
+                         "asked in minutes beside a control.")
+    add = parser.add_argument
+    add("--memories", nargs="*", default=["decay"], metavar="NAME", help="of memory.MEMORIES, each "
+        "beside attention that is trained on as long (joint); none: the start alone is asked")
+    add("--methods", "--method", nargs="+", metavar="METHOD", default=METHODS,
+        help="as eval_niah.py takes them; dense is added")
+    add("--also", nargs="+", default=[], metavar="FILE", help="Python files that are run before, "
+        "which put a memory into memory.MEMORIES or a selector into sparse.METHODS")
+    add("--seeds", nargs="+", type=natural, default=[0], help="of training, one model each")
+    add("--samples", type=positive, default=64, help=f"prompts of each of {len(TASKS)} tasks")
+    add("--eval_seed", type=seed, default=0, help="of the prompts; whoever changes an idea until "
+        "it wins looks at another seed's, and at this one's at the end")
+    add("--train", type=shlex.split, default="", metavar="FLAGS", help="more flags of train.py for "
+        "all arms, as --train='--steps=256'; give another --out with them")
+    add("--out", default="out/ideas", metavar="DIR", help="folder of the trained arms")
+    add("--json", metavar="FILE", help="the result; None: results.json in --out")
+    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cuda or cpu")
+    backend.add_flag(parser)
+    return parser
+
+
+def bring(file):
+    """Run a Python file of the user's as a module, for what it registers."""
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"--also: there is no file {file}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where inspect finds its source
+    spec.loader.exec_module(module)
+
+
+def run(args):
+    """-> {arm: its row}, as report has it"""
+    started = time.time()
+    backend.use(args.kernels)
+    for file in args.also:
+        bring(file)
+    tokenizer = get_tokenizer("bytes")
+    texts = dict.fromkeys(["dense", *(sized(text, CONTEXT, tokenizer, sparse.METHODS)
+                                      for text in args.methods)])
+    methods = {text: sparse.parse(text, CONTEXT) for text in texts}
+
+    of_seeds = arms_of(args)
+    for _, arms in of_seeds:
+        make(arms)
+
+    examples, found = questions(args, tokenizer), {}
+    n = sum(map(len, examples.values()))
+    print(f"\nasking {n} prompts of up to {CONTEXT:,} bytes ({', '.join(map(name_of, TASKS))}) "
+          f"under {len(methods)} methods", flush=True)
+    for number, arms in of_seeds:
+        found[number] = {}
+        for arm, of_arm in arms.items():
+            since = time.time()
+            found[number][arm] = ask(folder_of(of_arm), methods, args, tokenizer, examples)
+            print(f"  {arm}, seed {number}: {time.time() - since:.0f} s", flush=True)
+
+    table, rows = report(found, methods)
+    print(f"\n{table}\n")
+    if not args.memories and len(methods) > 2:
+        print(selectors(found, methods) + "\n")
+    print("±: half of a 95 % interval over prompts. Another seed of training moves a gain too: "
+          "--seeds 0 1 2 tells by how much.")
+    seconds = round(time.time() - started, 1)
+    result = {**made_by(args.argv, "experiments/ideas.py", args.device), "settings": vars(args),
+              "seconds": seconds, "prompts": {task: niah.prompt_hash(of_task)
+                                              for task, of_task in examples.items()},
+              "rows": rows, "scores": found}
+    file = args.json or Path(args.out) / "results.json"
+    save(result, file)
+    print(f"all scores in {file}; {seconds / 60:.1f} minutes")
+    return rows
+
+
+def name_of(task):
+    return niah.TASKS[task].short
+
+
+# ---------------------------------------------------------------- python train.py
+
+def lesson():
+    """The paper's memory, for the attention model of checkpoints/nano; what it gained, in words."""
+    print("checkpoints/nano is attention that finds needles in 1,024 bytes. It is trained on twice, "
+          "on the same batches and for as many steps: as it is (joint, the control), and with the "
+          "memory of Eq. 1 on its keys and values (decay). Then all are asked for needles, reading "
+          "all of the prompt or a part. Ctrl-C stops; the same command goes on.")
+    args = flags().parse_args([])
+    args.argv = []
+    rows = run(args)
+    print("\n" + told(rows))
+    print("\nNext: python look.py (what the heads select, drawn)   python -m experiments.ideas "
+          "--memories values head-gate convolution (other memories, or yours)")
+
+
+def told(rows):
+    """What the lesson's rows say, in sentences."""
+    decay, joint, start = rows["decay"], rows["joint"], rows["start"]
+    quest = next(text for text in decay if text.startswith("quest:budget=1/16"))
+    how = {"better": "more than", "worse": "fewer than",
+           "not told apart": "neither surely more nor fewer than"}[decay["verdict"]]
+    return (f"Where each step reads a sixteenth of the prompt by Quest, the model with the memory "
+            f"finds {decay[quest]:.0f} % of the answers, the control {joint[quest]:.0f} %, the "
+            f"model that both come from {start[quest]:.0f} %. Over the four sparse methods the "
+            f"memory finds {how} the control, by {decay['gain']:+.1f} ±{decay['half']:.1f} points. "
+            f"Reading all, it finds {decay['dense']:.0f} %, and the start {start['dense']:.0f} %: a "
+            "training this short costs some of what was known.")
+
+
+def main(argv=None):
+    args = flags().parse_args(argv)
+    args.argv = argv
+    command("ideas.py", lambda: run(args), args, "interrupted; what is trained is kept, and the "
+            "same command goes on")
+
+
+if __name__ == "__main__":
+    told_to_end()
+    main()
