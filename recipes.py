@@ -68,10 +68,10 @@ RECIPES = {
 
     # what a CPU does with it in two minutes: that model is given a memory.
     "nano-convert": dict(
-        memory="on", tasks=NANO_TASKS, protocol="sft", other_weight=0.0, arl=64,
-        context_len=1024, batch=8, device_batch=8, steps=128,
-        lr=1e-3, memory_lr=1e-2,
-        log_every=16, eval_every=0, save_every=64),
+        memory="on", tasks=NANO_TASKS, protocol="sft", arl=64,
+        context_len=1024, batch=8, device_batch=8, steps=96,
+        lr=1e-3, memory_lr=5e-3,
+        log_every=16, eval_every=0, save_every=48),
 
     # The paper's own (arXiv 2605.28640). What it leaves out is from the configs of official RAT+,
     # marked (c). data=None: it trains on text, and --data must say where that is.
