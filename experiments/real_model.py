@@ -56,8 +56,8 @@ from model import Transformer
 from recipes import RECIPES
 
 # The memory's start, ARL's weight and the gates' rate are those of the conversion that was chosen,
-# steps and rate what the curve says: docs/real-model.md. SETTING is a guess until `develop` has
-# decided, before `primary` has a score.
+# steps and rate what the curve says: docs/real-model.md. SETTING is the best of GRID at 1/8 in stage
+# `develop`, and was set before `primary` had a score.
 
 # How the released model is continued: flags of train.py that follow --recipe=continue.
 ARMS = {
@@ -93,7 +93,7 @@ STAGES = {
 
 # One setting of each method serves all arms.
 BUDGETS = eval_niah.BUDGETS
-SETTING = {"quest": "", "moba": "", "snapkv": ",kernel=21,window=16"}
+SETTING = {"quest": "", "moba": ",block_size=32", "snapkv": ",kernel=31,window=16"}
 CELLS = {kind: [f"{kind}:budget={budget}{more}" for budget in BUDGETS]
          for kind, more in SETTING.items()}
 EXTREME = "quest:budget=1/64,block_size={}"
