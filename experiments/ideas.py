@@ -4,6 +4,7 @@ minutes on two CPU cores, in one or two on a GPU.
 
     start    checkpoints/nano: attention in 0.7M parameters, which finds needles in 1,024 bytes
     joint    the control: trained on without a memory, two passes a step as the others take
+    dilated  a second control, if it is named: the passes of ARL without a memory
     NAME     given the memory of that name, and trained on (recipe nano-convert)
 
 All of a seed take the same batches and as many optimizer steps. Then all are asked the same prompts
@@ -15,14 +16,14 @@ under the same methods, and differences are paired by prompt:
     python -m experiments.ideas --memories values head-gate convolution
     python -m experiments.ideas --also shift.py --memories shift    a memory of your own
     python -m experiments.ideas --also bestkey.py --memories --methods moba:budget=1/8 \\
-                                bestkey:budget=1/8                  a selector of your own: no training
+                                bestkey:budget=1/8                  a selector of your own, asked alone
 
 `python train.py` without flags is the first of these. A trained arm lies in out/ideas, and is not
 trained again unless its memory's file, or memory.py, has changed.
 
-What the loop cannot say: whether an idea helps a large model. It was chosen because it shows in
-minutes what longer trainings show (docs/training.md): that decay gains, and a convolution does not.
-Checked in tests/test_ideas.py. Read memories.py first, where a memory of your own is written.
+What the loop cannot say is whether an idea helps a large model. Its start was chosen among four
+because the paper's memory gains there at all (docs/training.md). Checked in tests/test_ideas.py.
+Read memories.py first, where a memory of your own is written.
 """
 import hashlib
 import importlib.util
@@ -41,8 +42,8 @@ import sparse
 import train
 from experiments import memories  # noqa: F401  puts its classes into memory.MEMORIES
 from experiments import runs
-from infra.cli import (ROOT, command, flag_parser, made_by, natural, positive, seed, sized,
-                       usable_device)
+from infra.cli import (ROOT, command, flag_parser, made_by, natural, seed, sized,
+                       usable_device, whole)
 from infra.files import save, told_to_end
 from infra.report import Z, mean
 from infra.tokenizers import get_tokenizer
@@ -56,6 +57,8 @@ CONTEXT = 1024
 TASKS = [task for task in NANO_TASKS if task != "niah_single_2"]  # which all arms find: tells none
 METHODS = ["quest:budget=1/8", "quest:budget=1/16", "moba:budget=1/8", "snapkv:budget=1/8"]
 BATCH = 32  # prompts at a time
+CONTROLS = {"joint": ["--memory=off", "--arl=0", "--joint=64"],
+            "dilated": ["--memory=off", "--arl=64"]}
 
 
 # ---------------------------------------------------------------- the arms
@@ -63,21 +66,21 @@ BATCH = 32  # prompts at a time
 def arms_of(args):
     """{arm: its train.py flags, None for the start}, for each seed: [(seed, arms), ...]"""
     for name in args.memories:
-        if name not in MEMORIES:
-            raise ValueError(f"--memories: there is no {name}; there are {', '.join(MEMORIES)}, and "
-                             "--also FILE.py brings more")
+        if name not in MEMORIES and name != "dilated":
+            raise ValueError(f"--memories: there is no {name}; there are {', '.join(MEMORIES)}, "
+                             "the control dilated, and what --also FILE.py brings")
     common = ["--recipe=nano-convert", f"--init={START}", "--resume", f"--out={args.out}",
               f"--device={args.device}", f"--kernels={args.kernels}", "--compile=off",
               *runs.passed_on(args.train, (*runs.OURS, "--joint", "--arl", "--resume"))]
     of_seeds = []
     for number in args.seeds:
         arms = {"start": None}
-        if args.memories:
-            arms["joint"] = [*common, "--memory=off", "--arl=0", "--joint=64",
-                             f"--seed={number}", f"--name=joint-{number}"]
-        for name in args.memories:
-            arms[name] = [*common, f"--memory={name}", f"--seed={number}",
-                          f"--name={name}-{number}-{code_of(MEMORIES[name])}"]
+        for name in (["joint"] if args.memories else []) + args.memories:
+            own = CONTROLS.get(name)
+            folder = f"{name}-{number}"
+            if own is None:
+                own, folder = [f"--memory={name}"], f"{folder}-{code_of(MEMORIES[name])}"
+            arms[name] = [*common, *own, f"--seed={number}", f"--name={folder}"]
         of_seeds.append((number, arms))
     return of_seeds
 
@@ -158,32 +161,56 @@ def verdict(gain, half):
 
 def report(found, methods):
     """
-    found: {seed: {arm: {method: scores by prompt}}} -> the table as text, and as JSON has it:
-    {arm: {method: mean in percent, "gain", "half", "verdict", "gains": by seed}}
+    found: {seed: {arm: {method: scores by prompt}}} -> the tables as text, and as JSON has them:
+    {arm: {"scores": {method: percent}; but for start and joint "gains": {method: [gain, half]},
+    "gain", "half", "verdict" over the sparse methods, and "by_seed", that gain of each seed}}
     """
-    sparse_ones = [text for text in methods if text != "dense"]
-    short = {text: text.replace("budget=", "").split(",")[0].replace(":", " ") for text in methods}
+    reading = [text for text in methods if text != "dense"]
     arms = list(next(iter(found.values())))
-    control = "joint" if "joint" in arms else None
-    width = 2 + max(map(len, [*arms, "score, %"]))
-    head = "".join(f"{short[text]:>13}" for text in methods)
-    lines = [f"{'score, %':{width}}{head}" + ("   sparse - joint" if control else "")]
-    rows = {}
-    for arm in arms:
-        scores = over_seeds(found, arm)
-        row = rows[arm] = {text: 100 * mean(scores[text]) for text in methods}
-        line = f"{arm:{width}}" + "".join(f"{row[text]:13.1f}" for text in methods)
-        if control and arm not in ("start", control):
-            before = over_seeds(found, control)
-            gain, half = paired(pooled(before, sparse_ones), pooled(scores, sparse_ones))
-            gains = [paired(pooled(of_seed[control], sparse_ones),
-                            pooled(of_seed[arm], sparse_ones))[0] for of_seed in found.values()]
-            row |= {"gain": gain, "half": half, "verdict": verdict(gain, half), "gains": gains}
-            line += f"   {gain:+5.1f} ±{half:4.1f}  {row['verdict']}"
-            if len(gains) > 1:
-                line += f"   by seed {' '.join(f'{x:+.1f}' for x in gains)}"
-        lines.append(line)
+    scores = {arm: over_seeds(found, arm) for arm in arms}
+    rows = {arm: {"scores": {text: 100 * mean(scores[arm][text]) for text in methods}}
+            for arm in arms}
+    width, short = 2 + max(map(len, [*arms, "score, %"])), [*map(in_short, methods)]
+
+    def line(name, cells, end=""):
+        return f"{name:{width}}" + "".join(f"{cell:>13}" for cell in cells) + end
+
+    lines = [line("score, %", short)]
+    lines += [line(arm, [f"{x:.1f}" for x in rows[arm]["scores"].values()]) for arm in arms]
+    others = [arm for arm in arms if arm not in ("start", "joint")]
+    if not others:
+        return "\n".join(lines), rows
+
+    lines += ["", line("- joint", short, "   mean of sparse")]
+    for arm in others:
+        row = rows[arm]
+        row["gains"] = {text: paired(scores["joint"][text], scores[arm][text]) for text in methods}
+        row["gain"], row["half"] = paired(pooled(scores["joint"], reading),
+                                          pooled(scores[arm], reading))
+        row["verdict"] = verdict(row["gain"], row["half"])
+        row["by_seed"] = [paired(*(pooled(of_seed[name], reading) for name in ("joint", arm)))[0]
+                          for of_seed in found.values()]
+        end = f"   {row['gain']:+.1f} ±{row['half']:.1f} {row['verdict']}"
+        if len(found) > 1:
+            end += f" (by seed {' '.join(f'{x:+.1f}' for x in row['by_seed'])})"
+        cells = [f"{gain:+.1f} ±{half:.1f}" for gain, half in row["gains"].values()]
+        lines.append(line(arm, cells, end))
+
+    best, *rest = sorted(others, key=lambda arm: -rows[arm]["gain"])
+    if rest:
+        ahead = []
+        for arm in rest:
+            gain, half = paired(pooled(scores[arm], reading), pooled(scores[best], reading))
+            ahead.append(f"{arm} {gain:+.1f} ±{half:.1f}")
+        lines += ["", f"{best} has the most; minus the others, over the sparse methods: "
+                  + ", ".join(ahead)]
     return "\n".join(lines), rows
+
+
+def in_short(text):
+    """A method as a column's head: quest:budget=1/8,block_size=16 is quest 1/8."""
+    label, _, values = text.partition(":")
+    return f"{label} {values.split(',')[0].removeprefix('budget=')}".strip()
 
 
 def selectors(found, methods):
@@ -194,7 +221,7 @@ def selectors(found, methods):
         scores = over_seeds(found, arm)
         for other in others:
             gain, half = paired(scores[first], scores[other])
-            lines.append(f"{arm}: {other} - {first}: {gain:+.1f} ±{half:.1f}, "
+            lines.append(f"{arm}: {in_short(other)} - {in_short(first)} {gain:+.1f} ±{half:.1f} "
                          f"{verdict(gain, half)}")
     return "\n".join(lines)
 
@@ -212,7 +239,7 @@ def flags():
     add("--also", nargs="+", default=[], metavar="FILE", help="Python files that are run before, "
         "which put a memory into memory.MEMORIES or a selector into sparse.METHODS")
     add("--seeds", nargs="+", type=natural, default=[0], help="of training, one model each")
-    add("--samples", type=positive, default=64, help=f"prompts of each of {len(TASKS)} tasks")
+    add("--samples", type=whole(2, 100_000), default=64, help=f"prompts of each of {len(TASKS)} tasks")
     add("--eval_seed", type=seed, default=0, help="of the prompts; whoever changes an idea until "
         "it wins looks at another seed's, and at this one's at the end")
     add("--train", type=shlex.split, default="", metavar="FLAGS", help="more flags of train.py for "
@@ -264,7 +291,7 @@ def run(args):
 
     table, rows = report(found, methods)
     print(f"\n{table}\n")
-    if not args.memories and len(methods) > 2:
+    if args.methods != METHODS and len(methods) > 2:
         print(selectors(found, methods) + "\n")
     print("±: half of a 95 % interval over prompts. Another seed of training moves a gain too: "
           "--seeds 0 1 2 tells by how much.")
@@ -287,10 +314,10 @@ def name_of(task):
 
 def lesson():
     """The paper's memory, for the attention model of checkpoints/nano; what it gained, in words."""
-    print("checkpoints/nano is attention that finds needles in 1,024 bytes. It is trained on twice, "
-          "on the same batches and for as many steps: as it is (joint, the control), and with the "
-          "memory of Eq. 1 on its keys and values (decay). Then all are asked for needles, reading "
-          "all of the prompt or a part. Ctrl-C stops; the same command goes on.")
+    print("checkpoints/nano is attention that finds needles in 1,024 bytes. It is trained on "
+          "twice, on the same batches and for as many steps: as it is (joint, the control), and "
+          "with the memory of Eq. 1 on its keys and values (decay). Then all are asked for "
+          "needles, reading all of the prompt or a part. Ctrl-C stops; the same command goes on.")
     args = flags().parse_args([])
     args.argv = []
     rows = run(args)
@@ -301,16 +328,19 @@ def lesson():
 
 def told(rows):
     """What the lesson's rows say, in sentences."""
-    decay, joint, start = rows["decay"], rows["joint"], rows["start"]
-    quest = next(text for text in decay if text.startswith("quest:budget=1/16"))
-    how = {"better": "more than", "worse": "fewer than",
-           "not told apart": "neither surely more nor fewer than"}[decay["verdict"]]
-    return (f"Where each step reads a sixteenth of the prompt by Quest, the model with the memory "
-            f"finds {decay[quest]:.0f} % of the answers, the control {joint[quest]:.0f} %, the "
-            f"model that both come from {start[quest]:.0f} %. Over the four sparse methods the "
-            f"memory finds {how} the control, by {decay['gain']:+.1f} ±{decay['half']:.1f} points. "
-            f"Reading all, it finds {decay['dense']:.0f} %, and the start {start['dense']:.0f} %: a "
-            "training this short costs some of what was known.")
+    decay = rows["decay"]
+    quest = next(text for text in decay["scores"] if text.startswith("quest:budget=1/8"))
+    found = {arm: f"{row['scores'][quest]:.0f} %" for arm, row in rows.items()}
+    dense = {arm: f"{row['scores']['dense']:.0f} %" for arm, row in rows.items()}
+    how = {"better": "More answers are found with the memory than by the control",
+           "worse": "Fewer answers are found with the memory than by the control",
+           "not told apart": "Memory and control cannot be told apart"}[decay["verdict"]]
+    return (f"{how}: {decay['gain']:+.1f} ±{decay['half']:.1f} points over the four sparse "
+            f"methods. Where a step reads an eighth of the prompt by Quest, the memory finds "
+            f"{found['decay']} of the answers, the control {found['joint']}, and the model that "
+            f"both come from {found['start']}. Reading all, they find {dense['decay']}, "
+            f"{dense['joint']} and {dense['start']}: a training this short costs some of what was "
+            "known.")
 
 
 def main(argv=None):

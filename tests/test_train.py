@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file
 
 import data
-import eval_niah
 import niah
 import train
 from conftest import FORMS, ORACLE, assert_close, draw_tokens, refused, tiny
@@ -479,24 +478,6 @@ def test_a_checkpoint_tells_how_it_was_made():
     again, first_two = record_of(path), record_of(path.parent / "step_0000002")
     assert again["from"] == record
     assert again["seconds"] > first_two["seconds"]  # not of this process alone
-
-
-def test_lesson_gives_the_attention_checkpoint_a_memory_and_shows_what_changed(monkeypatch, capsys,
-                                                                               tmp_path):
-    """`python train.py` without a flag, in small: ends with a table, and again without training."""
-    monkeypatch.setattr(runlog, "SHIPPED", [tmp_path / "checkpoints" / "attention"])
-    Transformer(replace(TINY, context_len=1024)).save_pretrained(runlog.SHIPPED[0])
-    monkeypatch.setattr(train, "LESSON", ["--steps=2", "--batch=1", "--device_batch=1",
-                                          "--workers=0"])
-    monkeypatch.setattr(eval_niah.niah, "default_new_tokens", lambda context_len, tokenizer: 12)
-    for _ in range(2):
-        train.lesson()
-        text = capsys.readouterr().out
-        for word in "one entry in 64", "converted - attention", "quest", "python eval_niah.py":
-            assert word in text
-    assert "goes on from" in text
-    model = Transformer.from_pretrained("out/converted")
-    assert model.config.memory and weights.resolve("out/converted").name == "step_0000002"
 
 
 # ---------------------------------------------------------------- passes that teach nothing
