@@ -39,6 +39,7 @@ from infra import weights
 from infra.init import first_values, memory_tensors
 from infra.loss import weighted_loss, weighted_score
 from infra.rope import stretched
+from infra.spelling import check_type
 from memory import MEMORIES
 from sparse import Dense, dice_of, dice_of_layers
 from triton_ops import backend
@@ -332,6 +333,9 @@ class Transformer(Inference, nn.Module):
         return weighted_score(x, self.head_weight, targets, weight)
 
     def check_tokens(self, tokens):
+        check_type(tokens, torch.Tensor, "tokens are a tensor (B, T) of ids")
+        if tokens.dim() != 2 or tokens.is_floating_point():
+            raise TypeError(f"tokens are ids (B, T), not {tokens.dtype} {tuple(tokens.shape)}")
         # On a GPU the look-up itself asserts; asking first would make every step wait for the
         # answer.
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():

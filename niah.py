@@ -32,6 +32,7 @@ import numpy as np
 from infra.cli import command, flag_parser, whole
 from infra.files import short, told_to_end
 from infra.ruler import rows_of, write_jsonl, write_predictions  # noqa: F401 (users' names)
+from infra.spelling import check_type
 from infra.tokenizers import get_tokenizer, pieces
 from infra.words import ADJECTIVES, NOUNS, essay_words, read_haystack, word_lists
 
@@ -335,6 +336,9 @@ def make_example(
     words="built-in",       # or "wonderwords"
 ):                          # -> Example
     name = task_name(task)
+    check_type(context_len, int, "context_len is a number of tokens")
+    if not hasattr(tokenizer, "eos_id"):  # a str can encode, too
+        raise TypeError(f"no tokenizer: {short(tokenizer)}; data.get_tokenizer('bytes') makes one")
     for what, value, known in (("protocol", protocol, PROTOCOLS), ("split", split, SPLITS),
                                ("words", words, WORDS)):
         if value not in known:

@@ -48,7 +48,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch.nn import functional as F
 
-from infra.spelling import check, check_blocks, of_text, to_text
+from infra.spelling import check, check_blocks, check_settings, check_type, of_text, to_text
 
 NEVER, ALWAYS = -math.inf, math.inf  # scores of what must not and what must be selected
 
@@ -309,6 +309,7 @@ class SnapKV(Dense):
     random: int | None = None  # seed
 
     def __post_init__(self):
+        check_settings(label_of(self), self)
         check(self.kernel % 2 == 1, f"snapkv: kernel={self.kernel} must be odd, else neighbours "
               "shift by half a token")
         check(self.budget > self.window > 0, f"snapkv: budget={self.budget} must exceed "
@@ -368,6 +369,7 @@ class Dilated(Dense):
     initial: int = 4
 
     def __post_init__(self):
+        check_settings(label_of(self), self)
         check(self.dilation is None or self.dilation > 0, f"dilated: dilation={self.dilation} must "
               "be positive, or none")
         check(min(self.local, self.initial) >= 0, f"dilated: local={self.local} and "
@@ -532,6 +534,8 @@ def parse(text, context_len):
     of each prompt). Other values are numbers, true/false or none. ValueError names what is wrong
     and what is allowed.
     """
+    check_type(text, str, "a method's text is parsed")
+    check_type(context_len, int, "context_len is a number of tokens")
     methods = [of_text(part, context_len, METHODS) for part in text.split("+")]
     return methods[0] if len(methods) == 1 else compose(*methods)
 

@@ -107,11 +107,14 @@ MEMORIES |= {"keys": KeysAlone, "head-gate": HeadGate, "fixed-decay": FixedDecay
              "convolution": Convolution}
 
 
-SCRIPTS = "train.py", "eval_niah.py", "sample.py"
+SCRIPTS = "train.py", "eval_niah.py", "sample.py", "look.py"
 
 
 def main():
     script = sys.argv[1] if len(sys.argv) > 1 else "nothing"
+    if script in ("-h", "--help"):
+        print(__doc__.strip())
+        return
     if script not in SCRIPTS:
         cli.end(f"memories.py: {short(script)} is no script to run: one of {', '.join(SCRIPTS)}, "
                 "and its flags")

@@ -11,6 +11,8 @@ import re
 from dataclasses import fields
 from typing import get_args
 
+from infra.files import short
+
 # Of a setting of type float. It is finite.
 FLOAT = re.compile(r"-?\d{1,30}(\.\d{0,30})?(e-?\d{1,2})?", re.ASCII)
 
@@ -33,10 +35,14 @@ def of_text(text, context_len, methods):
         values[key] = value = value_of(value, context_len, setting)
 
         # The exact type, as true is an int to isinstance.
-        wanted = " or ".join(kind.__name__.removesuffix("Type").lower() for kind in kinds)
-        check(type(value) in kinds, f"{setting}: expected {wanted}")
+        check(type(value) in kinds, f"{setting}: expected {in_words(kinds)}")
         check(type(value) is not int or value < 2**31, f"{setting}: must be below 2**31")
     return methods[label](**values)
+
+
+def in_words(kinds):
+    """The types of a setting: int or none"""
+    return " or ".join(kind.__name__.removesuffix("Type").lower() for kind in kinds)
 
 
 def value_of(text, context_len, setting):
@@ -73,8 +79,24 @@ def check(condition, message):
         raise ValueError(message)
 
 
+def check_type(value, kinds, what):
+    """TypeError with one line for what a program passed: `what` says what is taken."""
+    if not isinstance(value, kinds):
+        raise TypeError(f"{what}, not {type(value).__name__}: {short(value)}")
+
+
+def check_settings(label, method):
+    """The types of a method's settings, where Python made it: of_text has asked already."""
+    for field in fields(method):
+        value, kinds = getattr(method, field.name), get_args(field.type) or (field.type,)
+        if all(isinstance(kind, type) for kind in kinds):  # else a file put off its annotations
+            known = type(value) in kinds or (float in kinds and type(value) is int)
+            check(known, f"{label}: {field.name}={short(value)}: expected {in_words(kinds)}")
+
+
 def check_blocks(label, method, forced):
     """The budget of a method that selects blocks: whole blocks, and room for the forced ones."""
+    check_settings(label, method)
     budget, size = method.budget, method.block_size
     check(size > 0, f"{label}: block_size={size} must be positive")
     nearest = max(1, round(budget / size)) * size

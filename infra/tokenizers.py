@@ -24,6 +24,7 @@ from pathlib import Path
 import tiktoken
 
 from infra.files import read_json, short
+from infra.spelling import check_type
 
 # ---------------------------------------------------------------- bytes
 
@@ -33,6 +34,7 @@ class ByteTokenizer:
     name, n_vocab, eos_id, files = "bytes", 257, 256, {}
 
     def encode(self, text):
+        check_type(text, str, "a tokenizer encodes text")
         return list(text.encode("utf-8", errors="replace"))
 
     def decode(self, ids):
@@ -397,6 +399,7 @@ def get_tokenizer(spec):
     """
     if spec == "bytes":
         return ByteTokenizer()
+    check_type(spec, (str, os.PathLike), "a tokenizer is bytes or a path")
     path = Path(spec)
     if path.is_dir():
         path = next((path / name for name in KINDS if os.path.lexists(path / name)), path)

@@ -22,6 +22,7 @@ for all files.
 """
 import hashlib
 import json
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -39,6 +40,7 @@ from infra.files import (SEAL, all_or_nothing, opened_seal, parse_json, read_jso
                          short)
 from infra.names import hf_name, our_name, stored_name
 from infra.ratplus import read_ratplus
+from infra.spelling import check_type
 
 SHARD_BYTES = 5 * 10**9  # a larger model is split into files of at most this size
 DTYPES = "F64", "F32", "F16", "BF16"  # of weights, as safetensors calls them
@@ -59,6 +61,7 @@ def checkpoints(run):
 
 def resolve(path):
     """`path`, or the newest checkpoint in it if it is a run of train.py's."""
+    check_type(path, (str, os.PathLike), "a model is named by its path")
     # A run's folder has no config.json of its own, unless somebody put a model there.
     found = [Path(path), *checkpoints(path)]
     if len(found) > 1 and "model_type" in any_json(found[0] / "config.json"):
