@@ -2,63 +2,138 @@
 A prompt in, text out, with any sparse method: the whole of nanoRAT in a page.
 
     python sample.py --ckpt DIR --prompt "Once upon" --method quest:budget=1/16
+    python sample.py --ckpt checkpoints/attention checkpoints/memory --task MK-2
 
 With no flags: the newest model of train.py that does the task of checkpoints/, or else
 checkpoints/memory, is asked for a needle in a haystack, densely and with the method. Checked in
-tests/test_sample.py. eval_niah.py is the same for many prompts, methods and models.
+tests/test_sample.py. look.py draws what each head reads meanwhile; eval_niah.py asks many prompts.
 """
+import re
+from itertools import pairwise
+from pathlib import Path
+
 import torch
 
 import niah
 import sparse
 from data import tokenizer_of
 from infra import weights
-from infra.cli import (LONGEST, at_least_0, command, flag_parser, note_if_beyond, positive, roomy,
-                       seed, sized, usable_device)
+from infra.cli import (LONGEST, at_least_0, command, flag_parser, natural, note_if_beyond, positive,
+                       roomy, seed, sized, usable_device)
 from infra.reads import PromptReads, StepReads
 from infra.runlog import known_models, trained_with
 from model import Transformer
 from triton_ops import backend
 
+# A needle as a prompt has it; the group is its value.
+NEEDLE = re.compile(niah.NEEDLE.format(kind=r"\w+", key=r"\S.*?", value=r"([\w-]+)"))
+
 
 def flags():
-    parser = flag_parser("sample.py", "Continue a prompt.")
+    parser = flag_parser("sample.py", "Continue a prompt, or answer a needle's question.")
+    add_question(parser, "the newest in out/ that does the task of checkpoints/, else "
+                 "checkpoints/memory")
     add = parser.add_argument
-    add("--ckpt", metavar="PATH", help="what Transformer.from_pretrained loads, or a run of "
-        "train.py; None: the newest in out/ that does the task of checkpoints/, else "
-        "checkpoints/memory")
-    add("--prompt", metavar="TEXT", help="None: a needle in a haystack that fills the context")
     add("--methods", "--method", nargs="+", action="extend", metavar="METHOD",
         help="as eval_niah.py takes them; None: quest:budget=1/4")
-    add("--max_new_tokens", type=positive, default=48, metavar="TOKENS", help="at most so many")
     add("--temperature", type=at_least_0, default=0.0,
         help="0 takes the likeliest token, 1 draws as the model would")
     add("--top_k", type=positive, metavar="TOKENS",
         help="draw from the likeliest so many; None: from all")
+    add("--whole", action="store_true", help="print the whole haystack, not its size alone")
+    return parser
+
+
+def add_question(parser, models):
+    """The flags of whom to ask what, which look.py has too. models: what --ckpt is if not given."""
+    add = parser.add_argument
+    add("--ckpt", nargs="+", metavar="PATH", help="what Transformer.from_pretrained loads, or runs "
+        f"of train.py; several are asked the same text; None: {models}")
+    add("--prompt", metavar="TEXT", help="None: a needle in a haystack that fills the context")
+    add("--task", type=niah.task_name, help=f"{', '.join(niah.TASKS)}, or as the tables call it: "
+        "MK-2; None: the first that fits")
+    add("--index", type=natural, default=0, help="which example of the task")
     add("--seed", type=seed, default=0, help="of the draw, and of the haystack")
     add("--words", choices=niah.WORDS, default=niah.WORDS[0],
         help="of the haystack's keys: built-in, or RULER's from the package wonderwords")
-    add("--context_len", type=positive, metavar="TOKENS",
-        help=f"what budgets are fractions of; None: the model's, at most {LONGEST}")
-    add("--tokenizer", metavar="SPEC", help="as in data.py; None: the one beside the model")
+    add("--max_new_tokens", type=positive, default=48, metavar="TOKENS", help="at most so many")
+    add("--context_len", type=positive, metavar="TOKENS", help="what budgets are fractions of; "
+        f"None: the first model's, at most {LONGEST}")
+    add("--tokenizer", metavar="SPEC", help="as in data.py; None: the one beside each model")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cuda or cpu")
     backend.add_flag(parser)
-    return parser
 
 
 def run(args):
     backend.use(args.kernels)
-    path = args.ckpt or known_models()[-1]
-    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    model = Transformer.from_pretrained(path, dtype, args.device)
-    tokenizer = tokenizer_of(weights.resolve(path), model.config.vocab_size, args.tokenizer)
-    context_len = args.context_len or min(LONGEST, model.config.context_len)
-
-    prompt, texts, gold = args.prompt, args.methods or ["quest:budget=1/4"], None
+    args.ckpt = args.ckpt or known_models()[-1:]
+    models = loaded(args)
+    first, tokenizer = next(iter(models.values()))
+    context_len = args.context_len or min(LONGEST, first.config.context_len)
+    prompt, texts, gold = args.prompt, args.methods or ["quest:budget=1/4"], []
     if prompt is None:
-        example = a_needle(args, path, context_len, tokenizer)
-        prompt, texts, gold = example.prompt, ["dense", *texts], example.target
+        example = a_needle(args, context_len, tokenizer)
+        prompt, texts, gold = example.prompt, ["dense", *texts], example.answers
+    shown = prompt if args.whole or not gold else abridged(prompt, gold, tokenizer)
+
+    asked = []  # all of them, so that what is wrong is said before the first answers
+    for path, (model, tokenizer) in models.items():
+        ids = ids_of(prompt, path, model, tokenizer, texts, context_len, args)
+        for text in (sized(text, context_len, tokenizer, sparse.METHODS) for text in texts):
+            method = sparse.parse(text, context_len)
+            asked.append((f"{path}, {text}", model, tokenizer, ids, method))
+
+    for path, (model, _) in models.items():
+        print(f"{Path(path).resolve().name}: {weights.resolve(path)}, trained on contexts of "
+              f"{model.config.context_len:,} tokens, memory: {model.config.memory or 'none'}")
+    print(f"\n{shown}\n")
+    if gold:
+        print(f"gold: {example.target.strip()}\n")
+    for name, *what in asked:
+        said, read = answer(*what, args)
+        print(f"{name}: {said}   {right_or_wrong(said, gold)}".rstrip())
+        print(f"    {read}\n", flush=True)
+
+
+def loaded(args):
+    """{path: (model, its tokenizer)} of --ckpt"""
+    dtype, models = torch.bfloat16 if args.device.startswith("cuda") else torch.float32, {}
+    for path in map(str, args.ckpt):
+        model = Transformer.from_pretrained(path, dtype, args.device)
+        folder = weights.resolve(path)
+        models[path] = model, tokenizer_of(folder, model.config.vocab_size, args.tokenizer)
+    return models
+
+
+def a_needle(args, context_len, tokenizer):
+    """The example of niah.py that is asked, in the protocol that the first model was trained on."""
+    protocol = trained_with(args.ckpt[0]).get("protocol", "base")
+    more = {"max_new_tokens": args.max_new_tokens, "words": args.words}
+    tasks = [args.task]
+    if not args.task:
+        tasks = niah.fitting_tasks(context_len, tokenizer, protocol, **more)
+    if not tasks:
+        raise ValueError(f"no needle task fits into {context_len} tokens: give a --prompt")
+    return niah.make_example(tasks[0], context_len, tokenizer, args.seed, args.index, protocol,
+                             **more)
+
+
+def abridged(prompt, answers, tokenizer):
+    """The prompt's first line, the needles asked for and the question; between them its size."""
+    needles = [found.span() for found in NEEDLE.finditer(prompt) if found[1] in answers]
+    kept = [(0, prompt.index("\n")), *needles, (prompt.rindex("\n"), len(prompt))]
+    lines = [prompt[:kept[0][1]]]
+    for (_, end), (start, stop) in pairwise(kept):
+        if left := prompt[end:start].strip():
+            others = f", {n} other needles" if (n := len(NEEDLE.findall(left))) else ""
+            lines.append(f"... {len(tokenizer.encode(left)):,} tokens{others} ...")
+        lines.append(prompt[start:stop].strip())
+    return "\n".join(lines)
+
+
+def ids_of(prompt, path, model, tokenizer, texts, context_len, args):
+    """The prompt in the model's tokens. ValueError where the methods `texts` do not fit them."""
     ids = tokenizer.encode(prompt)
     if not ids:
         raise ValueError("--prompt is empty: the model needs a token to start from")
@@ -68,32 +143,11 @@ def run(args):
                          f"budgets are fractions of {context_len:,}: give "
                          f"--context_len={roomy(total)}, or budgets in tokens")
     note_if_beyond(path, model.config.context_len, total)
-
-    texts = [sized(text, context_len, tokenizer, sparse.METHODS) for text in texts]
-    methods = {text: sparse.parse(text, context_len) for text in texts}
-    print(prompt)
-    width = 2 + max(38, *map(len, methods))
-    if gold is not None:
-        print(f"\n{'gold':{width}}{gold}")
-    for text, method in methods.items():
-        new, prompt_read, read = answer(model, tokenizer, ids, method, args)
-        said = tokenizer.decode([token for token in new if token != tokenizer.eos_id])
-        print(f"\n{text:{width}}{said}\n{'':{width}}({len(new)} tokens after {len(ids)}; entries "
-              f"per head that a token of the prompt read: {prompt_read}, a step: {read})")
-
-
-def a_needle(args, path, context_len, tokenizer):
-    """The example of niah.py that the model is asked, in the protocol that it was trained on."""
-    protocol = trained_with(path).get("protocol", "base")
-    more = {"max_new_tokens": args.max_new_tokens, "words": args.words}
-    tasks = niah.fitting_tasks(context_len, tokenizer, protocol, **more)
-    if not tasks:
-        raise ValueError(f"no needle task fits into {context_len} tokens: give a --prompt")
-    return niah.make_example(tasks[0], context_len, tokenizer, args.seed, 0, protocol, **more)
+    return ids
 
 
 def answer(model, tokenizer, ids, method, args):
-    """-> new tokens; how many entries a token of the prompt read, and a step, as text"""
+    """-> the text that follows; how many tokens it has, and how many entries were read, in words"""
     phases = sparse.phases(method)
     by_prompt = PromptReads(phases.prefill_by, dense=phases.prefill_by == sparse.Dense())
     by_step = StepReads(phases)
@@ -104,15 +158,33 @@ def answer(model, tokenizer, ids, method, args):
     tokens = torch.tensor([ids], device=args.device)
     logits = model.prefill(tokens, None, cache, method, whole=True, watch=by_prompt)
     new = model.decode(logits, cache, args.max_new_tokens, method, args.temperature, args.top_k,
-                       tokenizer.eos_id, args.seed, by_step)
+                       tokenizer.eos_id, args.seed, by_step)[0].tolist()
 
     # Each token but the last was fed, up to the end of the text if there is one.
-    row = new[0].tolist()
-    fed = row.index(tokenizer.eos_id) if tokenizer.eos_id in row else len(row) - 1
-    prompt_read, = by_prompt.of_rows(torch.tensor([len(ids)]))
-    read, = by_step.of_rows(cache, [fed])
-    return (row, "not told" if prompt_read is None else f"{prompt_read:.1f}",
-            "there was none" if read is None else f"{read:.1f}")
+    fed = new.index(tokenizer.eos_id) if tokenizer.eos_id in new else len(new) - 1
+    of_prompt, = by_prompt.of_rows(torch.tensor([len(ids)]))
+    of_step, = by_step.of_rows(cache, [fed])
+    # Means over tokens, layers and KV heads. At most a token reads those before it, and itself.
+    read = (in_words("prompt", of_prompt, (len(ids) + 1) / 2),
+            in_words("answer", of_step, len(ids) + (fed + 1) / 2))
+    said = tokenizer.decode([token for token in new if token != tokenizer.eos_id])
+    return said, f"{len(new)} tokens after {len(ids):,}: {read[0]}, {read[1]}"
+
+
+def in_words(of, read, there):
+    if read is None:
+        return f"no reads of the {of} are told"
+    if there - read < 0.5:
+        return f"each {of} token read all before it"
+    return f"each {of} token read {read:,.0f} of {there:,.0f} entries"
+
+
+def right_or_wrong(said, gold):
+    """RULER's score of an answer in words, nothing without a gold one."""
+    if not gold:
+        return ""
+    score = niah.score_ruler(said, gold)
+    return {0: "wrong", 1: "right"}.get(score, f"{score:.0%} right")
 
 
 def main(argv=None):

@@ -17,13 +17,14 @@ ARROWS = {
     "niah": set(),
     "data": set(),
     "recipes": {"memory", "model", "niah", "sparse"},
-    "train": {"data", "eval_niah", "memory", "model", "niah", "recipes", "sparse"},
+    "train": {"data", "experiments", "memory", "model", "niah", "recipes", "sparse"},
     "eval_niah": {"data", "model", "niah", "sparse"},
     "sample": {"data", "eval_niah", "model", "niah", "sparse"},
+    "look": {"memory", "model", "niah", "sample", "sparse"},
     "bench": {"engine", "experiments", "kernels", "memory", "model", "sparse"},
 }
 # The hooks alone look upward, to the definitions that they stand for.
-UPWARD = {"triton_ops/selectors.py": {"sparse"}, "triton_ops/backend.py": {"sparse"}}
+UPWARD = {f"triton_ops/{name}.py": {"sparse"} for name in ("selectors", "on_cpu", "backend")}
 OURS = {*ARROWS, "infra", "triton_ops", "experiments"}
 FILES = sorted(file.relative_to(ROOT) for pattern in ("*.py", "infra/*.py", "triton_ops/*.py")
                for file in ROOT.glob(pattern))
@@ -53,7 +54,7 @@ def test_imports_run_one_way(file):
 
 def test_the_arrows_have_no_circle():
     """A table above that allows what it should forbid, or more files than a reader takes in."""
-    assert len(ARROWS) <= 13
+    assert len(ARROWS) <= 14
     left = dict(ARROWS)
     while left:
         free = [name for name, wants in left.items() if not wants & left.keys()]
