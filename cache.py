@@ -58,7 +58,7 @@ class LayerCache:
     dice: torch.Tensor              # (B, 1)
     positions: torch.Tensor | None  # (B, Tk, KV)  int32, of each slot; None: the slot itself
     bounds_of: Callable = None      # block size -> low, high (B, N, KV, D) of its blocks' keys,
-                                    # which the cache keeps for Triton
+                                    # which the cache keeps from step to step
     prompt: Callable = None         # () -> lengths (B,), dice (B, 1): the prompt's, as compress
                                     # has them, which stay from step to step
 
@@ -408,11 +408,22 @@ class Cache:
     def store(self, i, k, v):
         """k and v (B, T, KV, D) of the real tokens into their slots of layer i."""
         self.room(i, self.slots)
-        self.bounded[i] = None  # of fewer keys
         self.put(self.k[i], k)
         self.put(self.v[i], v)
         if self.positions[i] is not None:
             self.put(self.positions[i], self.now.position[..., None].expand(k.shape[:3]))
+        if not self.now.decoding:
+            self.bounded[i] = None  # of fewer keys
+        elif self.bounded[i]:
+            self.widen_bounds(i)
+
+    def widen_bounds(self, i):
+        """Quest's bounds of the block that each row's newest key falls into, by that key."""
+        size, slot, row = self.bounded[i], self.used - 1, torch.arange(self.B, device=self.device)
+        k, block = self.k[i][row, slot], slot // size  # (B, KV, D), (B,)
+        begins = (slot % size == 0)[:, None, None]     # what stood there may be of an older prompt
+        for bound, further in zip(self.bounds[i][size], (torch.minimum, torch.maximum)):
+            bound[row, block] = k.where(begins, further(bound[row, block], k))
 
     def put(self, where, x):
         """x (B, T, ...) into where (B, slots, ...), from slot now.start on."""
@@ -561,10 +572,15 @@ class Cache:
     def bounds_of(self, i, block_size):
         """
         Each block's least and greatest key, per channel: low, high (B, N, KV, D). From then on,
-        step keeps them up to date.
+        step and store keep them up to date.
         """
-        from triton_ops.quest import block_bounds
-        if self.bounded[i] != block_size:
+        if backend.wanted(self.k[i]):
+            from triton_ops.quest import block_bounds
+        else:
+            from triton_ops.on_cpu import block_bounds
+        # a store of a fork's own need not have kept them
+        stock = backend.is_stock("cache.Cache.store", self.store)
+        if self.bounded[i] != block_size or not stock:
             new, held = block_bounds(self.k[i], self.used, block_size), self.bounds[i] or {}
             if block_size in held:  # in place: a graph may know these tensors
                 for old, x in zip(held[block_size], new):

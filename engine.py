@@ -30,7 +30,8 @@ from cache import Cache, Feed
 from sparse import Dense, Dilated, dice_of, dice_of_layers, drops, name, phases, window_of
 from triton_ops import backend
 
-TOGETHER = 32768  # tokens of a prompt that go through a layer at a time: more save no time
+TOGETHER = 32768        # tokens of a prompt that go through a layer at a time: more save no time
+TOGETHER_ON_CPU = 4096  # and fewer do, where what a layer makes of them stays in caches
 
 
 class Inference:
@@ -135,7 +136,7 @@ class Inference:
         A row may have no tokens in a later chunk of a prompt. It has no logits there: those of its
         last chunk hold.
         """
-        B, T = tokens.shape
+        B, T = self.check_ids(tokens).shape
         if T == 0:
             raise ValueError("the prompt has no tokens")
         if cache is None and (whole or watch):
@@ -162,7 +163,10 @@ class Inference:
 
         # Some rows at a time: what a layer makes of 32,768 tokens is a few GB, and more tokens
         # would not make the GPU any busier.
-        rows = max(1, TOGETHER // T)
+        together = TOGETHER
+        if tokens.device.type == "cpu":
+            together = min(together, TOGETHER_ON_CPU)
+        rows = max(1, together // T)
         parts = [slice(first, first + rows) for first in range(0, B, rows)]
         if cache is None or len(parts) == 1:
             views = [cache] * len(parts)
@@ -261,7 +265,7 @@ class Inference:
         Prompts (B, T), right-padded to T where lengths (B,) says so -> new tokens alone. settings:
         temperature, top_k, eos_id, seed and watch, as in decode.
         """
-        room = tokens.shape[1] + max_new_tokens
+        room = self.check_ids(tokens).shape[1] + max_new_tokens
         cache = self.new_cache(len(tokens), room, window_of(sparse))
         logits = self.prefill(tokens, lengths, cache, sparse, whole=True)
         return self.decode(logits, cache, max_new_tokens, sparse, **settings)

@@ -15,9 +15,10 @@ occur in what the model wrote, and "paper", exact pieces between commas. Interva
 too wide. They are of the prompts alone; what another training would give, only seeds tell
 (experiments/reproduce.py).
 
-A run that was stopped goes on with the same command and --out, also with more methods. Under
-torchrun each GPU takes its share of the batches. Checked in tests/test_eval_niah.py and, by hand,
-tests/test_report_tables.py. Read niah.py first, data.py next; sample.py asks a single prompt.
+A run that was stopped goes on with the same command and --out, also with more methods; --plot
+draws again what results.json holds. Under torchrun each GPU takes its share of the batches. Checked
+in tests/test_eval_niah.py and, by hand, tests/test_report_tables.py. Read niah.py first, data.py
+next; sample.py asks a single prompt.
 """
 import json
 import os
@@ -37,15 +38,25 @@ from infra.answers import (Answer, Outcome, Ranks, appending, hit_rates, read_li
                            refuse_other_questions, unanswered)
 from infra.cli import (LONGEST, Progress, command, flag_parser, made_by, note_lengths, positive,
                        refuse_longer, seed, sized, usable_device)
+from infra.conclusion import conclusion
 from infra.files import load, save, told_to_end
 from infra.reads import PromptReads, StepReads, places_of, was_read
-from infra.report import by_tenth, interval, mean, plot, table, table_random
+from infra.plots import plot, read_results
+from infra.report import by_tenth, interval, mean, table, table_random
 from infra.runlog import known_models, trained_with
 from model import Transformer
 from triton_ops import backend
 
 BUDGETS = "1/4", "1/8", "1/16"  # of --context_len, whatever the prompt's length
 METHODS = [f"{kind}:budget={budget}" for kind in ("quest", "moba", "snapkv") for budget in BUDGETS]
+NAMES = {name: task.short for name, task in niah.TASKS.items()}
+# What a CPU asks if nobody says what: enough to tell the models in checkpoints/ apart, in about a
+# minute each on two cores. There a small batch is no slower, and the time left is told sooner.
+FIRST_LOOK = {
+    "context_len": 2048, "tasks": ["niah_multikey_1", "niah_multikey_2", "niah_multivalue"],
+    "samples": 16, "batch": 4,
+    "methods": ["quest:budget=1/8", "quest:budget=1/16", "moba:budget=1/8", "snapkv:budget=1/8"]}
+TOKENS_A_MINUTE = 100_000  # of its prompts, under all of its methods
 
 
 # ---------------------------------------------------------------- answers
@@ -191,6 +202,10 @@ def prepare(args):
     args.out = args.out or datetime.now().strftime("out/niah-%Y%m%d-%H%M%S-%f")
     args.json = args.json or str(Path(args.out) / "results.json")
     args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
+    # No models or questions of one's own: what comes with the code, as the README shows it.
+    shown = not (args.ckpt or args.jsonl or args.random)
+    args.hits, args.first_look = args.hits or shown, shown and not on_gpu
+    look = FIRST_LOOK if args.first_look else {}
 
     args.ckpt = [str(path) for path in args.ckpt or known_models()]
     args.protocol = args.protocol or trained_with(args.ckpt[0]).get("protocol", "base")
@@ -203,12 +218,15 @@ def prepare(args):
 
     tokenizer = next(iter(tokenizers.values()))
     # The first model decides for all: differences are of the same prompts under the same budgets.
-    args.context_len = args.context_len or min(LONGEST, settings[args.ckpt[0]]["context_len"])
+    args.context_len = args.context_len or min(look.get("context_len", LONGEST),
+                                               settings[args.ckpt[0]]["context_len"])
     args.max_new_tokens = (args.max_new_tokens
                            or niah.default_new_tokens(args.context_len, tokenizer))
-    args.samples = args.samples or (200 if on_gpu else max(2, 8192 // args.context_len))
+    few = 200 if on_gpu else max(2, 8192 // args.context_len)
+    args.samples = args.samples or look.get("samples", few)
+    args.batch = args.batch or look.get("batch", 16)
     filled = [sized(text, args.context_len, tokenizer, sparse.METHODS)
-              for text in args.methods or METHODS]
+              for text in args.methods or look.get("methods", METHODS)]
     args.methods = list(dict.fromkeys(["dense", *filled]))
     methods = {sparse.parse(text, args.context_len): text for text in args.methods}
     return labels, tokenizers, methods
@@ -216,13 +234,15 @@ def prepare(args):
 
 def choose_tasks(args, tokenizers):
     """
-    --tasks, else those that train.py trained the first model on, else those that fit in the tokens
-    of every model.
+    --tasks, else those that train.py trained the first model on, else those, at a first look few,
+    that fit in the tokens of every model.
     """
     args.tasks = args.tasks or trained_with(args.ckpt[0]).get("tasks")
     fitting = [niah.fitting_tasks(args.context_len, tokenizer, args.protocol, args.max_new_tokens,
                                   args.words) for tokenizer in tokenizers]
-    tasks = args.tasks or [task for task in niah.TASKS if all(task in fit for fit in fitting)]
+    fitting = [task for task in niah.TASKS if all(task in fit for fit in fitting)]
+    few = [task for task in fitting if args.first_look and task in FIRST_LOOK["tasks"]]
+    tasks = args.tasks or few or fitting
     if not tasks:
         raise ValueError(f"no task fits into --context_len {args.context_len} with "
                          f"{args.max_new_tokens} new tokens: raise it")
@@ -282,6 +302,11 @@ def draws_by_chance(args, methods):
 # ---------------------------------------------------------------- python eval_niah.py
 
 def run(args):
+    if args.plot:
+        results, context_len = read_results(args.plot, NAMES)
+        tell(results)
+        plot(results, NAMES, context_len, picture_of(args.plot))
+        return
     backend.use(args.kernels)
     ranks = Ranks()
     prepared = prepare(args)
@@ -319,11 +344,17 @@ def run_in(args, ranks, labels, tokenizers, methods):
     n_left, n_mine = (sum(batch.count() for batch in batches) for batches in (left, mine))
     total = len(lengths) * len(by_name)
     if ranks.rank == 0:
+        tasks = ", ".join(NAMES[task] for task in next(iter(examples.values())))
         print(f"{', '.join(labels)}: {len(lengths)} prompts of {min(lengths):,} to "
-              f"{max(lengths):,} tokens x {len(by_name)} methods = {total:,} answers of up to "
-              f"{args.max_new_tokens}, {total - n_left:,} of them in {args.out} already; context "
-              f"{args.context_len:,}, protocol {args.protocol}; {call['device']}, {args.dtype}")
+              f"{max(lengths):,} tokens ({tasks}) x ({len(texts)} methods + H1 of "
+              f"{len(selecting)}) = {total:,} answers of up to {args.max_new_tokens}, "
+              f"{total - n_left:,} of them in {args.out} already; context {args.context_len:,}, "
+              f"protocol {args.protocol}; {call['device']}, {args.dtype}")
         print(" ".join(methods.values()), flush=True)
+        if args.first_look:
+            minutes = sum(lengths) * n_left / total / TOKENS_A_MINUTE
+            print(f"a first look: about {max(1, round(minutes))} minutes on two CPU cores; --help "
+                  "tells of more", flush=True)
 
     # Answers: each batch's are on disk before the next one is asked.
     progress, loading, answering = Progress(total, total - n_left), 0.0, 0.0  # seconds
@@ -369,7 +400,7 @@ def ask(model, tokenizer, examples, batch, by_name, args, cache):
 
 def report(args, call, labels, tokenizers, examples, texts):
     """All answers -> predictions, results.json, tables and plot."""
-    there, results, by_prompt = read_lines(args.out), [], {}
+    there, results = read_lines(args.out), []
 
     def share(read):
         return None if read is None else read / args.context_len
@@ -382,8 +413,6 @@ def report(args, call, labels, tokenizers, examples, texts):
                 outcome = Outcome.of([Answer(**lines[i].told) for i in range(len(of_task))])
                 folder = Path(args.out) / label.replace("/", "_") / name.replace(":", "-")
                 niah.write_predictions(folder, of_task, outcome.texts)
-                if drawn is None:
-                    by_prompt[label, text, task] = ruler_scores(outcome.texts, of_task)
                 of_h1 = there.get((label, task, f"H1 {name}"), {}) if args.hits else {}
                 read, prompt_read = mean(outcome.read), mean(outcome.prompt_read)
                 results.append({
@@ -396,28 +425,45 @@ def report(args, call, labels, tokenizers, examples, texts):
                     "hits": hit_rates(of_h1), "seconds": outcome.seconds,
                     "prompts": niah.prompt_hash(of_task), "keys_from": of_task[0].keys_from,
                     "haystack_from": of_task[0].haystack_from,
-                    "predictions": str(folder / f"{task}.jsonl")})
+                    "predictions": str(folder / f"{task}.jsonl"),
+                    "scores": ruler_scores(outcome.texts, of_task)})  # of each prompt
 
     # There is more than one call if the run was stopped, or methods were added.
     calls = load(Path(args.out) / "asked.json", "calls")["calls"]
     save({**call, "calls": calls, "settings": vars(args), "finished": True, "results": results},
          args.json)
-    names = {task: kind.short for task, kind in niah.TASKS.items()}
-    print("\n" + table(results, by_prompt, names))
-    if args.random:
-        print("\n" + table_random(results, names))
+    tell(results)
     speed, rate = call["speed"], ""
     if speed["seconds"]:
         rate = f", {speed['answers'] / speed['seconds']:.3g} a second"
     print(f"\n{speed['answers']:,} answers in {speed['seconds']:.1f} s{rate}; loading took "
           f"{speed['seconds_of_loading']:.1f} s")
     print(f"results in {args.json}, predictions in {args.out}")
-    plot(results, Path(args.json).with_suffix(".png"))
+    plot(results, NAMES, args.context_len, Path(args.json).with_suffix(".png"))
+
+
+def tell(results):
+    """Print the tables, and what follows from them."""
+    print("\n" + table(results, NAMES))
+    if any(row["random"] is not None for row in results):
+        print("\n" + table_random(results, NAMES))
+    if text := conclusion(results, NAMES):
+        print("\n" + text)
+
+
+def picture_of(files):
+    """Beside the first file, of that name; of several files the names of all."""
+    return Path(files[0]).with_name("+".join(Path(file).stem for file in files) + ".png")
 
 
 def flags():
+    look = FIRST_LOOK | {"tasks": [NAMES[task] for task in FIRST_LOOK["tasks"]]}
+    look = " ".join(f"--{name} {value}" for name, value in look.items()).translate(
+        str.maketrans("", "", "[],'"))
     parser = flag_parser("eval_niah.py", "Accuracy of sparse methods on RULER's needle tasks; with "
-                         "no flags, of the checkpoints that come with the code.")
+                         "no flags, of the checkpoints that come with the code. Without --ckpt, "
+                         "--jsonl and --random, --hits is on, and on a CPU what is not given is "
+                         f"that of a first look: {look}")
     add = parser.add_argument
     # what
     add("--ckpt", nargs="+", metavar="PATH", help="models that Transformer.from_pretrained loads, "
@@ -450,7 +496,7 @@ def flags():
     add("--random", type=positive, default=0, metavar="SEEDS", help="H2: how many times to draw "
         "the selection of methods of budget 1/4 by chance")
     # how
-    add("--batch", type=positive, default=16, help="prompts at a time")
+    add("--batch", type=positive, help="prompts at a time; None: 16")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cuda or cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="of the model; None: bfloat16 on a GPU, "
@@ -462,6 +508,8 @@ def flags():
         "a new one, out/niah-DATE-TIME")
     add("--json", metavar="FILE", help="all results; None: results.json in --out. The plot goes "
         "beside it")
+    add("--plot", nargs="+", metavar="JSON", help="no evaluation: tables and one picture of what "
+        "these results.json hold, beside the first of them; other flags then mean nothing")
     return parser
 
 

@@ -332,10 +332,14 @@ class Transformer(Inference, nn.Module):
         targets, weight = tokens[:, 1:].flatten(), weight[:, 1:].flatten()
         return weighted_score(x, self.head_weight, targets, weight)
 
-    def check_tokens(self, tokens):
+    def check_ids(self, tokens):
         check_type(tokens, torch.Tensor, "tokens are a tensor (B, T) of ids")
         if tokens.dim() != 2 or tokens.is_floating_point():
             raise TypeError(f"tokens are ids (B, T), not {tokens.dtype} {tuple(tokens.shape)}")
+        return tokens
+
+    def check_tokens(self, tokens):
+        self.check_ids(tokens)
         # On a GPU the look-up itself asserts; asking first would make every step wait for the
         # answer.
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():

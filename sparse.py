@@ -507,6 +507,7 @@ def compose(*methods):
 
 def phases(method):
     """The method (None: dense) as Compose: which part decides prefill, compress and decode."""
+    check_type(method or Dense(), Dense, "a method is what parse makes of a text")
     return method if type(method) is Compose else compose(method or Dense())
 
 

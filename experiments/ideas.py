@@ -16,7 +16,7 @@ under the same methods, and differences are paired by prompt:
     python -m experiments.ideas --memories values head-gate convolution
     python -m experiments.ideas --also shift.py --memories shift    a memory of your own
     python -m experiments.ideas --also bestkey.py --memories --methods moba:budget=1/8 \\
-                                bestkey:budget=1/8                  a selector of your own, asked alone
+                                bestkey:budget=1/8              a selector of your own, asked alone
 
 `python train.py` without flags is the first of these. A trained arm lies in out/ideas, and is not
 trained again unless its memory's file, or memory.py, has changed.
@@ -163,7 +163,8 @@ def report(found, methods):
     """
     found: {seed: {arm: {method: scores by prompt}}} -> the tables as text, and as JSON has them:
     {arm: {"scores": {method: percent}; but for start and joint "gains": {method: [gain, half]},
-    "gain", "half", "verdict" over the sparse methods, and "by_seed", that gain of each seed}}
+    "gain", "half", "verdict" over the sparse methods, "over_start" likewise [gain, half] over the
+    start, and "by_seed", the gain of each seed}}
     """
     reading = [text for text in methods if text != "dense"]
     arms = list(next(iter(found.values())))
@@ -188,6 +189,7 @@ def report(found, methods):
         row["gain"], row["half"] = paired(pooled(scores["joint"], reading),
                                           pooled(scores[arm], reading))
         row["verdict"] = verdict(row["gain"], row["half"])
+        row["over_start"] = paired(pooled(scores["start"], reading), pooled(scores[arm], reading))
         row["by_seed"] = [paired(*(pooled(of_seed[name], reading) for name in ("joint", arm)))[0]
                           for of_seed in found.values()]
         end = f"   {row['gain']:+.1f} ±{row['half']:.1f} {row['verdict']}"
@@ -239,7 +241,8 @@ def flags():
     add("--also", nargs="+", default=[], metavar="FILE", help="Python files that are run before, "
         "which put a memory into memory.MEMORIES or a selector into sparse.METHODS")
     add("--seeds", nargs="+", type=natural, default=[0], help="of training, one model each")
-    add("--samples", type=whole(2, 100_000), default=64, help=f"prompts of each of {len(TASKS)} tasks")
+    add("--samples", type=whole(2, 100_000), default=64,
+        help=f"prompts of each of {len(TASKS)} tasks")
     add("--eval_seed", type=seed, default=0, help="of the prompts; whoever changes an idea until "
         "it wins looks at another seed's, and at this one's at the end")
     add("--train", type=shlex.split, default="", metavar="FLAGS", help="more flags of train.py for "
@@ -329,6 +332,7 @@ def lesson():
 def told(rows):
     """What the lesson's rows say, in sentences."""
     decay = rows["decay"]
+    gain, half = decay["over_start"]
     quest = next(text for text in decay["scores"] if text.startswith("quest:budget=1/8"))
     found = {arm: f"{row['scores'][quest]:.0f} %" for arm, row in rows.items()}
     dense = {arm: f"{row['scores']['dense']:.0f} %" for arm, row in rows.items()}
@@ -336,11 +340,11 @@ def told(rows):
            "worse": "Fewer answers are found with the memory than by the control",
            "not told apart": "Memory and control cannot be told apart"}[decay["verdict"]]
     return (f"{how}: {decay['gain']:+.1f} ±{decay['half']:.1f} points over the four sparse "
-            f"methods. Where a step reads an eighth of the prompt by Quest, the memory finds "
-            f"{found['decay']} of the answers, the control {found['joint']}, and the model that "
-            f"both come from {found['start']}. Reading all, they find {dense['decay']}, "
-            f"{dense['joint']} and {dense['start']}: a training this short costs some of what was "
-            "known.")
+            f"methods, and {gain:+.1f} ±{half:.1f} beside the model that both come from. Where a "
+            f"step reads an eighth of the prompt by Quest, the memory finds {found['decay']} of "
+            f"the answers, the control {found['joint']}, and that model {found['start']}. Reading "
+            f"all, they find {dense['decay']}, {dense['joint']} and {dense['start']}: a training "
+            "this short costs some of what was known.")
 
 
 def main(argv=None):

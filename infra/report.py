@@ -1,23 +1,25 @@
 """
-Results as tables and plots, and the statistics in them.
+Results as tables, and the statistics in them.
 
     interval      of a mean of scores: Wilson's, never of width 0
     difference    of two models' means: Newcombe's, paired where both were asked the same prompts
     table         the paper's Table 3: accuracy by model, method and task, reads, H1
     table_random  H2: scores drawn by chance
     pyplot        of matplotlib, which is optional
-    plot          the paper's Figure 1: accuracy by budget; and by depth of the needle
 
 A result is a row of results.json (eval_niah.report), of one model, method and task. Checked by hand
-in tests/test_report_tables.py, against published figures.
+in tests/test_report_tables.py, against published figures. conclusion.py says what follows,
+plots.py draws.
 """
 import math
 import re
 import statistics
+import textwrap
 
 import torch
 
 Z = 1.96  # of 95 %
+WIDTH = 100  # columns of a text
 
 
 # ---------------------------------------------------------------- statistics
@@ -28,27 +30,38 @@ def mean(values):
     return statistics.fmean(values) if values else None
 
 
-def interval(values):
+def wilson(p, n):
     """
-    Mean of values in 0..1 and Wilson's 95 % interval, in percent: never of width 0, unlike mean
+    [p, low, high] in percent, Wilson's 95 % interval of a share p of n: never of width 0, unlike p
     +- 1.96 standard errors.
     """
-    n, z = len(values), Z
-    p = sum(values) / n
+    z = Z
     middle = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     ends = [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
     return [round(100 * x, 2) for x in (p, *ends)]
 
 
+def interval(values):
+    """Mean of values in 0..1, and its interval."""
+    return wilson(sum(values) / len(values), len(values))
+
+
 def difference(a, b, paired):
     """
-    Mean of b - a, the scores in 0..1 of two models, and its 95 % interval, in percent: Newcombe's,
-    of the two Wilson intervals (Statistics in Medicine 17, 1998, p. 2635, method 10). Paired, of
+    Mean of b - a, the scores in 0..1 of two models, and its 95 % interval, in percent. Paired, of
     the same prompts, what is hard for both counts less.
     """
-    (p, p_low, p_high), (q, q_low, q_high) = interval(b), interval(a)
     r = correlation(a, b) if paired else 0.0
+    return newcombe(interval(a), interval(b), r)
+
+
+def newcombe(of_a, of_b, r):
+    """
+    [mean, low, high] of b - a, from those of each and their correlation (Statistics in Medicine 17,
+    1998, p. 2635, method 10).
+    """
+    (q, q_low, q_high), (p, p_low, p_high) = of_a, of_b
 
     def half(x, y):
         return math.sqrt(max(0.0, x * x - 2 * r * x * y + y * y))
@@ -81,6 +94,14 @@ def best_heads(rates):
     return float(rates.flatten().topk(n_best).values.mean())
 
 
+def best_hits(rows):
+    """H1 of a method's rows in percent; None if nobody asked."""
+    if not rows[0]["hits"]:
+        return None
+    # the best heads of the mean over tasks: those that find the needle in all of them
+    return 100 * best_heads(torch.tensor([row["hits"] for row in rows]).mean(0))
+
+
 def by_tenth(found):
     """
     [(depth of the needle, 0 to 100; score, 0 to 1)] of answers -> [answers, percent found] of each
@@ -92,7 +113,7 @@ def by_tenth(found):
     return [[len(tenth), 100 * mean(tenth) if tenth else None] for tenth in tenths]
 
 
-# ---------------------------------------------------------------- tables
+# ---------------------------------------------------------------- results
 
 def lookup(results):
     """{(checkpoint, method): its rows, one per task}, without those drawn by chance."""
@@ -103,65 +124,141 @@ def lookup(results):
     return found
 
 
-def table(
-    results,    # rows
-    by_prompt,  # {(checkpoint, method, task): RULER's score of each prompt}
-    names,      # {task: its name in a head}
-):
+def parts_of(method):
+    """[(kind, {setting: value})] of each part of a method's text"""
+    parts = [part.partition(":") for part in method.split("+")]
+    return [(kind, dict(pair.partition("=")[::2] for pair in given.split(",") if pair))
+            for kind, _, given in parts]
+
+
+def common_settings(methods):
+    """{kind: {setting: value}}: what all methods of a kind have alike, except for the budget."""
+    common = {}
+    for method in methods:
+        for kind, settings in parts_of(method):
+            settings.pop("budget", None)
+            common[kind] = dict(common.get(kind, settings).items() & settings.items())
+    return common
+
+
+def short_names(methods):
+    """{method: "quest 1/8"}: its name in a table, without the common settings."""
+    methods = list(methods)
+    common, names = common_settings(methods), {}
+    for method in methods:
+        words = []
+        for kind, settings in parts_of(method):
+            own = [f"{key}={value}" for key, value in settings.items()
+                   if key != "budget" and key not in common[kind]]
+            words.append(" ".join(filter(None, [kind, settings.get("budget"), *own])))
+        names[method] = " + ".join(words)
+    return names
+
+
+def by_budget(found):
+    """Of lookup's: {a method but for its budget: {budget in tokens, None without one: method}}"""
+    kinds = {}
+    for (_, method), rows in found.items():
+        if method != "dense":
+            budget, kind = rows[0]["budget"], method
+            if budget:
+                kind = re.sub("budget=[^,]*,?", "", method).rstrip(",:")
+            kinds.setdefault(kind, {})[budget] = method
+    return kinds
+
+
+# ---------------------------------------------------------------- tables
+
+def table(results, names):
     """
     The paper's Table 3 as text, beside it entries read and H1's hits; below, how later checkpoints
-    differ from the first.
+    differ from the first. names: {task: its name in a head}. A column that tells nothing is left
+    out.
     """
     found = lookup(results)
-    left, right = max(len(c) for c, _ in found) + 3, max(len(m) for _, m in found)
+    short = short_names(dict.fromkeys(method for _, method in found))
+    left, right = max(len(c) for c, _ in found) + 2, max(map(len, short.values()))
+    tasks = [row["task"] for row in next(iter(found.values()))]
 
-    def line(checkpoint, method, cells, end):
-        cells = "".join(f"{c:>7}" for c in cells)
-        return f"{checkpoint:{left}}{method:{right}}{cells}{end}"
+    def line(checkpoint, method, cells):
+        return f"{checkpoint:{left}}{method:{right}}{''.join(cells)}".rstrip()
 
-    def number(x):
-        return "-" if x is None else f"{x:.1f}"
-
-    tasks = [names[row["task"]] for row in next(iter(found.values()))]
-    above = f"{'RULER score, %':>{7 * len(tasks) + 14}}{'paper':>7}{'read by a token of':>20}"
-    lines = [" " * (left + right) + above + f"{'H1: best':>10}",
-             line("", "", tasks,
-                  f"{'mean':>14}{'mean':>7}{'prompt':>11}{'answer':>9}{'heads, %':>10}")]
-
-    for (checkpoint, method), rows in found.items():
-        ruler, half = mean_of_tasks([row["ruler"] for row in rows])
-        paper, _ = mean_of_tasks([row["paper"] for row in rows])
-        prompt_read = mean(row["prompt_read"] for row in rows)
-        read = mean(row["read"] for row in rows)
-        best = None
-        if rows[0]["hits"]:
-            # the best heads of the mean over tasks: those that find the needle in all of them
-            best = 100 * best_heads(torch.tensor([row["hits"] for row in rows]).mean(0))
-        end = (f"{ruler:8.1f} ±{half:4.1f}{paper:7.1f}{number(prompt_read):>11}{number(read):>9}"
-               f"{number(best):>10}")
-        lines.append(line(checkpoint, method, [f"{row['ruler'][0]:.1f}" for row in rows], end))
+    columns = columns_of(found, [names[task] for task in tasks])
+    lines = [line("", "", [f"{top:>{width}}" for (top, _), width, _ in columns]),
+             line("", "", [f"{head:>{width}}" for (_, head), width, _ in columns])]
+    for i, (checkpoint, method) in enumerate(found):
+        cells = [f"{cells[i] or '-':>{width}}" for _, width, cells in columns]
+        lines.append(line(checkpoint, short[method], cells))
 
     first, *others = dict.fromkeys(checkpoint for checkpoint, _ in found)
     for other in others:
-        pairs = zip(found[first, "dense"], found[other, "dense"])
-        same = all(a["prompts"] == b["prompts"] for a, b in pairs)
-        how = "of other prompts, as their tokens differ"
-        if same:
-            how = "each prompt asked of both, so ± of paired differences"
-        lines.append(f"\n{other} - {first}, {how}")
-        for method in (method for checkpoint, method in found if checkpoint == other):
-            cells = [difference(by_prompt[first, method, row["task"]],
-                                by_prompt[other, method, row["task"]], same)
-                     for row in found[other, method]]
+        lines.append(f"\n{other} - {first}, {prompts_of_both(found, first, other)}")
+        for method, cells in gaps(found, first, other).items():
             gain, half = mean_of_tasks(cells)
-            lines.append(line("", method, [f"{cell[0]:+.1f}" for cell in cells],
-                              f"{gain:+8.1f} ±{half:4.1f}"))
+            cells = [f"{cell[0]:+7.1f}" for cell in cells]
+            lines.append(line("", short[method], [*cells, f"{gain:+8.1f} ±{half:4.1f}"]))
+    return "\n".join(lines + ["", *notes(found, columns)])
 
-    lines.append("\n±: half the width of a 95 % interval (Wilson's, which near 0 and 100 reaches "
-                 "further towards 50), over prompts alone. Models that differ in nothing but their "
-                 "training's seed often differ by more: whether a recipe gains, several seeds of "
-                 "it must tell (experiments/reproduce.py)")
-    return "\n".join(lines)
+
+def columns_of(found, tasks):
+    """[((upper head, head), width, texts)] of columns; a text, or None, for each of lookup's."""
+    scores = [[f"{row['ruler'][0]:.1f}" for row in of_task] for of_task in zip(*found.values())]
+    means = [mean_of_tasks([row["ruler"] for row in rows]) for rows in found.values()]
+    paper = [mean_of_tasks([row["paper"] for row in rows])[0] for rows in found.values()]
+
+    def numbers(values):
+        return [None if x is None else f"{x:.1f}" for x in values]
+
+    columns = [(("", task), 7, cells) for task, cells in zip(tasks, scores)]
+    columns += [(("RULER score, %", "mean"), 14, [f"{m:.1f} ±{half:4.1f}" for m, half in means])]
+    if numbers(paper) != numbers(middle for middle, _ in means):
+        columns += [(("paper", "mean"), 7, numbers(paper))]
+    for head, key in ("prompt", "prompt_read"), ("answer", "read"):
+        read = [mean(row[key] for row in rows) for rows in found.values()]
+        columns += [(("read by", head), 9, numbers(read))]
+    columns += [(("H1: best", "heads, %"), 10, numbers(map(best_hits, found.values())))]
+    return [column for column in columns if any(column[-1])]
+
+
+def notes(found, columns):
+    """Lines below a table: what its columns mean, and what its names leave out."""
+    heads, alike = [top for (top, _), *_ in columns], {}
+    for kind, settings in common_settings(method for _, method in found).items():
+        text = ", ".join(f"{key}={value}" for key, value in sorted(settings.items()))
+        alike.setdefault(text, []).append(kind)
+    told = ["±: half of a 95 % interval over prompts alone (Wilson's, which near 0 and 100 "
+            "reaches further towards 50)"]
+    if "read by" in heads:
+        told += ["read by: entries of a head's cache that a token of the prompt, or of the "
+                 "answer, reads"]
+    if "H1: best" in heads:
+        told += ["H1: share of answers whose place the best 5 % of heads select while they answer"]
+    told += [f"{text} in {' and '.join(kinds)}" for text, kinds in alike.items() if text]
+    return [textwrap.fill(text, WIDTH) for text in told]
+
+
+def gap(a, b):
+    """[mean, low, high] of b - a, two rows of one task: paired if their prompts are the same."""
+    if "scores" not in a or "scores" not in b:  # of an older version
+        return newcombe(a["ruler"], b["ruler"], r=0.0)
+    return difference(a["scores"], b["scores"], paired=a["prompts"] == b["prompts"])
+
+
+def gaps(found, first, other):
+    """{method: [mean, low, high] of each task} of other - first, two checkpoints"""
+    return {method: [gap(*pair) for pair in zip(found[first, method], rows)]
+            for (checkpoint, method), rows in found.items()
+            if checkpoint == other and (first, method) in found}
+
+
+def prompts_of_both(found, first, other):
+    """In words: how the prompts of two checkpoints compare."""
+    pairs = [*zip(found[first, "dense"], found[other, "dense"])]
+    if any(a["prompts"] != b["prompts"] for a, b in pairs):
+        return "of other prompts, as their tokens differ"
+    if any("scores" not in row for pair in pairs for row in pair):
+        return "± as of other prompts, so too wide: an older version kept no score of a prompt"
+    return "each prompt asked of both, so ± of paired differences"
 
 
 def table_random(results, names):
@@ -177,34 +274,16 @@ def table_random(results, names):
         score = f"{names[task]} {statistics.fmean(draws):.1f}"
         return score + f" ±{statistics.stdev(draws):.1f}" if len(draws) > 1 else score
 
+    short = short_names(method for _, method in found)
     lines = ["H2: scores drawn by chance, RULER's score, %: mean and sample standard deviation "
              f"over draws ({n}), models and prompts the same"]
     for (checkpoint, method), by_task in found.items():
         cells = [cell(task, draws) for task, draws in by_task.items()]
-        lines.append(f"{checkpoint}   {method}   " + "  ".join(cells))
+        lines.append(f"{checkpoint}   {short[method]}   " + "  ".join(cells))
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------- the plot
-
-def by_budget(found):
-    """Of lookup's: {a method but for its budget: {budget: method}}"""
-    kinds = {}
-    for (_, method), rows in found.items():
-        if rows[0]["budget"]:
-            kind = re.sub("budget=[^,]*,?", "", method).rstrip(",:")
-            kinds.setdefault(kind, {})[rows[0]["budget"]] = method
-    return kinds
-
-
-def depths(rows):
-    """Percent of answers found in each tenth of the prompt, over all tasks; NaN where none is."""
-    found = []
-    for cells in zip(*(row["by_depth"] for row in rows)):
-        n = sum(n for n, _ in cells)
-        found.append(sum(n * p for n, p in cells if n) / n if n else math.nan)
-    return found
-
+# ---------------------------------------------------------------- pictures
 
 def pyplot():
     """matplotlib's, which draws into files; None, and a line that says so, where it is missing."""
@@ -216,44 +295,3 @@ def pyplot():
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     return plt
-
-
-def plot(results, path):
-    """
-    The paper's Figure 1, accuracy by budget for each method; below, accuracy by needle depth at the
-    least budget.
-    """
-    if not (plt := pyplot()):
-        return
-    found = lookup(results)
-    kinds = by_budget(found)
-    if not kinds:
-        return
-    figure, axes = plt.subplots(2, len(kinds), figsize=(4 * len(kinds), 6.5), sharey=True,
-                                squeeze=False)
-    checkpoints = dict.fromkeys(checkpoint for checkpoint, _ in found)
-    tenths = range(5, 100, 10)
-    for (kind, methods), (above, below) in zip(kinds.items(), axes.T):
-        budgets = sorted(methods)
-        for i, checkpoint in enumerate(checkpoints):
-            color, dense = f"C{i}", found[checkpoint, "dense"]
-            of_budgets = [found[checkpoint, methods[budget]] for budget in budgets]
-            means, halves = zip(*(mean_of_tasks([row["ruler"] for row in rows])
-                                  for rows in of_budgets))
-            above.errorbar(budgets, means, halves, marker="o", capsize=3, color=color,
-                           label=checkpoint)
-            above.axhline(mean_of_tasks([row["ruler"] for row in dense])[0], color=color,
-                          linestyle="--", linewidth=1)
-            below.plot(tenths, depths(of_budgets[0]), marker="o", color=color)
-            below.plot(tenths, depths(dense), color=color, linestyle="--", linewidth=1)
-        above.set(title=kind, xlabel="budget, tokens", xscale="log", ylim=(-3, 103))
-        above.set_xticks(budgets, budgets)
-        above.minorticks_off()
-        below.set(title=methods[budgets[0]], xlabel="depth of the needle, %")
-    axes[0, 0].set_ylabel("RULER's score, mean of tasks, %\n(bars: 95 %, over prompts)")
-    axes[1, 0].set_ylabel("answers found, %")
-    axes[0, 0].legend(title="dense: dashed")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    print(f"plot in {path}")

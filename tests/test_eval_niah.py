@@ -410,6 +410,60 @@ def test_with_no_checkpoint_it_compares_what_comes_with_the_code_and_the_newest_
     assert names() == ["attention", "memory"]
 
 
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """A folder with two models of 4,096 bytes that come with the code, and another one."""
+    monkeypatch.chdir(tmp_path)
+    for name in "attention", "memory", "mine":
+        small(context_len=4096).save_pretrained(name)
+    monkeypatch.setattr(runlog, "SHIPPED", [tmp_path / "attention", tmp_path / "memory"])
+
+
+def questions(*flags, device="cpu"):
+    """What these flags ask: tokens, samples, batch, tasks, how many methods, and whether H1."""
+    args = eval_niah.flags().parse_args([*flags, "--device=cpu"])
+    args.device = device
+    labels, tokenizers, methods = eval_niah.prepare(args)
+    tasks = args.jsonl or eval_niah.choose_tasks(args, tokenizers.values())
+    return args.context_len, args.samples, args.batch, len(tasks), len(methods), args.hits
+
+
+LOOK, ALL = (2048, 16, 4, 3, 5, True), (4096, 2, 16, 8, 10, False)
+
+
+@pytest.mark.parametrize("flags, asked", [
+    ([], LOOK), (["--seed=7", "--hits", "--out=x"], LOOK),
+    (["--samples=50"], (2048, 50, 4, 3, 5, True)), (["--tasks", "S-1"], (2048, 16, 4, 1, 5, True)),
+    (["--context_len=4096", "--batch=2"], (4096, 16, 2, 3, 5, True)),
+    (["--context_len=512"], (512, 16, 4, 1, 5, True)),  # where MK-2 alone has room
+    (["--methods", "quest:budget=1/4"], (2048, 16, 4, 3, 2, True)),
+    (["--ckpt", "mine"], ALL), (["--ckpt", "attention", "memory"], ALL), (["--random=2"], ALL),
+    (["--ckpt", "mine", "--hits"], (*ALL[:-1], True)),
+    (["--jsonl", "a.jsonl"], (4096, 2, 16, 1, 10, False))], ids=lambda of: " ".join(map(str, of)))
+def test_without_a_model_a_cpu_asks_a_first_look(shipped, flags, asked):
+    """A first command of an hour; a flag that changes another one's meaning, or an experiment's."""
+    assert questions(*flags) == asked
+
+
+def test_without_a_model_a_gpu_asks_all(shipped):
+    """A first look for a table; H1 left out, or asked of models that nobody wanted it of."""
+    assert questions(device="cuda") == (4096, 200, 16, 8, 10, True)
+    assert questions("--ckpt", "mine", device="cuda") == (4096, 200, 16, 8, 10, False)
+
+
+def test_a_first_look_tells_how_long_it_takes(shipped, capsys, monkeypatch):
+    """Minutes for what is there already, or of another number of samples."""
+    monkeypatch.setattr(eval_niah, "TOKENS_A_MINUTE", 1000)
+    monkeypatch.setattr(eval_niah, "plot", lambda *_: None)
+    few = ["--context_len=512", "--tasks", "S-1", "S-2", "--max_new_tokens=12", "--samples=3",
+           "--methods", "quest:budget=1/4"]
+    for minutes in 6, 1:  # twelve prompts of some 500 tokens; none is left
+        run(*few)
+        assert f"a first look: about {minutes} minutes on two" in capsys.readouterr().out
+    run("--ckpt", "mine", *few, out="other")
+    assert "first look" not in capsys.readouterr().out
+
+
 def test_the_checkpoints_that_come_with_the_code_find_a_needle():
     """A file missing from the repository, or not the model that its train.json tells of."""
     every_file = [file for folder in runlog.SHIPPED for file in folder.iterdir()]

@@ -87,6 +87,7 @@ def test_gains_are_paired_pooled_over_methods_and_told_by_seed():
     half = 1.96 * (sum(d * d for d in deviations) / 3) ** 0.5 / 2
     assert rows["decay"]["half"] == pytest.approx(half) and half > 18.75
     assert rows["decay"]["verdict"] == "not told apart"
+    assert rows["decay"]["over_start"] == (rows["decay"]["gain"], rows["decay"]["half"])
     assert rows["decay"]["by_seed"] == [37.5, 0] and "(by seed +37.5 +0.0)" in text
     assert rows["decay"]["gains"]["dense"] == (-50, 0) and rows["keys"]["gain"] == 0
     assert rows["joint"]["scores"] == {"dense": 100, "a:budget=1/8,x=1": 50, "b": 25}

@@ -10,13 +10,17 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+import torch
 
 import data
 import eval_niah
 import niah
+import sparse
 from conftest import tiny
 from experiments import runs
 from infra import runlog
+from infra.tokenizers import get_tokenizer
+from model import Transformer
 from test_niah import Bytes
 from test_tokenizers import train_bpe
 from triton_ops import backend
@@ -177,3 +181,35 @@ def test_a_refusal_is_one_line_and_exit_2(script, flags, words, folder, monkeypa
     monkeypatch.setattr(eval_niah, "prefill", lambda *_: pytest.fail("asked"))
     refusal(script, flags, words, capsys)
     assert not (folder / "nothing" / "00000.bin").exists()
+
+
+# ---------------------------------------------------------------- in a program
+
+MODEL = tiny(vocab_size=257)
+IDS = torch.tensor([[1, 2, 3]])
+BYTES = get_tokenizer("bytes")
+WRONG = {
+    "a model is named by its path": lambda: Transformer.from_pretrained(None),
+    "a method's text is parsed": lambda: sparse.parse(3, 1024),
+    "number of tokens, not str: '64'": lambda: sparse.parse("quest:budget=1/4", "64"),
+    "quest: budget=0.25: expected int": lambda: sparse.Quest(budget=1 / 4),
+    "snapkv: kernel=None: expected int": lambda: sparse.SnapKV(kernel=None),
+    "dilated: local='a': expected int": lambda: sparse.Dilated(local="a"),
+    "moba: keep_first=3: expected bool": lambda: sparse.MoBA(keep_first=3),
+    "ids, not list: [1]": lambda: MODEL.prefill([1]),
+    "torch.float32 (1, 3)": lambda: MODEL(IDS.float()),
+    "torch.int64 (3,)": lambda: MODEL.generate(IDS[0], 2),
+    "of a text, not str: 'moba'": lambda: MODEL(IDS, sparse="moba"),
+    "of a text, not str: 'quest'": lambda: MODEL.prefill(IDS, None, MODEL.new_cache(1, 8), "quest"),
+    "encodes text, not bytes": lambda: BYTES.encode(b"a"),
+    "bytes or a path, not int": lambda: get_tokenizer(3),
+    "no tokenizer: 'bytes'": lambda: niah.make_example("S-1", 1024, "bytes", 0, 0),
+    "tokens, not str: '1024'": lambda: niah.make_example("S-1", "1024", BYTES, 0, 0),
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_a_wrong_type_is_one_line_that_says_what_is_taken(said):
+    with pytest.raises((TypeError, ValueError)) as error:
+        WRONG[said]()
+    assert said in str(error.value) and "\n" not in str(error.value)

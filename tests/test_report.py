@@ -20,7 +20,6 @@ from conftest import tiny
 from test_niah import Bytes
 
 import data
-import eval_niah
 import mutants
 import niah
 import train
@@ -722,22 +721,6 @@ def test_the_first_loss_is_that_of_a_new_model(flags, name, told):
     each = -logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
     expected = (each * weight[:, 1:]).sum() / weight[:, 1:].sum()
     assert log[0][name] == pytest.approx(expected.item(), rel=1e-5)
-
-
-
-def test_the_lesson_tells_the_numbers_of_its_log(monkeypatch, capsys, tmp_path):
-    """The dense loss told as the memory's, or the first step's as the last ten's."""
-    def write(args):
-        run = Path(args.out) / args.name
-        run.mkdir(parents=True)
-        (run / "log.jsonl").write_text("".join(
-            json.dumps({"loss": 0.5, "arl_loss": loss}) + "\n" for loss in [7.25, *range(2, 41)]))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "train", write)
-    monkeypatch.setattr(eval_niah, "main", lambda argv: None)
-    train.lesson()
-    assert ("one entry in 64 (ARL): 7.25 at the first step, 35.50 over the last ten. That took "
-            "163,840 tokens, of the 39,321,600 of the recipe") in capsys.readouterr().out
 
 
 def test_a_steps_seconds_are_its_own(told, monkeypatch):

@@ -6,6 +6,7 @@ these tests see them.
 import json
 import math
 import random
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -21,10 +22,12 @@ import sample
 import sparse
 from experiments import reproduce
 from infra import answers, files
+from infra.conclusion import conclusion
+from infra.plots import plot, read_results
 from infra.reads import PromptReads, StepReads, was_read
-from infra.report import difference, interval, mean, plot, table, table_random
+from infra.report import (difference, interval, mean, notes, short_names, table, table_random)
 
-NAMES = {task: kind.short for task, kind in niah.TASKS.items()}
+NAMES = eval_niah.NAMES
 TWO = "niah_single_1", "niah_multivalue"
 
 
@@ -391,10 +394,11 @@ def test_what_is_not_told_is_all_that_is_there():
 
 def row(checkpoint, method, task, ruler, half, paper, read=None, prompt_read=None, hits=None,
         random=None, budget=None, by_depth=None):
+    scores = [1.0] * int(ruler / 5) + [0.0] * int(20 - ruler / 5)
     return {"checkpoint": checkpoint, "method": method, "task": task, "random": random,
-            "budget": budget, "ruler": [ruler, ruler - half - 1, ruler + half + 1],
+            "budget": budget, "n": 20, "ruler": [ruler, ruler - half - 1, ruler + half + 1],
             "paper": [paper, 0, 100], "read": read, "prompt_read": prompt_read, "hits": hits,
-            "by_depth": by_depth, "prompts": "p"}
+            "by_depth": by_depth or [[2, ruler]] * 10, "prompts": "p", "scores": scores}
 
 
 # the best head of the means: (1 / 4 + 1) / 2
@@ -409,22 +413,27 @@ RESULTS = [row("attention", "dense", TWO[0], 90, 2, 80, 100, 50),
            row("memory", "dense", TWO[1], 60, 3, 40, 104, 52),
            row("memory", "quest", TWO[0], 100, 2, 50, 10, 50),
            row("memory", "quest", TWO[1], 50, 3, 0, 12, 52)]
-BY_PROMPT = {(of["checkpoint"], of["method"], of["task"]): [1.0] * int(of["ruler"][0] / 5)
-             + [0.0] * int(20 - of["ruler"][0] / 5) for of in RESULTS if of["random"] is None}
 
 
 def half_of(method, paired):
     """Of the difference memory - attention: how its ± is printed."""
-    cells = [difference(BY_PROMPT["attention", method, task], BY_PROMPT["memory", method, task],
-                        paired) for task in TWO]
+    scores = {(of["checkpoint"], of["task"]): of["scores"] for of in RESULTS
+              if of["method"] == method and of["random"] is None}
+    cells = [difference(scores["attention", task], scores["memory", task], paired) for task in TWO]
     half = math.hypot(*((high - low) / 2 for _, low, high in cells)) / 2
     assert half > 2
     return f"±{half:4.1f}".split()
 
 
+def lines_of(results):
+    """The words of each line of the table."""
+    return [line.split() for line in table(results, NAMES).splitlines() if line]
+
+
 def test_table_by_hand():
     """Means, ±, reads, H1 and differences: each in its column, of its method, with its sign."""
-    lines = [line.split() for line in table(RESULTS, BY_PROMPT, NAMES).splitlines() if line]
+    lines = lines_of(RESULTS)
+    assert lines[0] == "RULER score, % paper read by read by H1: best".split()
     assert lines[1] == "S-1 MV mean mean prompt answer heads, %".split()
     # halves 3 and 4, of two tasks: 5 / 2
     assert lines[2:6] == ["attention dense 90.0 70.0 80.0 ± 2.5 60.0 51.0 102.0 -".split(),
@@ -432,13 +441,64 @@ def test_table_by_hand():
                           "memory dense 95.0 60.0 77.5 ± 2.5 60.0 51.0 102.0 -".split(),
                           "memory quest 100.0 50.0 75.0 ± 2.5 25.0 51.0 11.0 -".split()]
     assert " ".join(lines[6]).startswith("memory - attention, each prompt asked of both")
-    assert "paired" in lines[6] and {"prompts", "alone.", "seed"} <= {*lines[-1]}
+    assert "paired" in lines[6] and lines[9][0] == "±:"
     assert lines[7:9] == [["dense", "+5.0", "-10.0", "-2.5", *half_of("dense", True)],
                           ["quest", "+40.0", "+30.0", "+35.0", *half_of("quest", True)]]
-    others = [of | {"prompts": "other"} if of["checkpoint"] == "memory" else of for of in RESULTS]
-    lines = [line.split() for line in table(others, BY_PROMPT, NAMES).splitlines() if line]
+    lines = lines_of([of | {"prompts": "other"} if of["checkpoint"] == "memory" else of
+                      for of in RESULTS])
     assert "of other prompts" in " ".join(lines[6]) and "paired" not in lines[6]
     assert lines[7][4:] == half_of("dense", False)
+
+
+def test_results_without_scores_differ_as_strangers():
+    """Nothing of an older version's file; or its prompts taken for pairs, whose ± is narrower."""
+    old = [{key: value for key, value in of.items() if key != "scores"} for of in RESULTS]
+    lines = lines_of(old)
+    assert "an older version" in " ".join(lines[6])
+    # of one task 3 and 3, of the other 4 and 4: the root of 9 + 9 + 16 + 16, of two tasks
+    assert lines[8] == "quest +40.0 +30.0 +35.0 ± 3.5".split()
+
+
+def test_a_column_that_tells_nothing_is_left_out():
+    """Dashes alone, or the same mean twice; a column gone because its first row has no number."""
+    def heads(**changes):
+        return lines_of([of | changes for of in RESULTS])[1]
+    all_of_them = lines_of(RESULTS)[1]
+    assert heads(hits=None) == all_of_them[:-2]
+    assert heads(read=None) == [head for head in all_of_them if head != "answer"]
+    assert heads(prompt_read=None) == [head for head in all_of_them if head != "prompt"]
+    same = [of | {"paper": of["ruler"]} for of in RESULTS]
+    assert lines_of(same)[1].count("mean") == 1
+    assert lines_of([*same[:-1], RESULTS[-1]])[1].count("mean") == 2
+
+
+@pytest.mark.parametrize("methods, names, note", [
+    ("dense quest:budget=1/8,block_size=32 quest:budget=1/16,block_size=32",
+     ["dense", "quest 1/8", "quest 1/16"], "block_size=32 in quest"),
+    ("quest:budget=1/8,block_size=32 quest:budget=1/8,block_size=16",
+     ["quest 1/8 block_size=32", "quest 1/8 block_size=16"], ""),
+    ("quest:budget=1/8,keep_first=false quest:budget=1/16",  # said of one, and not of all
+     ["quest 1/8 keep_first=false", "quest 1/16"], ""),
+    ("quest:budget=64,block_size=8 moba:budget=64,block_size=8+snapkv:budget=1/4,window=8",
+     ["quest 64", "moba 64 + snapkv 1/4"], "block_size=8 in quest and moba window=8 in snapkv"),
+    ("dilated:dilation=16,local=256", ["dilated"], "dilation=16, local=256 in dilated")])
+def test_names_leave_out_what_all_have_alike(methods, names, note):
+    """Two rows of one name; a setting of one method told of all, or of none."""
+    methods = methods.split()
+    assert list(short_names(methods).values()) == names
+    found = dict.fromkeys(("m", method) for method in methods)
+    assert " ".join(" ".join(notes(found, [])).split()[20:]) == note
+
+
+@pytest.mark.parametrize("n_tasks, width", [(3, 100), (8, 150)])
+def test_a_table_fits_on_a_screen(n_tasks, width):
+    """Lines that a terminal breaks, so that no column stands below its head."""
+    methods = ["dense", *(f"{kind}:budget=1/16,block_size=64" for kind in ("quest", "snapkv"))]
+    found = [row(checkpoint, method, task, 100, 2, 50, 4000, 2000, MEMORY_HITS[0])
+             for checkpoint in ("attention", "converted") for method in methods
+             for task in list(NAMES)[:n_tasks]]
+    assert max(map(len, table(found, NAMES).splitlines())) <= width
+    assert max(map(len, conclusion(found, NAMES).splitlines())) <= 100
 
 
 def test_table_of_draws_by_hand():
@@ -450,34 +510,201 @@ def test_table_of_draws_by_hand():
     assert "S-1 5.0" in one and "±" not in one  # a single draw has no spread
 
 
+# ---------------------------------------------------------------- conclusion.py
+
+def asked(checkpoint, **scores):
+    """Rows of some methods, {kind_budget: percent found in S-1 and in MV}, hits of one head."""
+    found = []
+    for name, of_tasks in scores.items():
+        kind, _, parts = name.partition("_")
+        text = f"{kind}:budget=1/{parts}" if parts else kind
+        hits = [[of_tasks[0] / 200, 0.0]] if kind == "quest" else None
+        found += [row(checkpoint, text, task, score, 0, 0, hits=hits,
+                      budget=4096 // int(parts) if parts else None)
+                  | {"ruler": interval([1.0] * (score // 5) + [0.0] * (20 - score // 5))}
+                  for task, score in zip(TWO, of_tasks)]
+    return found
+
+
+FIRST = asked("attention", dense=(90, 90), quest_8=(50, 50), quest_16=(0, 100), moba_8=(50, 50),
+              snapkv_8=(90, 90))
+AHEAD = asked("memory", dense=(95, 90), quest_8=(100, 100), quest_16=(100, 50), moba_8=(55, 50),
+              snapkv_8=(40, 40))
+TOGETHER = ("Each is a single model: whether its recipe gains, only several seeds of it tell "
+            "(experiments/reproduce.py).")
+
+
+@pytest.mark.parametrize("results, said", [
+    (FIRST + AHEAD,
+     "On the mean of 2 tasks memory is ahead of attention under quest 1/8 and 1/16 (but not in MV),"
+     " by 25.0 to 50.0 points; it is behind attention under snapkv 1/8, by 50.0 points; under "
+     "dense attention and moba 1/8 the difference is within its ±. Under quest 1/16 its best heads "
+     f"select the answer's place for 50 % of answers, those of attention for 0 % (H1). {TOGETHER}"),
+    (asked("a", dense=(90, 90), moba_8=(80, 80)) + asked("b", dense=(90, 90), moba_8=(40, 40))
+     + asked("c", dense=(95, 95), moba_8=(80, 80)),
+     "On the mean of 2 tasks b is behind a under moba 1/8, by 40.0 points; under dense attention "
+     "the difference is within its ±. On the mean of 2 tasks c differs from a by no more than the "
+     f"± under dense attention and moba 1/8, so nothing is decided. {TOGETHER}"),
+    (FIRST,
+     "On the mean of 2 tasks attention scores 90.0 with dense attention. With the least budgets it "
+     "loses under quest 1/16 and moba 1/8, by 40.0 points; under snapkv 1/8 the difference is "
+     "within its ±."),
+    ([of for of in FIRST if of["method"] in ("dense", "moba:budget=1/8") and of["task"] == TWO[0]],
+     "In S-1 attention scores 90.0 with dense attention. With the least budgets it loses under "
+     "moba 1/8, by 40.0 points."),
+    ([of for of in FIRST if of["method"] == "dense"], "")],
+    ids=["both ways", "three models", "one model", "one task", "dense alone"])
+def test_the_conclusion_follows_from_the_numbers(results, said):
+    """A gain that the prompts do not decide; a loss, or a task that the mean hides, kept quiet."""
+    assert " ".join(conclusion(results, NAMES).split()) == said
+
+
+# ---------------------------------------------------------------- plots.py
+
 def test_the_plot_shows_the_tables_numbers(monkeypatch, tmp_path):
     """Dense for the least budget; tenths weighted alike though their answers are not as many."""
-    tenths = [[[10, 50], [30, 100], *[[0, None]] * 7, [4, 25]],
-              [[30, 100], [10, 0], *[[0, None]] * 8]]
+    tenths = [[[10, 50], [30, 100], *[[20, 40]] * 7, [10, 25]],
+              [[30, 100], [10, 0], *[[20, 60]] * 7, [10, 75]]]
     found = [row("m", method, task, score + 10 * t, 2 + t, 0, budget=budget, by_depth=tenths[t])
              for method, budget, score in (("dense", None, 80), ("quest:budget=1/4", 1024, 70),
-                                           ("quest:budget=1/16", 256, 40))
+                                           ("quest:budget=1/16", 256, 40), ("dilated", None, 10))
              for t, task in enumerate(TWO)]
-    found[0]["by_depth"] = found[2]["by_depth"] = [[1, 0]] * 10  # dense, and the larger budget
+    found[0]["by_depth"] = found[2]["by_depth"] = [[30, 0]] * 10  # dense, and the larger budget
     figures = drawn(monkeypatch)
-    plot(found, tmp_path / "plot.png")
-    (above,), (below,) = figures[0]
-    assert numbers(above.errorbar.call_args.args) == [[256, 1024], [45, 75], [2.5, 2.5]]
+    plot(found, NAMES, 4096, tmp_path / "plot.png")
+    (above, other), (below, _) = figures[0]
+    x, means, bars = above.errorbar.call_args.args
+    assert numbers([x, means, *bars]) == [[0, 1], [45, 75], [2.5, 2.5], [2.5, 2.5]]
     assert above.axhline.call_args.args == (85,)
-    (x, least), (_, dense) = (numbers(call.args) for call in below.plot.call_args_list)
-    assert x == list(range(5, 100, 10)) and (*least[:2], least[9]) == (87.5, 75, 25)
-    assert all(map(math.isnan, least[2:9])) and dense[:2] == [round(3000 / 31, 4), 0]
-    assert [axis.set.call_args.kwargs["title"] for axis in (above, below)] == ["quest",
-                                                                              "quest:budget=1/16"]
+    assert above.set_xticks.call_args.args[1] == ["1/16\n256", "1/4\n1,024"]
+    x, least, (down, up) = below.errorbar.call_args.args
+    assert numbers([x, least]) == [list(range(5, 100, 10)), [87.5, 75, *[50] * 8]]
+    assert numbers([down[-1:], up[-1:]]) == numbers([[50 - 29.93], [70.07 - 50]])  # 10 of 20
+    x, dense = below.plot.call_args.args
+    assert numbers([dense])[0][:3] == [50, round(100 * 0 / 40, 4), 24]
+    titles = [axis.set_title.call_args.args[0] for axis in (above, below, other)]
+    assert titles == ["quest", "quest 1/16", "dilated"]
+    x, means, _ = other.errorbar.call_args.args
+    assert (x, means) == ((0,), (15,)) and other.set_xticks.call_args.args[1] == [""]
+
+
+@pytest.mark.parametrize("n, bins", [(15, 10), (14, 5), (8, 5), (7, None)])
+def test_few_answers_make_wider_bins_of_depth_or_none(n, bins, monkeypatch, tmp_path):
+    """A line that jumps with every answer."""
+    half = n // 2
+    found = [row("m", method, task, 50, 2, 0, budget=budget, by_depth=[[of_task, 50]] * 10)
+             for method, budget in (("dense", None), ("quest:budget=1/4", 1024))
+             for task, of_task in zip(TWO, (half, n - half))]
+    figures = drawn(monkeypatch)
+    plot(found, NAMES, 4096, tmp_path / "plot.png")
+    assert len(figures[0]) == (2 if bins else 1)
+    if bins:
+        assert len(figures[0][1, 0].errorbar.call_args.args[0]) == bins
+
+
+def test_a_picture_is_legible_in_print_and_in_grey(tmp_path):
+    """Letters of 5 points; two models alike but for their colour; bars out of the picture."""
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="pip install matplotlib")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pyplot, "close", lambda figure: None)
+        plot(FIRST + AHEAD, NAMES, 4096, tmp_path / "plot.png")
+    figure = pyplot.gcf()
+    assert figure.get_size_inches()[0] == 7
+    texts = [text for text in figure.findobj(pyplot.matplotlib.text.Text) if text.get_text()]
+    assert len(texts) > 20 and min(text.get_fontsize() for text in texts) >= 8
+    first, second = ([line.get_marker(), line.get_linestyle(), line.get_color()]
+                     for line in figure.legends[0].get_lines()[:2])
+    assert all(x != y for x, y in zip(first, second))
+    quest = figure.axes[0].containers
+    assert [of.lines[0].get_color() for of in quest] == [first[-1], second[-1]]
+    pyplot.close("all")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "plot.pdf").read_bytes().startswith(b"%PDF")
+
+
+def saved(path, results, context_len=4096):
+    files.save({"results": results, "settings": {"context_len": context_len}}, path)
+    return str(path)
+
+
+def test_results_that_are_there_are_drawn_again(tmp_path, capsys):
+    """A file of today or of an older version; two files that make one table."""
+    both = saved(tmp_path / "both.json", FIRST + AHEAD)
+    parts = [saved(tmp_path / "a.json", FIRST),
+             saved(tmp_path / "more.json", AHEAD[:2] + AHEAD[4:]),
+             saved(tmp_path / "b.json", AHEAD[:4])]  # dense in both
+    told = []
+    for given in [both], parts:
+        eval_niah.main(["--plot", *given])
+        told.append(capsys.readouterr().out.partition("picture in")[0])
+    assert told[0] == told[1] and "memory is ahead of attention" in told[0]
+    assert "H2" not in told[0]
+    old = [{key: value for key, value in of.items() if key != "scores"} for of in RESULTS]
+    eval_niah.main(["--plot", saved(tmp_path / "old.json", old)])
+    out = capsys.readouterr().out
+    assert "an older version" in out and "H2" in out
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    for name in "both.png", "both.pdf", "a+more+b.png", "old.png":
+        assert (tmp_path / name).exists()
+
+
+def bad(**changes):
+    return [*FIRST[:3], FIRST[3] | changes, *FIRST[4:]]
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "is missing"), ("{", "no JSON"), ([], "no object"), ({"settings": {}}, "'results'"),
+    ({"results": FIRST, "settings": {}}, "context_len"),
+    ({"results": {}, "settings": {"context_len": 4096}}, "no list"),
+    (bad(ruler=[1, 2]), "row 4 of its results has no fitting ruler: [1, 2]"),
+    (bad(task="niah_single_9"), "row 4"), (bad(scores=[1.0]), "row 4"),
+    (bad(by_depth=[[1, "x"]] * 10), "fitting by_depth"), (bad(n=True), "fitting n"),
+    (bad(hits=[[1.0], "x"]), "fitting hits"), ([*FIRST[:3], 7], "row 4"),
+    (FIRST[:-1], "the same tasks"), (FIRST[2:], "dense")])
+def test_a_file_that_is_no_result_is_one_line(content, words, tmp_path, capsys):
+    """A traceback, or half a picture, for a wrong path, another script's file, an edited one."""
+    path = tmp_path / "results.json"
+    if content and isinstance(content, list):
+        saved(path, content)
+    elif content is not None:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(SystemExit) as end:
+        eval_niah.main(["--plot", str(path)])
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1 and str(path) in line and words in line
+
+
+@pytest.mark.parametrize("other, context_len, words", [
+    (FIRST, 2048, "another --context_len"), (bad(ruler=[1, 0, 2]), 4096, "another result"),
+    (bad(prompts="q"), 4096, "another result")])
+def test_files_that_do_not_compare_are_refused(other, context_len, words, tmp_path, capsys):
+    """Two models of one name in one line; budgets of 1/8 that are not the same."""
+    given = [saved(tmp_path / "a.json", FIRST), saved(tmp_path / "b.json", other, context_len)]
+    with pytest.raises(SystemExit):
+        eval_niah.main(["--plot", *given])
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and given[1] in line and words in line
+
+
+def test_results_that_are_published_can_be_drawn():
+    """A field that only newer versions write, wanted of all."""
+    folder = Path(eval_niah.__file__).parent / "results" / "reproduce"
+    published = sorted(folder.glob("*-[0-9].json"))
+    if not published:
+        pytest.skip("results/ is not here")
+    for file in published:
+        rows, context_len = read_results([file], NAMES)
+        assert context_len == 4096 and len(rows) >= 80
+    with pytest.raises(ValueError, match="summary.json"):
+        read_results([folder / "summary.json"], NAMES)
 
 
 def test_results_by_hand(tmp_path, monkeypatch, capsys):
     """Every field of results.json that a table or a reader quotes, from answers on disk."""
-    tables = []
-    monkeypatch.setattr(eval_niah, "plot", lambda results, path: None)
-    monkeypatch.setattr(eval_niah, "table",
-                        lambda results, by_prompt, names: tables.append(by_prompt) or "the table")
+    monkeypatch.setattr(eval_niah, "plot", lambda results, names, context_len, path: None)
+    monkeypatch.setattr(eval_niah, "table", lambda results, names: "the table")
     monkeypatch.setattr(eval_niah, "table_random", lambda results, names: "of draws")
+    monkeypatch.setattr(eval_niah, "conclusion", lambda results, names: "so it is")
     monkeypatch.setattr(eval_niah.weights, "resolve", lambda path: path)
     examples = [SimpleNamespace(answers=of_one, depth=depth, ids=[0] * 10, prompt=str(n),
                                 task="niah_multivalue", index=n, answer_prefix="", max_new_tokens=8,
@@ -512,21 +739,23 @@ def test_results_by_hand(tmp_path, monkeypatch, capsys):
             {"method": "dense", "random": None, "budget": None, "ruler": interval([1, 1, 0]),
              "paper": interval([1, 0, 0]), "read": 102, "read_share": 102 / 64, "prompt_read": 51,
              "prompt_read_share": 51 / 64, "hits": None, "seconds": 6,
-             "by_depth": [[1, 100], *nothing[:4], [2, 50], *nothing[:3], [1, 100]]},
+             "by_depth": [[1, 100], *nothing[:4], [2, 50], *nothing[:3], [1, 100]],
+             "scores": [1, 1, 0]},
             # hits of four answers, not a mean of two batches
             of_quest | {"random": None, "ruler": interval([0.5, 0, 0]), "read": 8,
                         "read_share": 0.125, "hits": [[0.75, 0.25]], "seconds": 3,
-                        "by_depth": [[1, 100], *nothing[:4], [2, 0], *nothing[:3], [1, 0]]},
+                        "by_depth": [[1, 100], *nothing[:4], [2, 0], *nothing[:3], [1, 0]],
+             "scores": [0.5, 0, 0]},
             of_quest | {"random": 3, "ruler": interval([0, 0, 1]), "read": 16, "hits": None,
                         "seconds": 1.5}), strict=True):
         assert got.items() >= (common | wanted).items()
-    assert tables == [{("m", "dense", task): [1, 1, 0], ("m", text, task): [0.5, 0, 0]}]
     saved = [[json.loads(line)["pred"] for line in open(of["predictions"])]
              for of in found["results"]]
     assert saved == [[words for words, *_ in of] for of in told.values()]
     said = capsys.readouterr().out
     assert "9 answers in 4.5 s, 2 a second; loading took 2.0 s" in said
-    assert "the table" in said and "of draws" in said
+    places = [said.index(words) for words in ("the table", "of draws", "so it is", "9 answers")]
+    assert places == sorted(places)
 
 
 def test_answers_and_seconds_go_to_their_examples(monkeypatch):
@@ -622,9 +851,9 @@ def test_speed_is_of_the_last_process_to_finish(model, tmp_path, monkeypatch):
 # ---------------------------------------------------------------- sample.py
 
 def test_what_sample_prints_by_hand(tmp_path, capsys):
-    """The most that a step read, or the prompt's tokens for the answer's."""
+    """Tokens of the prompt told as the answer's; a dense answer that is said to read less."""
     tiny(vocab_size=257, context_len=64).save_pretrained(tmp_path / "model")  # it writes no end
     sample.main([f"--ckpt={tmp_path / 'model'}", "--prompt=Hello, you", "--method=dense",
                  "--max_new_tokens=8", "--device=cpu", "--tokenizer=bytes"])
-    assert ("(8 tokens after 10; entries per head that a token of the prompt read: 5.5, "
-            "a step: 14.0)") in capsys.readouterr().out  # 11 to 17
+    assert ("8 tokens after 10: each prompt token read all before it, each answer token read all "
+            "before it") in capsys.readouterr().out

@@ -1,33 +1,40 @@
 """
 Who computes: plain PyTorch (model.py, memory.py, sparse.py), or the same in Triton.
 
-    auto     Triton for tensors on a GPU, PyTorch elsewhere. What the kernels do not cover on a GPU
-             is an error that says so, never a silent change to something slower.
+    auto     Triton for tensors on a GPU, PyTorch elsewhere: on a CPU two hooks sooner than they are
+             written (on_cpu.py). What the kernels do not cover on a GPU is an error that says so,
+             never a silent change to something slower.
     triton   The kernels or an error. On a CPU they need Triton's interpreter (TRITON_INTERPRET=1),
              which the tests use.
-    torch    Plain PyTorch everywhere.
+    torch    Plain PyTorch everywhere, as it is written.
 
 The scripts' flag --kernels sets it. Results agree to rounding: tests/test_backend.py runs whole
 models both ways.
 
-A kernel stands for code that is written out in PyTorch, and that code decides. CODE has a hash of
-each definition that a kernel was written from. Where a fork edited one, a subclass overrides it or
-something else took its place, that code runs as it is written, and a run says so once. Whoever
-changes a definition together with its kernel puts the new hash here; tests/test_hooks.py prints it.
+A kernel, or a hook of on_cpu.py, stands for code that is written out in PyTorch, and that code
+decides. CODE has a hash of each definition that one was written from. Where a fork edited it, a
+subclass overrides it or something else took its place, that code runs as it is written, and a run
+says so once. Whoever changes a definition together with its kernel puts the new hash here;
+tests/test_hooks.py prints it.
 """
 import ast
 import functools
 import importlib.util
 import inspect
 import io
+import math
 import os
 import sys
 import textwrap
 import tokenize
+from collections.abc import Callable
 from hashlib import blake2b
-from types import FunctionType
+from types import FunctionType, MethodType
+from typing import NamedTuple
 
 import torch
+
+from infra.spelling import check_type
 
 CHOICES = "auto", "triton", "torch"
 choice = "auto"
@@ -41,7 +48,7 @@ CODE = {
     "cache.Cache.read": "587e2b86",
     "cache.Cache.remember": "e9736d29",
     "cache.Cache.step": "c7e0fa0d",
-    "cache.Cache.store": "d7407dcc",
+    "cache.Cache.store": "a799d181",
     "engine.Inference.described": "7a8b036b",
     "engine.Inference.feed": "96edd11d",
     "engine.Inference.head": "e5435c2d",
@@ -139,9 +146,12 @@ def triton_for(x):
 def hook(method, phase, x):
     """method.prefill, .compress or .decode (phase), as computed for tensors like x (..., D)."""
     method = part_of(method, phase)
-    if not wanted(x):
-        return getattr(method, phase)
-    return hooks_for(x).form_of(method, phase, x)
+    if wanted(x):
+        return hooks_for(x).form_of(method, phase, x)
+    if choice == "auto" and x.device.type == "cpu" and not torch.is_grad_enabled():
+        from triton_ops import on_cpu
+        return form_in(on_cpu.FORMS, method, phase)
+    return getattr(method, phase)
 
 
 def in_graph(method):
@@ -154,7 +164,8 @@ def part_of(method, phase):
     The method that decides this phase, itself or in a sparse.Compose. A subclass of that decides
     itself.
     """
-    from sparse import Compose
+    from sparse import Compose, Dense
+    check_type(method, Dense, "a method is what sparse.parse makes of a text")
     while type(method) is Compose:
         method = getattr(method, f"{phase}_by")
     return method
@@ -168,6 +179,47 @@ def hooks_for(x):
     return selectors
 
 
+class Form(NamedTuple):
+    """
+    A hook computed otherwise, and the names in sparse.py that it stands for. A class's names mean
+    what the method has under them, its own or inherited. Functions take (method, *the hook's
+    arguments).
+    """
+    compute: Callable               # all of it
+    names: str                      # what must be stock, or the hook runs as it is written
+    choice: str = ""                # what must be stock too, or method.choose says what to read
+    chosen: Callable | None = None  # and this reads it; None: then too the hook as it is written
+
+
+def registered(forms, method, phase):
+    """
+    Of {(class of sparse.py, hook): Form} the one of the class that defines this hook of the method,
+    None if there is none.
+    """
+    owner = next(kind for kind in type(method).__mro__ if phase in vars(kind))
+    return forms.get((owner, phase))
+
+
+def form_in(forms, method, phase):
+    """The hook as these forms have it, bound to the method, or as it is written."""
+    form, as_written = registered(forms, method, phase), getattr(method, phase)
+    if form is None or not all_stock(method, form.names):
+        return as_written
+    if method.random is None and all_stock(method, form.choice):
+        return MethodType(form.compute, method)
+    return MethodType(form.chosen, method) if form.chosen else as_written
+
+
+def all_stock(method, names):
+    """Whether these names mean to the method what the forms stand for."""
+    import sparse
+    stock = (sparse.NEVER, sparse.ALWAYS) == (-math.inf, math.inf)
+    for name in names.split():
+        owner = method if "." in name else sparse
+        stock &= is_stock(f"sparse.{name}", getattr(owner, name.rpartition(".")[2]))
+    return stock
+
+
 def is_stock(name, found):
     """
     Whether `found` is the code that the kernels know by this name, e.g. "sparse.Quest.score". If
@@ -179,8 +231,8 @@ def is_stock(name, found):
             return True
     module = getattr(function, "__module__", "?")
     whose = getattr(function, "__qualname__", type(function).__name__)
-    tell(f"note: {module}.{whose} is not the {name} that the Triton kernels were written from: "
-         "it is computed as it is written")
+    tell(f"note: {module}.{whose} is not the {name} that its faster form was written from: it is "
+         "computed as it is written")
     return False
 
 

@@ -4,10 +4,10 @@ The hooks of sparse.py in Triton, and the rule by which they compute.
     form_of(method, phase, x)    a method's prefill, compress or decode for tensors like x
 
 A kernel stands for definitions that sparse.py spells out. It computes only where each of them is
-the code that it was written from (backend.CODE). What a subclass overrides, a fork edits or a test
-replaces is computed as it is written, in PyTorch, and a run says so once. Where only the choice of
-what to read is a method's own (`choose`, `score`, `forced`), attention to what it chose stays with
-the kernel.
+the code that it was written from (backend.form_in). What a subclass overrides, a fork edits or a
+test replaces is computed as it is written, in PyTorch, and a run says so once. Where only the
+choice of what to read is a method's own (`choose`, `score`, `forced`), attention to what it chose
+stays with the kernel.
 
 A form is a function of the method and of the hook's arguments. tests/test_backend.py checks each
 against the hook that it stands for, tests/test_hooks.py checks the rule. Read quest.py next.
@@ -16,40 +16,17 @@ Letters as in sparse.py: B batch, Tq queries, Tk slots, H query heads, KV key/va
 width, N blocks, S selected.
 """
 import math
-from collections.abc import Callable
-from types import MethodType
-from typing import NamedTuple
 
 import torch
 
 import sparse
-from triton_ops.backend import is_stock, triton_for
+from triton_ops.backend import Form, all_stock, form_in, registered, triton_for
 from triton_ops.dilated import dilated
 from triton_ops.moba import moba_attend
 from triton_ops.moba_route import MOST_BLOCKS, moba_route
 from triton_ops.quest import attend_slots, quest_attend, quest_scores
 from triton_ops.snapkv import snapkv_scores
 from triton_ops.topk import select
-
-
-class Form(NamedTuple):
-    """
-    A hook in Triton, and the names in sparse.py that it stands for. A class's names mean what the
-    method has under them, its own or inherited. Functions take (method, *the hook's arguments).
-    """
-    compute: Callable               # all of it in Triton
-    names: str                      # what must be stock, or the hook runs as it is written
-    choice: str = ""                # what must be stock too, or method.choose says what to read
-    chosen: Callable | None = None  # and this reads it; None: then too the hook as it is written
-
-
-def all_stock(method, names):
-    """Whether these names mean to the method what the kernels stand for."""
-    stock = (sparse.NEVER, sparse.ALWAYS) == (-math.inf, math.inf)
-    for name in names.split():
-        owner = method if "." in name else sparse
-        stock &= is_stock(f"sparse.{name}", getattr(owner, name.rpartition(".")[2]))
-    return stock
 
 
 def first_slots(q, start):
@@ -143,23 +120,14 @@ FORMS = {
 
 # ---------------------------------------------------------------- the rule
 
-def registered(method, phase):
-    """The Form of the class that defines this hook of the method, None if there is none."""
-    owner = next(kind for kind in type(method).__mro__ if phase in vars(kind))
-    return FORMS.get((owner, phase))
-
-
 def form_of(method, phase, x):
     """
     The hook as it is computed for tensors like x (..., D), bound to the method. ValueError if the
     kernels do not cover x.
     """
-    form, as_written = registered(method, phase), getattr(method, phase)
-    if form is None or not triton_for(x) or not all_stock(method, form.names):
-        return as_written
-    if method.random is None and all_stock(method, form.choice):
-        return MethodType(form.compute, method)
-    return MethodType(form.chosen, method) if form.chosen else as_written
+    if registered(FORMS, method, phase) is None or not triton_for(x):
+        return getattr(method, phase)
+    return form_in(FORMS, method, phase)
 
 
 def in_graph(method):
@@ -167,6 +135,6 @@ def in_graph(method):
     Whether a decoding step may be recorded once and replayed: its code is known not to mind, or
     says that it does not (Dense.in_graph).
     """
-    form = registered(method, "decode")
+    form = registered(FORMS, method, "decode")
     stock = form is not None and all_stock(method, f"{form.names} {form.choice}")
     return stock or method.in_graph
