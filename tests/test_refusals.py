@@ -199,7 +199,7 @@ WRONG = {
     "ids, not list: [1]": lambda: MODEL.prefill([1]),
     "torch.float32 (1, 3)": lambda: MODEL(IDS.float()),
     "torch.int64 (3,)": lambda: MODEL.generate(IDS[0], 2),
-    "of a text, not str: 'moba'": lambda: MODEL(IDS, sparse="moba"),
+    "of a text, not 'moba'": lambda: MODEL(IDS, sparse="moba"),
     "of a text, not str: 'quest'": lambda: MODEL.prefill(IDS, None, MODEL.new_cache(1, 8), "quest"),
     "encodes text, not bytes": lambda: BYTES.encode(b"a"),
     "bytes or a path, not int": lambda: get_tokenizer(3),

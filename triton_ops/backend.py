@@ -34,8 +34,6 @@ from typing import NamedTuple
 
 import torch
 
-from infra.spelling import check_type
-
 CHOICES = "auto", "triton", "torch"
 choice = "auto"
 
@@ -165,7 +163,8 @@ def part_of(method, phase):
     itself.
     """
     from sparse import Compose, Dense
-    check_type(method, Dense, "a method is what sparse.parse makes of a text")
+    if not isinstance(method, Dense):
+        raise TypeError(f"a method is what sparse.parse makes of a text, not {method!r:.80}")
     while type(method) is Compose:
         method = getattr(method, f"{phase}_by")
     return method
