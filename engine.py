@@ -30,8 +30,9 @@ from cache import Cache, Feed
 from sparse import Dense, Dilated, dice_of, dice_of_layers, drops, name, phases, window_of
 from triton_ops import backend
 
-TOGETHER = 32768        # tokens of a prompt that go through a layer at a time: more save no time
-TOGETHER_ON_CPU = 4096  # and fewer do, where what a layer makes of them stays in caches
+# Tokens of a prompt that go through a layer at a time. On a GPU more would save no time. On a CPU
+# fewer save some, as what a layer makes of them then stays in its caches.
+TOGETHER, TOGETHER_ON_CPU = 32768, 4096
 
 
 class Inference:

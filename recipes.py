@@ -24,6 +24,7 @@ from triton_ops import backend
 # RAT+'s adaptation: every 16th token, the last 256 and the first 4 (arXiv 2602.18196)
 PATTERN = "dilated:dilation=16,local=256,initial=4"
 
+# Of the small model's 1,024 bytes: tasks that fit, and that sparse reading makes hard, but for S-2.
 NANO_TASKS = ["niah_single_2", "niah_multikey_1", "niah_multikey_2", "niah_multivalue"]
 
 # One recipe reads: what is trained on what; for how long; how fast; what is kept.
@@ -53,8 +54,8 @@ RECIPES = {
         lr=1e-3,
         log_every=80, eval_every=320, save_every=640),
 
-    # The loop for ideas (experiments/ideas.py), in 0.7M parameters: an attention model that is made
-    # on a GPU in a minute and ships as checkpoints/nano, and
+    # The start of the loop for ideas (experiments/ideas.py): attention in 0.7M parameters, made on
+    # a GPU in a minute by these two. It ships as checkpoints/nano.
     "nano": dict(
         preset="nano", tasks=NANO_TASKS, protocol="sft", drills=1/3, other_weight=1.0,
         context_len=1024, batch=64, device_batch=64, steps=3000,
@@ -66,7 +67,7 @@ RECIPES = {
         lr=1e-3,
         log_every=100, eval_every=400, save_every=400),
 
-    # what a CPU does with it in two minutes: that model is given a memory.
+    # The loop itself gives that model a memory, in two minutes on a CPU.
     "nano-convert": dict(
         memory="on", tasks=NANO_TASKS, protocol="sft", arl=64,
         context_len=1024, batch=8, device_batch=8, steps=96,

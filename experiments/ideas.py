@@ -1,6 +1,6 @@
 """
-A short loop for ideas: is a memory, or a selector, better than what there is, beyond noise? In five
-minutes on two CPU cores, in one or two on a GPU.
+A short loop for ideas: is a memory, or a selector, better than what there is, beyond noise? It
+takes six minutes on two CPU cores and half a minute on an H200.
 
     start    checkpoints/nano: attention in 0.7M parameters, which finds needles in 1,024 bytes
     joint    the control: trained on without a memory, two passes a step as the others take
@@ -45,7 +45,7 @@ from experiments import runs
 from infra.cli import (ROOT, command, flag_parser, made_by, natural, seed, sized,
                        usable_device, whole)
 from infra.files import save, told_to_end
-from infra.report import Z, mean
+from infra.report import Z, mean, short_names
 from infra.tokenizers import get_tokenizer
 from memory import MEMORIES
 from model import Transformer
@@ -136,23 +136,28 @@ def ask(path, methods, args, tokenizer, examples):
 
 def paired(a, b):
     """
-    Mean of b - a over prompts, of scores 0 to 1, and half its 95 % interval, in percent.
+    Mean of b - a over prompts, of scores 0 to 1, and half its 95 % interval, in percent. Not
+    Newcombe's (report.difference), which is of proportions: these are means of several answers.
     """
     differences = [100 * (y - x) for x, y in zip(a, b, strict=True)]
     half = Z * statistics.stdev(differences) / len(differences) ** 0.5
     return statistics.fmean(differences), half
 
 
+def by_prompt(lists):
+    """Of lists of scores by prompt: each prompt's mean over them."""
+    return [*map(statistics.fmean, zip(*lists, strict=True))]
+
+
 def pooled(scores, texts):
     """Of {method: scores by prompt}: each prompt's mean over these methods."""
-    return [statistics.fmean(of_prompt) for of_prompt in zip(*(scores[text] for text in texts))]
+    return by_prompt(scores[text] for text in texts)
 
 
 def over_seeds(found, arm):
     """{method: scores by prompt} of an arm, each prompt's mean over the seeds of training."""
     of_arm = [scores[arm] for scores in found.values()]
-    return {text: pooled(dict(enumerate(scores[text] for scores in of_arm)), range(len(of_arm)))
-            for text in of_arm[0]}
+    return {text: by_prompt(scores[text] for scores in of_arm) for text in of_arm[0]}
 
 
 def verdict(gain, half):
@@ -171,10 +176,11 @@ def report(found, methods):
     scores = {arm: over_seeds(found, arm) for arm in arms}
     rows = {arm: {"scores": {text: 100 * mean(scores[arm][text]) for text in methods}}
             for arm in arms}
-    width, short = 2 + max(map(len, [*arms, "score, %"])), [*map(in_short, methods)]
+    width, short = 2 + max(map(len, [*arms, "score, %"])), [*short_names(methods).values()]
+    column = 2 + max(11, *map(len, short))
 
     def line(name, cells, end=""):
-        return f"{name:{width}}" + "".join(f"{cell:>13}" for cell in cells) + end
+        return f"{name:{width}}" + "".join(f"{cell:>{column}}" for cell in cells) + end
 
     lines = [line("score, %", short)]
     lines += [line(arm, [f"{x:.1f}" for x in rows[arm]["scores"].values()]) for arm in arms]
@@ -209,21 +215,15 @@ def report(found, methods):
     return "\n".join(lines), rows
 
 
-def in_short(text):
-    """A method as a column's head: quest:budget=1/8,block_size=16 is quest 1/8."""
-    label, _, values = text.partition(":")
-    return f"{label} {values.split(',')[0].removeprefix('budget=')}".strip()
-
-
 def selectors(found, methods):
     """How methods differ from the first sparse one, for each arm, as lines of text."""
     first, *others = [text for text in methods if text != "dense"]
-    lines = []
+    short, lines = short_names(methods), []
     for arm in next(iter(found.values())):
         scores = over_seeds(found, arm)
         for other in others:
             gain, half = paired(scores[first], scores[other])
-            lines.append(f"{arm}: {in_short(other)} - {in_short(first)} {gain:+.1f} ±{half:.1f} "
+            lines.append(f"{arm}: {short[other]} - {short[first]} {gain:+.1f} ±{half:.1f} "
                          f"{verdict(gain, half)}")
     return "\n".join(lines)
 
@@ -260,6 +260,8 @@ def bring(file):
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"--also: there is no file {file}")
+    if path.suffix != ".py":
+        raise ValueError(f"--also: {file} is no Python file: its name must end in .py")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # where inspect finds its source
@@ -282,9 +284,9 @@ def run(args):
         make(arms)
 
     examples, found = questions(args, tokenizer), {}
-    n = sum(map(len, examples.values()))
-    print(f"\nasking {n} prompts of up to {CONTEXT:,} bytes ({', '.join(map(name_of, TASKS))}) "
-          f"under {len(methods)} methods", flush=True)
+    n, tasks = sum(map(len, examples.values())), ", ".join(eval_niah.NAMES[t] for t in TASKS)
+    print(f"\nasking {n} prompts of up to {CONTEXT:,} bytes ({tasks}) under {len(methods)} "
+          "methods", flush=True)
     for number, arms in of_seeds:
         found[number] = {}
         for arm, of_arm in arms.items():
@@ -307,10 +309,6 @@ def run(args):
     save(result, file)
     print(f"all scores in {file}; {seconds / 60:.1f} minutes")
     return rows
-
-
-def name_of(task):
-    return niah.TASKS[task].short
 
 
 # ---------------------------------------------------------------- python train.py

@@ -156,6 +156,7 @@ def test_all_arms_are_asked_the_same_prompts(start):
 @pytest.mark.parametrize("flags, said", [
     (["--memories", "none"], "there is no none"),
     (["--also", "nowhere.py"], "there is no file nowhere.py"),
+    (["--also", str(ROOT / "README.md")], "is no Python file"),
     (["--methods", "quest:budget=2"], "budget=2"),
     (["--train=--joint=3"], "--joint=3: not here"),
 ])
