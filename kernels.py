@@ -442,8 +442,8 @@ def memory_scan(
 #             norm_rotate      RoPE(QK-norm(x)), of a prompt     Attention.rotate     bytes
 #             swiglu           silu(gate) * up, of a prompt      F.silu               bytes
 # topk        select           Eq. 3's TopK                      sparse.top           latency
-# quest       block_bounds     min and max key of each block     Quest.score          bytes of k
-#             quest_scores     q against these bounds            Quest.score          their bytes
+# quest       block_bounds     min and max key of each block     sparse.block_bounds  bytes of k
+#             quest_scores     q against these bounds            Quest.score_bounds   their bytes
 #             quest_attend     one query and its chosen blocks   attend_to_slots      bytes chosen
 #             attend_slots     one query and a whole cache       sparse.attend        bytes of k, v
 # snapkv      snapkv_scores    the window's attention, pooled    SnapKV.score         bytes of k

@@ -110,6 +110,17 @@ def to_blocks(x, block_size):
     return x.unflatten(1, (-1, block_size))
 
 
+def block_bounds(k, filled, block_size):
+    """
+    Each block's least and greatest key, per channel. k: (B, Tk, KV, D), filled: (B, Tk) ->
+    low, high (B, N, KV, D); of a block without keys, anything.
+    """
+    filled = to_blocks(filled, block_size)[..., None, None]  # (B, N, block, 1, 1)
+    k = to_blocks(k, block_size)                             # (B, N, block, KV, D)
+    k = k.where(filled, k[:, :, :1])  # a slot not filled yet repeats the block's first
+    return k.amin(2), k.amax(2)
+
+
 # ---------------------------------------------------------------- the methods
 
 @dataclass(frozen=True)
@@ -184,12 +195,12 @@ class Quest(Dense):
 
     def score(self, q, k, filled):
         """q: (B, 1, H, D), k: (B, Tk, KV, D), filled: (B, Tk) -> (B, KV, 1, N)"""
-        B, Tk, KV, D = k.shape
-        filled = to_blocks(filled, self.block_size)[..., None, None]  # (B, N, block, 1, 1)
-        k = to_blocks(k, self.block_size)                             # (B, N, block, KV, D)
-        k = k.where(filled, k[:, :, :1])  # a slot not filled yet repeats the block's first
-        low = k.amin(2).float().transpose(1, 2)                       # (B, KV, N, D)
-        high = k.amax(2).float().transpose(1, 2)
+        return self.score_bounds(q, *block_bounds(k, filled, self.block_size))
+
+    def score_bounds(self, q, low, high):
+        """q: (B, 1, H, D), each block's bounds: (B, N, KV, D) -> (B, KV, 1, N)"""
+        (B, _, _, D), KV = q.shape, low.shape[2]
+        low, high = (x.float().transpose(1, 2) for x in (low, high))  # (B, KV, N, D)
         q = q.float().view(B, KV, -1, D).transpose(2, 3)              # (B, KV, D, G)
         # max(q * low, q * high) is q * high where q > 0, q * low where q < 0: two matrix products
         bound = high @ q.clamp_min(0) + low @ q.clamp_max(0)          # (B, KV, N, G)

@@ -184,13 +184,14 @@ def one_twice(chosen):
 
 
 OTHERS = {  # where a flip changes nothing, or not enough
+    "block_bounds": lambda stock: lambda k, *args: stock(-k, *args),
     "up_to_queries": lambda stock: lambda q, k, v, start: stock(q, 2 * k, v, start),
     "query_slots": lambda stock: lambda q, start: stock(q, start) // 2,
     "chance": lambda stock: lambda *args: 1 - stock(*args),
     "top": lambda stock: lambda *args: one_twice(stock(*args)),
     "MoBA.choose": lambda stock: lambda *args: one_twice(stock(*args))}
-NAMES = """Quest.decode Quest.choose Quest.score Quest.forced attend_to_slots attend per_kv_head
-to_blocks top chance; MoBA.prefill MoBA.attend_to_blocks MoBA.choose MoBA.score MoBA.forced attend
+NAMES = """Quest.decode Quest.choose Quest.score Quest.score_bounds Quest.forced attend_to_slots
+attend block_bounds per_kv_head to_blocks top chance; MoBA.prefill MoBA.attend_to_blocks MoBA.choose MoBA.score MoBA.forced attend
 query_slots up_to_queries per_kv_head to_blocks top chance"""
 
 

@@ -82,12 +82,14 @@ CODE = {
     "sparse.Quest.choose": "055bc9f6",
     "sparse.Quest.decode": "cf5751ff",
     "sparse.Quest.forced": "7b19eb02",
-    "sparse.Quest.score": "34f085d9",
+    "sparse.Quest.score": "9a125e09",
+    "sparse.Quest.score_bounds": "89920b50",
     "sparse.SnapKV.compress": "25a2d2eb",
     "sparse.SnapKV.forced": "3ab7933f",
     "sparse.SnapKV.score": "1e6fbdfa",
     "sparse.attend": "13e66820",
     "sparse.attend_to_slots": "6fcc3925",
+    "sparse.block_bounds": "bcdc7fd5",
     "sparse.chance": "868cd993",
     "sparse.per_kv_head": "af4f02da",
     "sparse.query_slots": "517da718",
@@ -188,6 +190,11 @@ class Form(NamedTuple):
     names: str                      # what must be stock, or the hook runs as it is written
     choice: str = ""                # what must be stock too, or method.choose says what to read
     chosen: Callable | None = None  # and this reads it; None: then too the hook as it is written
+
+
+# What Quest's decoding stands for, in Triton as on a CPU: without the choice, and that.
+QUEST = ("Quest.decode attend_to_slots attend", "Quest.choose Quest.score Quest.score_bounds "
+         "Quest.forced chance block_bounds per_kv_head to_blocks top")
 
 
 def registered(forms, method, phase):

@@ -27,7 +27,7 @@ import torch
 from torch.nn import functional as F
 
 import sparse
-from triton_ops.backend import Form
+from triton_ops.backend import QUEST, Form
 
 ROWS = 2**15  # query heads of all blocks at a time: what they make stays in a CPU's caches
 TILE = 64     # query heads that meet a block at a time
@@ -37,28 +37,16 @@ EXTRA = 90    # keys: to bring queries and a block together costs as much as so 
 
 # ---------------------------------------------------------------- Quest
 
-def block_bounds(
-    k,     # (B, Tk, KV, D)
-    used,  # (B,)  slots filled per row
-    block_size,
-):         # -> low, high (B, N, KV, D): of a block without entries, anything
-    """Each block's least and greatest key, per channel: the first half of Quest.score."""
+def block_bounds(k, used, block_size):
+    """sparse.block_bounds by the slots that each row has filled, used (B,)."""
     filled = torch.arange(k.shape[1], device=k.device) < used[:, None]
-    filled = sparse.to_blocks(filled, block_size)[..., None, None]  # (B, N, block, 1, 1)
-    k = sparse.to_blocks(k, block_size)                             # (B, N, block, KV, D)
-    k = k.where(filled, k[:, :, :1])
-    return k.amin(2), k.amax(2)
+    return sparse.block_bounds(k, filled, block_size)
 
 
 def quest_decode(method, q, cache):
-    (B, _, _, D), (Tk, KV) = q.shape, cache.k.shape[1:3]
-    N = math.ceil(Tk / method.block_size)
-    # the second half of Quest.score; the cache may have room for more blocks than there are
-    low, high = (x[:, :N].float().transpose(1, 2) for x in cache.bounds_of(method.block_size))
-    by_group = q.float().view(B, KV, -1, D).transpose(2, 3)                # (B, KV, D, G)
-    bound = high @ by_group.clamp_min(0) + low @ by_group.clamp_max(0)     # (B, KV, N, G)
-    scores = sparse.per_kv_head(bound.transpose(2, 3).flatten(1, 2), KV).unsqueeze(2)
-    scores = method.forced(scores, cache.used)                             # (B, KV, 1, N)
+    N = math.ceil(cache.k.shape[1] / method.block_size)  # the cache may have room for more
+    low, high = (x[:, :N] for x in cache.bounds_of(method.block_size))
+    scores = method.forced(method.score_bounds(q, low, high), cache.used)  # (B, KV, 1, N)
     chosen = sparse.top(scores, method.budget // method.block_size).squeeze(2)
     return quest_read(method, q, cache, chosen)
 
@@ -187,10 +175,7 @@ def tiles_of(chosen, N, M):
 # As in selectors.py. What the methods of a fork choose is read as soon; a score of its own, or by
 # chance, is a part of its choice.
 FORMS = {
-    (sparse.Quest, "decode"): Form(
-        quest_decode, "Quest.decode attend_to_slots attend",
-        "Quest.choose Quest.score Quest.forced chance per_kv_head to_blocks top",
-        quest_decode_chosen),
+    (sparse.Quest, "decode"): Form(quest_decode, *QUEST, quest_decode_chosen),
     (sparse.MoBA, "prefill"): Form(
         moba_prefill, "MoBA.prefill MoBA.attend_to_blocks attend query_slots up_to_queries "
         # in_tiles wants the own block among the chosen, and none twice

@@ -20,7 +20,7 @@ import math
 import torch
 
 import sparse
-from triton_ops.backend import Form, all_stock, form_in, registered, triton_for
+from triton_ops.backend import QUEST, Form, all_stock, form_in, registered, triton_for
 from triton_ops.dilated import dilated
 from triton_ops.moba import moba_attend
 from triton_ops.moba_route import MOST_BLOCKS, moba_route
@@ -98,10 +98,7 @@ def dilated_decode(method, q, cache):
 # attention everywhere.
 FORMS = {
     (sparse.Dense, "decode"): Form(dense_decode, "Dense.decode attend"),
-    (sparse.Quest, "decode"): Form(
-        quest_decode, "Quest.decode attend_to_slots attend",
-        "Quest.choose Quest.score Quest.forced chance per_kv_head to_blocks top",
-        quest_decode_chosen),
+    (sparse.Quest, "decode"): Form(quest_decode, *QUEST, quest_decode_chosen),
     (sparse.MoBA, "prefill"): Form(
         moba_prefill, "MoBA.prefill MoBA.attend_to_blocks attend query_slots up_to_queries "
         # moba_attend wants the own block among the chosen, and none twice
