@@ -54,7 +54,7 @@ NAMES = {name: task.short for name, task in niah.TASKS.items()}
 # minute each on two cores. There a small batch is no slower, and the time left is told sooner.
 FIRST_LOOK = {
     "context_len": 2048, "tasks": ["niah_multikey_1", "niah_multikey_2", "niah_multivalue"],
-    "samples": 16, "batch": 4,
+    "samples": 16,
     "methods": ["quest:budget=1/8", "quest:budget=1/16", "moba:budget=1/8", "snapkv:budget=1/8"]}
 TOKENS_A_MINUTE = 100_000  # of its prompts, under all of its methods
 
@@ -224,7 +224,6 @@ def prepare(args):
                            or niah.default_new_tokens(args.context_len, tokenizer))
     few = 200 if on_gpu else max(2, 8192 // args.context_len)
     args.samples = args.samples or look.get("samples", few)
-    args.batch = args.batch or look.get("batch", 16)
     filled = [sized(text, args.context_len, tokenizer, sparse.METHODS)
               for text in args.methods or look.get("methods", METHODS)]
     args.methods = list(dict.fromkeys(["dense", *filled]))
@@ -496,7 +495,7 @@ def flags():
     add("--random", type=positive, default=0, metavar="SEEDS", help="H2: how many times to draw "
         "the selection of methods of budget 1/4 by chance")
     # how
-    add("--batch", type=positive, help="prompts at a time; None: 16")
+    add("--batch", type=positive, default=16, help="prompts at a time")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cuda or cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="of the model; None: bfloat16 on a GPU, "

@@ -95,8 +95,8 @@ def look(name, model, tokenizer, ids, method, question, args):
     hits = [(one & inside(T, of)).any(-1) for one, of in zip(read, after) if of or not spans]
     share, found = torch.stack(read).float().mean(0), torch.stack(hits).float().mean(0)
     every, some = int((found == 1).sum()), int((found > 0).sum())
-    counts = (f"{every} of {found.numel()} heads read the needle at each of {which} {len(hits)} "
-              f"tokens, {some - every} more at some")
+    counts = (f"of {found.numel()} heads the best reads the needle at {found.max():.0%} of {which} "
+              f"{len(hits)} tokens; {every} at each, {some - every} more at some")
 
     s = spans[0][0] if spans else T
     text = [readable(piece.decode(errors="replace")) for piece in pieces[s:s + REACH]]
@@ -213,10 +213,11 @@ def lesson(views):
     if not plain or not remembering or views[0].score is None:
         return ""
     before, after = (max(v.score for v in some) for some in (plain, remembering))
-    read = [f"{max(v.found.mean() for v in some):.1%}" for some in (plain, remembering)]
+    read = [f"{max(v.found.max() for v in some):.0%}" for some in (plain, remembering)]
     says = "The memory helps here" if after > before else "The memory does not help here"
-    return (f"\n{says}: {before:.0%} of the answer is right without it, {after:.0%} with it. "
-            f"A head reads the needle at {read[0]} of the tokens without it, at {read[1]} with it.")
+    return (f"\n{says}: {before:.0%} of the answer is right without it, {after:.0%} with it. The "
+            f"best head reads the needle at {read[0]} of the tokens without it, at {read[1]} with "
+            "it; one that reads it at all of them can be enough to copy it.")
 
 
 def readable(text):

@@ -18,8 +18,8 @@ under the same methods, and differences are paired by prompt:
     python -m experiments.ideas --also bestkey.py --memories --methods moba:budget=1/8 \\
                                 bestkey:budget=1/8              a selector of your own, asked alone
 
-`python train.py` without flags is the first of these. A trained arm lies in out/ideas, and is not
-trained again unless its memory's file, or memory.py, has changed.
+`python train.py` without flags is the first of these with fewer steps. A trained arm lies in
+out/ideas, and is not trained again unless its memory's file, or memory.py, has changed.
 
 What the loop cannot say is whether an idea helps a large model. Its start was chosen among four
 because the paper's memory gains there at all (docs/training.md). Checked in tests/test_ideas.py.
@@ -56,9 +56,10 @@ START = ROOT / "checkpoints" / "nano"
 CONTEXT = 1024
 TASKS = [task for task in NANO_TASKS if task != "niah_single_2"]  # which all arms find: tells none
 METHODS = ["quest:budget=1/8", "quest:budget=1/16", "moba:budget=1/8", "snapkv:budget=1/8"]
-BATCH = 32  # prompts at a time
+BATCH = 64  # prompts at a time
 CONTROLS = {"joint": ["--memory=off", "--arl=0", "--joint=64"],
             "dilated": ["--memory=off", "--arl=64"]}
+LESSON = ["--train=--steps=64", "--out=out/lesson"]  # of the recipe's 96: a minute less
 
 
 # ---------------------------------------------------------------- the arms
@@ -319,8 +320,8 @@ def lesson():
           "twice, on the same batches and for as many steps: as it is (joint, the control), and "
           "with the memory of Eq. 1 on its keys and values (decay). Then all are asked for "
           "needles, reading all of the prompt or a part. Ctrl-C stops; the same command goes on.")
-    args = flags().parse_args([])
-    args.argv = []
+    args = flags().parse_args(LESSON)
+    args.argv = LESSON
     rows = run(args)
     print("\n" + told(rows))
     print("\nNext: python look.py (what the heads select, drawn)   python -m experiments.ideas "

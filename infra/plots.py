@@ -49,11 +49,16 @@ def read_results(files, names):
     -> the rows of these results.json, in the order of `names` {task: its name in a head}, and the
     --context_len that all have. ValueError, which names the file, for any other file.
     """
-    found, context_len = {}, None
+    found, heads, context_len = {}, {}, None
     for file in files:
         report = load(file, "results", "settings", remedy="give a results.json of eval_niah.py")
         for number, row in enumerate(rows_of(report, file), 1):
             refuse_other_row(row, f"{file}: row {number} of its results", names)
+            shape = row["hits"] and (len(row["hits"]), {*map(len, row["hits"])})
+            if shape and (len(shape[1]) > 1 or
+                          heads.setdefault(row["checkpoint"], shape) != shape):
+                raise ValueError(f"{file}: row {number} of its results has hits that are not of "
+                                 "one number per layer and head of its model")
             key = tuple(row[field] for field in ("checkpoint", "method", "random", "task"))
             there = found.setdefault(key, row)
             if (there["ruler"], there["prompts"]) != (row["ruler"], row["prompts"]):

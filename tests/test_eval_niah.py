@@ -420,26 +420,26 @@ def shipped(tmp_path, monkeypatch):
 
 
 def questions(*flags, device="cpu"):
-    """What these flags ask: tokens, samples, batch, tasks, how many methods, and whether H1."""
+    """What these flags ask: tokens, samples, tasks, how many methods, and whether H1."""
     args = eval_niah.flags().parse_args([*flags, "--device=cpu"])
     args.device = device
     labels, tokenizers, methods = eval_niah.prepare(args)
     tasks = args.jsonl or eval_niah.choose_tasks(args, tokenizers.values())
-    return args.context_len, args.samples, args.batch, len(tasks), len(methods), args.hits
+    return args.context_len, args.samples, len(tasks), len(methods), args.hits
 
 
-LOOK, ALL = (2048, 16, 4, 3, 5, True), (4096, 2, 16, 8, 10, False)
+LOOK, ALL = (2048, 16, 3, 5, True), (4096, 2, 8, 10, False)
 
 
 @pytest.mark.parametrize("flags, asked", [
     ([], LOOK), (["--seed=7", "--hits", "--out=x"], LOOK),
-    (["--samples=50"], (2048, 50, 4, 3, 5, True)), (["--tasks", "S-1"], (2048, 16, 4, 1, 5, True)),
-    (["--context_len=4096", "--batch=2"], (4096, 16, 2, 3, 5, True)),
-    (["--context_len=512"], (512, 16, 4, 1, 5, True)),  # where MK-2 alone has room
-    (["--methods", "quest:budget=1/4"], (2048, 16, 4, 3, 2, True)),
+    (["--samples=50"], (2048, 50, 3, 5, True)), (["--tasks", "S-1"], (2048, 16, 1, 5, True)),
+    (["--context_len=4096"], (4096, 16, 3, 5, True)),
+    (["--context_len=512"], (512, 16, 1, 5, True)),  # where MK-2 alone has room
+    (["--methods", "quest:budget=1/4"], (2048, 16, 3, 2, True)),
     (["--ckpt", "mine"], ALL), (["--ckpt", "attention", "memory"], ALL), (["--random=2"], ALL),
     (["--ckpt", "mine", "--hits"], (*ALL[:-1], True)),
-    (["--jsonl", "a.jsonl"], (4096, 2, 16, 1, 10, False))], ids=lambda of: " ".join(map(str, of)))
+    (["--jsonl", "a.jsonl"], (4096, 2, 1, 10, False))], ids=lambda of: " ".join(map(str, of)))
 def test_without_a_model_a_cpu_asks_a_first_look(shipped, flags, asked):
     """A first command of an hour; a flag that changes another one's meaning, or an experiment's."""
     assert questions(*flags) == asked
@@ -447,8 +447,8 @@ def test_without_a_model_a_cpu_asks_a_first_look(shipped, flags, asked):
 
 def test_without_a_model_a_gpu_asks_all(shipped):
     """A first look for a table; H1 left out, or asked of models that nobody wanted it of."""
-    assert questions(device="cuda") == (4096, 200, 16, 8, 10, True)
-    assert questions("--ckpt", "mine", device="cuda") == (4096, 200, 16, 8, 10, False)
+    assert questions(device="cuda") == (4096, 200, 8, 10, True)
+    assert questions("--ckpt", "mine", device="cuda") == (4096, 200, 8, 10, False)
 
 
 def test_a_first_look_tells_how_long_it_takes(shipped, capsys, monkeypatch):

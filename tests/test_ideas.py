@@ -103,6 +103,9 @@ def test_gains_are_paired_pooled_over_methods_and_told_by_seed():
 
 def test_lesson_trains_control_and_memory_once_and_says_what_it_found(start, capsys, monkeypatch):
     """`python train.py` without a flag, in small; a second time nothing is trained."""
+    steps = ideas.flags().parse_args(ideas.LESSON).train
+    assert train.parse(["--recipe=nano-convert", "--init=x", *steps]).steps == 64
+    monkeypatch.setattr(ideas, "LESSON", ["--out=out/lesson"])
     monkeypatch.setattr(ideas, "flags", lambda: Preset(SMALL))
     monkeypatch.setattr(ideas, "TASKS", ["niah_multikey_2"])
     for trained in True, False:
@@ -111,10 +114,10 @@ def test_lesson_trains_control_and_memory_once_and_says_what_it_found(start, cap
         said = capsys.readouterr().out
         assert ("optimizer" in said or "2 steps of 1 x 1024" in said) == trained
         assert "points over the four sparse methods" in said and "python look.py" in said
-    result = json.loads(Path("out/ideas/results.json").read_text())
+    result = json.loads(Path("out/lesson/results.json").read_text())
     assert list(result["rows"]) == ["start", "joint", "decay"]
     assert len(result["scores"]["0"]["decay"]["dense"]) == 2
-    folder, = Path("out/ideas").glob("decay-0-*")
+    folder, = Path("out/lesson").glob("decay-0-*")
     assert Transformer.from_pretrained(folder).config.memory == "decay"
 
 

@@ -84,13 +84,19 @@ def test_moba_by_blocks_is_moba_by_mask(heads, method, starts, ragged, Tq, past,
 
 
 @law(80)
-@given(heads, quests, st.lists(st.integers(1, 40), min_size=1, max_size=3), FINITE, single, seeds)
+@given(heads, quests, st.lists(st.integers(1, 40), min_size=1, max_size=3), FINITE, single, seeds,
+     st.sampled_from([(0, 0), (2, 0), (0, 3)]))
 @torch.no_grad()
-def test_quest_by_bounds_is_quest_by_keys(heads, method, used, behind, dtype, seed):
-    """Junk behind a row's entries in a bound; a head that reads another's keys."""
+def test_quest_by_bounds_is_quest_by_keys(heads, method, used, behind, dtype, seed, beside):
+    """
+    Junk behind a row's entries in a bound; a head that reads another's keys, also of a view of
+    other heads or channels.
+    """
     (H, KV), B, D, used = heads, len(used), 16, torch.tensor(used)
     Tk = int(used.max())
-    q, k, v = draw((B, 1, H, D), (B, Tk + 9, KV, D), (B, Tk + 9, KV, D), seed=seed, dtype=dtype)
+    shape = B, Tk + 9, KV + beside[0], D + beside[1]
+    q, k, v = draw((B, 1, H, D), shape, shape, seed=seed, dtype=dtype)
+    k, v = (x[:, :, beside[0]:, beside[1]:] for x in (k, v))
     for x in k, v:
         x[torch.arange(Tk + 9) >= used[:, None]] = behind
     dice = torch.arange(B)[:, None] + seed

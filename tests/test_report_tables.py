@@ -659,7 +659,9 @@ def bad(**changes):
     (bad(ruler=[1, 2]), "row 4 of its results has no fitting ruler: [1, 2]"),
     (bad(task="niah_single_9"), "row 4"), (bad(scores=[1.0]), "row 4"),
     (bad(by_depth=[[1, "x"]] * 10), "fitting by_depth"), (bad(n=True), "fitting n"),
-    (bad(hits=[[1.0], "x"]), "fitting hits"), ([*FIRST[:3], 7], "row 4"),
+    (bad(hits=[[1.0], "x"]), "fitting hits"), (bad(hits=[[1.0], [1.0, 0]]), "row 4"),
+    ([one | {"hits": [[1.0]] * (2 + (one is FIRST[3]))} for one in FIRST], "layer and head"),
+    ([*FIRST[:3], 7], "row 4"),
     (FIRST[:-1], "the same tasks"), (FIRST[2:], "dense")])
 def test_a_file_that_is_no_result_is_one_line(content, words, tmp_path, capsys):
     """A traceback, or half a picture, for a wrong path, another script's file, an edited one."""

@@ -65,19 +65,22 @@ def quest_read(method, q, cache, chosen):
 
 
 def attend_to_slots(q, k, v, slots):
-    """
-    sparse.attend_to_slots a row at a time: index_select copies whole keys, where gather copies
-    channel by channel.
-    """
-    H, KV, y = q.shape[2], k.shape[2], []
+    """sparse.attend_to_slots: a whole key is copied at a time, where gather copies its channels."""
+    H, KV = q.shape[2], k.shape[2]
     keep = (slots >= 0).repeat_interleave(H // KV, dim=1).unsqueeze(2)  # (B, H, 1, S)
-    index = slots.clamp_min(0).transpose(1, 2) * KV + torch.arange(KV)  # (B, S, KV)
-    for row in range(len(q)):
-        mine = slice(row, row + 1)
-        read = [x[row].flatten(0, 1).index_select(0, index[row].flatten()).unflatten(0, (1, -1, KV))
-                for x in (k, v)]                                        # (1, S, KV, D)
-        y.append(sparse.attend(q[mine], *read, keep[mine]))
-    return torch.cat(y)
+    return sparse.attend(q, taken(k, slots), taken(v, slots), keep)
+
+
+def taken(x, slots):
+    """x (B, Tk, KV, D) at slots (B, KV, S), -1 for any: (B, S, KV, D)"""
+    B, _, KV, D = x.shape
+    if x.stride(3) != 1 or any(stride % D for stride in x.stride()[:3]):
+        x = x.contiguous()
+    rows, slot, head = (stride // D for stride in x.stride()[:3])  # in keys
+    index = slots.clamp_min(0).transpose(1, 2) * slot + torch.arange(KV) * head
+    index = index + torch.arange(B)[:, None, None] * rows
+    keys = x.as_strided((int(index.max()) + 1, D), (D, 1))
+    return keys.index_select(0, index.flatten()).view(*index.shape, D)
 
 
 # ---------------------------------------------------------------- MoBA
