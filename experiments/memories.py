@@ -9,8 +9,10 @@ Memories that are not the paper's, a class each: how one of your own is written.
                   average, as in H3 (arXiv 2212.14052) and Mamba
 
     python -m experiments.memories train.py --preset=pico --memory=convolution
+    python -m experiments.memories shift.py bestkey.py look.py --ckpt DIR --method bestkey:budget=1/8
 
-runs a script of ours that knows them. A model holds its memory's name, and loads where that name
+runs a script of ours that knows them, and what the files before it register: a memory of yours in
+memory.MEMORIES, a selector in sparse.METHODS. A model holds its memory's name, and loads where that name
 is in memory.MEMORIES. On a GPU the kernels do not know these classes: their layers are computed as
 they are written here, and a run says so once.
 
@@ -18,7 +20,7 @@ Checked in tests/test_memory.py. Read memory.Decay first; experiments/ablations.
 
 Letters: B batch, T tokens, C model width, KV key/value heads, D head width, W width of a filter.
 """
-import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -110,16 +112,32 @@ MEMORIES |= {"keys": KeysAlone, "head-gate": HeadGate, "fixed-decay": FixedDecay
 SCRIPTS = "train.py", "eval_niah.py", "sample.py", "look.py"
 
 
+def bring(file):
+    """Run a Python file of the user's as a module, for what it registers."""
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"there is no file {file}")
+    if path.suffix != ".py":
+        raise ValueError(f"{file} is no Python file: its name must end in .py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where inspect finds its source
+    spec.loader.exec_module(module)
+
+
 def main():
-    script = sys.argv[1] if len(sys.argv) > 1 else "nothing"
-    if script in ("-h", "--help"):
+    words = sys.argv[1:]
+    if words[:1] in (["-h"], ["--help"]):
         print(__doc__.strip())
         return
+    n = next((i for i, word in enumerate(words) if word in SCRIPTS), 0)
+    files, script = words[:n], words[n] if words else "nothing"
     if script not in SCRIPTS:
         cli.end(f"memories.py: {short(script)} is no script to run: one of {', '.join(SCRIPTS)}, "
                 "and its flags")
-    sys.argv[:2] = [script]  # its own flags are what it finds
-    cli.STARTER[1:] = ["-m", "experiments.memories"]
+    cli.command("memories.py", lambda: [bring(file) for file in files])
+    sys.argv[:n + 2] = [script]  # its own flags are what it finds
+    cli.STARTER[1:] = ["-m", "experiments.memories", *files]
     importlib.import_module(Path(script).stem).main()
 
 

@@ -20,7 +20,8 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import fields
+import traceback
+from inspect import get_annotations
 from pathlib import Path
 
 import torch
@@ -87,7 +88,8 @@ def sized(text, context_len, tokenizer, methods):
 
     block_size and window: 1/64 of the context but 8 to 64. The paper's 4096 gives its 64; from 512
     on a budget of 1/16 holds four blocks. kernel, SnapKV's: the paper's 5, for a model of bytes 15,
-    about as much text. methods: {label: dataclass}, whose fields say which of these a method has.
+    about as much text. methods: {label: dataclass}, whose fields say which of these a method has;
+    a field that is declared anew outside of sparse.py keeps its own default.
     """
     size, parts = min(64, max(8, context_len // 64)), []
     fitting = {"block_size": size, "window": size}
@@ -95,9 +97,11 @@ def sized(text, context_len, tokenizer, methods):
         fitting["kernel"] = 15
     for part in text.split("+"):
         label, _, given = part.partition(":")
-        has = {field.name for field in fields(methods[label])} if label in methods else ()
+        kinds = methods[label].__mro__ if label in methods else ()
+        owners = {key: next((kind.__module__ for kind in kinds if key in get_annotations(kind)), "")
+                  for key in fitting}
         added = [f"{key}={value}" for key, value in fitting.items()
-                 if key in has and f"{key}=" not in given]
+                 if owners[key] == "sparse" and f"{key}=" not in given]
         parts.append(f"{label}:" + ",".join(filter(None, [given, *added])) if added else part)
     return "+".join(parts)
 
@@ -167,13 +171,24 @@ def command(script, main, args=None, interrupted=None):
         asked = f"--batch {args.batch}: lower it" if "batch" in fields else "one prompt"
         end(f"{script}: the GPU has no room for {asked}")
     except (ValueError, FloatingPointError, OSError, ImportError) as error:
-        end(f"{script}: {' '.join(str(error).split())}")
+        end(f"{script}: {where(error)}{' '.join(str(error).split())}")
     except KeyboardInterrupt:
         # of torchrun's processes one says it
         if interrupted and os.environ.get("RANK", "0") == "0":
             # the terminal has put ^C at the start of the line
             print(f"\n{script}: {interrupted.format(**fields)}", file=sys.stderr)
         sys.exit(130)
+
+
+def where(error):
+    """
+    "FILE:LINE: " of an error that Python itself raised, as a wrong number of values to unpack: it
+    does not say where. "" of one that is written out, and of files.
+    """
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    if isinstance(error, OSError) or "raise" in (frame.line or "raise"):
+        return ""
+    return f"{frame.filename}:{frame.lineno}: "
 
 
 def end(message):

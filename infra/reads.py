@@ -19,6 +19,12 @@ from typing import NamedTuple
 import torch
 
 
+def within_budget(method, entries, did, where):
+    """ValueError if a method did more than its budget. One without such a field is held to none."""
+    if entries > getattr(method, "budget", entries):
+        raise ValueError(f"{method} {did} {entries} entries {where}, more than its budget")
+
+
 class StepReads:
     """How many entries each decoding step reads: to be called with the cache after each step."""
 
@@ -45,13 +51,10 @@ class StepReads:
         if not self.mean:
             return [None] * len(steps)
         decode_by, compress_by = self.phases.decode_by, self.phases.compress_by
-        if hasattr(decode_by, "budget"):
-            most = int(torch.stack(self.most).max())
-            assert most <= decode_by.budget, f"{decode_by} read {most} entries in a step"
-        if hasattr(compress_by, "budget"):
-            # the budget is for the prompt: tokens that were fed since come on top
-            kept = max(used - n for used, n in zip(cache.used.tolist(), steps))
-            assert kept <= compress_by.budget, f"{compress_by} kept {kept} entries of the prompt"
+        within_budget(decode_by, int(torch.stack(self.most).max()), "read", "in a step")
+        # the budget is for the prompt: tokens that were fed since come on top
+        kept = max(used - n for used, n in zip(cache.used.tolist(), steps))
+        within_budget(compress_by, kept, "kept", "of the prompt")
         mean = torch.stack(self.mean).cpu()  # (steps, B)
         return [float(mean[:n, b].mean()) if n else None for b, n in enumerate(steps)]
 
@@ -89,8 +92,7 @@ class PromptReads:
             return ((lengths + 1) / 2).tolist()  # each token all before it, and itself
         if not self.mean:
             return [None] * len(lengths)
-        most = int(torch.stack(self.most).max())
-        assert most <= self.method.budget, f"{self.method} read {most} entries"
+        within_budget(self.method, int(torch.stack(self.most).max()), "read", "for a token")
         return torch.stack([torch.cat(parts) for parts in self.mean.values()]).mean(0).tolist()
 
 

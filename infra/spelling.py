@@ -52,8 +52,8 @@ def value_of(text, context_len, setting):
         return words[text.lower()]
     numerator, slash, denominator = text.partition("/")
     divides = denominator.isdecimal() and int(denominator) > 0 if slash else True
-    check(numerator.isdecimal() and divides,
-          f"{setting}: expected an integer, a fraction like 1/16, true, false or none")
+    check(numerator.isdecimal() and divides, f"{setting}: expected an integer, a fraction like "
+          "1/16, true, false or none, or where the field is float a number")
     if not slash:
         return int(numerator)
     tokens, rest = divmod(int(numerator) * context_len, int(denominator))

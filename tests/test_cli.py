@@ -1,6 +1,8 @@
 """infra/cli.py: flags of any script, its errors, and what a result says of its making."""
 import argparse
+import runpy
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -56,17 +58,24 @@ def test_blocks_and_windows_are_a_64th_of_the_context():
             sparse.parse(cli.sized(text, context_len, IN_BYTES, sparse.METHODS), context_len)
 
 
+@dataclass(frozen=True)
+class Far(sparse.Quest):
+    window: int = 512
+
+
 @pytest.mark.parametrize("tokenizer, text, filled", [
     (WORDS, "quest:budget=1/16", "quest:budget=1/16,block_size=64"),
     (WORDS, "moba:block_size=8,budget=9+snapkv", "moba:block_size=8,budget=9+snapkv:window=64"),
     (IN_BYTES, "snapkv:budget=9", "snapkv:budget=9,window=64,kernel=15"),
     (IN_BYTES, "snapkv:kernel=5", "snapkv:kernel=5,window=64"),
     (IN_BYTES, "dense", "dense"),
-    (WORDS, "own:budget=1/16", "own:budget=1/16,block_size=64"),  # a class of one's own
+    (WORDS, "own:budget=1/16", "own:budget=1/16,block_size=64"),  # a class of one's own, and
+    (WORDS, "far", "far:block_size=64"),                           # a field
     (WORDS, "nobody:budget=9", "nobody:budget=9")])
 def test_block_sizes_suit_the_context_and_the_tokens(tokenizer, text, filled):
-    """A given size changed; the kernel for bytes in a model of words."""
-    assert cli.sized(text, 4096, tokenizer, sparse.METHODS | {"own": sparse.Quest}) == filled
+    """A given size changed, or a user's own; the kernel for bytes in a model of words."""
+    methods = sparse.METHODS | {"own": sparse.Quest, "far": Far}
+    assert cli.sized(text, 4096, tokenizer, methods) == filled
 
 
 @pytest.mark.parametrize("error, args, code, said", [
@@ -89,6 +98,18 @@ def test_what_a_user_can_mend_is_one_line(monkeypatch, capsys, error, args, code
         cli.command("x.py", Mock(side_effect=error), args and argparse.Namespace(**args),
                     "interrupted, {out} is kept")
     assert getattr(stop.value, "code", None) == code and capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("code, line", [
+    ("a, b = 1, 2, 3", 1), ("\nimport torhc", 2), ("int('a')", 1), ("raise ValueError(\n'x')", 0)])
+def test_an_error_of_python_in_a_users_file_says_where(code, line, tmp_path, capsys):
+    """"Too many values to unpack", and nothing more."""
+    (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(SystemExit):
+        cli.command("x.py", lambda: runpy.run_path(str(tmp_path / "mine.py")))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("x.py: ")
+    assert (f"mine.py:{line}: " in said) if line else said == "x.py: x\n"
 
 
 def test_a_report_names_the_command_that_made_it(monkeypatch):

@@ -11,7 +11,7 @@ import memory
 import niah
 import sparse
 import train
-from experiments import ideas
+from experiments import ideas, memories
 from infra.cli import ROOT
 from model import Config, Transformer
 from triton_ops import backend
@@ -62,13 +62,16 @@ def test_a_memory_whose_file_has_changed_is_another_run(start):
     for code in "0", "1":
         file.write_text("from memory import MEMORIES, Decay\nclass Mine(Decay):\n"
                         f"    number = {code}\nMEMORIES['mine'] = Mine\n")
-        ideas.bring(file)
+        memories.bring(file)
         (_, arms), = ideas.arms_of(flags_of("--memories", "mine", "decay"))
         names = {arm: ideas.folder_of(flags).name for arm, flags in arms.items() if flags}
         if code == "0":
             before = names
     assert before["mine"] != names["mine"] and before["decay"] == names["decay"]
-    assert re.fullmatch("mine-0-[0-9a-f]{6}", names["mine"])
+    assert re.fullmatch("mine-0-[0-9a-f]{6}-[0-9a-f]{4}", names["mine"])
+    (_, others), = ideas.arms_of(flags_of("--memories", "mine", "--train=--steps=3"))
+    (_, plain), = ideas.arms_of(flags_of("--memories", "mine", "--train="))
+    assert len({ideas.folder_of(of["joint"]).name for of in (arms, others, plain)}) == 3
 
 
 # ---------------------------------------------------------------- numbers, by hand
@@ -114,7 +117,7 @@ def test_lesson_trains_control_and_memory_once_and_says_what_it_found(start, cap
         said = capsys.readouterr().out
         assert ("optimizer" in said or "2 steps of 1 x 1024" in said) == trained
         assert "points over the four sparse methods" in said and "python look.py" in said
-    result = json.loads(Path("out/lesson/results.json").read_text())
+    result = json.loads(min(Path("out/lesson").glob("results-*.json")).read_text())
     assert list(result["rows"]) == ["start", "joint", "decay"]
     assert len(result["scores"]["0"]["decay"]["dense"]) == 2
     folder, = Path("out/lesson").glob("decay-0-*")

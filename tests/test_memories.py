@@ -10,6 +10,7 @@ import train
 from conftest import DEVICE, FORMS, assert_close, draw_tokens, error, refused, tiny
 from drawn import ROOM, told
 
+import sparse
 from experiments import memories
 from infra import cli
 from memory import MEMORIES, memory_loop
@@ -139,6 +140,24 @@ def test_a_record_says_who_called_the_script(monkeypatch):
     memories.main()
     assert cli.command_line(None, "train.py") == (
         "python -m experiments.memories train.py --memory=keys")
+
+
+def test_a_users_files_are_known_to_a_script(tmp_path, monkeypatch, capsys):
+    """A selector that look.py does not know; a file that is taken for the script."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "STARTER", ["python"])
+    monkeypatch.setattr(sparse, "METHODS", {**sparse.METHODS})
+    Path("mine.py").write_text("import sparse\nsparse.METHODS['mine'] = sparse.Quest\n")
+    monkeypatch.setattr(train, "main", lambda: print(sparse.parse("mine", 4096)))
+    monkeypatch.setattr("sys.argv", ["memories.py", "mine.py", "train.py", "--steps=1"])
+    memories.main()
+    assert "Quest" in capsys.readouterr().out
+    assert cli.command_line(None, "train.py") == (
+        "python -m experiments.memories mine.py train.py --steps=1")
+    monkeypatch.setattr("sys.argv", ["memories.py", "none.py", "train.py"])
+    with pytest.raises(SystemExit):
+        memories.main()
+    assert capsys.readouterr().err == "memories.py: there is no file none.py\n"
 
 
 def test_a_memory_that_nobody_knows_is_refused(tmp_path, monkeypatch):
