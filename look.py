@@ -140,7 +140,8 @@ def inside(T, spans):
 def traces_of(model, tokens, s, method=None):
     """
     As the model reads tokens (1, T): what k~ and v~ hold of token s from there on, means over
-    channels, {"k~": (L, KV, n), "v~": ...}. {} without a memory that has gates, or such a token.
+    channels, {"k~": (L, KV, n), "v~": ...}, or {"k~ and v~": ...} where they are alike. {} without
+    a memory that has gates, or such a token.
     """
     memories, found = [layer.self_attn.memory for layer in model.layers], []
     if s >= tokens.shape[1] or not all(isinstance(memory, Decay) for memory in memories):

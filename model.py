@@ -36,6 +36,7 @@ from torch.nn import functional as F
 
 from engine import Inference
 from infra import weights
+from infra.files import short
 from infra.init import first_values, memory_tensors
 from infra.loss import weighted_loss, weighted_score
 from infra.rope import stretched
@@ -76,8 +77,9 @@ class Config:
             self.qk_norm = "all" if self.qk_norm else None
         weights.check_config(self)
         if self.memory not in (None, *MEMORIES):
-            raise ValueError(f"memory={self.memory} is not in memory.MEMORIES: import its file, or "
-                             f"name one of {', '.join(MEMORIES)}")
+            raise ValueError(f"memory={short(self.memory)} is none of memory.MEMORIES, which are "
+                             f"{', '.join(MEMORIES)}: import its file before, as `python -m "
+                             "experiments.memories FILE.py SCRIPT` does")
 
     @property
     def head_width(self):

@@ -9,6 +9,7 @@ line, for what a user typed. Checked in tests/test_sparse.py.
 """
 import re
 from dataclasses import fields
+from inspect import get_annotations
 from typing import get_args
 
 from infra.files import short
@@ -22,7 +23,10 @@ def of_text(text, context_len, methods):
     label, _, settings = text.strip().partition(":")
     known = ", ".join(methods)
     check(label in methods, f"unknown method {label!r} in {text!r}: use one of {known}")
-    allowed, values = {f.name: f.type for f in fields(methods[label])}, {}
+    kind = methods[label]
+    check("__dataclass_fields__" in vars(kind) or not get_annotations(kind), f"{label}: the fields "
+          f"of {kind.__name__} count once the class is a @dataclass(frozen=True)")
+    allowed, values = {f.name: f.type for f in fields(kind)}, {}
     for setting in filter(None, settings.split(",")):
         key, _, value = setting.partition("=")
         has = ", ".join(allowed) or "none"
@@ -37,7 +41,7 @@ def of_text(text, context_len, methods):
         # The exact type, as true is an int to isinstance.
         check(type(value) in kinds, f"{setting}: expected {in_words(kinds)}")
         check(type(value) is not int or value < 2**31, f"{setting}: must be below 2**31")
-    return methods[label](**values)
+    return kind(**values)
 
 
 def in_words(kinds):

@@ -214,9 +214,10 @@ def config_of(kind, settings, path):
     try:
         return kind(**settings)
     except (TypeError, ValueError) as error:  # a field of another name, type or size
-        remedy = "" if "memory.MEMORIES" in str(error) else ": fetch it again"
-        raise ValueError(f"{path}: its config describes no model here ({short(str(error))})"
-                         f"{remedy}") from None
+        if str(error).startswith("memory="):  # Config's own line, whose remedy is another
+            raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: its config describes no model here ({short(str(error))}): fetch "
+                         "it again") from None
 
 
 def settings_of_directory(path):

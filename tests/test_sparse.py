@@ -486,3 +486,13 @@ def test_the_selector_of_the_readme_reads_the_blocks_of_the_best_keys(monkeypatc
     assert_close(method.score(q, k), best)
     y, _ = replace(method, budget=40).prefill(q, k, v, 0, None)
     assert_close(y, attend(q, k, v, causal=True))
+
+
+def test_fields_of_a_class_that_is_no_dataclass_are_told(monkeypatch):
+    """A setting that is there to read in the file, and unknown."""
+    class Mine(Quest):
+        beta: float = 3.0
+
+    monkeypatch.setitem(sparse.METHODS, "mine", Mine)
+    with pytest.raises(ValueError, match=r"mine: .* of Mine .* @dataclass\(frozen=True\)"):
+        parse("mine:beta=2.0", 4096)
