@@ -344,16 +344,17 @@ def run_in(args, ranks, labels, tokenizers, methods):
     total = len(lengths) * len(by_name)
     if ranks.rank == 0:
         tasks = ", ".join(NAMES[task] for task in next(iter(examples.values())))
-        print(f"{', '.join(labels)}: {len(lengths)} prompts of {min(lengths):,} to "
-              f"{max(lengths):,} tokens ({tasks}) x ({len(texts)} methods + H1 of "
-              f"{len(selecting)}) = {total:,} answers of up to {args.max_new_tokens}, "
-              f"{total - n_left:,} of them in {args.out} already; context {args.context_len:,}, "
-              f"protocol {args.protocol}; {call['device']}, {args.dtype}")
+        there = f", {total - n_left:,} of them in {args.out} already" if total > n_left else ""
+        print(f"{', '.join(labels)}: {len(lengths) // len(labels)} prompts each, of "
+              f"{min(lengths):,} to {max(lengths):,} tokens ({tasks}), x ({len(texts)} methods + "
+              f"H1 of {len(selecting)}) = {total:,} answers of up to {args.max_new_tokens}{there}; "
+              f"context {args.context_len:,}, protocol {args.protocol}; {call['device']}, "
+              f"{args.dtype}")
         print(" ".join(methods.values()), flush=True)
         if args.first_look:
-            minutes = sum(lengths) * n_left / total / TOKENS_A_MINUTE
-            print(f"a first look: about {max(1, round(minutes))} minutes on two CPU cores; --help "
-                  "tells of more", flush=True)
+            n = max(1, round(sum(lengths) * n_left / total / TOKENS_A_MINUTE))
+            print(f"a first look: about {n} minute{'s'[:n > 1]} on two CPU cores; --help tells of "
+                  "more", flush=True)
 
     # Answers: each batch's are on disk before the next one is asked.
     progress, loading, answering = Progress(total, total - n_left), 0.0, 0.0  # seconds

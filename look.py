@@ -79,12 +79,12 @@ def look(name, model, tokenizer, ids, method, question, args):
 
     # What is read at each token, and the spans that it is after: none at a comma of the answer.
     if (by.compress_by, by.decode_by) == (sparse.Dense(), sparse.Dense()):
-        read, which = read_in_prefill(blocks, by.prefill_by, T), "the prompt's last"
+        read, which = read_in_prefill(blocks, by.prefill_by, T), "at the prompt's end"
         after = [spans] * len(read)
     else:
-        after, which = [spans] * len(fed), "the answer's"
+        after, which = [spans] * len(fed), "fed this answer"
         if answers:
-            fed = niah.target_ids(prompt, target, tokenizer)
+            fed, which = niah.target_ids(prompt, target, tokenizer), "fed the right answer"
             sources = places_of(niah.pieces(tokenizer, fed), pieces, answers, spans)
             after = [[(one.low, one.high)] if one else [] for one in sources[1:]]
         with cache.turn(method) as own:
@@ -95,8 +95,8 @@ def look(name, model, tokenizer, ids, method, question, args):
     hits = [(one & inside(T, of)).any(-1) for one, of in zip(read, after) if of or not spans]
     share, found = torch.stack(read).float().mean(0), torch.stack(hits).float().mean(0)
     every, some = int((found == 1).sum()), int((found > 0).sum())
-    counts = (f"of {found.numel()} heads the best reads the needle at {found.max():.0%} of {which} "
-              f"{len(hits)} tokens; {every} at each, {some - every} more at some")
+    counts = (f"{which}, the best of {found.numel()} heads reads the needle at {found.max():.0%} of "
+              f"{len(hits)} tokens; {every} at all, {some - every} at some")
 
     s = spans[0][0] if spans else T
     text = [readable(piece.decode(errors="replace")) for piece in pieces[s:s + REACH]]
@@ -184,7 +184,8 @@ def tell(view, block):
     print(f"\n{view.name}: {view.said}   {view.verdict}\n{view.counts}")
     print_heads(shares, [f"{x:.0%}" if x else "" for x in view.found.flatten().tolist()])
     below = "".join("^" if x else " " for x in needle[0])
-    print(f"{'':11}{below}  ^ needle; a column is {size} tokens")
+    print(f"{'':11}{below.rstrip()}\n{'':11}^: needle; a column is {size} tokens; . : + # are read "
+          "at up to a quarter, a half, three quarters, all of the tokens that are fed")
     if not view.traces:
         why = "no --mark to follow" if not view.text else f"memory: {view.memory}, without gates"
         print(f"no trace: {why if view.memory else 'no memory'}")
@@ -197,6 +198,7 @@ def tell(view, block):
         if max(map(len, view.text)) < 2:
             print(f"{'':11}{''.join(view.text)}")
         print_heads(by_decades(w), [""] * w[..., 0].numel())
+        print(f"{'':11}. : + # are more than 0.1, 0.6, 3 and 18 %")
 
 
 def print_heads(values, ends):
@@ -215,10 +217,10 @@ def lesson(views):
         return ""
     before, after = (max(v.score for v in some) for some in (plain, remembering))
     read = [f"{max(v.found.max() for v in some):.0%}" for some in (plain, remembering)]
-    says = "The memory helps here" if after > before else "The memory does not help here"
-    return (f"\n{says}: {before:.0%} of the answer is right without it, {after:.0%} with it. The "
-            f"best head reads the needle at {read[0]} of the tokens without it, at {read[1]} with "
-            "it; one that reads it at all of them can be enough to copy it.")
+    does = "helps" if after > before else "harms" if after < before else "makes no difference"
+    return (f"\nThe memory {does} here: {before:.0%} of the answer is right without it, {after:.0%} "
+            f"with it. The best head reads the needle at {read[0]} of the tokens without the "
+            f"memory, at {read[1]} with it.")
 
 
 def readable(text):
@@ -292,9 +294,9 @@ def draw_selection(plt, views, block):
         ax.set(xlim=(0, T), ylim=(rows, 2 * above))
         mark = {"right": "\u2713", "wrong": "\u2717"}.get(view.verdict, view.verdict)
         ax.set_title(f"{view.name}: {view.said} {mark}\n{view.counts}", loc="left")
-    ax.set_xlabel("position in the prompt; black: read at each of these tokens, white: at none\n"
-                  "orange: the needle; \u25cf a head that reads it at each, \u25cb at some; "
-                  "grey dashes: other needles")
+    ax.set_xlabel("position in the prompt; a row is a KV head; black: read at each of these tokens, "
+                  "white: at none\norange: where the needle is; \u25cf a head that reads it at "
+                  "each, \u25cb at some; grey dashes: other needles")
     return figure
 
 
@@ -309,8 +311,8 @@ def draw_traces(plt, traces, block):
         ax.tick_params(axis="x", length=0)
         ends = range(-start % block or block, n, block) if block > 1 else ()
         ax.vlines(ends, 0, len(w.flatten(0, 1)), color=ORANGE, lw=1, ls="--")
-        ax.set_title(f"{view.name}: how much of {view.text[0]!r}, the needle's first token, {name} "
-                     "hold", loc="left")
+        ax.set_title(f"{view.name.partition(',')[0]}: how much of {view.text[0]!r}, the needle's "
+                     f"first token, {name} hold", loc="left")
         bar = figure.colorbar(drawn, ax=ax, pad=0.01, aspect=30)
         bar.set_ticks([0, 1 / 3, 2 / 3, 1], labels=["0.1 %", "1 %", "10 %", "100 %"])
     if block > 1:

@@ -49,9 +49,10 @@ def add_question(parser, models):
     add = parser.add_argument
     add("--ckpt", nargs="+", metavar="PATH", help="what Transformer.from_pretrained loads, or runs "
         f"of train.py; several are asked the same text; None: {models}")
-    add("--prompt", metavar="TEXT", help="None: a needle in a haystack that fills the context")
-    add("--task", type=niah.task_name, help=f"{', '.join(niah.TASKS)}, or as the tables call it: "
-        "MK-2; None: the first that fits")
+    asked = parser.add_mutually_exclusive_group().add_argument
+    asked("--prompt", metavar="TEXT", help="None: a needle in a haystack that fills the context")
+    asked("--task", type=niah.task_name, help=f"{', '.join(niah.TASKS)}, or as the tables call it: "
+          "MK-2; None: the first that fits")
     add("--index", type=natural, default=0, help="which example of the task")
     add("--seed", type=seed, default=0, help="of the draw, and of the haystack")
     add("--words", choices=niah.WORDS, default=niah.WORDS[0],
@@ -90,6 +91,8 @@ def run(args):
     print(f"\n{shown}\n")
     if gold:
         print(f"gold: {example.target.strip()}\n")
+    elif any(trained_with(path).get("data") == "niah" for path in models):
+        print("note: a model that was trained on needles last has little to say to other prompts\n")
     for name, *what in asked:
         said, read = answer(*what, args)
         print(f"{name}: {said}   {right_or_wrong(said, gold)}".rstrip())

@@ -50,7 +50,7 @@ def cost(found, checkpoint, short, tasks):
     least = [methods[min(methods)] for methods in by_budget(found).values()]
     losses = {method: [gap(*pair) for pair in zip(dense, found[checkpoint, method])]
               for method in least}
-    score, _ = mean_of_tasks([row["ruler"] for row in dense])
+    score, *_ = mean_of_tasks([row["ruler"] for row in dense])
     return (f"{on_mean_of(tasks)} {checkpoint} scores {score:.1f} with dense attention. With the "
             f"least budgets it {clauses(losses, ['gains', 'loses', 'changes'], short, tasks)}")
 
@@ -61,14 +61,15 @@ def on_mean_of(tasks):
 
 def clauses(
     gains,  # {method: [mean, low, high] of each task}
-    verbs,  # for a mean that is above 0 by more than its ±, below, and for what is within
+    verbs,  # for a mean whose interval is above 0, below, and for one that holds 0
     short,  # {method: its name}
     tasks,  # their names
 ):          # -> "is ahead of A under B and C, by 3.0 to 4.0 points; under D ..."
     means = {method: mean_of_tasks(cells) for method, cells in gains.items()}
     told = []
     for verb, sign in zip(verbs, (1, -1)):
-        decided = [method for method, (gain, half) in means.items() if sign * gain > half]
+        decided = [method for method, (_, *ends) in means.items()
+                   if min(sign * end for end in ends) > 0]
         if decided:
             sizes = sorted(abs(means[method][0]) for method in decided)
             by = " to ".join(dict.fromkeys(f"{size:.1f}" for size in (sizes[0], sizes[-1])))
@@ -76,7 +77,7 @@ def clauses(
             it = "it " if told else ""
             told += [f"{it}{verb} under {listed(decided, short, but)}, by {by} points"]
 
-    undecided = [method for method, (gain, half) in means.items() if abs(gain) <= half]
+    undecided = [method for method, (_, low, high) in means.items() if low <= 0 <= high]
     if undecided and told:
         told += [f"under {listed(undecided, short, {})} the difference is within its ±"]
     elif undecided:

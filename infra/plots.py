@@ -184,7 +184,7 @@ def handles(plt, looks):
     line = plt.matplotlib.lines.Line2D
     models = [line([], [], label=checkpoint, markersize=5, **look)
               for checkpoint, look in looks.items()]
-    return [*models, line([], [], color="0.4", linewidth=0.7, label="thin: dense attention"),
+    return [*models, line([], [], color="0.4", linewidth=0.7, label="thin: the same, dense"),
             line([], [], color="0.4", linestyle="", marker="|", label="bars: 95 % intervals")]
 
 
@@ -192,12 +192,12 @@ def draw_budgets(axis, found, looks, methods, context_len):
     """A panel: each model's mean of tasks at each budget of {budget: method}; dense: a line."""
     budgets = sorted(methods)
     for checkpoint, look, beside in in_rows(looks, 0.12):
-        dense, _ = mean_of_tasks([row["ruler"] for row in found[checkpoint, "dense"]])
+        dense, *_ = mean_of_tasks([row["ruler"] for row in found[checkpoint, "dense"]])
         axis.axhline(dense, color=look["color"], linestyle=look["linestyle"], linewidth=0.7)
         cells = [(n + beside, *mean_of_tasks([row["ruler"] for row in found[checkpoint, method]]))
                  for n, method in enumerate(methods[budget] for budget in budgets)
                  if (checkpoint, method) in found]
-        draw(axis, [(x, p, max(0, p - half), min(100, p + half)) for x, p, half in cells], look)
+        draw(axis, cells, look)
     axis.set(xlim=(-0.5, len(budgets) - 0.5), ylim=(0, 103))
     axis.set_xticks(range(len(budgets)), [budget_name(b, context_len) for b in budgets])
     if budgets[0]:

@@ -82,10 +82,20 @@ def correlation(a, b):
 
 
 def mean_of_tasks(cells):
-    """Of [mean, low, high] of each task: the mean, and half its 95 % interval."""
-    halves = [(high - low) / 2 for _, low, high in cells]
-    return (statistics.fmean(middle for middle, *_ in cells),
-            math.sqrt(sum(h * h for h in halves)) / len(cells))
+    """
+    Of [mean, low, high] of each task: the same of their mean. Each side has its own squares, as
+    Newcombe's difference has, so that the ends stay within 0 and 100.
+    """
+    def side(widths):
+        return math.sqrt(sum(width * width for width in widths)) / len(cells)
+    middle = statistics.fmean(cell[0] for cell in cells)
+    return [middle, middle - side(p - low for p, low, _ in cells),
+            middle + side(high - p for p, _, high in cells)]
+
+
+def plus_minus(low, high):
+    """How a table tells an interval: half of it."""
+    return f"±{(high - low) / 2:4.1f}"
 
 
 def best_heads(rates):
@@ -194,9 +204,9 @@ def table(results, names):
     for other in others:
         lines.append(f"\n{other} - {first}, {prompts_of_both(found, first, other)}")
         for method, cells in gaps(found, first, other).items():
-            gain, half = mean_of_tasks(cells)
+            gain, *ends = mean_of_tasks(cells)
             cells = [f"{cell[0]:+7.1f}" for cell in cells]
-            lines.append(line("", short[method], [*cells, f"{gain:+8.1f} ±{half:4.1f}"]))
+            lines.append(line("", short[method], [*cells, f"{gain:+8.1f} {plus_minus(*ends)}"]))
     return "\n".join(lines + ["", *notes(found, columns)])
 
 
@@ -210,8 +220,9 @@ def columns_of(found, tasks):
         return [None if x is None else f"{x:.1f}" for x in values]
 
     columns = [(("", task), 7, cells) for task, cells in zip(tasks, scores)]
-    columns += [(("RULER score, %", "mean"), 14, [f"{m:.1f} ±{half:4.1f}" for m, half in means])]
-    if numbers(paper) != numbers(middle for middle, _ in means):
+    columns += [(("RULER score, %", "mean"), 14,
+                 [f"{middle:.1f} {plus_minus(*ends)}" for middle, *ends in means])]
+    if numbers(paper) != numbers(middle for middle, *_ in means):
         columns += [(("paper", "mean"), 7, numbers(paper))]
     for head, key in ("prompt", "prompt_read"), ("answer", "read"):
         read = [mean(row[key] for row in rows) for rows in found.values()]

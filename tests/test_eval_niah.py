@@ -457,9 +457,9 @@ def test_a_first_look_tells_how_long_it_takes(shipped, capsys, monkeypatch):
     monkeypatch.setattr(eval_niah, "plot", lambda *_: None)
     few = ["--context_len=512", "--tasks", "S-1", "S-2", "--max_new_tokens=12", "--samples=3",
            "--methods", "quest:budget=1/4"]
-    for minutes in 6, 1:  # twelve prompts of some 500 tokens; none is left
+    for minutes in "6 minutes", "1 minute":  # twelve prompts of some 500 tokens; none is left
         run(*few)
-        assert f"a first look: about {minutes} minutes on two" in capsys.readouterr().out
+        assert f"a first look: about {minutes} on two" in capsys.readouterr().out
     run("--ckpt", "mine", *few, out="other")
     assert "first look" not in capsys.readouterr().out
 
@@ -529,7 +529,7 @@ def test_budgets_are_fractions_of_what_is_asked(runs, capsys):
     rows = run(*long, "--context_len=1024")["results"]
     out, err = capsys.readouterr()
     lengths = [len(e.ids) for e in examples]
-    assert f" prompts of {min(lengths):,} to {max(lengths):,} tokens" in out
+    assert f" prompts each, of {min(lengths):,} to {max(lengths):,} tokens" in out
     notes = err.splitlines()  # once for each model, though it is asked in many batches
     assert [note.split()[1] for note in notes] == ["attention", "memory", "mine"]
     assert all("512 tokens" in note for note in notes), err

@@ -80,8 +80,8 @@ def test_what_a_selector_of_ones_own_tells_is_drawn(question):
     assert_close(view.share, expected)
     # Of seven digits the sixth is copied from start + 5.
     assert_close(view.found, torch.tensor([1 / 7, 0, 0, 0]).expand(2, 4))
-    assert view.counts == ("of 8 heads the best reads the needle at 14% of the answer's 7 tokens; "
-                           "0 at each, 2 more at some")
+    assert view.counts == ("fed the right answer, the best of 8 heads reads the needle at 14% of 7 "
+                           "tokens; 0 at all, 2 at some")
 
 
 def test_snapkv_is_drawn_as_what_it_keeps(question):
@@ -113,7 +113,7 @@ def test_moba_finds_the_needle_in_what_it_reads(question):
     T = len(question[0])
     own = torch.arange(T - look.LAST, T)
     least = (own[:, None] >= own).float().mean(0)  # the own tokens are always read, causally
-    assert "the prompt's last 16 tokens" in view.counts
+    assert "at the prompt's end, the best of 8 heads reads the needle at " in view.counts
     assert (view.share[..., :16] == 1).all() and (view.share[..., -look.LAST:] >= 0).all()
     assert_close(view.share[..., -1], least[-1].expand(2, 4))
     start, end = view.spans[0]
@@ -181,8 +181,8 @@ def test_the_needle_is_marked_below_its_column(models, capsys):
                "--out=figures")
     e = niah.make_example("S-2", 512, Bytes(), 0, 0, max_new_tokens=48)
     start, end = e.spans[0]
-    marks = [line for line in text.splitlines() if "^" in line]
-    columns = [{i - 11 for i, c in enumerate(line.split("needle")[0][:-2]) if c == "^"}
+    marks = [line for line in text.splitlines() if "^" in line and "^:" not in line]
+    columns = [{i - 11 for i, c in enumerate(line) if c == "^"}
                for line in marks]
     assert columns == 2 * [{t // 16 for t in range(start, end)}]
     heads = [line for line in text.splitlines() if "|" in line]
@@ -192,7 +192,7 @@ def test_the_needle_is_marked_below_its_column(models, capsys):
     assert "no trace: no memory" in text and "needle's first token" in text
     assert repr(e.answers[0][0]) in text
     assert "plain, quest:budget=64,block_size=16: " in text and "wrong" in text
-    assert "The memory does not help here: 0%" in text
+    assert "The memory makes no difference here: 0%" in text
 
 
 def test_figures_are_written_and_hold_what_was_read(models, question, capsys):
@@ -230,7 +230,7 @@ def test_without_matplotlib_there_is_the_text(models, monkeypatch, tmp_path, cap
     """A plot that is needed."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     text = run(capsys, *models, "--task=S-2", "--method=quest:budget=64,block_size=16")
-    assert text.endswith("\nno plot: pip install matplotlib\n") and "^ needle" in text
+    assert text.endswith("\nno plot: pip install matplotlib\n") and "^: needle" in text
     assert not (tmp_path / "out").exists()
 
 
@@ -239,11 +239,11 @@ def test_a_prompt_of_ones_own_has_a_needle_if_one_is_marked(models, capsys):
     flags = ("--ckpt", "remembering", "--method=quest:budget=64,block_size=16", "--out=figures",
              "--max_new_tokens=3", "--prompt=" + "The code is 417.\n" + 20 * "Rain. " + "417 is ")
     text = run(capsys, *flags, "--mark=417")
-    assert "of 8 heads the best reads the needle at " in text
+    assert "fed this answer, the best of 8 heads reads the needle at " in text
     assert "of '4', the needle's first token" in text and "\u21b5" in text
     assert "right" not in text and "wrong" not in text
-    line, = [line for line in text.splitlines() if "^" in line]
-    assert line.startswith(" " * 11 + "^  ")  # at 12 to 14
+    line, = [line for line in text.splitlines() if "^" in line and "^:" not in line]
+    assert line == " " * 11 + "^"  # at 12 to 14
     text = run(capsys, *flags)
     assert "no needle: --mark names one" in text and "no trace: no --mark to follow" in text
 
@@ -255,7 +255,8 @@ def test_a_lesson_says_also_that_nothing_was_gained(question):
     assert look.lesson([plain, other]).startswith("\nThe memory helps here: 0% of the answer is")
     for before, after in (1.0, 1.0), (1.0, 0.0), (0.0, 0.0), (0.5, 0.25):
         views = [plain._replace(score=before), other._replace(score=after)]
-        assert f"does not help here: {before:.0%}" in look.lesson(views)
+        does = "makes no difference" if before == after else "harms"
+        assert f"The memory {does} here: {before:.0%}" in look.lesson(views)
     assert look.lesson([plain]) == look.lesson([other, other]) == ""
 
 

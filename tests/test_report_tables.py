@@ -25,7 +25,8 @@ from infra import answers, files
 from infra.conclusion import conclusion
 from infra.plots import plot, read_results
 from infra.reads import PromptReads, StepReads, was_read
-from infra.report import (difference, interval, mean, notes, short_names, table, table_random)
+from infra.report import (difference, interval, mean, mean_of_tasks, notes, short_names, table,
+                          table_random)
 
 NAMES = eval_niah.NAMES
 TWO = "niah_single_1", "niah_multivalue"
@@ -314,9 +315,9 @@ def test_reads_of_steps_by_hand():
     assert reads.of_rows(None, [1, 0]) == [3.25, None]
     assert step_reads(a_cache([5, 9], None, None)).of_rows(None, [1, 1]) == [5, 9]
     assert step_reads().of_rows(None, [0, 0]) == [None, None]
-    with pytest.raises(AssertionError, match="read 9 entries"):  # the most of any row and layer
+    with pytest.raises(ValueError, match="read 9 entries"):  # the most of any row and layer
         step_reads(*steps, method=sparse.Quest(8, 4)).of_rows(None, [2, 2])
-    with pytest.raises(AssertionError, match="kept 8 entries"):  # 10, less two that were fed since
+    with pytest.raises(ValueError, match="kept 8 entries"):  # 10, less two that were fed since
         step_reads(*steps, method=sparse.SnapKV(7, 2)).of_rows(steps[1], [2, 2])
     kept = step_reads(*steps, method=sparse.SnapKV(8, 2)).of_rows(steps[1], [2, 2])
     assert kept == [2.375, 4.5]
@@ -342,7 +343,7 @@ def test_reads_of_the_prompt_by_hand():
         assert PromptReads(method, dense).of_rows(torch.tensor([4, 7])) == found
     few = PromptReads(sparse.MoBA(budget=2, block_size=1), dense=False)
     few(0, torch.tensor([[[[0, 1, 2]]]]), None)
-    with pytest.raises(AssertionError, match="read 3 entries"):
+    with pytest.raises(ValueError, match="read 3 entries"):
         few.of_rows(torch.tensor([4]))
 
 
@@ -560,6 +561,13 @@ def test_the_conclusion_follows_from_the_numbers(results, said):
 
 
 # ---------------------------------------------------------------- plots.py
+
+def test_a_mean_of_tasks_keeps_its_sides_apart():
+    """An interval of Wilson's that is drawn beyond 100, or as wide on its short side."""
+    assert mean_of_tasks([[50, 40, 80]]) == [50, 40, 80]
+    middle, low, high = mean_of_tasks([[100, 70, 100], [90, 50, 95]])
+    assert (middle, low, high) == pytest.approx((95, 95 - 50 / 2, 95 + 5 / 2))
+
 
 def test_the_plot_shows_the_tables_numbers(monkeypatch, tmp_path):
     """Dense for the least budget; tenths weighted alike though their answers are not as many."""
