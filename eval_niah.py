@@ -302,9 +302,10 @@ def draws_by_chance(args, methods):
 
 def run(args):
     if args.plot:
-        results, context_len = read_results(args.plot, NAMES)
+        files = [Path(path, "results.json") if Path(path).is_dir() else path for path in args.plot]
+        results, context_len = read_results(files, NAMES)
         tell(results)
-        plot(results, NAMES, context_len, picture_of(args.plot))
+        plot(results, NAMES, context_len, picture_of(files))
         return
     backend.use(args.kernels)
     ranks = Ranks()
@@ -509,7 +510,8 @@ def flags():
     add("--json", metavar="FILE", help="all results; None: results.json in --out. The plot goes "
         "beside it")
     add("--plot", nargs="+", metavar="JSON", help="no evaluation: tables and one picture of what "
-        "these results.json hold, beside the first of them; other flags then mean nothing")
+        "these results.json, or folders with one, hold, beside the first of them; other flags then "
+        "mean nothing")
     return parser
 
 

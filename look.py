@@ -95,8 +95,8 @@ def look(name, model, tokenizer, ids, method, question, args):
     hits = [(one & inside(T, of)).any(-1) for one, of in zip(read, after) if of or not spans]
     share, found = torch.stack(read).float().mean(0), torch.stack(hits).float().mean(0)
     every, some = int((found == 1).sum()), int((found > 0).sum())
-    counts = (f"{which}, the best of {found.numel()} heads reads the needle at {found.max():.0%} of "
-              f"{len(hits)} tokens; {every} at all, {some - every} at some")
+    counts = (f"{which}, the best of {found.numel()} heads reads the needle at {found.max():.0%} "
+              f"of {len(hits)} tokens; {every} at all, {some - every} at some")
 
     s = spans[0][0] if spans else T
     text = [readable(piece.decode(errors="replace")) for piece in pieces[s:s + REACH]]
@@ -218,8 +218,8 @@ def lesson(views):
     before, after = (max(v.score for v in some) for some in (plain, remembering))
     read = [f"{max(v.found.max() for v in some):.0%}" for some in (plain, remembering)]
     does = "helps" if after > before else "harms" if after < before else "makes no difference"
-    return (f"\nThe memory {does} here: {before:.0%} of the answer is right without it, {after:.0%} "
-            f"with it. The best head reads the needle at {read[0]} of the tokens without the "
+    return (f"\nThe memory {does} here: {before:.0%} of the answer is right without it, "
+            f"{after:.0%} with it. The best head reads the needle at {read[0]} of the tokens without the "
             f"memory, at {read[1]} with it.")
 
 
@@ -294,8 +294,8 @@ def draw_selection(plt, views, block):
         ax.set(xlim=(0, T), ylim=(rows, 2 * above))
         mark = {"right": "\u2713", "wrong": "\u2717"}.get(view.verdict, view.verdict)
         ax.set_title(f"{view.name}: {view.said} {mark}\n{view.counts}", loc="left")
-    ax.set_xlabel("position in the prompt; a row is a KV head; black: read at each of these tokens, "
-                  "white: at none\norange: where the needle is; \u25cf a head that reads it at "
+    ax.set_xlabel("position in the prompt; a row is a KV head; black: read at each of these "
+                  "tokens, white: at none\norange: where the needle is; \u25cf a head that reads it at "
                   "each, \u25cb at some; grey dashes: other needles")
     return figure
 

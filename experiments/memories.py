@@ -9,12 +9,12 @@ Memories that are not the paper's, a class each: how one of your own is written.
                   average, as in H3 (arXiv 2212.14052) and Mamba
 
     python -m experiments.memories train.py --preset=pico --memory=convolution
-    python -m experiments.memories shift.py bestkey.py look.py --ckpt DIR --method bestkey:budget=1/8
+    python -m experiments.memories shift.py bestkey.py look.py --method bestkey:budget=1/8
 
 runs a script of ours that knows them, and what the files before it register: a memory of yours in
-memory.MEMORIES, a selector in sparse.METHODS. A model holds its memory's name, and loads where that name
-is in memory.MEMORIES. On a GPU the kernels do not know these classes: their layers are computed as
-they are written here, and a run says so once.
+memory.MEMORIES, a selector in sparse.METHODS. A model holds its memory's name, and loads where that
+name is in memory.MEMORIES. On a GPU the kernels do not know these classes: their layers are
+computed as they are written here, and a run says so once.
 
 Checked in tests/test_memory.py. Read memory.Decay first; experiments/ablations.py compares some.
 

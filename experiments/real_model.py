@@ -56,8 +56,8 @@ from model import Transformer
 from recipes import RECIPES
 
 # The memory's start, ARL's weight and the gates' rate are those of the conversion that was chosen,
-# steps and rate what the curve says: docs/real-model.md. SETTING is the best of GRID at 1/8 in stage
-# `develop`, and was set before `primary` had a score.
+# steps and rate what the curve says: docs/real-model.md. SETTING is the best of GRID at 1/8 in
+# stage `develop`, and was set before `primary` had a score.
 
 # How the released model is continued: flags of train.py that follow --recipe=continue.
 ARMS = {

@@ -62,7 +62,7 @@ def value_of(text, context_len, setting):
         return int(numerator)
     tokens, rest = divmod(int(numerator) * context_len, int(denominator))
     check(rest == 0, f"{setting}: {text} of the context length {context_len} is not a whole "
-          "number of tokens")
+          "number of tokens: give it in tokens, or another share")
     return tokens
 
 

@@ -222,6 +222,8 @@ def start_script(tmp_path, out, workers=2, suffix=".jsonl"):
     script = subprocess.Popen(
         [sys.executable, "tests/held.py", *flags], cwd=ROOT, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # where a shell runs the tests in the background, ctrl-C is ignored, and that is inherited
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env=os.environ | {"HOLD": str(tmp_path / "hold")})
     while not (out / "00001.bin").exists():
         assert script.poll() is None, script.communicate()
@@ -316,7 +318,7 @@ def test_ctrl_c_ends_in_one_line(tmp_path):
     (tmp_path / "hold").unlink()  # workers end what they have begun
     _, said = script.communicate(timeout=300)
     said = said.strip()
-    assert script.returncode == 130
+    assert script.returncode == 130, said
     assert said.startswith("data.py: interrupted") and "\n" not in said, said
 
 

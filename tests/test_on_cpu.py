@@ -197,8 +197,8 @@ OTHERS = {  # where a flip changes nothing, or not enough
     "top": lambda stock: lambda *args: one_twice(stock(*args)),
     "MoBA.choose": lambda stock: lambda *args: one_twice(stock(*args))}
 NAMES = """Quest.decode Quest.choose Quest.score Quest.score_bounds Quest.forced attend_to_slots
-attend block_bounds per_kv_head to_blocks top chance; MoBA.prefill MoBA.attend_to_blocks MoBA.choose MoBA.score MoBA.forced attend
-query_slots up_to_queries per_kv_head to_blocks top chance"""
+attend block_bounds per_kv_head to_blocks top chance; MoBA.prefill MoBA.attend_to_blocks MoBA.choose
+MoBA.score MoBA.forced attend query_slots up_to_queries per_kv_head to_blocks top chance"""
 
 
 @torch.no_grad()

@@ -637,12 +637,13 @@ def saved(path, results, context_len=4096):
 
 def test_results_that_are_there_are_drawn_again(tmp_path, capsys):
     """A file of today or of an older version; two files that make one table."""
-    both = saved(tmp_path / "both.json", FIRST + AHEAD)
+    (tmp_path / "run").mkdir()
+    saved(tmp_path / "run" / "results.json", FIRST + AHEAD)  # in a folder of eval_niah.py's
     parts = [saved(tmp_path / "a.json", FIRST),
              saved(tmp_path / "more.json", AHEAD[:2] + AHEAD[4:]),
              saved(tmp_path / "b.json", AHEAD[:4])]  # dense in both
     told = []
-    for given in [both], parts:
+    for given in [str(tmp_path / "run")], parts:
         eval_niah.main(["--plot", *given])
         told.append(capsys.readouterr().out.partition("picture in")[0])
     assert told[0] == told[1] and "memory is ahead of attention" in told[0]
@@ -652,7 +653,7 @@ def test_results_that_are_there_are_drawn_again(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "an older version" in out and "H2" in out
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
-    for name in "both.png", "both.pdf", "a+more+b.png", "old.png":
+    for name in "run/results.png", "run/results.pdf", "a+more+b.png", "old.png":
         assert (tmp_path / name).exists()
 
 
