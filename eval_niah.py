@@ -51,7 +51,7 @@ BUDGETS = "1/4", "1/8", "1/16"  # of --context_len, whatever the prompt's length
 METHODS = [f"{kind}:budget={budget}" for kind in ("quest", "moba", "snapkv") for budget in BUDGETS]
 NAMES = {name: task.short for name, task in niah.TASKS.items()}
 # What a CPU asks if nobody says what: enough to tell the models in checkpoints/ apart, in about a
-# minute each on two cores. There a small batch is no slower, and the time left is told sooner.
+# minute each on two cores.
 FIRST_LOOK = {
     "context_len": 2048, "tasks": ["niah_multikey_1", "niah_multikey_2", "niah_multivalue"],
     "samples": 16,

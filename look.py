@@ -40,6 +40,7 @@ from triton_ops import backend
 
 LAST = 16   # of a method of prefill: tokens of the prompt that are looked at
 REACH = 64  # tokens in which a trace is followed
+TASK = "niah_multikey_2"  # of the needle, if nobody names one
 
 
 class View(NamedTuple):
@@ -185,7 +186,7 @@ def tell(view, block):
     print_heads(shares, [f"{x:.0%}" if x else "" for x in view.found.flatten().tolist()])
     below = "".join("^" if x else " " for x in needle[0])
     print(f"{'':11}{below.rstrip()}\n{'':11}^: needle; a column is {size} tokens; . : + # are read "
-          "at up to a quarter, a half, three quarters, all of the tokens that are fed")
+          "at up to a quarter, a half, three quarters, all of these tokens")
     if not view.traces:
         why = "no --mark to follow" if not view.text else f"memory: {view.memory}, without gates"
         print(f"no trace: {why if view.memory else 'no memory'}")
@@ -219,8 +220,8 @@ def lesson(views):
     read = [f"{max(v.found.max() for v in some):.0%}" for some in (plain, remembering)]
     does = "helps" if after > before else "harms" if after < before else "makes no difference"
     return (f"\nThe memory {does} here: {before:.0%} of the answer is right without it, "
-            f"{after:.0%} with it. The best head reads the needle at {read[0]} of the tokens without the "
-            f"memory, at {read[1]} with it.")
+            f"{after:.0%} with it. The best head reads the needle at {read[0]} of the tokens "
+            f"without the memory, at {read[1]} with it.")
 
 
 def readable(text):
@@ -295,8 +296,8 @@ def draw_selection(plt, views, block):
         mark = {"right": "\u2713", "wrong": "\u2717"}.get(view.verdict, view.verdict)
         ax.set_title(f"{view.name}: {view.said} {mark}\n{view.counts}", loc="left")
     ax.set_xlabel("position in the prompt; a row is a KV head; black: read at each of these "
-                  "tokens, white: at none\norange: where the needle is; \u25cf a head that reads it at "
-                  "each, \u25cb at some; grey dashes: other needles")
+                  "tokens, white: at none\norange: where the needle is; \u25cf a head that reads "
+                  "it at each, \u25cb at some; grey dashes: other needles")
     return figure
 
 
@@ -325,12 +326,11 @@ def draw_traces(plt, traces, block):
 def flags():
     parser = flag_parser("look.py", "See what each head selects in one prompt, and how a token "
                          "spreads through the memory: as text, and as figures with matplotlib.")
-    add_question(parser, "checkpoints/attention and checkpoints/memory")
+    add_question(parser, "checkpoints/attention and checkpoints/memory", TASK)
     add = parser.add_argument
     add("--method", default="quest:budget=1/16", metavar="METHOD", help="as eval_niah.py takes it")
     add("--mark", metavar="TEXT", help="what in --prompt is the needle: where it first stands")
     add("--out", default="out/look", metavar="DIR", help="folder of the figures")
-    parser.set_defaults(task="niah_multikey_2")
     return parser
 
 
@@ -366,6 +366,7 @@ def question_of(args, context_len, tokenizer):
     if args.prompt is None:
         if args.mark:
             raise ValueError("--mark goes with a --prompt: a task knows its needle")
+        args.task = args.task or TASK
         e = a_needle(args, context_len, tokenizer)
         places = [niah.place_of(answer, e.prompt, e.task) for answer in e.answers]
         return e.prompt, e.answers, e.target, places

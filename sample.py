@@ -32,7 +32,7 @@ NEEDLE = re.compile(niah.NEEDLE.format(kind=r"\w+", key=r"\S.*?", value=r"([\w-]
 def flags():
     parser = flag_parser("sample.py", "Continue a prompt, or answer a needle's question.")
     add_question(parser, "the newest in out/ that does the task of checkpoints/, else "
-                 "checkpoints/memory")
+                 "checkpoints/memory", "the first that fits")
     add = parser.add_argument
     add("--methods", "--method", nargs="+", action="extend", metavar="METHOD",
         help="as eval_niah.py takes them; None: quest:budget=1/4")
@@ -44,15 +44,18 @@ def flags():
     return parser
 
 
-def add_question(parser, models):
-    """The flags of whom to ask what, which look.py has too. models: what --ckpt is if not given."""
+def add_question(parser, models, task):
+    """
+    The flags of whom to ask what, which look.py has too. models, task: what --ckpt and --task are
+    if not given, for --help.
+    """
     add = parser.add_argument
     add("--ckpt", nargs="+", metavar="PATH", help="what Transformer.from_pretrained loads, or runs "
         f"of train.py; several are asked the same text; None: {models}")
     asked = parser.add_mutually_exclusive_group().add_argument
     asked("--prompt", metavar="TEXT", help="None: a needle in a haystack that fills the context")
     asked("--task", type=niah.task_name, help=f"{', '.join(niah.TASKS)}, or as the tables call it: "
-          "MK-2; None: the first that fits")
+          f"MK-2; None: {task}")
     add("--index", type=natural, default=0, help="which example of the task")
     add("--seed", type=seed, default=0, help="of the draw, and of the haystack")
     add("--words", choices=niah.WORDS, default=niah.WORDS[0],

@@ -16,7 +16,7 @@ memory.MEMORIES, a selector in sparse.METHODS. A model holds its memory's name, 
 name is in memory.MEMORIES. On a GPU the kernels do not know these classes: their layers are
 computed as they are written here, and a run says so once.
 
-Checked in tests/test_memory.py. Read memory.Decay first; experiments/ablations.py compares some.
+Checked in tests/test_memories.py. Read memory.Decay first; experiments/ablations.py compares some.
 
 Letters: B batch, T tokens, C model width, KV key/value heads, D head width, W width of a filter.
 """

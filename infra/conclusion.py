@@ -1,5 +1,5 @@
 """
-What follows from results, in sentences: whose mean over tasks is ahead by more than its ±.
+What follows from results, in sentences: whose mean over tasks is ahead beyond its interval.
 
     several checkpoints   each later one beside the first, under each method; and H1
     a single one          dense attention beside the least budget of each method

@@ -54,9 +54,9 @@ def read_results(files, names):
         report = load(file, "results", "settings", remedy="give a results.json of eval_niah.py")
         for number, row in enumerate(rows_of(report, file), 1):
             refuse_other_row(row, f"{file}: row {number} of its results", names)
-            shape = row["hits"] and (len(row["hits"]), {*map(len, row["hits"])})
-            if shape and (len(shape[1]) > 1 or
-                          heads.setdefault(row["checkpoint"], shape) != shape):
+            shape = [len(layer) for layer in row["hits"] or []]
+            if shape and (len({*shape}) > 1
+                          or heads.setdefault(row["checkpoint"], shape) != shape):
                 raise ValueError(f"{file}: row {number} of its results has hits that are not of "
                                  "one number per layer and head of its model")
             key = tuple(row[field] for field in ("checkpoint", "method", "random", "task"))

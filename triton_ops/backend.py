@@ -237,8 +237,8 @@ def is_stock(name, found):
             return True
     module = getattr(function, "__module__", "?")
     whose = getattr(function, "__qualname__", type(function).__name__)
-    tell(f"note: {module}.{whose} is computed as it is written; the faster form is of {name} as it "
-         "was")
+    tell(f"note: {module}.{whose} is computed as it is written; the faster form is of an unchanged "
+         f"{name}")
     return False
 
 
