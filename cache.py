@@ -5,6 +5,7 @@ What a model keeps of the tokens it has read: keys and values of each layer, and
     compress  A method that drops entries does so once: layer by layer as the prompt comes
               (model.generate), else before the first decoding step. The kept entries move together,
               and what they leave is given back.
+    evict     Before each further step a method may drop entries again. They move together in place.
     step      One token per row is stored, and read attends through the method's decode. As all
               tensors stay in place, a GPU can replay it as a CUDA graph.
 
@@ -45,6 +46,7 @@ class Feed:
     decoding: bool                 # one new token per row
     static: bool                   # and a graph may record it: no shape depends on the filling
     whole: bool                    # the prompt ends here, and the method drops entries: at once
+    evicts: bool                   # the method drops entries between steps, asking with queries
     watch: Callable | None         # see engine.Inference.prefill
 
 
@@ -120,6 +122,7 @@ class Cache:
         self.graphs = {}                 # method -> its decoding step, captured (engine.Graph)
         self.weights = None              # where a graph finds the model's, if it may be captured
         self.feeding = False             # a prompt is on its way (`prefilling`)
+        self.evictions = 0               # how often `evict` has moved entries
         self.rewinds = False             # what is fed will be forgotten (`rewinding`)
         self.kept_by = None              # the method whose compress chose the entries
 
@@ -218,6 +221,8 @@ class Cache:
             if x is not None:
                 x.copy_(mine)
         kept.keep_of(self, sparse)
+        if methods.evicts(sparse):
+            kept.recent_q = [q.clone() for q in self.recent_q]
         kept.stepped, kept.decoding, kept.spoiled = None, False, False
         return kept
 
@@ -252,8 +257,9 @@ class Cache:
 
     def check_whole(self):
         if self.spoiled:
-            raise ValueError("a step with this cache failed half-way, and nobody knows what it "
-                             "holds: clear it, or go on with a fork that was made before")
+            raise ValueError("a step with this cache failed half-way, or a method evicted entries "
+                             "after a row had ended, and nobody knows what it holds: clear it, or "
+                             "go on with a fork that was made before")
 
     def check_may_drop(self):
         if self.rewinds:
@@ -311,9 +317,10 @@ class Cache:
     def ending(self):
         """
         Yields end(rows), rows (B,) bool: at the end of the block, what was decoded after this call
-        is forgotten of these rows.
+        is forgotten of these rows. Where entries were evicted since, that cannot be undone, and the
+        cache is spoiled.
         """
-        ended = []
+        ended, evictions = [], self.evictions
 
         def end(rows):
             rows = rows.nonzero().squeeze(1)
@@ -323,7 +330,8 @@ class Cache:
         try:
             yield end
         finally:
-            whole, self.spoiled = not self.spoiled, True  # until all is forgotten
+            whole = not self.spoiled and (not ended or self.evictions == evictions)
+            self.spoiled = True  # until all is forgotten
             for rows, tensors, state in ended:
                 for x, before in tensors:
                     x[rows] = before
@@ -393,7 +401,7 @@ class Cache:
             self.keep_at_once(i, q, k, v, dice)
         else:
             self.store(i, k, v)
-            if self.positions[i] is None:  # else compression is over
+            if self.positions[i] is None or feed.evicts:  # else compression is over
                 self.note_queries(i, q)
             start = feed.start
             if not isinstance(start, int) or start > 0:  # something came before
@@ -468,7 +476,8 @@ class Cache:
             self.check_not_decoding(sparse)
             self.check_may_drop()
             self.keep_of(self, sparse)
-            self.recent_q = [None for _ in self.recent_q]
+            if not methods.evicts(sparse):
+                self.recent_q = [None for _ in self.recent_q]
         elif self.kept_by != methods.phases(sparse).compress_by:
             raise ValueError(f"{methods.name(sparse)} would keep other entries than "
                              f"{methods.name(self.kept_by)}, which has dropped them: fork the "
@@ -482,6 +491,8 @@ class Cache:
         kept = compress(newest, k, v, self.lengths[self.part], dice[:, -1:])
         self.keep(i, kept, k, v, self.max_len - k.shape[1])
         self.kept_by = methods.phases(sparse).compress_by
+        if self.now.evicts:
+            self.note_queries(i, q)
 
     def keep_of(self, source, sparse):
         """Hold what the method keeps of the cache `source`, this one or another."""
@@ -498,16 +509,33 @@ class Cache:
             self.keep(i, kept, k, v, room)
         self.kept_by, self.spoiled = methods.phases(sparse).compress_by, False
 
-    def keep(self, i, kept, k, v, room):
+    def evict(self, sparse):
+        """Before a step: drop the entries that the method no longer keeps, in every layer."""
+        if not methods.evicts(sparse) or not self.filled:
+            return
+        filled, used = self.filled, self.used.clone()  # what the first layer keeps changes both
+        dices = dice_of_layers(self.token_hash[:, None], len(self.k))
+        for i, dice in enumerate(dices):
+            layer = LayerCache(self.k[i][:, :filled], self.v[i][:, :filled], used, self.ragged,
+                               dice, self.positions[i][:, :filled])
+            slots = backend.hook(sparse, "evict", layer.k)(self.recent_q[i], layer)
+            if slots is None:  # and so in all layers
+                return
+            self.check_may_drop()
+            self.keep(i, slots, layer.k, layer.v, 0, layer.positions_of(slots))
+        self.evictions += 1
+
+    def keep(self, i, kept, k, v, room, positions=None):
         """
-        Of layer i's prompt k, v (B, T, KV, D) hold the entries kept (B, KV, S), -1 at the end,
-        None: all; and room for more.
+        Of layer i's k, v (B, T, KV, D) hold the entries kept (B, KV, S), -1 at the end, None: all
+        of the prompt; and room for more. positions: theirs, likewise; None: the same.
         """
         if kept is None:
             slot = torch.arange(k.shape[1], device=self.device)
             kept = slot.where(slot < self.lengths[self.part, None, None], -1)
             kept = kept.expand(-1, k.shape[2], -1)
-        kept = kept.transpose(1, 2)  # (B, S, KV)
+        positions = kept if positions is None else positions
+        kept, positions = kept.transpose(1, 2), positions.transpose(1, 2)  # (B, S, KV)
         S, gap = kept.shape[1], (kept < 0).unsqueeze(-1)
         self.room(i, S + room)
 
@@ -518,7 +546,8 @@ class Cache:
         index = kept.clamp_min(0).unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
         self.k[i][self.part, :S] = k.gather(1, index).masked_fill(gap, 0)
         self.v[i][self.part, :S] = v.gather(1, index).masked_fill(gap, 0)
-        self.positions[i][self.part, :S] = kept.int()
+        self.positions[i][self.part, :S] = positions.int()
+        self.bounded[i] = None  # of what has moved
 
         self.used[self.part] = (kept[:, :, 0] >= 0).sum(1)  # the same in all layers and heads
         self.filled, self.slots = S, self.k[i].shape[1]
@@ -553,6 +582,8 @@ class Cache:
         A decoding step's attention: q (B, 1, H, D), whose token is stored, to what layer i holds,
         through the hook.
         """
+        if self.now.evicts:
+            self.note_queries(i, q)
         # what a graph may record looks at `used`: no shape of its changes from step to step
         static = self.now.static
         slots = slice(None) if static else slice(self.filled)

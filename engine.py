@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 import memory
 from cache import Cache, Feed
-from sparse import Dense, Dilated, dice_of, dice_of_layers, drops, name, phases, window_of
+from sparse import (Dense, Dilated, dice_of, dice_of_layers, drops, evicts, name, phases,
+                    window_of)
 from triton_ops import backend
 
 # Tokens of a prompt that go through a layer at a time. On a GPU more would save no time. On a CPU
@@ -80,13 +81,16 @@ class Inference:
             guard = cache.stepping
             cache.check_room(cache.filled + 1)
             cache.compress(sparse)  # once, and only if the method drops entries
+            with cache.stepping():
+                cache.evict(sparse)  # again and again, if it does so between steps
             if cache.stepped != sparse:
                 # a graph of another method need not have kept Quest's bounds up to date
                 cache.bounded = [None for _ in cache.bounded]
 
         with guard():
             by_kernels = self.by_kernels()
-            static = decoding and by_kernels and backend.in_graph(sparse) and self.is_unhooked()
+            static = (decoding and by_kernels and backend.in_graph(sparse) and self.is_unhooked()
+                      and not evicts(sparse))
             cache.now = self.described(tokens, lengths, cache, sparse, decoding, static,
                                        whole and drops(sparse), watch)
             try:
@@ -121,7 +125,7 @@ class Inference:
         prefill = backend.hook(sparse, "prefill", self.probe())
         return Feed(sparse=sparse, prefill=prefill, position=position, start=start, lengths=lengths,
                     real=real, dices=dices, decoding=decoding, static=static, whole=whole,
-                    watch=watch)
+                    evicts=evicts(sparse), watch=watch)
 
     @torch.no_grad()
     def prefill(self, tokens, lengths=None, cache=None, sparse=None, whole=False, watch=None):

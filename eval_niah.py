@@ -8,6 +8,10 @@ Three results (arXiv 2605.28640):
     H1, --hits       does the method select the answer's place? The share of answers, for each head
     H2, --random     does it matter what is selected? The same methods with scores drawn by chance
 
+With --blind the question comes last: a method that drops entries chooses them from the context
+alone, then the question is fed, and several questions of one document (--questions) share what was
+kept. --tasks all asks RULER's other tasks too (tasks.py); a mean is of the eight needle tasks.
+
 Two protocols: "base" asks with RULER's answer prefix, "sft" with the question alone, for models
 that were fine-tuned. Two scores, both in percent (niah.py): "ruler", the share of answers that
 occur in what the model wrote, and "paper", exact pieces between commas. Intervals are Wilson's at
@@ -23,6 +27,8 @@ next; sample.py asks a single prompt.
 import json
 import os
 import time
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
@@ -32,12 +38,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 import niah
 import sparse
+import tasks  # noqa: F401 (it fills niah.OTHERS)
 from data import tokenizer_of
 from infra import weights
 from infra.answers import (Answer, Outcome, Ranks, appending, hit_rates, read_lines,
                            refuse_other_questions, unanswered)
-from infra.cli import (LONGEST, Progress, command, flag_parser, made_by, note_lengths, positive,
-                       refuse_longer, seed, sized, usable_device)
+from infra.cli import (LONGEST, Progress, above_1, command, flag_parser, made_by, note_lengths,
+                       positive, refuse_longer, seed, sized, usable_device)
 from infra.conclusion import conclusion
 from infra.files import load, save, told_to_end
 from infra.reads import PromptReads, StepReads, places_of, was_read
@@ -49,7 +56,6 @@ from triton_ops import backend
 
 BUDGETS = "1/4", "1/8", "1/16"  # of --context_len, whatever the prompt's length
 METHODS = [f"{kind}:budget={budget}" for kind in ("quest", "moba", "snapkv") for budget in BUDGETS]
-NAMES = {name: task.short for name, task in niah.TASKS.items()}
 # What a CPU asks if nobody says what: enough to tell the models in checkpoints/ apart, in about a
 # minute each on two cores.
 FIRST_LOOK = {
@@ -59,18 +65,26 @@ FIRST_LOOK = {
 TOKENS_A_MINUTE = 100_000  # of its prompts, under all of its methods
 
 
+def names():
+    """{task: its name in a table's head}, of all that are registered by now"""
+    return {name: task.short for name, task in (niah.TASKS | niah.OTHERS).items()}
+
+
 # ---------------------------------------------------------------- answers
 
-def answer(model, tokenizer, examples, methods, cache=None, selecting=()):
+def answer(model, tokenizer, examples, methods, cache=None, selecting=(), blind=False):
     """
     One batch of examples (of niah.py) under each method. Returns three:
     {method: an Answer for each example}; H1, {method: what `hits` says}, of the methods
     `selecting`; and the cache, to be passed on with the next batch.
     """
-    answers, found = {}, {}
+    n, answers, found = len(examples), {}, {}
+    contexts, turns = rounds(examples) if blind else (examples, [range(n)])
     gold = [sources(e, tokenizer) for e in examples] if selecting else []
     n_new, eos_id = examples[0].max_new_tokens, tokenizer.eos_id
     room = max([n_new, *(len(target) for target, _ in gold)])
+    if blind:
+        room += max(len(e.ids) - e.question_at for e in examples)
     window = sparse.window_of(*methods, *selecting)
 
     # What a method does in prefill decides with which others it can share one: dense, Quest and
@@ -82,29 +96,60 @@ def answer(model, tokenizer, examples, methods, cache=None, selecting=()):
     for prefill_by, group in alike.items():
         started = time.time()
         reads = PromptReads(prefill_by, dense=prefill_by == sparse.Dense())
-        cache, logits, lengths = prefill(model, examples, prefill_by, room, window, cache, reads)
+        cache, logits, lengths = prefill(model, contexts, prefill_by, room, window, cache, reads)
         prompt_read = reads.of_rows(lengths)
         prefill_seconds = time.time() - started
 
-        # Each method finds the cache as prefill left it: after its turn, what was fed is forgotten
-        # and what was dropped is there again.
-        for method in [m for m in group if m in methods]:
-            started, reads = time.time(), StepReads(sparse.phases(method))
+        @contextmanager
+        def asked(turn, method):
+            # Each method finds the cache as prefill left it: after its turn, what was fed is
+            # forgotten and what was dropped is there again.
             with cache.turn(method) as own:
-                new = model.decode(logits, own, n_new, method, eos_id=eos_id, watch=reads).tolist()
-                new = [row[:row.index(eos_id)] if eos_id in row else row for row in new]
-                # The first token is the prefill's, each later one a step's, and so is the end. A
-                # method that reads more than its budget ends the run here.
-                read = reads.of_rows(own, [min(len(row), n_new - 1) for row in new])
-            seconds = (prefill_seconds + time.time() - started) / len(examples)
-            answers[method] = [Answer(tokenizer.decode(row), *counts, seconds)
-                               for row, *counts in zip(new, read, prompt_read)]
+                if not blind:
+                    yield own, logits, 0
+                    return
+                rest = [examples[i].ids[examples[i].question_at:] for i in turn]
+                tokens, lengths = padded(rest, logits.device)
+                yield own, model.prefill(tokens, lengths, own, method), lengths
+
+        for method in [m for m in group if m in methods]:
+            started, answers[method] = time.time(), [None] * n
+            for turn in turns:
+                with asked(turn, method) as (own, first, since):
+                    reads = StepReads(sparse.phases(method), since)
+                    new = model.decode(first, own, n_new, method, eos_id=eos_id, watch=reads)
+                    new = [row[:row.index(eos_id)] if eos_id in row else row
+                           for row in new.tolist()]
+                    # The first token is the prefill's, each later one a step's, and so is the end.
+                    # A method that reads more than its budget ends the run here.
+                    read = reads.of_rows(own, [min(len(row), n_new - 1) for row in new])
+                for i, row, *counts in zip(turn, new, read, prompt_read):
+                    answers[method][i] = Answer(tokenizer.decode(row), *counts, seconds=0.0)
+            seconds = (prefill_seconds + time.time() - started) / n
+            answers[method] = [of_row._replace(seconds=seconds) for of_row in answers[method]]
 
         # H1 feeds the gold answer instead of the model's own.
         for method in [m for m in group if m in selecting]:
-            with cache.turn(method) as own:
-                found[method] = hits(model, own, gold, method)
+            found[method] = [None] * n
+            for turn in turns:
+                with asked(turn, method) as (own, *_):
+                    for i, hit in zip(turn, hits(model, own, [gold[i] for i in turn], method)):
+                        found[method][i] = hit
     return answers, found, cache
+
+
+def rounds(examples):
+    """
+    Examples that share a context, as --blind asks them: the contexts, an example of each, without
+    its question; and rounds, in each of which every context is asked one question: which examples.
+    """
+    rows = {}
+    for i, e in enumerate(examples):
+        rows.setdefault(tuple(e.ids[:e.question_at]), []).append(i)
+    contexts = [replace(examples[first], ids=[*ids]) for ids, (first, *_) in rows.items()]
+    # A context with fewer questions than others asks its last one again.
+    return contexts, [[of_row[min(j, len(of_row) - 1)] for of_row in rows.values()]
+                      for j in range(max(map(len, rows.values())))]
 
 
 def prefill(model, examples, method, max_new_tokens, window=64, cache=None, watch=None):
@@ -139,7 +184,8 @@ def padded(rows, device):
 
 def ruler_scores(texts, examples):
     """RULER's score of each, 0 to 1."""
-    return [niah.score_ruler(text, e.answers) for text, e in zip(texts, examples, strict=True)]
+    return [niah.score_ruler(text, e.answers, e.task)
+            for text, e in zip(texts, examples, strict=True)]
 
 
 def scores(texts, examples):
@@ -241,20 +287,28 @@ def choose_tasks(args, tokenizers):
                                   args.words) for tokenizer in tokenizers]
     fitting = [task for task in niah.TASKS if all(task in fit for fit in fitting)]
     few = [task for task in fitting if args.first_look and task in FIRST_LOOK["tasks"]]
-    tasks = args.tasks or few or fitting
-    if not tasks:
+    asked = args.tasks or few or fitting
+    if "all" in asked:
+        asked = [task for task in niah.generated() if task in fitting or task in niah.OTHERS]
+    if not asked:
         raise ValueError(f"no task fits into --context_len {args.context_len} with "
                          f"{args.max_new_tokens} new tokens: raise it")
-    return tasks
+    return asked
 
 
-def make_examples(args, tokenizer, tasks):
-    """{task: examples}"""
+def make_examples(args, tokenizer, asked):
+    """{task: examples}, --questions of each document where it has as many"""
     haystack = niah.read_haystack(args.haystack) if args.haystack else None
-    return {task: [niah.make_example(task, args.context_len, tokenizer, args.seed, index,
-                                     args.protocol, haystack, words=args.words,
-                                     max_new_tokens=args.max_new_tokens)
-                   for index in range(args.samples)] for task in tasks}
+
+    def made(task):
+        new_tokens = args.max_new_tokens
+        if task in niah.OTHERS:  # RULER gives each its own
+            new_tokens = niah.default_new_tokens(args.context_len, tokenizer, task)
+        for index in range(args.samples):
+            yield from niah.make_document(
+                task, args.context_len, tokenizer, args.seed, index, args.questions or 1,
+                args.protocol, haystack, words=args.words, max_new_tokens=new_tokens)
+    return {task: [*made(task)] for task in asked}
 
 
 def read_examples(args, tokenizer):
@@ -263,7 +317,7 @@ def read_examples(args, tokenizer):
     for file in args.jsonl:
         examples = niah.read_jsonl(file, tokenizer, args.protocol,
                                    max_new_tokens=args.max_new_tokens)[:args.samples]
-        if not examples or examples[0].task not in niah.TASKS:
+        if not examples or examples[0].task not in names():
             raise ValueError(f"{file} has no examples of a task we know: call it TASK.jsonl or "
                              "TASK/validation.jsonl")
         if examples[0].task in found:
@@ -273,14 +327,14 @@ def read_examples(args, tokenizer):
     return found
 
 
-def examples_of(args, tokenizers):
-    """{label: {task: examples}}, made once for models of the same tokenizer."""
+def examples_of(args, labels, tokenizers):
+    """{label: {task: examples}} of {label: path}, made once for models of the same tokenizer."""
     different = {tokenizer.name: tokenizer for tokenizer in tokenizers.values()}
     if args.jsonl:
         made = {name: read_examples(args, tokenizer) for name, tokenizer in different.items()}
     else:
-        tasks = choose_tasks(args, different.values())
-        made = {name: make_examples(args, tokenizer, tasks)
+        asked = choose_tasks(args, different.values())
+        made = {name: make_examples(args, tokenizer, asked)
                 for name, tokenizer in different.items()}
     return {label: made[tokenizer.name] for label, tokenizer in tokenizers.items()}
 
@@ -300,43 +354,46 @@ def draws_by_chance(args, methods):
 
 # ---------------------------------------------------------------- python eval_niah.py
 
-def run(args):
+def run(args, prompts=examples_of):
+    """prompts: what is asked, a function like examples_of."""
     if args.plot:
         files = [Path(path, "results.json") if Path(path).is_dir() else path for path in args.plot]
-        results, context_len = read_results(files, NAMES)
+        results, context_len = read_results(files, names())
         tell(results)
-        plot(results, NAMES, context_len, picture_of(files))
+        plot(results, names(), context_len, picture_of(files))
         return
     backend.use(args.kernels)
     ranks = Ranks()
     prepared = prepare(args)
     with ranks.folder(args.out) as args.out:
-        run_in(args, ranks, *prepared)
+        run_in(args, ranks, prompts, *prepared)
 
 
-def run_in(args, ranks, labels, tokenizers, methods):
+def run_in(args, ranks, prompts, labels, tokenizers, methods):
     """The evaluation as one of these processes, whose folder is ours alone."""
     # What is asked: methods, and under --random their draws; under --hits H1 of those that select
     # entries for an answer. MoBA selects for the prompt alone.
     texts = methods | (draws_by_chance(args, methods) if args.random else {})
     dense = sparse.Dense()
     selecting = [m for m in methods if args.hits and
-                 (sparse.phases(m).compress_by, sparse.phases(m).decode_by) != (dense, dense)]
+                 (sparse.drops(m) or sparse.phases(m).decode_by != dense)]
     by_name = {f"H1 {sparse.name(m)}": m for m in selecting} | {sparse.name(m): m for m in texts}
 
     # The prompts: the same for all models of a tokenizer.
-    examples = examples_of(args, tokenizers)
+    examples = prompts(args, labels, tokenizers)
     lengths = [len(e.ids) for by_task in examples.values()
                for of_task in by_task.values() for e in of_task]
-    refuse_longer(max(lengths) + args.max_new_tokens, args.context_len)
+    longest = max(len(e.ids) + e.max_new_tokens for by_task in examples.values()
+                  for of_task in by_task.values() for e in of_task)
+    refuse_longer(longest, args.context_len)
 
     # What is left: --out may hold answers, of this run or of another number of processes. If the
     # first process refuses, torchrun ends the others, which wait below.
     call = made_by(args.argv, "eval_niah.py", args.device, ranks.n)
     if ranks.rank == 0:
         refuse_other_questions(args, labels, tokenizers, examples, niah.prompt_hash, call)
-        trained = {label: weights.read(path, without_tensors=True)[0]["context_len"]
-                   for label, path in labels.items()}
+        trained = {label: round(weights.read(path, without_tensors=True)[0]["context_len"]
+                                * (args.yarn or 1)) for label, path in labels.items()}
         note_lengths(trained, max(lengths), args.max_new_tokens, args.context_len)
     left = list(unanswered(examples, by_name, args.batch, read_lines(args.out)))
     ranks.meet("all have read what is there")  # before anyone writes
@@ -344,12 +401,13 @@ def run_in(args, ranks, labels, tokenizers, methods):
     n_left, n_mine = (sum(batch.count() for batch in batches) for batches in (left, mine))
     total = len(lengths) * len(by_name)
     if ranks.rank == 0:
-        tasks = ", ".join(NAMES[task] for task in next(iter(examples.values())))
+        asked = ", ".join(names()[task] for task in next(iter(examples.values())))
         there = f", {total - n_left:,} of them in {args.out} already" if total > n_left else ""
         print(f"{', '.join(labels)}: {len(lengths) // len(labels)} prompts each, of "
-              f"{min(lengths):,} to {max(lengths):,} tokens ({tasks}), x ({len(texts)} methods + "
+              f"{min(lengths):,} to {max(lengths):,} tokens ({asked}), x ({len(texts)} methods + "
               f"H1 of {len(selecting)}) = {total:,} answers of up to {args.max_new_tokens}{there}; "
-              f"context {args.context_len:,}, protocol {args.protocol}; {call['device']}, "
+              f"context {args.context_len:,}, protocol {args.protocol}"
+              f"{', the question fed last' if args.blind else ''}; {call['device']}, "
               f"{args.dtype}")
         print(" ".join(methods.values()), flush=True)
         if args.first_look:
@@ -364,6 +422,8 @@ def run_in(args, ranks, labels, tokenizers, methods):
             started, cache = time.time(), None
             dtype = getattr(torch, args.dtype)
             model = Transformer.from_pretrained(labels[label], dtype, args.device)
+            if args.yarn:
+                model.stretch(args.yarn)
             loaded = time.time()
             for batch in batches:
                 some = examples[label][batch.task]
@@ -381,6 +441,8 @@ def run_in(args, ranks, labels, tokenizers, methods):
         answering, loading = map(max, zip(*map(json.loads, spent)))  # the last to finish counts
         speed = {"answers": n_left, "seconds": round(answering, 2),
                  "seconds_of_loading": round(loading, 2)}
+        if args.device.startswith("cuda"):  # of this process: the model, a batch's cache, its work
+            speed["peak_bytes"] = torch.cuda.max_memory_allocated()
         report(args, call | {"speed": speed}, labels, tokenizers, examples, texts)
 
 
@@ -389,11 +451,12 @@ def ask(model, tokenizer, examples, batch, by_name, args, cache):
     # On a GPU all batches are of one size, which CUDA graphs are recorded for: the last example
     # fills up a short one, and no one takes these answers.
     rows = batch.rows
-    size = min(args.batch, len(examples)) if args.device.startswith("cuda") else len(rows)
+    alike = args.device.startswith("cuda") and not args.blind
+    size = min(args.batch, len(examples)) if alike else len(rows)
     some = [examples[i] for i in rows + rows[-1:] * (size - len(rows))]
     methods = [by_name[name] for name in batch.missing if not name.startswith("H1 ")]
     selecting = [by_name[name] for name in batch.missing if name.startswith("H1 ")]
-    answers, found, cache = answer(model, tokenizer, some, methods, cache, selecting)
+    answers, found, cache = answer(model, tokenizer, some, methods, cache, selecting, args.blind)
     answers = {sparse.name(method): of_rows for method, of_rows in answers.items()}
     found = {f"H1 {sparse.name(method)}": of_rows for method, of_rows in found.items()}
     return batch.lines(answers, found, size), cache
@@ -420,6 +483,7 @@ def report(args, call, labels, tokenizers, examples, texts):
                     "checkpoint": label, "path": str(weights.resolve(path)),
                     "tokenizer": tokenizers[label].name, "method": text, "random": drawn,
                     "budget": getattr(method, "budget", None), "task": task, "n": len(of_task),
+                    "in_mean": task in niah.TASKS, "blind": bool(args.blind),
                     **scores(outcome.texts, of_task), "by_depth": by_depth(outcome.texts, of_task),
                     "read": read, "read_share": share(read),
                     "prompt_read": prompt_read, "prompt_read_share": share(prompt_read),
@@ -440,15 +504,15 @@ def report(args, call, labels, tokenizers, examples, texts):
     print(f"\n{speed['answers']:,} answers in {speed['seconds']:.1f} s{rate}; loading took "
           f"{speed['seconds_of_loading']:.1f} s")
     print(f"results in {args.json}, predictions in {args.out}")
-    plot(results, NAMES, args.context_len, Path(args.json).with_suffix(".png"))
+    plot(results, names(), args.context_len, Path(args.json).with_suffix(".png"))
 
 
 def tell(results):
     """Print the tables, and what follows from them."""
-    print("\n" + table(results, NAMES))
+    print("\n" + table(results, names()))
     if any(row["random"] is not None for row in results):
-        print("\n" + table_random(results, NAMES))
-    if text := conclusion(results, NAMES):
+        print("\n" + table_random(results, names()))
+    if text := conclusion(results, names()):
         print("\n" + text)
 
 
@@ -458,7 +522,7 @@ def picture_of(files):
 
 
 def flags():
-    look = FIRST_LOOK | {"tasks": [NAMES[task] for task in FIRST_LOOK["tasks"]]}
+    look = FIRST_LOOK | {"tasks": [names()[task] for task in FIRST_LOOK["tasks"]]}
     look = " ".join(f"--{name} {value}" for name, value in look.items()).translate(
         str.maketrans("", "", "[],'"))
     parser = flag_parser("eval_niah.py", "Accuracy of sparse methods on RULER's needle tasks; with "
@@ -474,13 +538,16 @@ def flags():
         help="for sparse.parse, e.g. moba:budget=1/8+snapkv:budget=1/4; budgets in tokens or of "
         "--context_len; block_size and window default to 1/64 of it, 8 to 64, and kernel to 5 or, "
         "for a model of bytes, 15; dense is always added; None: " + " ".join(METHODS))
-    names = ", ".join(f"{name} or {task.short}" for name, task in niah.TASKS.items())
-    add("--tasks", nargs="+", type=niah.task_name, metavar="TASK",
-        help=f"{names}; None: those the first model was trained on, or that fit")
+    known = ", ".join(f"{name} or {short}" for name, short in names().items())
+    add("--tasks", nargs="+", type=lambda text: text if text == "all" else niah.task_name(text),
+        metavar="TASK", help=f"{known}; all: each that can be generated, the mean being that of "
+        "the needle tasks; None: those the first model was trained on, or that fit")
     add("--samples", type=positive, help="examples per task; the paper has 500; None: 200 with a "
         "GPU, else 8192 tokens' worth")
     add("--context_len", type=positive, metavar="TOKENS", help="prompt and answer together; None: "
         f"the first model's, at most the paper's {LONGEST}")
+    add("--yarn", type=above_1, metavar="FACTOR", help="stretch each model's RoPE to a context so "
+        "many times as long, for a --context_len beyond its own; None: as it is")
     add("--max_new_tokens", type=positive, metavar="TOKENS", help="room for the answer; None: 128 "
         "from 2048 on, 48 below and for bytes")
     add("--protocol", choices=niah.PROTOCOLS, metavar="PROTOCOL", help="base (RULER's answer "
@@ -490,6 +557,10 @@ def flags():
     add("--jsonl", nargs="+", metavar="FILE", help="data files of RULER's own, TASK.jsonl or "
         "TASK/validation.jsonl, instead of generated examples: --tasks, --seed, --words and "
         "--haystack then mean nothing")
+    add("--blind", action="store_true", default=None, help="what drops entries chooses from the "
+        "context alone; then the question is fed")
+    add("--questions", type=positive, metavar="N", help="to ask of each document, where a task has "
+        "as many; with --blind they share what was kept of it; None: 1")
     add("--words", choices=niah.WORDS, default=niah.WORDS[0], help="of keys: built-in, or RULER's "
         "from the package wonderwords")
     add("--seed", type=seed, default=0, help="of the examples")

@@ -39,7 +39,7 @@ from infra import weights
 from infra.files import short
 from infra.init import first_values, memory_tensors
 from infra.loss import weighted_loss, weighted_score
-from infra.rope import stretched
+from infra.rope import attention_factor, stretched, yarn_for
 from infra.spelling import check_type
 from memory import MEMORIES
 from sparse import Dense, dice_of, dice_of_layers
@@ -60,7 +60,7 @@ class Config:
     norm_eps: float = 1e-6
     tied: bool = False         # one matrix for embedding and head
     head_dim: int | None = None        # D, where it is not C / H
-    rope_scaling: dict | None = None   # Llama 3's stretch for longer contexts: infra/rope.py
+    rope_scaling: dict | None = None   # for longer contexts, Llama 3's way or yarn: infra/rope.py
     pre_norm: bool = False     # normalise each sublayer's input, not its output
     qk_norm: str | None = "all"  # RMS norm of q and k, over "all" heads together or each "head"
     qkv_bias: bool = False     # q, k and v have biases
@@ -307,14 +307,19 @@ class Transformer(Inference, nn.Module):
         return self.norm(x)
 
     def rope(self, position):
-        """position (1 or B, T) -> cos and sin of RoPE's angles, each (1 or B, T, 1, D/2), fp32."""
-        D = self.config.head_width
+        """
+        position (1 or B, T) -> cos and sin of RoPE's angles, each (1 or B, T, 1, D/2), fp32; with
+        yarn both are multiplied by its attention factor.
+        """
+        D, theta, scaling = self.config.head_width, self.config.rope_theta, self.config.rope_scaling
         pair = torch.arange(0, D, 2, device=position.device).float()
-        frequency = 1 / self.config.rope_theta ** (pair / D)
-        if self.config.rope_scaling:
-            frequency = stretched(frequency, self.config.rope_scaling)
+        frequency = 1 / theta ** (pair / D)
+        if scaling:
+            frequency = stretched(frequency, theta, scaling)
         angle = position[..., None] * frequency
-        return angle.cos().unsqueeze(2), angle.sin().unsqueeze(2)
+        cos, sin = angle.cos().unsqueeze(2), angle.sin().unsqueeze(2)
+        factor = attention_factor(scaling)
+        return (cos, sin) if factor == 1 else (factor * cos, factor * sin)
 
     def loss(
         self,
@@ -370,6 +375,18 @@ class Transformer(Inference, nn.Module):
             layer.self_attn.memory = MEMORIES[kind](self.config).to(like.device, like.dtype)
         made = memory_tensors(MEMORIES[kind], self.config, g)
         self.load_state_dict({name: make() for name, make in made.items()}, strict=False)
+        return self
+
+    def stretch(self, factor):
+        """
+        Give a model whose RoPE is not stretched yarn's (infra/rope.py), for contexts `factor` times
+        as long as its own; yarn's authors then train it on at that length. config.context_len stays
+        what it was trained for. ValueError if its RoPE is stretched already, or if factor is not
+        above 1 and finite. Caches made before hold keys of the old RoPE.
+        """
+        self.config = replace(self.config, rope_scaling=yarn_for(self.config, factor))
+        for layer in self.layers:
+            layer.self_attn.config = self.config
         return self
 
     @classmethod

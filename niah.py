@@ -12,16 +12,17 @@ Wording, depths and the way needles enter the text are RULER's (arXiv 2404.06654
 scripts/data/synthetic). Where we differ on purpose, the line says so.
 
 tests/test_niah.py holds prompts equal to hashes of RULER's own, tests/test_spans.py checks where
-answers stand. Read eval_niah.py next, which asks them, or data.py, which trains on samples.
+answers stand (infra/spans.py). Read eval_niah.py next, which asks them, or data.py, which trains
+on samples; tasks.py has RULER's other tasks, and yours.
 """
 import argparse
 import hashlib
 import random
 import re
 import uuid
-from bisect import bisect_left, bisect_right
+from collections import Counter
 from dataclasses import dataclass
-from itertools import accumulate, count, islice, repeat
+from itertools import count, islice, repeat
 from math import inf
 from pathlib import Path
 from string import ascii_lowercase
@@ -32,8 +33,9 @@ import numpy as np
 from infra.cli import command, flag_parser, whole
 from infra.files import short, told_to_end
 from infra.ruler import rows_of, write_jsonl, write_predictions  # noqa: F401 (users' names)
+from infra.spans import border, target_ids, token_spans
 from infra.spelling import check_type
-from infra.tokenizers import get_tokenizer, pieces
+from infra.tokenizers import get_tokenizer, pieces  # noqa: F401
 from infra.words import ADJECTIVES, NOUNS, essay_words, read_haystack, word_lists
 
 # ---------------------------------------------------------------- the eight tasks
@@ -47,6 +49,20 @@ class Task(NamedTuple):
     n_keys: int = 1
     n_values: int = 1   # needles per key
     n_queries: int = 1  # keys asked for
+    # and what any task has (tasks.Other)
+    max_new_tokens = max_new_bytes = 128
+    asks, one_place, one_suffices = "What (?:is|are all) the special magic", True, False
+
+    def draw(self, rng, *, essay, start=None, words="built-in", **_):
+        task = self._replace(keys=words) if (self.keys, words) == ("words", WORDS[1]) else self
+        return draw_draft(task, rng, essay, start)
+
+    def target(self, answers, protocol):
+        return answer_text(answers, protocol)
+
+    def sources(self, words, essay_from):
+        keys = self.keys if self.keys == "uuids" else word_lists(words)[2]
+        return keys, essay_from if self.haystack == "essay" else self.haystack
 
 
 TASKS = {
@@ -59,6 +75,7 @@ TASKS = {
     "niah_multivalue": Task("MV", "essay", "words", "numbers", n_values=4),
     "niah_multiquery": Task("MQ", "essay", "words", "numbers", n_keys=4, n_queries=4),
 }
+OTHERS = {}  # the same of other tasks: `import tasks` fills it, and yours may be added
 # Under "base", RULER's protocol, a prompt ends with the opening of the answer ("... is") and the
 # model goes on with " 123, 456". Under "sft", that of the official RAT+, it ends with the question
 # and the answer is "123,456". Both scores read both forms.
@@ -74,11 +91,16 @@ class UnknownTask(argparse.ArgumentTypeError, ValueError):
 
 def task_name(text):
     """The name of a task, from that or from its column in the tables: mk-2 is niah_multikey_2."""
-    for name, task in TASKS.items():
-        if text.lower() in (name, task.short.lower()):
+    for name, task in (TASKS | OTHERS).items():
+        if text.lower() in (name.lower(), task.short.lower()):
             return name
-    known = ", ".join(f"{name} ({task.short})" for name, task in TASKS.items())
+    known = ", ".join(f"{name} ({task.short})" for name, task in (TASKS | OTHERS).items())
     raise UnknownTask(f"unknown task {short(text)}: one of {known}")
+
+
+def generated():
+    """Names of all tasks whose prompts can be made here. Others are read from RULER's files."""
+    return [*TASKS, *(name for name, task in OTHERS.items() if task.generated)]
 
 
 # ---------------------------------------------------------------- what a needle prompt is
@@ -133,11 +155,7 @@ def build_context(
         return [int(n * (depth / 100)) for depth in depths]
 
     if task.haystack != "essay":
-        lines = list(units)
-        # Backwards, so that an inserted line does not shift the places of those still to come.
-        for position, text in reversed(list(zip(positions(len(lines)), needles))):
-            lines.insert(position, text)
-        return "\n".join(lines)
+        return "\n".join(insert(units, needles, positions(len(units))))
 
     # stops are the words (their number) at which a sentence begins, and the essay's end. At cuts
     # the needles go in.
@@ -147,6 +165,15 @@ def build_context(
     parts = [" ".join(units[a:b]) for a, b in zip(cuts, cuts[1:])]
     # An empty part (depth 0 or 100, two needles side by side) leaves its space, as RULER's does.
     return parts[0] + "".join(f" {text} {part}" for text, part in zip(needles, parts[1:]))
+
+
+def insert(lines, texts, positions):
+    """The lines, with each text in front of the line that had this position; they ascend."""
+    lines = list(lines)
+    # Backwards, so that an inserted line does not shift the places of those still to come.
+    for position, text in reversed(list(zip(positions, texts))):
+        lines.insert(position, text)
+    return lines
 
 
 def answer_text(answers, protocol):
@@ -234,10 +261,10 @@ class Haystack:
 LEAST_UNITS = {"noise": 1, "essay": 8, "needle": 1}  # less than this is no haystack
 
 
-def fill(build, least, limit):
+def fill(build, least, limit, most=inf):
     """
-    build(n) for the largest n >= least whose last item, the tokens, has at most `limit`. None if
-    not even the least fits.
+    build(n) for the largest n from least to most whose last item, the tokens, has at most `limit`.
+    None if not even the least fits.
     """
     # RULER searches the size once per file, and its examples fall up to 500 words short. We fill
     # each. Tokens grow nearly in proportion to n, so each guess follows the slope of the one
@@ -245,7 +272,7 @@ def fill(build, least, limit):
     n, best = least, build(least)
     if len(best[-1]) > limit:
         return None
-    probe, too_many = least + 8, inf
+    probe, too_many = min(least + 8, most), most + 1
     while too_many - n > 1:
         built = build(probe)
         # In tokens per unit. A slope of 0 would send the next guess far away.
@@ -259,50 +286,91 @@ def fill(build, least, limit):
     return best
 
 
+class Question(NamedTuple):
+    text: str           # what follows the context
+    prefix: str         # the opening of the answer, which ends the prompt under "base"
+    answers: list
+    places: list = ()   # (the context's text that states it, depth in percent) of each answer, or
+                        # none where answers stand in many places
+
+
 class Draft(NamedTuple):
-    """A prompt of which all but the haystack's size is decided."""
-    answers: list   # (key, value, depth in percent): by query, then in order of appearance
-    target: str     # what a perfect model writes next
-    build: object   # n units of haystack -> prompt, answer prefix, tokens
+    """A prompt of which all but its size is decided."""
+    context: object        # n units -> introduction and haystack, up to the last line break
+    question: Question
+    others: object = None  # n units -> more Questions that this context answers
+    least: int = 1         # units; less is no haystack
+    most: int = inf        # units; more are not there
 
 
-def draw_draft(task, tokenizer, rng, protocol, words, start=None):
+def draw_draft(task, rng, words, start=None):
     """start: the essay's first word. None draws one."""
     pairs, depths, queries = draw_needles(task, rng)
     if start is None:
         start = rng.randrange(len(words))
     haystack = Haystack(task, rng, {key for key, _ in pairs}, words, start)
     texts = [needle(task, *pair) for pair in pairs]
-    asked, prefix = question(task, queries)
-    if protocol != "base":
-        prefix = ""
+    facts = [(*pair, depth) for pair, depth in zip(pairs, depths)]
 
-    def build(n):
-        context = build_context(task, haystack(n), texts, depths)
-        prompt = intro(task) + context + asked + prefix
-        return prompt, prefix, tokenizer.encode(prompt)
+    def context(n):
+        return intro(task) + build_context(task, haystack(n), texts, depths) + "\n"
 
-    # Unlike RULER we list answers in the order in which a reader meets them.
-    answers = [(key, value, depth) for query in queries
-               for (key, value), depth in zip(pairs, depths) if key == query]
-    return Draft(answers, answer_text([value for _, value, _ in answers], protocol), build)
+    def about(queries, facts):
+        asked, prefix = question(task, queries)
+        # Unlike RULER we list answers in the order in which a reader meets them.
+        found = [(value, (needle(task, key, value), depth)) for query in queries
+                 for key, value, depth in facts if key == query]
+        return Question(asked.removeprefix("\n"), prefix, *map(list, zip(*found)))
+
+    def others(n):
+        lines = haystack(n) if task.haystack == "needle" else []
+        pattern = re.compile(needle(task, "(.*)", "(.*)"))
+        there = facts + [(*pattern.fullmatch(line).groups(), 100 * i / n)
+                         for i, line in enumerate(lines)]
+        times = Counter(key for key, *_ in there)
+        return [about([fact[0]], [fact]) for fact in there
+                if times[fact[0]] == 1 and fact[0] not in queries]
+
+    several = task.n_values == task.n_queries == 1 < task.n_keys + (task.haystack == "needle")
+    return Draft(context, about(queries, facts), others if several else None,
+                 LEAST_UNITS[task.haystack])
 
 
-def compose(task, context_len, tokenizer, rng, protocol, words, max_new_tokens, start=None):
-    """-> draft, prompt, answer prefix, tokens, target tokens; the prompt filled to the limit."""
+def written(context, question, protocol, tokenizer):
+    """-> prompt, answer prefix, tokens"""
+    prefix = question.prefix if protocol == "base" else ""
+    prompt = context + question.text + prefix
+    return prompt, prefix, tokenizer.encode(prompt)
+
+
+def compose(task, context_len, tokenizer, rng, protocol, essay, max_new_tokens, start=None,
+            words="built-in", spare=0):
+    """-> draft, units, prompt, answer prefix, tokens, target tokens; filled to the limit."""
     needed = []
     # Where the room is tight we draw again, for keys of another length may fit.
     for _ in range(50):
-        draft = draw_draft(task, tokenizer, rng, protocol, words, start)
-        least = LEAST_UNITS[task.haystack]
-        filled = fill(draft.build, least, context_len - max_new_tokens)
+        draft = task.draw(rng, essay=essay, start=start, words=words, tokenizer=tokenizer,
+                          context_len=context_len, max_new_tokens=max_new_tokens)
+
+        def build(n):
+            return n, *written(draft.context(n), draft.question, protocol, tokenizer)
+
+        # Other questions about the same context may have longer keys.
+        room = context_len - max_new_tokens - (spare if draft.others else 0)
+        filled = fill(build, draft.least, room, draft.most)
+        if filled and filled[0] >= draft.most:
+            raise ValueError(f"{task.short}: {context_len=} has room for more than the "
+                             f"{draft.most:,} different words there are: lower it, give a haystack "
+                             "with more, or take words='wonderwords'")
         if filled:
-            target = target_ids(filled[0], draft.target, tokenizer)
-            if len(target) >= max_new_tokens:
+            answer = task.target(draft.question.answers, protocol)
+            target = target_ids(filled[1], answer, tokenizer)
+            # RULER's numbers for other tasks hold an answer, and not always its end.
+            if len(target) + isinstance(task, Task) > max_new_tokens:
                 raise ValueError(f"{task.short}: {max_new_tokens=} leaves no room for an answer of "
                                  f"{len(target)} tokens and the end token: raise it")
             return draft, *filled, target
-        needed.append(len(draft.build(least)[-1]) + max_new_tokens)
+        needed.append(len(build(draft.least)[-1]) + context_len - room)
     # The original retries for ever.
     raise ValueError(f"{task.short} needs about {sorted(needed)[25]} tokens, {max_new_tokens=} "
                      f"included, but {context_len=}: raise that, lower max_new_tokens, or take the "
@@ -318,12 +386,14 @@ class Example:
     ids: list            # tokens of the prompt
     answers: list        # texts, in the order of the queries, then of appearance
     target: str          # what a perfect model writes next, before the end token
-    spans: list          # [start, end) tokens of each answer's value in the prompt
-    depth: list          # percent, of each answer's needle
+    spans: list          # [start, end) tokens of each answer's value in the prompt, and ...
+    depth: list          # percent, of its needle; both [] where answers stand in many places
     context_len: int     # tokens, those to generate included
     max_new_tokens: int
     keys_from: str       # where keys and haystack come from: only results whose prompts have the
     haystack_from: str   # same sources can be compared
+    question_at: int     # ids[:question_at] is the context, the rest the question
+    question: int = 0    # its number in make_document
 
 
 def make_example(
@@ -332,9 +402,19 @@ def make_example(
     protocol="base",        # or "sft"
     haystack=None,          # text of the essay; None: Python's help pages
     *, split="test",        # or "val"; "train", whose essays start anywhere
-    max_new_tokens=128,     # RULER's; room for the answer and the end token at least
+    max_new_tokens=None,    # room for the answer and the end token; None: RULER's number
     words="built-in",       # or "wonderwords"
 ):                          # -> Example
+    return make_document(task, context_len, tokenizer, seed, index, 1, protocol, haystack,
+                         split=split, max_new_tokens=max_new_tokens, words=words)[0]
+
+
+def make_document(task, context_len, tokenizer, seed, index, n_questions, protocol="base",
+                  haystack=None, *, split="test", max_new_tokens=None, words="built-in"):
+    """
+    Up to n_questions Examples that share one context, ids[:question_at]. The first is
+    make_example's; MK-1 to MK-3, and json_kv of tasks.py, have more keys to ask for.
+    """
     name = task_name(task)
     check_type(context_len, int, "context_len is a number of tokens")
     if not hasattr(tokenizer, "eos_id"):  # a str can encode, too
@@ -344,34 +424,48 @@ def make_example(
         if value not in known:
             raise ValueError(f"unknown {what} {value!r}: one of {', '.join(known)}")
 
-    task, (essay, essay_from) = with_words(TASKS[name], words), essay_words(haystack)
+    task, (essay, essay_from) = (TASKS | OTHERS)[name], essay_words(haystack)
+    new_tokens = max_new_tokens or own_new_tokens(task, tokenizer)
     rng = random.Random(f"{split}/{seed}/{name}/{index}")
     # RULER's essays begin with the text's first word. In training that would be one page of it.
     start = None if split == "train" else 0
-    draft, prompt, prefix, ids, _ = compose(
-        task, context_len, tokenizer, rng, protocol, essay, max_new_tokens, start)
+    draft, n, *_ = compose(task, context_len, tokenizer, rng, protocol, essay, new_tokens, start,
+                           words, spare=32 if n_questions > 1 else 0)
+    context, others = draft.context(n), []
+    if n_questions > 1 and draft.others:
+        others = draft.others(n)
+        random.Random(f"{split}/{seed}/{name}/{index}/questions").shuffle(others)
 
-    places = []  # in characters; a value stands before the "." of its needle
-    for key, value, _ in draft.answers:
-        text = needle(task, key, value)
-        end = prompt.index(text) + len(text) - 1
-        places.append((end - len(value), end))
+    examples = []
+    for asked in [draft.question, *others]:
+        prompt, prefix, ids = written(context, asked, protocol, tokenizer)
+        if len(ids) + new_tokens > context_len:
+            continue
+        places = []  # in characters
+        for answer, (text, _) in zip(asked.answers, asked.places):
+            place = context.index(text) + text.rindex(answer)
+            places.append((place, place + len(answer)))
+        depths = [round(depth) for _, depth in asked.places]
+        examples.append(Example(
+            name, index, prompt, prefix, ids, asked.answers, task.target(asked.answers, protocol),
+            token_spans(prompt, ids, places, tokenizer), depths, context_len, new_tokens,
+            *task.sources(words, essay_from), border(prompt, ids, len(context), tokenizer),
+            question=len(examples)))
+        first, e = examples[0], examples[-1]
+        assert e.ids[:e.question_at] == first.ids[:first.question_at], f"{tokenizer.name}: {asked}"
+        if len(examples) == n_questions:
+            break
+    return examples
 
-    return Example(
-        name, index, prompt, prefix, ids, [value for _, value, _ in draft.answers], draft.target,
-        token_spans(prompt, ids, places, tokenizer), [round(depth) for *_, depth in draft.answers],
-        context_len, max_new_tokens,
-        keys_from=task.keys if task.keys == "uuids" else word_lists(words)[2],
-        haystack_from=essay_from if task.haystack == "essay" else task.haystack)
+
+def own_new_tokens(task, tokenizer):
+    return task.max_new_bytes if tokenizer.name == "bytes" else task.max_new_tokens
 
 
-def with_words(task, words):
-    """The task with keys of these words, where it has keys of words."""
-    return task._replace(keys=words) if task.keys == "words" and words != "built-in" else task
-
-
-def default_new_tokens(context_len, tokenizer):
-    """RULER's 128, or 48 where the context is short or tokens are bytes."""
+def default_new_tokens(context_len, tokenizer, task=None):
+    """RULER's 128, or 48 where the context is short or tokens are bytes; or the task's own."""
+    if task in OTHERS:
+        return own_new_tokens(OTHERS[task], tokenizer)
     # The longest answers take 38 bytes (a uuid) and 36 (four numbers).
     return 48 if context_len < 2048 or tokenizer.name == "bytes" else 128
 
@@ -382,10 +476,12 @@ def fitting_tasks(context_len, tokenizer, protocol="base", max_new_tokens=128, w
     essay = essay_words()[0]
 
     def fits(name):
-        task = with_words(TASKS[name], words)
-        drafts = [draw_draft(task, tokenizer, random.Random(i), protocol, essay) for i in range(16)]
-        sizes = sorted(len(draft.build(LEAST_UNITS[task.haystack])[-1]) for draft in drafts)
-        longest = max(len(tokenizer.encode(draft.target)) for draft in drafts)
+        task = TASKS[name]
+        drafts = [task.draw(random.Random(i), essay=essay, words=words) for i in range(16)]
+        sizes = sorted(len(written(d.context(d.least), d.question, protocol, tokenizer)[-1])
+                       for d in drafts)
+        longest = max(len(tokenizer.encode(task.target(d.question.answers, protocol)))
+                      for d in drafts)
         return sizes[8] + max_new_tokens <= context_len and longest < max_new_tokens
     return [name for name in TASKS if fits(name)]
 
@@ -395,44 +491,12 @@ def prompt_hash(examples):
     return hashlib.sha256("\0".join(e.prompt for e in examples).encode()).hexdigest()[:12]
 
 
-# ---------------------------------------------------------------- where the answer stands
-
-def token_spans(
-    text, ids,  # the prompt and its tokens
-    spans,      # [start, end) characters of the text, of each answer
-    tokenizer,
-):              # -> [start, end) tokens: the fewest that cover each answer
-    # A tokenizer may normalise the text, or put a space in front, so characters of the text are not
-    # where its tokens put them. What comes before an answer is counted in the tokenizer's bytes.
-    parts, found = pieces(tokenizer, ids), []
-    raw, ends = b"".join(parts), [0, *accumulate(map(len, parts))]
-    for start, end in spans:
-        answer = text[start:end].encode(errors="replace")
-        high = len(tokenizer.decode(tokenizer.encode(text[:end])).encode(errors="replace"))
-        low = high - len(answer)
-        if raw[max(0, low):high] != answer:
-            there = short(raw[max(0, low):high].decode(errors="replace"))
-            raise ValueError(f"tokenizer {tokenizer.name} has {there} where the text has "
-                             f"{short(text[start:end])}, which it cannot write: write that as it "
-                             "does (NFC, lower case?), or take another tokenizer")
-        # The first token may begin before the answer, and the last may end after it.
-        found.append((bisect_right(ends, low) - 1, bisect_left(ends, high)))
-    return found
-
-
-def target_ids(prompt, target, tokenizer):
-    """Tokens of the target where it follows the prompt."""
-    # Alone, LLaMA's tokenizer would open the target with a space of its own; a byte pair may not
-    # cross the prompt's end: so the prompt's last word is encoded with it, and cut off again.
-    before = prompt.rsplit(" ", 1)[-1]
-    head, both = tokenizer.encode(before), tokenizer.encode(before + target)
-    return both[len(head):] if both[:len(head)] == head else tokenizer.encode(target)
-
-
 # ---------------------------------------------------------------- scores, 0 to 1 per example
 
-def score_ruler(prediction, answers):
+def score_ruler(prediction, answers, task=None):
     """RULER's string_match_all: the share of answers in the prediction, in any case of letters."""
+    if task in OTHERS and OTHERS[task].one_suffices:  # its string_match_part
+        return max(score_ruler(prediction, [answer]) for answer in answers)
     return sum(answer.lower() in prediction.lower() for answer in answers) / len(answers)
 
 
@@ -607,17 +671,22 @@ class Needles:
 
 # ---------------------------------------------------------------- RULER's files
 
-def read_jsonl(path, tokenizer, protocol="base", task=None, max_new_tokens=128):
+def read_jsonl(path, tokenizer, protocol="base", task=None, max_new_tokens=None):
     """A data file of RULER's -> Examples. task: None takes the folder's or the file's name."""
-    path = Path(path)
+    path, known = Path(path), TASKS | OTHERS
     # RULER writes TASK/validation.jsonl.
     if task is None:
-        task = next((name for name in (path.stem, path.parent.name) if name in TASKS), path.stem)
-    examples = []
+        task = next((name for name in (path.stem, path.parent.name) if name in known), path.stem)
+    kind = known.get(task, TASKS["niah_single_1"])
+    new_tokens, examples = max_new_tokens or own_new_tokens(kind, tokenizer), []
     for where, row in rows_of(path):
         prefix = row["answer_prefix"] if protocol == "base" else ""
         prompt, answers = row["input"] + prefix, row["outputs"]
-        places = [place_of(answer, prompt, where) for answer in answers]
+        places = [place_of(answer, prompt, where) for answer in answers if kind.one_place]
+        *_, asked = [None, *re.finditer(kind.asks, row["input"])]  # the last one
+        if not asked:
+            raise ValueError(f"{where}: no question {short(kind.asks)} is in the input; is this "
+                             f"task {task}?")
         ids = tokenizer.encode(prompt)
         try:
             spans = token_spans(prompt, ids, places, tokenizer)
@@ -627,9 +696,9 @@ def read_jsonl(path, tokenizer, protocol="base", task=None, max_new_tokens=128):
         # offset too, which two lines may share.
         depths = [round(100 * start / len(prompt)) for start, _ in places]
         examples.append(Example(
-            task, row["index"], prompt, prefix, ids, answers, answer_text(answers, protocol),
-            spans, depths, len(ids) + max_new_tokens, max_new_tokens,
-            keys_from=str(path), haystack_from=str(path)))
+            task, row["index"], prompt, prefix, ids, answers, kind.target(answers, protocol),
+            spans, depths, len(ids) + new_tokens, new_tokens, str(path), str(path),
+            border(prompt, ids, asked.start(), tokenizer)))
     return examples
 
 
@@ -652,11 +721,11 @@ MOST = 10**8
 def flags():
     parser = flag_parser("niah.py", "Show a needle-in-a-haystack example, or write RULER's jsonl.")
     add = parser.add_argument
-    names = ", ".join(f"{name} or {task.short}" for name, task in TASKS.items())
+    names = ", ".join(f"{name} or {(TASKS | OTHERS)[name].short}" for name in generated())
     add("--task", default="niah_multikey_1", type=task_name, help=names)
     add("--context_len", type=whole(1, MOST), default=1024, help="tokens, with those to generate")
     add("--max_new_tokens", type=whole(1, MOST), help="tokens to generate; None: 128, or 48 where "
-        "context_len is below 2048 or tokens are bytes")
+        "context_len is below 2048 or tokens are bytes, or the task's own")
     add("--tokenizer", default="bytes", help="bytes, or what else data.get_tokenizer takes")
     add("--samples", type=whole(1, MOST), default=1, help="examples, from index 0")
     add("--seed", type=whole(0, 2**63 - 1), default=0, help="another seed, other examples")
@@ -670,7 +739,8 @@ def flags():
 
 def run(args):
     tokenizer = get_tokenizer(args.tokenizer)
-    new_tokens = args.max_new_tokens or default_new_tokens(args.context_len, tokenizer)
+    new_tokens = args.max_new_tokens or default_new_tokens(
+        args.context_len, tokenizer, args.task)
     haystack = read_haystack(args.haystack) if args.haystack else None
     examples = [make_example(args.task, args.context_len, tokenizer, args.seed, index,
                              args.protocol, haystack, split=args.split,
@@ -685,6 +755,7 @@ def run(args):
         print(f"answers   {e.answers}, to be written as {e.target!r} and the end token")
         for answer, (start, end), depth in zip(e.answers, e.spans, e.depth):
             print(f"needle    {answer} at tokens {start} to {end}, depth {depth} %")
+        print(f"question  from token {e.question_at} on")
     size = f"{len(e.ids)} + {new_tokens} to generate of {e.context_len}"
     print(f"tokens    {size} ({tokenizer.name})")
     print(f"from      keys: {e.keys_from}; haystack: {e.haystack_from}")

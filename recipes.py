@@ -14,8 +14,8 @@ from dataclasses import replace
 import torch
 
 import niah
-from infra.cli import (LONGEST, above_0, at_least_0, few, flag_parser, gate, natural, positive,
-                       seed, share, usable_device)
+from infra.cli import (LONGEST, above_0, above_1, at_least_0, few, flag_parser, gate, natural,
+                       positive, seed, share, usable_device)
 from infra.parallel import is_first
 from memory import MEMORIES
 from model import PRESETS
@@ -144,6 +144,9 @@ def flags():
         "one of that kind; None: as it is")
     add("--gate_start", type=gate, default=0.5, metavar="G",
         help="where the gates of a memory start that --init is given, above 0 and below 1")
+    add("--yarn", type=above_1, metavar="FACTOR",
+        help="stretch the RoPE of --init to a context so many times as long, to train it at a "
+        "--context_len beyond its own; None: as it is")
     add("--arl", type=natural, metavar="TOKENS",
         help="length that ARL teaches the memory, 0 for none; without a memory its sparse pattern "
         "is trained alone, a control; None: 64 with a memory")
@@ -233,6 +236,8 @@ def parse(argv):
         args.preset = None
     if (args.preset is None) == (args.init is None):
         parser.error("give one of --preset (a new model) and --init (one to start from)")
+    if args.yarn and args.preset:
+        parser.error(f"--yarn={args.yarn:g} stretches a trained model: give it as --init")
     without = args.memory == "off" or (args.preset and not new_config(args).memory)
     if without and "--arl" not in given:
         args.arl = 0

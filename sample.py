@@ -18,8 +18,8 @@ import niah
 import sparse
 from data import tokenizer_of
 from infra import weights
-from infra.cli import (LONGEST, at_least_0, command, flag_parser, natural, note_if_beyond, positive,
-                       roomy, seed, sized, usable_device)
+from infra.cli import (LONGEST, above_1, at_least_0, command, flag_parser, natural,
+                       note_if_beyond, positive, roomy, seed, sized, usable_device)
 from infra.reads import PromptReads, StepReads
 from infra.runlog import known_models, trained_with
 from model import Transformer
@@ -63,6 +63,8 @@ def add_question(parser, models, task):
     add("--max_new_tokens", type=positive, default=48, metavar="TOKENS", help="at most so many")
     add("--context_len", type=positive, metavar="TOKENS", help="what budgets are fractions of; "
         f"None: the first model's, at most {LONGEST}")
+    add("--yarn", type=above_1, metavar="FACTOR", help="stretch each model's RoPE to a context so "
+        "many times as long, for a --context_len beyond its own; None: as it is")
     add("--tokenizer", metavar="SPEC", help="as in data.py; None: the one beside each model")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cuda or cpu")
@@ -107,6 +109,8 @@ def loaded(args):
     dtype, models = torch.bfloat16 if args.device.startswith("cuda") else torch.float32, {}
     for path in map(str, args.ckpt):
         model = Transformer.from_pretrained(path, dtype, args.device)
+        if args.yarn:
+            model.stretch(args.yarn)
         folder = weights.resolve(path)
         models[path] = model, tokenizer_of(folder, model.config.vocab_size, args.tokenizer)
     return models

@@ -13,12 +13,16 @@ They differ in what a candidate is, in rho, in who asks, and in which phase they
     SnapKV   token      the key itself           prompt's last queries  dense    selected  the rest
     Dilated  token      none: a fixed pattern    none                   sparse   all       sparse
 
-A method is three hooks, one per phase; the class Dense has the dense form of each, a method
-overrides what it changes:
+Two more show what else a method can change: TopP is Quest with a budget that adapts, SlidingSnapKV
+is SnapKV that goes on choosing while the answer is written.
+
+A method is four hooks; the class Dense has the dense form of each, a method overrides what it
+changes:
 
     prefill(q, k, v, start, dice) -> y, selected     attention over a prompt, or a chunk of one
-    compress(q, k, v, lengths, dice) -> positions    which entries stay in the cache; None: all
+    compress(q, k, v, lengths, dice) -> positions    which of its entries stay; None: all
     decode(q, cache) -> y, selected                  one query against a cache.LayerCache
+    evict(q, cache) -> slots                         what stays when a further step comes; None: all
 
 `selected` says what was read: true positions (B, KV, S) in decode, blocks (B, KV, Tq, S) in
 prefill, -1 for none, None where it is everything or is not told (Dilated.prefill). It is what H1
@@ -51,6 +55,7 @@ from torch.nn import functional as F
 from infra.spelling import check, check_blocks, check_settings, check_type, of_text, to_text
 
 NEVER, ALWAYS = -math.inf, math.inf  # scores of what must not and what must be selected
+HOOKS = "prefill", "compress", "decode", "evict"
 
 
 # ---------------------------------------------------------------- what all methods share
@@ -174,6 +179,14 @@ class Dense:
             return attend(q, cache.k, cache.v), None
         return attend(q, cache.k, cache.v, cache.filled_slots()[:, None, None]), None
 
+    def evict(
+        self,
+        q,      # (B, W, H, D)  each row's last queries, the very last at the end
+        cache,  # cache.LayerCache, as in decode: what is there before the step's own token
+    ):          # -> slots (B, KV, S) that stay, ascending, -1 at the end; None: all stay
+        """Asked before each decoding step. S follows from `used` and the settings alone."""
+        return None
+
 
 @dataclass(frozen=True)
 class Quest(Dense):
@@ -226,13 +239,55 @@ class Quest(Dense):
             scores = chance(cache.dice, self.random, KV, N)
         return top(self.forced(scores, cache.used), self.budget // self.block_size).squeeze(2)
 
-    def decode(self, q, cache):
-        chosen = self.choose(q, cache)  # (B, KV, S)
-        within = torch.arange(self.block_size, device=q.device)
+    def slots_of(self, chosen, used):
+        """The entries of chosen blocks (B, KV, S): slots (B, KV, S * block), -1 for none"""
+        within = torch.arange(self.block_size, device=chosen.device)
         slots = chosen.unsqueeze(-1) * self.block_size + within
-        unread = (chosen < 0).unsqueeze(-1) | (slots >= cache.used[:, None, None, None])
-        slots = slots.masked_fill(unread, -1).flatten(2)  # (B, KV, S * block)
+        unread = (chosen < 0).unsqueeze(-1) | (slots >= used[:, None, None, None])
+        return slots.masked_fill(unread, -1).flatten(2)
+
+    def decode(self, q, cache):
+        slots = self.slots_of(self.choose(q, cache), cache.used)
         return attend_to_slots(q, cache.k, cache.v, slots), cache.positions_of(slots)
+
+
+@dataclass(frozen=True)
+class TopP(Quest):
+    """
+    Quest with a budget that adapts to head and query: of what Quest chooses, the fewest entries
+    whose attention comes to a share p of it (Twilight, arXiv 2502.02770).
+
+    So budget is a cap, and how many are read is measured. Where one entry has all the attention it
+    is one, where attention is spread it may be all that were chosen. The original estimates the
+    attention from keys of four bits, and for each query head; here it is exact.
+    """
+    p: float = 0.85
+
+    in_graph = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(0 < self.p <= 1, f"{label_of(self)}: p={self.p} must be above 0 and at most 1")
+
+    def decode(self, q, cache):
+        slots = self.slots_of(self.choose(q, cache), cache.used)
+        slots = slots.where(self.enough(self.attention(q, cache.k, slots)), -1)
+        return attend_to_slots(q, cache.k, cache.v, slots), cache.positions_of(slots)
+
+    def attention(self, q, k, slots):
+        """q: (B, 1, H, D), k: (B, Tk, KV, D), slots: (B, KV, S) or -1 -> shares (B, KV, S)"""
+        (B, _, H, D), KV = q.shape, k.shape[2]
+        index = slots.clamp_min(0).unsqueeze(-1).expand(-1, -1, -1, D)
+        k = k.transpose(1, 2).gather(2, index).float()                        # (B, KV, S, D)
+        logits = q.float().view(B, KV, H // KV, D) @ k.mT / math.sqrt(D)      # (B, KV, G, S)
+        p = logits.masked_fill(slots.unsqueeze(2) < 0, NEVER).softmax(-1)
+        return per_kv_head(p.flatten(1, 2), KV)
+
+    def enough(self, share):
+        """Shares (..., S) -> bool (..., S), True for the largest, until they come to p"""
+        largest, order = share.sort(dim=-1, descending=True)
+        before = largest.cumsum(-1) - largest  # the largest is always read
+        return torch.empty_like(order, dtype=torch.bool).scatter(-1, order, before < self.p)
 
 
 @dataclass(frozen=True)
@@ -321,9 +376,10 @@ class SnapKV(Dense):
 
     def __post_init__(self):
         check_settings(label_of(self), self)
-        check(self.kernel % 2 == 1, f"snapkv: kernel={self.kernel} must be odd, else neighbours "
+        label = label_of(self)
+        check(self.kernel % 2 == 1, f"{label}: kernel={self.kernel} must be odd, else neighbours "
               "shift by half a token")
-        check(self.budget > self.window > 0, f"snapkv: budget={self.budget} must exceed "
+        check(self.budget > self.window > 0, f"{label}: budget={self.budget} must exceed "
               f"window={self.window}, which it includes; raise the budget or set window=")
 
     def score(self, q, k, lengths):
@@ -349,20 +405,59 @@ class SnapKV(Dense):
         scores = scores.masked_fill(slot >= end - self.window, ALWAYS)
         return scores.masked_fill(slot >= end, NEVER)
 
-    def compress(self, q, k, v, lengths, dice):
+    def best(self, S, q, k, lengths, dice):
+        """
+        q: (B, W, H, D), k: (B, Tk, KV, D) -> slots that stay, ascending, -1 at the end: of each row
+        as many as S says, an int or (B,).
+        """
         self.check_window(q)
         Tk, KV = k.shape[1:3]
         if self.random is None:
             scores = self.score(q[:, -self.window:], k, lengths)  # (B, KV, Tk)
         else:
             scores = chance(dice, self.random, KV, Tk).squeeze(2)
-        chosen = top(self.forced(scores, lengths), self.budget)   # (B, KV, S)
+        if isinstance(S, int):
+            chosen = top(self.forced(scores, lengths), S)
+        else:
+            chosen = top(self.forced(scores, lengths), int(S.max()))
+            rank = torch.arange(chosen.shape[2], device=q.device)
+            chosen = chosen.masked_fill(rank >= S[:, None, None], -1)
         ascending = chosen.where(chosen >= 0, Tk).sort(dim=-1).values
         return ascending.where(ascending < Tk, -1)
 
+    def compress(self, q, k, v, lengths, dice):
+        return self.best(self.budget, q, k, lengths, dice)
+
     def check_window(self, q):
-        check(q.shape[1] >= self.window, f"snapkv: window={self.window} is more than the "
+        check(q.shape[1] >= self.window, f"{label_of(self)}: window={self.window} is more than the "
               f"{q.shape[1]} queries that the cache keeps; make it with new_cache(..., window=)")
+
+
+@dataclass(frozen=True)
+class SlidingSnapKV(SnapKV):
+    """
+    SnapKV that goes on while the answer is written: as soon as `budget` entries are there, those of
+    the answer included, the newest queries choose which budget - every of them stay.
+
+    So nothing read or held ever exceeds the budget, however long the answer. kvpress does the same
+    in its DecodingPress, but lets `every` entries come on top. With window = kernel = every = 1 the
+    last query alone drops one entry a step, as in TOVA (arXiv 2401.06104).
+    """
+    every: int = 32  # steps from one choice to the next
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.budget - self.window > self.every > 0, f"{label_of(self)}: every={self.every} "
+              f"must be positive and leave more of budget={self.budget} than window={self.window}")
+
+    def compress(self, q, k, v, lengths, dice):
+        return self.best(self.budget - self.every, q, k, lengths, dice)
+
+    def evict(self, q, cache):
+        if cache.k.shape[1] < self.budget:  # so many has the longest row
+            return None
+        S = cache.used.where(cache.used < self.budget, self.budget - self.every)
+        return self.best(S, q, cache.k, cache.used, cache.dice)
 
 
 @dataclass(frozen=True)
@@ -489,6 +584,7 @@ class Compose(Dense):
     prefill_by: Dense = Dense()
     compress_by: Dense = Dense()
     decode_by: Dense = Dense()
+    evict_by: Dense = Dense()
 
     def prefill(self, q, k, v, start, dice):
         return self.prefill_by.prefill(q, k, v, start, dice)
@@ -499,42 +595,53 @@ class Compose(Dense):
     def decode(self, q, cache):
         return self.decode_by.decode(q, cache)
 
+    def evict(self, q, cache):
+        return self.evict_by.evict(q, cache)
+
 
 def compose(*methods):
     """The method whose hooks are those that `methods` override. ValueError if two want the same."""
     hooks = {}
     for method in methods:
-        for hook in "prefill", "compress", "decode":
+        for hook in HOOKS:
             if getattr(type(method), hook) is not getattr(Dense, hook):
                 if hook in hooks:
                     raise ValueError(f"{name(hooks[hook])} and {name(method)} both decide {hook}: "
                                      "combine methods of different phases only")
                 hooks[hook] = method
-    if "compress" in hooks and isinstance(hooks.get("decode"), Dilated):
-        raise ValueError(f"dilated cannot follow {name(hooks['compress'])}: its pattern needs "
-                         "every position")
+    drop = hooks.get("compress") or hooks.get("evict")
+    if drop and isinstance(hooks.get("decode"), Dilated):
+        raise ValueError(f"dilated cannot follow {name(drop)}: its pattern needs every position")
     return Compose(**{f"{hook}_by": method for hook, method in hooks.items()})
 
 
 def phases(method):
-    """The method (None: dense) as Compose: which part decides prefill, compress and decode."""
+    """The method (None: dense) as Compose: which part decides each hook."""
     check_type(method or Dense(), Dense, "a method is what parse makes of a text")
     return method if type(method) is Compose else compose(method or Dense())
 
 
 def drops(method):
-    """Whether it drops prompt entries: whether its compress is another than Dense's."""
-    return type(phases(method).compress_by).compress is not Dense.compress
+    """Whether it drops entries: whether its compress or its evict is another than Dense's."""
+    return type(phases(method).compress_by).compress is not Dense.compress or evicts(method)
+
+
+def evicts(method):
+    """Whether it drops entries between steps: whether its evict is another than Dense's."""
+    return type(phases(method).evict_by).evict is not Dense.evict
 
 
 def window_of(*methods):
     """How many of a prompt's last queries a cache must keep for these methods."""
-    return max([64] + [getattr(phases(method).compress_by, "window", 0) for method in methods])
+    parts = [part for method in methods
+             for part in (phases(method).compress_by, phases(method).evict_by)]
+    return max([64] + [getattr(part, "window", 0) for part in parts])
 
 
 # ---------------------------------------------------------------- methods as text
 
-METHODS = {"dense": Dense, "quest": Quest, "moba": MoBA, "snapkv": SnapKV, "dilated": Dilated}
+METHODS = {"dense": Dense, "quest": Quest, "moba": MoBA, "snapkv": SnapKV, "dilated": Dilated,
+           "topp": TopP, "sliding": SlidingSnapKV}
 
 
 def parse(text, context_len):
@@ -556,7 +663,7 @@ def name(method):
     """The text that parse would turn into this method: "quest:budget=256,block_size=64"."""
     if not isinstance(method, Compose):
         return to_text(method, label_of(method))
-    parts = method.prefill_by, method.compress_by, method.decode_by
+    parts = [getattr(method, f"{hook}_by") for hook in HOOKS]
     parts = {id(part): part for part in parts if type(part) is not Dense}
     return "+".join(name(part) for part in parts.values()) or "dense"
 

@@ -37,6 +37,7 @@ from infra import checkpoint, cost, parallel, runlog, watch, weights
 from infra.cli import command, commit, device_name
 from infra.files import only_one, told_to_end
 from infra.init import fresh, memory_tensors
+from infra.rope import stretched_to, yarn_for
 from memory import MEMORIES, arl_passes, lengths_of
 from model import Transformer, config_of
 from niah import Needles
@@ -73,11 +74,19 @@ def what_to_train(args, folder=None):
         raise ValueError(f"--gate_start={args.gate_start} is for a memory that --memory=on adds to "
                          "an --init without: nothing was added here")
 
+    # A checkpoint of this run has the stretch already, of the length that --init was trained for.
+    if args.yarn and not folder:
+        config = replace(config, rope_scaling=yarn_for(config, args.yarn))
+
     # A longer context becomes the model's own; a shorter one leaves it as it is.
     longer = args.context_len and args.context_len > config.context_len
     if longer and source and parallel.is_first():
+        reach = stretched_to(config)
+        what = "it has to learn positions that are new to it"
+        if args.context_len <= reach:
+            what = f"its RoPE is stretched to {reach:,}, and it has to get used to that"
         print(f"note: {source} was trained for {config.context_len:,} tokens, and --context_len="
-              f"{args.context_len} goes beyond: it has to learn positions that are new to it")
+              f"{args.context_len} goes beyond: {what}")
     if args.context_len and (args.preset or longer):
         config = replace(config, context_len=args.context_len)
     return config, tensors

@@ -33,8 +33,10 @@ from triton_ops import on_cpu
 
 B, H, KV, D = 3, 4, 2, 16
 CONTEXT = 512  # tokens of which a budget on the command line is a fraction
-SCORES = {"prefill": (sparse.MoBA, "(B, KV, Tq, N)"), "decode": (sparse.Quest, "(B, KV, 1, N)"),
-          "compress": (sparse.SnapKV, "(B, KV, Tk)")}
+SCORES = {"prefill": sparse.MoBA, "decode": sparse.Quest, "compress": sparse.SnapKV,
+          "evict": sparse.SnapKV}  # whose score and forced a hook of a subclass asks
+LETTERS = {sparse.MoBA: "(B, KV, Tq, N)", sparse.Quest: "(B, KV, 1, N)",
+           sparse.SnapKV: "(B, KV, Tk)"}
 
 
 def check_form(what, x, letters, shape, dtype=None):
@@ -88,7 +90,8 @@ def check_hook(method, hook, whole):
                    [ask(method, hook, *junk, *rest)[real]], [y[real]])
         if budget and whole:
             of_all = replace(method, budget=budget * math.ceil(T / budget))  # of whole blocks, too
-            check_same(f"{what}: with a budget of the whole, y is not dense attention's",
+            check_same(f"{what}: with a budget of the whole, y is not dense attention's; a method "
+                       "that reads less by choice is checked with --less",
                        ask(of_all, hook, *qkv, *rest), ask(sparse.Dense(), hook, *qkv, *rest))
         ask(method, hook, *(x.bfloat16() for x in qkv), *rest)
 
@@ -100,30 +103,31 @@ def ask(method, hook, q, k, v, slots, dice, lengths):
     window = lengths[:, None] + torch.arange(-getattr(method, "window", 64), 0)
     newest = q[row, window.clamp_min(0)].masked_fill((window < 0)[..., None, None], 0)
     q, dice = q[row, slots], dice[row, slots]
-    kind, letters = SCORES[hook]
+    kind, drops = SCORES[hook], hook in ("compress", "evict")
     if isinstance(method, kind):
-        args = {"prefill": (q, k), "decode": (q, k, filled), "compress": (newest, k, lengths)}[hook]
-        last = [T] if hook == "compress" else [q.shape[1], math.ceil(T / method.block_size)]
+        args = (newest, k, lengths) if drops else (q, k, filled)[:3 if hook == "decode" else 2]
+        last = [T] if drops else [q.shape[1], math.ceil(T / method.block_size)]
         scores = method.score(*args)
-        check_form(f"{label}.score", scores, letters, (B, KV, *last))
+        check_form(f"{label}.score", scores, LETTERS[kind], (B, KV, *last))
         scores = method.forced(scores, slots if hook == "prefill" else lengths)
         check(not scores.isnan().any(), f"{label}.score gives NaN where a number is wanted")
 
     if hook == "prefill":
         out = method.prefill(q, k, v, 0 if slots.shape[1] == T else slots[:, 0], dice)
-    elif hook == "decode":
+    elif hook == "compress":  # what is kept shows in what the next query would read
+        out = None, method.compress(newest, k, v, lengths, dice)
+    else:
         bounds_of = lambda block_size: on_cpu.block_bounds(k, lengths, block_size)
         prompt = lambda: (lengths, dice)
-        out = method.decode(q, LayerCache(k, v, lengths, True, dice, None, bounds_of, prompt))
-    else:  # what is kept shows in what the next query would read
-        out = None, method.compress(newest, k, v, lengths, dice)
+        cache = LayerCache(k, v, lengths, True, dice, None, bounds_of, prompt)
+        out = method.decode(q, cache) if hook == "decode" else (None, method.evict(newest, cache))
     check_tuple(what, out, "y, selected")
     y, selected = out
     if selected is None and hook != "prefill":  # everything; a prefill need not tell
         selected = torch.arange(T).where(filled, -1)[:, None].expand(-1, KV, -1)
     if selected is not None:
         check_selected(what, method, hook, selected, slots)
-    if hook == "compress":
+    if drops:
         order, count = selected.where(selected >= 0, T), (selected >= 0).sum(-1)
         tidy = (order.diff(dim=-1) >= 0).all() and (count == count[:, :1]).all()
         check(tidy, f"{what}: positions must ascend, with -1 at the end, as many in each KV head")
@@ -208,7 +212,7 @@ def run(args):
     check(args.methods or args.memories, "nothing to check: name --methods or --memories")
     for text in args.methods:
         text = sized(text, CONTEXT, get_tokenizer("bytes"), sparse.METHODS)
-        hooks = check_method(sparse.parse(text, CONTEXT))
+        hooks = check_method(sparse.parse(text, CONTEXT), whole=not args.less)
         print(f"{text}: passed ({', '.join(hooks) or 'it overrides no hook'})")
     for name in args.memories:
         check_memory(name)
@@ -221,6 +225,8 @@ def main(argv=None):
                      "methods": f"as eval_niah.py takes them; 1/4 is {CONTEXT // 4} tokens",
                      "memories": "names in memory.MEMORIES"}.items():
         parser.add_argument(f"--{flag}", nargs="+", default=[], metavar="NAME", help=of)
+    parser.add_argument("--less", action="store_true", help="the methods may read less than their "
+                        "budget by choice, so that a budget of the whole need not be dense")
     args = parser.parse_args(argv)
     command("check.py", lambda: run(args))
 

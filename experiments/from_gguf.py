@@ -158,7 +158,7 @@ def scaling_in(path, divisors, config):
                    low_freq_factor=1.0, high_freq_factor=4.0,
                    original_max_position_embeddings=8192)
     near = divisors.shape == frequency.shape and torch.allclose(
-        frequency / divisors, stretched(frequency, scaling), rtol=1e-5)
+        frequency / divisors, stretched(frequency, config.rope_theta, scaling), rtol=1e-5)
     if not near:
         raise ValueError(f"{path}: rope_freqs.weight is not that of Llama 3.1, 3.2 or 3.3: fetch "
                          "the original's folder, whose config.json says how it was made")

@@ -279,7 +279,7 @@ def run(args):
         make(arms)
 
     examples, found = questions(args, tokenizer), {}
-    n, tasks = sum(map(len, examples.values())), ", ".join(eval_niah.NAMES[t] for t in TASKS)
+    n, tasks = sum(map(len, examples.values())), ", ".join(eval_niah.names()[t] for t in TASKS)
     print(f"\nasking {n} prompts of up to {CONTEXT:,} bytes ({tasks}) under {len(methods)} "
           f"methods\n{'  '.join(methods)}", flush=True)
     for number, arms in of_seeds:

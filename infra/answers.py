@@ -112,7 +112,8 @@ def hit_rates(lines):
     if not batches:
         return None
     hit = sum(torch.tensor(batch["hits"]) for batch in batches)
-    return (hit / sum(batch["answers"] for batch in batches)).tolist()
+    answers = sum(batch["answers"] for batch in batches)
+    return (hit / answers).tolist() if answers else None  # none of them stands in one place
 
 
 @contextmanager
@@ -232,8 +233,9 @@ def cause(before, now):
                                  "them is not: take the commit in asked.json")
 
 
+# Flags that every answer in a folder depends on.
 SETTINGS = ("samples", "seed", "context_len", "max_new_tokens", "protocol", "haystack", "jsonl",
-            "dtype", "kernels")  # flags that every answer in a folder depends on
+            "dtype", "kernels", "blind", "questions", "yarn")
 
 
 def refuse_other_questions(args, labels, tokenizers, examples, prompt_hash, call):

@@ -66,6 +66,7 @@ seed = whole(-2**31, 2**31 - 1)     # with step and process it must fit a genera
 
 above_0, at_least_0 = number(lambda x: x > 0, "above 0"), number(lambda x: x >= 0, "0 or above")
 share = number(lambda x: 0 <= x <= 1, "a share from 0 to 1")
+above_1 = number(lambda x: x > 1, "above 1")
 gate = number(lambda g: 0 < g < 1, "above 0 and below 1")  # where a memory's gate can start
 temperature = at_least_0
 

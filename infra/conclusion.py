@@ -10,13 +10,13 @@ hand in tests/test_report_tables.py.
 import math
 import textwrap
 
-from infra.report import (WIDTH, best_hits, by_budget, gap, gaps, lookup, mean_of_tasks, parts_of,
-                          short_names)
+from infra.report import (WIDTH, best_hits, by_budget, gap, gaps, in_mean, lookup, mean_of_tasks,
+                          parts_of, short_names)
 
 
 def conclusion(results, names):
     """names: {task: its name in a head} -> lines; none if there is nothing to compare"""
-    found = lookup(results)
+    found = lookup(in_mean(results))
     first, *others = dict.fromkeys(checkpoint for checkpoint, _ in found)
     short = short_names(method for _, method in found)
     tasks = [names[row["task"]] for row in found[first, "dense"]]

@@ -134,8 +134,11 @@ def rope_of(found, family, config_file):
     thetas["rope_theta"] = found.get("rope_theta")
     if family == "llama" and all(theta is None for theta in thetas.values()):
         thetas["rope_theta"] = 10000.0  # LLaMA 1 and 2 are older than the field
-    return {"rope_theta": the_one(thetas, config_file, "rope_theta"),
-            "rope_scaling": the_one(scalings or {"rope_scaling": None}, config_file)}
+    scaling = the_one(scalings or {"rope_scaling": None}, config_file)
+    if scaling:  # Phi writes the old length at the top, and transformers takes it from there first
+        name = "original_max_position_embeddings"
+        the_one({name: found.get(name), f"{name} of RoPE": scaling[name]}, config_file, name)
+    return {"rope_theta": the_one(thetas, config_file, "rope_theta"), "rope_scaling": scaling}
 
 
 def scaling_of(given, config_file):
@@ -143,9 +146,10 @@ def scaling_of(given, config_file):
     # older files say type
     kinds = {key: given[key] for key in ("rope_type", "type") if given.get(key) is not None}
     for key, kind in kinds.items():
-        if kind not in ("default", "llama3"):
+        if kind not in ("default", *rope.NEEDED):
+            known = " and ".join(map(repr, rope.NEEDED))
             raise ValueError(f"{config_file}: {key}={short(kind)} is not supported, only 'default' "
-                             "and 'llama3' are")
+                             f"and {known} are")
     kind = the_one(kinds or {"rope_type": "default"}, config_file)
     if kind == "default":
         more = [field for field in rope.FIELDS if given.get(field) is not None]
@@ -154,9 +158,14 @@ def scaling_of(given, config_file):
                              "'default': which of them counts? Set rope_type, or take it out")
         return None
     try:
-        return {"rope_type": kind} | {field: given[field] for field in rope.FIELDS}
+        needed = {field: given[field] for field in rope.NEEDED[kind]}
     except KeyError as error:
-        raise ValueError(f"{config_file} lacks {error} of 'llama3': fetch it again") from None
+        raise ValueError(f"{config_file} lacks {error} of {kind!r}: fetch it again") from None
+    optional = {field: given[field] for field in rope.OPTIONAL[kind] if field in given}
+    # null says nothing, but of truncate, where transformers reads it as false: Config refuses that
+    said = {field: value for field, value in optional.items()
+            if value is not None or field == "truncate"}
+    return {"rope_type": kind} | needed | said
 
 
 def the_one(values, config_file, needed=None):

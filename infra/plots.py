@@ -13,7 +13,8 @@ from itertools import cycle
 from pathlib import Path
 
 from infra.files import load, short
-from infra.report import by_budget, lookup, mean_of_tasks, parts_of, pyplot, short_names, wilson
+from infra.report import (by_budget, in_mean, lookup, mean_of_tasks, parts_of, pyplot, short_names,
+                          wilson)
 
 # Colours that the colour-blind tell apart (Okabe and Ito), and what tells them apart in grey.
 LOOKS = [{"color": color, "marker": marker, "linestyle": style} for color, marker, style in (
@@ -136,7 +137,7 @@ def plot(results, names, context_len, path):
     For each method a panel, accuracy by budget; below, by depth of the needle at the least budget,
     if there are answers enough. names: {task: its name in a head}.
     """
-    found = lookup(results)
+    found = lookup(in_mean(results))
     kinds, n_bins = by_budget(found), how_many_bins(found)
     if not kinds or not (plt := pyplot()):
         return

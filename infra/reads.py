@@ -28,9 +28,14 @@ def within_budget(method, entries, did, where):
 class StepReads:
     """How many entries each decoding step reads: to be called with the cache after each step."""
 
-    def __init__(self, phases):  # sparse.phases of the method
-        self.phases = phases
+    def __init__(
+        self,
+        phases,   # sparse.phases of the method
+        since=0,  # (B,)  tokens that were fed after the method dropped entries: a question
+    ):
+        self.phases, self.since = phases, since
         self.mean, self.most = [], []  # over layers and KV heads: (B,) per step
+        self.held = []                 # entries there are: (B,) per step
 
     def __call__(self, cache):
         # a layer without a selection has read all that is there
@@ -42,6 +47,7 @@ class StepReads:
         read = torch.stack(read)  # (layers, B, KV)
         self.mean.append(read.float().mean((0, 2)))
         self.most.append(read.amax((0, 2)))
+        self.held.append(cache.used.clone())
 
     def of_rows(self, cache, steps):
         """
@@ -50,11 +56,14 @@ class StepReads:
         """
         if not self.mean:
             return [None] * len(steps)
-        decode_by, compress_by = self.phases.decode_by, self.phases.compress_by
+        phases = self.phases
+        decode_by, compress_by, evict_by = phases.decode_by, phases.compress_by, phases.evict_by
         within_budget(decode_by, int(torch.stack(self.most).max()), "read", "in a step")
-        if hasattr(compress_by, "budget"):
+        if hasattr(evict_by, "budget"):  # it holds for the answer's entries, too
+            within_budget(evict_by, int(torch.stack(self.held).max()), "held", "in a step")
+        elif hasattr(compress_by, "budget"):
             # the budget is for the prompt: tokens that were fed since come on top
-            kept = max(used - n for used, n in zip(cache.used.tolist(), steps))
+            kept = int((self.held[0] - 1 - self.since).max())
             within_budget(compress_by, kept, "kept", "of the prompt")
         mean = torch.stack(self.mean).cpu()  # (steps, B)
         return [float(mean[:n, b].mean()) if n else None for b, n in enumerate(steps)]

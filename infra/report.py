@@ -125,6 +125,12 @@ def by_tenth(found):
 
 # ---------------------------------------------------------------- results
 
+def in_mean(results):
+    """The rows that count in a mean: all but those of other tasks beside the needle tasks."""
+    counted = [row for row in results if row.get("in_mean", True)]
+    return counted or results
+
+
 def lookup(results):
     """{(checkpoint, method): its rows, one per task}, without those drawn by chance."""
     found = {}
@@ -188,12 +194,13 @@ def table(results, names):
     found = lookup(results)
     short = short_names(dict.fromkeys(method for _, method in found))
     left, right = max(len(c) for c, _ in found) + 2, max(map(len, short.values()))
+    of_mean = lookup(in_mean(results))
     tasks = [row["task"] for row in next(iter(found.values()))]
 
     def line(checkpoint, method, cells):
         return f"{checkpoint:{left}}{method:{right}}{''.join(cells)}".rstrip()
 
-    columns = columns_of(found, [names[task] for task in tasks])
+    columns = columns_of(found, of_mean, [names[task] for task in tasks])
     lines = [line("", "", [f"{top:>{width}}" for (top, _), width, _ in columns]),
              line("", "", [f"{head:>{width}}" for (_, head), width, _ in columns])]
     for i, (checkpoint, method) in enumerate(found):
@@ -203,18 +210,25 @@ def table(results, names):
     first, *others = dict.fromkeys(checkpoint for checkpoint, _ in found)
     for other in others:
         lines.append(f"\n{other} - {first}, {prompts_of_both(found, first, other)}")
+        gains = gaps(of_mean, first, other)
         for method, cells in gaps(found, first, other).items():
-            gain, *ends = mean_of_tasks(cells)
+            gain, *ends = mean_of_tasks(gains[method])
             cells = [f"{cell[0]:+7.1f}" for cell in cells]
             lines.append(line("", short[method], [*cells, f"{gain:+8.1f} {plus_minus(*ends)}"]))
-    return "\n".join(lines + ["", *notes(found, columns)])
+    beside = [row["task"] for row in next(iter(found.values())) if row.get("in_mean") is False]
+    mean_of = [names[task] for task in tasks if task not in beside]
+    blind = any(row.get("blind") for row in results)
+    return "\n".join(lines + ["", *notes(found, columns, mean_of if beside else [], blind)])
 
 
-def columns_of(found, tasks):
-    """[((upper head, head), width, texts)] of columns; a text, or None, for each of lookup's."""
+def columns_of(found, of_mean, tasks):
+    """
+    [((upper head, head), width, texts)] of columns; a text, or None, for each of lookup's. of_mean:
+    those rows that count in a mean.
+    """
     scores = [[f"{row['ruler'][0]:.1f}" for row in of_task] for of_task in zip(*found.values())]
-    means = [mean_of_tasks([row["ruler"] for row in rows]) for rows in found.values()]
-    paper = [mean_of_tasks([row["paper"] for row in rows])[0] for rows in found.values()]
+    means = [mean_of_tasks([row["ruler"] for row in rows]) for rows in of_mean.values()]
+    paper = [mean_of_tasks([row["paper"] for row in rows])[0] for rows in of_mean.values()]
 
     def numbers(values):
         return [None if x is None else f"{x:.1f}" for x in values]
@@ -225,20 +239,27 @@ def columns_of(found, tasks):
     if numbers(paper) != numbers(middle for middle, *_ in means):
         columns += [(("paper", "mean"), 7, numbers(paper))]
     for head, key in ("prompt", "prompt_read"), ("answer", "read"):
-        read = [mean(row[key] for row in rows) for rows in found.values()]
+        read = [mean(row[key] for row in rows) for rows in of_mean.values()]
         columns += [(("read by", head), 9, numbers(read))]
-    columns += [(("H1: best", "heads, %"), 10, numbers(map(best_hits, found.values())))]
+    columns += [(("H1: best", "heads, %"), 10, numbers(map(best_hits, of_mean.values())))]
     return [column for column in columns if any(column[-1])]
 
 
-def notes(found, columns):
-    """Lines below a table: what its columns mean, and what its names leave out."""
+def notes(found, columns, mean_of=(), blind=False):
+    """
+    Lines below a table: what its columns mean, and what its names leave out. mean_of: the tasks of
+    a mean, if it is not of all.
+    """
     heads, alike = [top for (top, _), *_ in columns], {}
     for kind, settings in common_settings(method for _, method in found).items():
         text = ", ".join(f"{key}={value}" for key, value in sorted(settings.items()))
         alike.setdefault(text, []).append(kind)
     told = ["±: half of a 95 % interval over prompts alone (Wilson's, which near 0 and 100 "
             "reaches further towards 50)"]
+    if mean_of:
+        told += [f"mean, and what follows it: of {', '.join(mean_of)}"]
+    if blind:
+        told += ["entries were dropped before the question was known (--blind)"]
     if "read by" in heads:
         told += ["read by: entries of a head's cache that a token of the prompt, or of the "
                  "answer, reads"]

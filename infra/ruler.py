@@ -16,20 +16,28 @@ from infra.files import lines_of, parse_json, regular, short, write_lines
 def write_jsonl(path, examples):
     """Examples as one of RULER's data files, all of it or nothing."""
     # RULER keeps the end of the prompt that opens the answer in a field of its own.
-    write_lines({Path(path): [
-        {"index": e.index, "input": e.prompt.removesuffix(e.answer_prefix), "outputs": e.answers,
-         "length": len(e.ids) + e.max_new_tokens, "answer_prefix": e.answer_prefix,
-         "token_position_answer": e.spans[0][0]}
-        for e in examples]})
+    rows = [{"index": index, "input": e.prompt.removesuffix(e.answer_prefix), "outputs": e.answers,
+             "length": len(e.ids) + e.max_new_tokens, "answer_prefix": e.answer_prefix}
+            for e, index in zip(examples, indices(examples))]
+    for row, e in zip(rows, examples):
+        if e.spans:
+            row["token_position_answer"] = e.spans[0][0]
+    write_lines({Path(path): rows})
+
+
+def indices(examples):
+    """Each example's index; of several questions about one document, a number for each."""
+    most = 1 + max((e.question for e in examples), default=0)
+    return [e.index * most + e.question for e in examples]
 
 
 def write_predictions(folder, examples, predictions):
     """One TASK.jsonl per task, as evaluate.py --data_dir folder finds them."""
     files = {}
-    for e, prediction in zip(examples, predictions, strict=True):
+    for e, index, prediction in zip(examples, indices(examples), predictions, strict=True):
         # evaluate.py stops at a line without `others`, and asks for none of its fields.
         files.setdefault(Path(folder) / f"{e.task}.jsonl", []).append(
-            {"index": e.index, "pred": prediction, "input": e.prompt, "outputs": e.answers,
+            {"index": index, "pred": prediction, "input": e.prompt, "outputs": e.answers,
              "others": {}, "truncation": -1, "length": len(e.ids) + e.max_new_tokens})
     write_lines(files)
 

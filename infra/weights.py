@@ -170,7 +170,7 @@ def check_said_again(name, tensors, config, path):
     D = config.head_width
     ours = config.rope_theta ** -(torch.arange(0, D, 2).double() / D)
     if config.rope_scaling:
-        ours = rope.stretched(ours, config.rope_scaling)
+        ours = rope.stretched(ours, config.rope_theta, config.rope_scaling)
     near = found.shape == ours.shape
     near = near and torch.allclose(found.double(), ours, rtol=0.02, atol=1e-7)
     if not near:
@@ -202,7 +202,7 @@ def check_config(config):
     if not (0 < config.rope_theta < 1e30 and 0 <= config.norm_eps < 1):
         raise ValueError(f"rope_theta={short(config.rope_theta)} must be above 0 and below 1e30, "
                          f"norm_eps={config.norm_eps} from 0 to 1")
-    rope.check(config.rope_scaling)
+    rope.check(config.rope_scaling, config.rope_theta)
     if config.qk_norm not in ("all", "head", None):
         raise ValueError(f"qk_norm={short(config.qk_norm)} is none of 'all', 'head' and null")
     if config.eos_id is not None and not 0 <= config.eos_id < config.vocab_size:

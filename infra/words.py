@@ -3,6 +3,7 @@ Where the words of a needle prompt come from: lists for its keys, texts for its 
 
     word_lists(words)     adjectives and nouns, ours or those of RULER
     essay_words(text)     the words of a text; without one, the prose of Python's own help pages
+    distinct_words(...)   the words of lists in which some come more often than others
 
 Each also says where its words are from, because results can be compared only where prompts are
 the same. Checked in tests/test_niah.py. niah.py draws from these.
@@ -35,15 +36,26 @@ def word_lists(words="built-in"):
     # depend on what is installed.
     if words == "built-in":
         return sorted(ADJECTIVES), sorted(NOUNS), "built-in words"
+    lists = (sorted(wonderwords(kind)) for kind in ("adjective", "noun"))
+    return *lists, f"wonderwords {metadata.version('wonderwords')}"
+
+
+def wonderwords(kind):
+    """The set of nouns, adjectives or verbs of the package of that name."""
     try:
-        folder = resources.files("wonderwords.assets")
-        texts = [(folder / f"{kind}list.txt").read_text("utf-8") for kind in ("adjective", "noun")]
+        text = (resources.files("wonderwords.assets") / f"{kind}list.txt").read_text("utf-8")
     except ModuleNotFoundError:
         raise ValueError("words=wonderwords needs that package: pip install wonderwords, or take "
                          "built-in words") from None
-    adjectives, nouns = (sorted({line.strip() for line in text.splitlines()} - {""})
-                         for text in texts)
-    return adjectives, nouns, f"wonderwords {metadata.version('wonderwords')}"
+    return {line.strip() for line in text.splitlines()} - {""}
+
+
+def distinct_words(words, essay):
+    """-> RULER's nouns, adjectives and verbs, or the essay's words of three small letters a-z or
+    more, of which Python's help pages have some 1,550; sorted"""
+    if words != "built-in":
+        return sorted(set().union(*map(wonderwords, ("noun", "adjective", "verb"))))
+    return sorted(word for word in set(essay) if re.fullmatch("[a-z]{3,}", word))
 
 
 @lru_cache

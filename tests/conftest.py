@@ -48,6 +48,8 @@ RATPLUS_FORM = dict(tied=True, pre_norm=True, qk_norm=None, swiglu=False, output
                     memory=True)
 STRETCH = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=2.0,
                original_max_position_embeddings=16)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=2.0,
+            beta_slow=0.05)
 LLAMA_FORM = dict(pre_norm=True, qk_norm=None)
 QWEN2_FORM = dict(pre_norm=True, qk_norm=None, qkv_bias=True)
 QWEN3_FORM = dict(pre_norm=True, qk_norm="head", head_dim=16)
@@ -60,6 +62,7 @@ FORMS = {  # of a tiny model
     "ratplus": RATPLUS_FORM,
     "llama": LLAMA_FORM | dict(n_head=6, n_kv_head=2, width=96, tied=True, rope_scaling=STRETCH),
     "qwen2": QWEN2_FORM | dict(n_kv_head=2),
+    "qwen2 yarn": QWEN2_FORM | dict(n_kv_head=2, rope_scaling=YARN),
     "qwen2 memory": QWEN2_FORM | dict(n_kv_head=1, memory=True),
     "qwen3": QWEN3_FORM | dict(n_kv_head=2, tied=True),
     "qwen3 memory": QWEN3_FORM | dict(memory=True),

@@ -46,7 +46,7 @@ def decode_all(model, method):
 ALL_PHASES = compose(MoBA(12, 4), SnapKV(14, 6), Quest(12, 4))
 SOME = [("gqa memory", ALL_PHASES), ("olmo2", Quest(12, 4, random=3)),
         ("ratplus", Dilated(8, 0, 0)), ("llama", Quest(12, 4)), ("qwen2 memory", SnapKV(14, 6)),
-        ("qwen3 memory", Dense())]
+        ("qwen2 yarn", Dense()), ("qwen3 memory", Dense())]
 EVERY = [("gqa memory", method) for method in (
     Dense(), Quest(12, 4), Quest(12, 4, random=3), MoBA(12, 4), MoBA(12, 4, random=1),
     SnapKV(14, 6), SnapKV(14, 6, random=2), Dilated(8, 5, 2), Dilated(8, 0, 0), ALL_PHASES)]

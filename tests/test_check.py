@@ -15,7 +15,7 @@ import sparse
 from experiments import check
 from infra.cli import ROOT
 from memory import Decay
-from sparse import Dense, MoBA, Quest, SnapKV, attend
+from sparse import Dense, MoBA, Quest, SlidingSnapKV, SnapKV, attend
 
 MINE = dict(budget=32, block_size=8)
 SNAP = dict(budget=32, window=8)
@@ -41,6 +41,8 @@ def as_before(monkeypatch):
     ("snapkv:budget=40,window=8", ["compress"]), ("snapkv", ["compress"]),
     ("snapkv:budget=32,window=8,random=1", ["compress"]), ("dilated", ["prefill", "decode"]),
     ("dilated:dilation=16,local=0,initial=0", ["prefill", "decode"]),
+    ("topp:budget=32,block_size=8,p=1", ["decode"]),
+    ("sliding:budget=40,window=8,every=8", ["compress", "evict"]),
     ("moba:budget=32,block_size=8+snapkv:budget=40,window=8+quest:budget=16,block_size=8",
      ["prefill", "decode", "compress"]),
 ])
@@ -141,6 +143,12 @@ selectors = {
                       "mine.compress reads 101"),
     "unordered": (changed(SnapKV, "compress", lambda kept, *_: kept.flip(-1))(**SNAP),
                   "must ascend"),
+    "evicts nothing": (changed(SlidingSnapKV, "evict", lambda *_: None)(**SNAP, every=8),
+                       "mine.evict reads 101 entries where budget=32"),
+    "evicts one head": (changed(SlidingSnapKV, "evict", lambda kept, q, cache: uneven(
+        kept, q, None, None, None, None))(**SNAP, every=8), "as many in each KV head"),
+    "evicts what is not there": (changed(SlidingSnapKV, "evict", lambda kept, *_: kept.where(
+        kept >= 0, 50))(**SNAP, every=8), "mine.evict selects [50] where no more than [9]"),
     "uneven heads": (changed(SnapKV, "compress", uneven)(**SNAP), "as many in each KV head"),
     "acausal": (changed(MoBA, "prefill", also_later)(**MINE), "mine.prefill: y changes with later"),
     "reads padding": (changed(Quest, "decode", lambda out, q, cache: (attend(q, cache.k, cache.v),
@@ -160,10 +168,16 @@ def test_a_mistake_in_a_selector_is_one_line(mistake):
     refused(lambda: check.check_method(method), words)
 
 
-def test_a_method_may_read_less_than_its_budget():
+def test_a_method_may_read_less_than_its_budget(capsys):
     """A selector with a cap, and no more, that the loop for ideas will not take."""
     method, _ = selectors["never all"]
     assert check.check_method(method, whole=False) == ["decode"]
+    flags = ["--methods", "topp:budget=1/4"]
+    check.main([*flags, "--less"])
+    assert "topp:budget=1/4,block_size=8: passed (decode)" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        check.main(flags)
+    assert "--less" in capsys.readouterr().err
 
 
 def test_an_error_of_the_class_s_own_passes_through():

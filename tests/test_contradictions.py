@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import (LLAMA_FORM, QWEN2_FORM, QWEN3_FORM, STRETCH, official_names, refused,
+from conftest import (LLAMA_FORM, QWEN2_FORM, QWEN3_FORM, STRETCH, YARN, official_names, refused,
                       save_pth)
 from infra import checkpoint, parallel, weights
 from infra.rope import stretched
@@ -242,9 +242,13 @@ REFUSED = {
                                           "low_freq_factor": 1.0, "high_freq_factor": 4.0})),
         ["original_max_position_embeddings", "fetch it again"]),
     **{f"a stretch with {name}={value!r}": (
-        of(LLAMA_FORM, said(rope_scaling=STRETCH | {name: value})), ["rope_scaling={"])
-       for name, value in (("factor", 0.5), ("factor", "8"), ("high_freq_factor", 1.0),
-                           ("low_freq_factor", 0), ("original_max_position_embeddings", True))},
+        of(LLAMA_FORM, said(rope_scaling=STRETCH | {name: value})), [f"rope_scaling.{told}"])
+       for name, value, told in (
+           ("factor", 0.5, "factor=0.5 is below 1"), ("factor", "8", "factor="),
+           ("high_freq_factor", 1.0, "low_freq_factor=1.0 is not below high_freq_factor=1.0"),
+           ("low_freq_factor", 0, "low_freq_factor=0 is no number in (0, 1e9)"),
+           ("original_max_position_embeddings", True,
+            "original_max_position_embeddings=True is no number in (0, 1e9)"))},
     # a config that is none: an error page, a field from a fork or a typing error
     **{f"a config that is {content!r}": (text(content), ["config.json"])
        for content in ("", "{", "[]", "3", '"olmo2"')},
@@ -333,8 +337,11 @@ CONSISTENT = {
     "the same stretch twice": (said(rope_parameters=STRETCH | {"rope_theta": 10000.0}),
                                LLAMA_FORM | {"rope_scaling": STRETCH}),
     "the frequencies of a stretch": (
-        put(FREQUENCIES, stretched(frequencies(10000.0), STRETCH)),
+        put(FREQUENCIES, stretched(frequencies(10000.0), 10000.0, STRETCH)),
         LLAMA_FORM | {"rope_scaling": STRETCH}),
+    "the frequencies of yarn": (
+        put(FREQUENCIES, stretched(frequencies(10000.0), 10000.0, YARN)),
+        LLAMA_FORM | {"rope_scaling": YARN}),
     "an older Llama without rope_theta": (said(rope_theta=None), LLAMA_FORM),
     "a Llama's fields that change nothing": (
         said(pretraining_tp=1, mlp_bias=False, layer_types=2 * ["full_attention"]), LLAMA_FORM),

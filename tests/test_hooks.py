@@ -137,6 +137,7 @@ def other_places(feed):
 SPARSE_EDITS = {  # a change, and a method that shows it
     "Dense.decode": (of(1, double), Dense()),
     "Quest.decode": (of(1, double), QUEST),
+    "Quest.slots_of": (then(lambda slots: slots.where(slots % 2 == 0, -1)), QUEST),
     "Quest.choose": (of(1, minus), QUEST),
     "Quest.score": (then(minus), QUEST),
     "Quest.score_bounds": (of(1, minus), QUEST),
@@ -147,6 +148,7 @@ SPARSE_EDITS = {  # a change, and a method that shows it
     "MoBA.forced": (then(without_block_1), MOBA),
     "MoBA.attend_to_blocks": (of(1, double), MOBA),
     "SnapKV.compress": (of(1, minus), SNAPKV),
+    "SnapKV.best": (of(2, minus), SNAPKV),
     "SnapKV.score": (then(minus), SNAPKV),
     "SnapKV.forced": (of(1, minus), SNAPKV),
     "Dilated.prefill": (of(1, double), DILATED),

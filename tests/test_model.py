@@ -14,8 +14,8 @@ from transformers import (AutoModelForCausalLM, LlamaForCausalLM, Olmo2ForCausal
                           Qwen2ForCausalLM, Qwen3ForCausalLM)
 
 import model as model_file
-from conftest import (FORMS, RATPLUS_FORM, STRETCH, assert_close, draw_tokens, error, in_pieces,
-                      official_names, randomize, refused, save_pth, tiny)
+from conftest import (FORMS, RATPLUS_FORM, STRETCH, YARN, assert_close, draw_tokens, error,
+                      in_pieces, official_names, randomize, refused, save_pth, tiny)
 from drawn import (ROOM, configs, decisive, dilateds, dtypes, exact, law, methods, mobas, seeds,
                    talks, told)
 from infra import cost, loss
@@ -259,7 +259,9 @@ SIZES = dict(vocab_size=61, hidden_size=48, intermediate_size=40, num_hidden_lay
 ROPE = dict(rope_type="default", rope_theta=10000.0)
 TIED, GQA, ONE_KV = (dict(tie_word_embeddings=True), dict(num_key_value_heads=2),
                      dict(num_key_value_heads=1))
-STRETCHED = dict(rope_parameters=STRETCH | dict(rope_theta=10000.0))
+STRETCHED, YARNED = (dict(rope_parameters=scaling | dict(rope_theta=10000.0))
+                     for scaling in (STRETCH, YARN))
+PLAIN_YARN = dict(rope_theta=1e6, rope_type="yarn", factor=2.0, original_max_position_embeddings=32)
 THEIRS = {"olmo2": Olmo2ForCausalLM, "llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM,
           "qwen3": Qwen3ForCausalLM}
 CASES = [  # family, what is not SIZES, in files of which size
@@ -267,7 +269,10 @@ CASES = [  # family, what is not SIZES, in files of which size
     ("olmo2", ONE_KV | dict(rope_parameters=dict(rope_type="default", rope_theta=5e5)), None),
     ("llama", {}, "20KB"), ("llama", GQA | TIED, None), ("llama", GQA | STRETCHED, None),
     ("llama", ONE_KV | dict(head_dim=16), None),
+    ("llama", GQA | YARNED, None), ("olmo2", YARNED, None),
     ("qwen2", {}, None), ("qwen2", GQA | TIED, "20KB"),
+    ("qwen2", GQA | dict(rope_parameters=PLAIN_YARN), None),
+    ("qwen3", GQA | dict(head_dim=16) | YARNED, None),
     ("qwen3", dict(head_dim=8), None), ("qwen3", GQA | TIED | dict(head_dim=16), "20KB"),
 ]
 
@@ -314,7 +319,8 @@ def test_both_forms_of_a_config_are_one_model(family, settings, _, tmp_path):
     assert_same(Transformer.from_pretrained(tmp_path), as_5)
     given = settings.get("rope_parameters", ROPE)
     assert as_5.config.rope_theta == given["rope_theta"]
-    assert as_5.config.rope_scaling == (STRETCH if given["rope_type"] == "llama3" else None)
+    scaling = {name: value for name, value in given.items() if name != "rope_theta"}
+    assert as_5.config.rope_scaling == (None if scaling == {"rope_type": "default"} else scaling)
 
 
 PURE = [form for form, settings in FORMS.items() if form != "ratplus" and "memory" not in form]

@@ -289,6 +289,9 @@ def test_a_task_has_the_names_that_tables_and_files_give_it():
 
 # ---------------------------------------------------------------- files
 
+ASKED = " What is the special magic number for a?"  # by which a reader knows where the context ends
+
+
 def test_jsonl_written_is_jsonl_read(tmp_path):
     """A field that is lost on the way makes a file's prompts differ from those that were scored."""
     examples = [make("niah_multiquery", 2048, index, max_new_tokens=128) for index in range(3)]
@@ -324,11 +327,12 @@ def test_predictions_are_in_the_form_that_rulers_evaluation_reads(tmp_path):
     ('{"index": 0, "input": "x", "outputs": [1]}', "outputs must be one or more texts"),
     ('{"index": 0, "input": 5, "outputs": ["x"]}', "no field 'input' that is a text"),
     ('{"index": 0, "input": "x", "outputs": ["7"]}', "answer '7' is not in the input"),
+    ('{"index": 0, "input": "What is 7?", "outputs": ["7"]}', "no question 'What (?:is|are all) "),
 ])
 def test_a_bad_line_is_named(tmp_path, line, complaint):
     """Half a file, from a job that was killed. A text's own line ends are none of the file's."""
     path, line = tmp_path / "data.jsonl", line if isinstance(line, bytes) else line.encode()
-    first = '{"index": 0, "input": "\u2028for a is: 7.", "outputs": ["7"]}\n'
+    first = '{"index": 0, "input": "\u2028for a is: 7.%s", "outputs": ["7"]}\n' % ASKED
     path.write_bytes(first.encode() + line + b"\n")
     refused(lambda: niah.read_jsonl(path, Bytes()), f"data.jsonl line 2: {complaint}")
 
@@ -366,7 +370,7 @@ MARK = "\ufeff".encode()
     b" %s \n%s "])
 def test_every_reader_of_lines_takes_the_same_files(tmp_path, content):
     """A blank line, or an editor's mark, that one script takes and another refuses."""
-    rows = [{"index": i, "input": f"\u2028{i} for a is: 7.", "outputs": ["7"],
+    rows = [{"index": i, "input": f"\u2028{i} for a is: 7.{ASKED}", "outputs": ["7"],
              "text": f"{i}\u2028"} for i in range(2)]
     file = tmp_path / "niah_single_1.jsonl"
     file.write_bytes(content % tuple(json.dumps(row, ensure_ascii=False).encode() for row in rows))

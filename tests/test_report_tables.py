@@ -28,7 +28,7 @@ from infra.reads import PromptReads, StepReads, was_read
 from infra.report import (difference, interval, mean, mean_of_tasks, notes, short_names, table,
                           table_random)
 
-NAMES = eval_niah.NAMES
+NAMES = eval_niah.names()
 TWO = "niah_single_1", "niah_multivalue"
 
 
@@ -719,6 +719,7 @@ def test_results_by_hand(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(eval_niah.weights, "resolve", lambda path: path)
     examples = [SimpleNamespace(answers=of_one, depth=depth, ids=[0] * 10, prompt=str(n),
                                 task="niah_multivalue", index=n, answer_prefix="", max_new_tokens=8,
+                                question=0,
                                 keys_from="words", haystack_from="text")
                 for n, (of_one, depth) in enumerate(((["11", "22"], [9, 100]), (["33"], [50]),
                                                      (["44"], [59])))]
@@ -735,7 +736,7 @@ def test_results_by_hand(tmp_path, monkeypatch, capsys):
         for kind, method, of, content in lines))
     files.save({"calls": ["first", "second"]}, tmp_path / "asked.json")
     args = SimpleNamespace(out=str(tmp_path), json=str(tmp_path / "results.json"), hits=True,
-                           random=1, context_len=64)
+                           random=1, context_len=64, blind=None)
     call = {"commit": "c", "speed": {"answers": 9, "seconds": 4.5, "seconds_of_loading": 2.0}}
     eval_niah.report(args, call, {"m": tmp_path}, {"m": Bytes()}, {"m": {task: examples}},
                      {dense: "dense", quest: text, chance: text})
@@ -781,7 +782,7 @@ def test_answers_and_seconds_go_to_their_examples(monkeypatch):
     # on a GPU three rows of half a second for two answers
     for device, seconds in ("cuda", 0.75), ("cpu", 0.5):
         lines, _ = eval_niah.ask(None, None, examples, batch, by_name,
-                                 SimpleNamespace(device=device, batch=8), None)
+                                 SimpleNamespace(device=device, batch=8, blind=None), None)
         assert [(*line[:4], line.told["text"], line.told["seconds"]) for line in lines] == [
             ("m", "S", dense, [2], "4 dense", seconds),
             ("m", "S", quest, [1], f"3 {quest}", seconds),
@@ -794,7 +795,7 @@ def test_examples_are_those_of_the_flags(tmp_path):
 
     def make(**changes):
         given = dict(haystack=None, context_len=512, seed=0, samples=2, protocol="base",
-                     max_new_tokens=48, words="built-in") | changes
+                     max_new_tokens=48, words="built-in", questions=None) | changes
         found = eval_niah.make_examples(SimpleNamespace(**given), Bytes(), ["niah_single_2"])
         return found["niah_single_2"]
     first = make()

@@ -68,6 +68,21 @@ def test_what_moba_reads_in_prefill_is_told(out, capsys):
     assert counted < 128 and dense == snapkv == step == "all" and int(of_cache) < 180
 
 
+def test_yarn_stretches_each_model_that_is_asked(out, capsys, monkeypatch):
+    """A flag that is taken and forgotten; a model that is asked as it was."""
+    made, answer = [], sample.answer
+    monkeypatch.setattr(sample, "answer", lambda model, *rest: made.append(model)
+                        or answer(model, *rest))
+    text = run(capsys, "--yarn=2", "--context_len=1024", "--method=quest:budget=1/4")
+    scaling = dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=512)
+    assert len(made) == 2 and all(model.config.rope_scaling == scaling for model in made)
+    assert "trained on contexts of 512 tokens" in text
+    tiny(vocab_size=257, rope_scaling=scaling).save_pretrained(out)
+    with pytest.raises(SystemExit):
+        sample.main(["--yarn=2", "--device=cpu"])
+    assert "stretched already" in capsys.readouterr().err
+
+
 def test_several_models_answer_one_prompt(tmp_path, monkeypatch, capsys):
     """A model asked with the other's tokens; two answers that cannot be told apart."""
     monkeypatch.chdir(tmp_path)

@@ -18,7 +18,7 @@ from tokenizers import decoders, normalizers, pre_tokenizers
 import niah
 from conftest import refused
 from infra.tokenizers import ByteTokenizer, get_tokenizer, pieces
-from test_niah import Bytes, Pairs, cl100k, queries_of
+from test_niah import ASKED, Bytes, Pairs, cl100k, queries_of
 from test_tokenizers import NASTY, TEXT, train_bpe, train_llama
 
 
@@ -179,7 +179,7 @@ def test_a_tokenizer_whose_tokens_cannot_be_told_apart_is_refused(decode):
 def test_an_answer_that_the_tokenizer_cannot_write_is_said(tmp_path, name):
     """A model with this tokenizer can never give such an answer: its 0 says nothing of it."""
     file, nfd = tmp_path / "niah_single_1.jsonl", "cafe\u0301"
-    row = {"index": 0, "input": f"{nfd} x for a is: {nfd}.", "outputs": [nfd]}
+    row = {"index": 0, "input": f"{nfd} x for a is: {nfd}.{ASKED}", "outputs": [nfd]}
     file.write_text("\n" + json.dumps(row))
     refused(lambda: niah.read_jsonl(file, made(name)), "niah_single_1.jsonl line 2: tokenizer ",
             " cannot write")

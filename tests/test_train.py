@@ -151,12 +151,13 @@ OUT_OF_RANGE = [
     "--lr=0", "--lr=nan", "--weight_decay=inf", "--clip=1e-300", "--memory_lr=1e300",
     "--other_weight=1e39", f"--seed={2**64}", f"--seed={-2**63}", f"--steps={10**400}",
     f"--batch={2**62}", f"--context_len={2**63}", "--log_every=0", "--warmup=1", "--joint=-1",
-    "--memory=on --joint=64", "--memory=on --gate_start=0.1"]
+    "--memory=on --joint=64", "--memory=on --gate_start=0.1", "--yarn=1", "--yarn=nan"]
 REFUSED = [
     ("--preset=pico --stepz=3", "stepz"),
     ("--preset=huge", "invalid choice"),
     ("--steps=3", "--preset"),
     ("--preset=pico --init=x", "one of --preset"),
+    ("--preset=pico --yarn=2", "--yarn=2 stretches a trained model: give it as --init"),
     ("--init=nowhere", "nowhere"),
     ("--recipe=olmo2-continue --init=x", "--data"),
     ("--preset=pico --data=nowhere", "nowhere"),
@@ -287,6 +288,41 @@ def test_a_longer_context_is_the_models_and_is_told_once(capsys):
         assert Transformer.from_pretrained(newest).config.context_len == 1024
     run("--name=new", "--context_len=1024", "--steps=1", "--arl=0")
     assert "was trained for" not in capsys.readouterr().out
+
+
+def test_yarn_stretches_the_length_before_and_stays(capsys):
+    """A stretch that counts from the new length, is lost at --resume, or is made twice."""
+    source, _ = run("--name=at512", "--arl=0")
+    longer = "--context_len=1024", "--arl=0"
+    continued(source, *longer, "--name=plain")
+    assert "it has to learn positions that are new to it" in capsys.readouterr().out
+
+    stretched = *longer, "--name=far", "--yarn=4"
+    newest, _ = continued(source, *stretched)
+    assert "its RoPE is stretched to 2,048, and it has to get" in capsys.readouterr().out
+    config = Transformer.from_pretrained(newest).config
+    scaling = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=512)
+    assert (config.rope_scaling, config.context_len) == (scaling, 1024)
+    # the same start and samples: what differs from the first step on is the RoPE
+    plain, far = ([row["loss"] for row in log_of(name)] for name in ("plain", "far"))
+    assert all(abs(a - b) > 1e-6 for a, b in zip(plain, far, strict=True))
+
+    # stopped after two of four steps
+    for flags in longer, (*longer, "--yarn=3"):
+        refused(lambda: continued(source, *flags, "--name=far", "--resume"), "--yarn=4.0")
+    before = Path(shutil.move(newest, "before"))
+    assert continued(source, *stretched, "--resume")[0] == newest
+    assert_same_files(newest, before)
+    assert Transformer.from_pretrained(newest).config == config
+    assert "was trained for" not in capsys.readouterr().out  # it has been said
+
+    # trained on, it keeps the stretch; within it, nothing is new
+    last, _ = continued(newest, "--name=on", "--context_len=1536", "--arl=0", "--steps=1")
+    assert Transformer.from_pretrained(last).config == replace(config, context_len=1536)
+    assert "its RoPE is stretched to 2,048" in capsys.readouterr().out
+    continued(newest, "--name=beyond", "--context_len=2560", "--arl=0", "--steps=1")
+    assert "it has to learn positions that are new to it" in capsys.readouterr().out
+    refused(lambda: continued(newest, "--name=again", "--yarn=2"), "stretched already")
 
 
 @pytest.mark.parametrize("death, says", [

@@ -41,14 +41,14 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None  # Linux has wheels
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 CODE = {
-    "cache.Cache.attend": "eec02f49",
+    "cache.Cache.attend": "e08ce459",
     "cache.Cache.put": "5566c585",
-    "cache.Cache.read": "587e2b86",
+    "cache.Cache.read": "6d4eca57",
     "cache.Cache.remember": "e9736d29",
     "cache.Cache.step": "c7e0fa0d",
     "cache.Cache.store": "a799d181",
-    "engine.Inference.described": "7a8b036b",
-    "engine.Inference.feed": "96edd11d",
+    "engine.Inference.described": "79d19030",
+    "engine.Inference.feed": "e7c5e968",
     "engine.Inference.head": "e5435c2d",
     "memory.Decay.average": "1f988179",
     "memory.Decay.forward": "72f6ae5f",
@@ -80,11 +80,13 @@ CODE = {
     "sparse.MoBA.prefill": "8ae0a943",
     "sparse.MoBA.score": "e1adac3b",
     "sparse.Quest.choose": "055bc9f6",
-    "sparse.Quest.decode": "cf5751ff",
+    "sparse.Quest.decode": "aa749ec4",
     "sparse.Quest.forced": "7b19eb02",
     "sparse.Quest.score": "9a125e09",
     "sparse.Quest.score_bounds": "89920b50",
-    "sparse.SnapKV.compress": "25a2d2eb",
+    "sparse.Quest.slots_of": "4539841a",
+    "sparse.SnapKV.best": "11b8c23e",
+    "sparse.SnapKV.compress": "f7427126",
     "sparse.SnapKV.forced": "3ab7933f",
     "sparse.SnapKV.score": "1e6fbdfa",
     "sparse.attend": "13e66820",
@@ -193,8 +195,9 @@ class Form(NamedTuple):
 
 
 # What Quest's decoding stands for, in Triton as on a CPU: without the choice, and that.
-QUEST = ("Quest.decode attend_to_slots attend", "Quest.choose Quest.score Quest.score_bounds "
-         "Quest.forced chance block_bounds per_kv_head to_blocks top")
+QUEST = ("Quest.decode Quest.slots_of attend_to_slots attend",
+         "Quest.choose Quest.score Quest.score_bounds Quest.forced chance block_bounds per_kv_head "
+         "to_blocks top")
 
 
 def registered(forms, method, phase):

@@ -57,10 +57,7 @@ def quest_decode_chosen(method, q, cache):
 
 def quest_read(method, q, cache, chosen):
     """The rest of Quest.decode, with chosen blocks (B, KV, S)."""
-    within = torch.arange(method.block_size)
-    slots = chosen.unsqueeze(-1) * method.block_size + within
-    unread = (chosen < 0).unsqueeze(-1) | (slots >= cache.used[:, None, None, None])
-    slots = slots.masked_fill(unread, -1).flatten(2)  # (B, KV, S * block)
+    slots = method.slots_of(chosen, cache.used)
     return attend_to_slots(q, cache.k, cache.v, slots), cache.positions_of(slots)
 
 

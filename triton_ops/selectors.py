@@ -105,7 +105,7 @@ FORMS = {
         "MoBA.choose MoBA.forced top",
         "MoBA.score chance per_kv_head to_blocks", moba_prefill_chosen),
     (sparse.SnapKV, "compress"): Form(
-        snapkv_compress, "SnapKV.compress",
+        snapkv_compress, "SnapKV.compress SnapKV.best",
         "SnapKV.score SnapKV.forced chance per_kv_head top"),
     (sparse.Dilated, "prefill"): Form(
         dilated_prefill, "Dilated.prefill Dilated.pattern Dilated.attend_to_shared attend "
