@@ -10,7 +10,7 @@ Three results (arXiv 2605.28640):
 
 With --blind the question comes last: a method that drops entries chooses them from the context
 alone, then the question is fed, and several questions of one document (--questions) share what was
-kept. --tasks all asks RULER's other tasks too (tasks.py); a mean is of the eight needle tasks.
+kept. --tasks all asks RULER's other tasks too (experiments/tasks.py); a mean is of the needle tasks.
 
 Two protocols: "base" asks with RULER's answer prefix, "sft" with the question alone, for models
 that were fine-tuned. Two scores, both in percent (niah.py): "ruler", the share of answers that
@@ -26,6 +26,7 @@ next; sample.py asks a single prompt.
 """
 import json
 import os
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,8 +39,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import niah
 import sparse
-import tasks  # noqa: F401 (it fills niah.OTHERS)
 from data import tokenizer_of
+from experiments import tasks  # noqa: F401 (it fills niah.OTHERS)
 from infra import weights
 from infra.answers import (Answer, Outcome, Ranks, appending, hit_rates, read_lines,
                            refuse_other_questions, unanswered)
@@ -145,6 +146,9 @@ def rounds(examples):
     """
     rows = {}
     for i, e in enumerate(examples):
+        if e.question_at is None:
+            raise ValueError(f"--blind: nobody knows where the question of {e.task} {e.index} "
+                             f"begins: it is not worded as RULER's is ({e.keys_from})")
         rows.setdefault(tuple(e.ids[:e.question_at]), []).append(i)
     contexts = [replace(examples[first], ids=[*ids]) for ids, (first, *_) in rows.items()]
     # A context with fewer questions than others asks its last one again.
@@ -289,11 +293,23 @@ def choose_tasks(args, tokenizers):
     few = [task for task in fitting if args.first_look and task in FIRST_LOOK["tasks"]]
     asked = args.tasks or few or fitting
     if "all" in asked:
-        asked = [task for task in niah.generated() if task in fitting or task in niah.OTHERS]
+        asked = fitting + [task for task in niah.generated() if task in niah.OTHERS
+                           and all(has_room(task, args, tokenizer) for tokenizer in tokenizers)]
     if not asked:
         raise ValueError(f"no task fits into --context_len {args.context_len} with "
                          f"{args.max_new_tokens} new tokens: raise it")
     return asked
+
+
+def has_room(task, args, tokenizer):
+    """Whether a prompt of this other task fits; if not, a line says so."""
+    try:
+        niah.make_example(task, args.context_len, tokenizer, args.seed, 0, args.protocol,
+                          words=args.words)
+        return True
+    except ValueError as error:
+        print(f"note: --tasks all leaves out {task}: {error}", file=sys.stderr)
+        return False
 
 
 def make_examples(args, tokenizer, asked):

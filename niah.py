@@ -13,7 +13,7 @@ scripts/data/synthetic). Where we differ on purpose, the line says so.
 
 tests/test_niah.py holds prompts equal to hashes of RULER's own, tests/test_spans.py checks where
 answers stand (infra/spans.py). Read eval_niah.py next, which asks them, or data.py, which trains
-on samples; tasks.py has RULER's other tasks, and yours.
+on samples; experiments/tasks.py has RULER's other tasks, and yours.
 """
 import argparse
 import hashlib
@@ -75,7 +75,7 @@ TASKS = {
     "niah_multivalue": Task("MV", "essay", "words", "numbers", n_values=4),
     "niah_multiquery": Task("MQ", "essay", "words", "numbers", n_keys=4, n_queries=4),
 }
-OTHERS = {}  # the same of other tasks: `import tasks` fills it, and yours may be added
+OTHERS = {}  # the same of other tasks: experiments/tasks.py fills it, and yours may be added
 # Under "base", RULER's protocol, a prompt ends with the opening of the answer ("... is") and the
 # model goes on with " 123, 456". Under "sft", that of the official RAT+, it ends with the question
 # and the answer is "123,456". Both scores read both forms.
@@ -392,7 +392,8 @@ class Example:
     max_new_tokens: int
     keys_from: str       # where keys and haystack come from: only results whose prompts have the
     haystack_from: str   # same sources can be compared
-    question_at: int     # ids[:question_at] is the context, the rest the question
+    question_at: int     # ids[:question_at] is the context, the rest the question; None: a file's,
+                         # in which no question of the task's wording is found
     question: int = 0    # its number in make_document
 
 
@@ -413,7 +414,7 @@ def make_document(task, context_len, tokenizer, seed, index, n_questions, protoc
                   haystack=None, *, split="test", max_new_tokens=None, words="built-in"):
     """
     Up to n_questions Examples that share one context, ids[:question_at]. The first is
-    make_example's; MK-1 to MK-3, and json_kv of tasks.py, have more keys to ask for.
+    make_example's; MK-1 to MK-3, and json_kv of experiments/tasks.py, have more keys to ask for.
     """
     name = task_name(task)
     check_type(context_len, int, "context_len is a number of tokens")
@@ -684,9 +685,6 @@ def read_jsonl(path, tokenizer, protocol="base", task=None, max_new_tokens=None)
         prompt, answers = row["input"] + prefix, row["outputs"]
         places = [place_of(answer, prompt, where) for answer in answers if kind.one_place]
         *_, asked = [None, *re.finditer(kind.asks, row["input"])]  # the last one
-        if not asked:
-            raise ValueError(f"{where}: no question {short(kind.asks)} is in the input; is this "
-                             f"task {task}?")
         ids = tokenizer.encode(prompt)
         try:
             spans = token_spans(prompt, ids, places, tokenizer)
@@ -698,7 +696,7 @@ def read_jsonl(path, tokenizer, protocol="base", task=None, max_new_tokens=None)
         examples.append(Example(
             task, row["index"], prompt, prefix, ids, answers, kind.target(answers, protocol),
             spans, depths, len(ids) + new_tokens, new_tokens, str(path), str(path),
-            border(prompt, ids, asked.start(), tokenizer)))
+            border(prompt, ids, asked.start(), tokenizer) if asked else None))
     return examples
 
 

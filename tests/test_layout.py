@@ -18,7 +18,7 @@ ARROWS = {
     "data": set(),
     "recipes": {"memory", "model", "niah", "sparse"},
     "train": {"data", "experiments", "memory", "model", "niah", "recipes", "sparse"},
-    "eval_niah": {"data", "model", "niah", "sparse"},
+    "eval_niah": {"data", "experiments", "model", "niah", "sparse"},
     "sample": {"data", "eval_niah", "model", "niah", "sparse"},
     "look": {"memory", "model", "niah", "sample", "sparse"},
     "bench": {"engine", "experiments", "kernels", "memory", "model", "sparse"},

@@ -327,7 +327,6 @@ def test_predictions_are_in_the_form_that_rulers_evaluation_reads(tmp_path):
     ('{"index": 0, "input": "x", "outputs": [1]}', "outputs must be one or more texts"),
     ('{"index": 0, "input": 5, "outputs": ["x"]}', "no field 'input' that is a text"),
     ('{"index": 0, "input": "x", "outputs": ["7"]}', "answer '7' is not in the input"),
-    ('{"index": 0, "input": "What is 7?", "outputs": ["7"]}', "no question 'What (?:is|are all) "),
 ])
 def test_a_bad_line_is_named(tmp_path, line, complaint):
     """Half a file, from a job that was killed. A text's own line ends are none of the file's."""

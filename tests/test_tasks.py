@@ -1,7 +1,7 @@
 """
-tasks.py against the originals: hashes of prompts that RULER's generators wrote, a prompt in
-HELMET's wording, rows and scores of RULER's (tests/oracle/ruler_tasks.json says how they were
-made). Then the promises: what is asked can be answered from the context, prompts are full, the
+experiments/tasks.py against the originals: hashes of prompts that RULER's generators wrote, a
+prompt in HELMET's wording, rows and scores of RULER's (tests/oracle/ruler_tasks.json says how they
+were made). Then the promises: what is asked can be answered from the context, prompts are full, the
 question stands where it is said to, and several questions share a context.
 """
 import json
@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
+import eval_niah
 import niah
-import tasks
+from experiments import tasks
 from conftest import refused
 from niah import OTHERS
 from test_niah import ASKED, Bytes, Pairs, needles_in, queries_of, sha256, tokenizer_of
@@ -154,13 +155,14 @@ def test_a_file_of_questions_about_documents_is_read(tmp_path):
     assert Bytes().decode(e.ids[e.question_at:]) == f"{told}Question: where? Answer:"
 
 
-def test_a_row_without_a_question_is_named(tmp_path):
-    """A file under the wrong name would be asked, its context cut anywhere."""
+def test_a_row_without_a_question_is_not_asked_blind(tmp_path):
+    """A text of one's own wording that is refused, or whose context is cut anywhere."""
     for name, text in ("vt", "x"), ("qa_1", "Question: 7?"), ("niah_single_1", "7"):
         row = {"index": 0, "input": text, "outputs": ["7"]}
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
-        refused(lambda: niah.read_jsonl(tmp_path / f"{name}.jsonl", Bytes()),
-                f"{name}.jsonl line 1: no question ", f"task {name}?")
+        e, = niah.read_jsonl(tmp_path / f"{name}.jsonl", Bytes())
+        assert e.question_at is None and Bytes().decode(e.ids) == text
+        refused(lambda: eval_niah.rounds([e]), "--blind", f"{name}.jsonl")
 
 
 # ---------------------------------------------------------------- what is asked has its answer
@@ -247,6 +249,9 @@ def test_words_are_the_essays_or_rulers():
              for e in (make("cwe", words=words) for words in niah.WORDS)}
     essay = set(niah.essay_words()[0])
     assert words["pydoc_data.topics"] <= essay and not words["wonderwords"] <= essay
+    assert all(re.fullmatch("[a-z]{3,}", word) for word in words["pydoc_data.topics"])
+    assert tasks.distinct_words("built-in", ["of", "The", "words.", "two", "words", "two"]) == [
+        "two", "words"]
     listed = tasks.distinct_words("wonderwords", [])
     assert words["wonderwords"] <= {part for word in listed for part in word.split()}
     assert {"aglet", "bumpy", "abide"} <= {*listed} and len(listed) == 8166

@@ -63,7 +63,7 @@ def moba_prefill(method, q, k, v, start, dice):
     q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves them in fp32, behind their norms
     size, N = method.block_size, math.ceil(k.shape[1] / method.block_size)
     most = MOST_BLOCKS[v.dtype]
-    sparse.check(N <= most, f"moba: {N:,} blocks, and the Triton kernels route among at most "
+    sparse.check(N <= most, f"moba: {N} blocks, and the Triton kernels route among at most "
                  f"{most:,}: raise block_size={size}, or --kernels=torch computes it")
     first, S = first_slots(q, start), min(method.budget // size, N)
     chosen = moba_route(q, k, first, size, S, method.keep_first)  # (B, KV, Tq, S)
