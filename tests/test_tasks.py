@@ -328,7 +328,7 @@ def test_an_example_is_a_function_of_split_seed_and_index(name):
 def test_an_example_is_the_same_in_another_process():
     """Python's sets and hash() differ from process to process: no test above would see it."""
     code = "; ".join([
-        "import sys", "sys.path[:0] = sys.argv[1:]", "import niah, tasks",
+        "import sys", "sys.path[:0] = sys.argv[1:]", "import niah, experiments.tasks",
         "from infra.tokenizers import ByteTokenizer as T",
         f"of = [niah.make_document(n, 3000, T(), 0, 0, 3) for n in ('MK-1', 'MK-2', *{MADE})]",
         "print(niah.prompt_hash([e for some in of for e in some]))"])
@@ -534,10 +534,11 @@ def test_the_command_shows_and_writes_each_task(tmp_path, capsys):
         niah.main([f"--task={OTHERS[name].short}", "--context_len=2600"])
         shown, e = capsys.readouterr().out, make(name, 2600)
         assert shown.startswith(e.prompt + "\n---") and f"from token {e.question_at} on" in shown
-    script, path = [sys.executable, tasks.__file__, "--context_len=2600"], tmp_path / "vt.jsonl"
-    subprocess.run([*script, "--task=vt", "--samples=2", f"--output={path}"], check=True,
-                   capture_output=True)
+    script = [sys.executable, "-m", "experiments.tasks", "--context_len=2600"]
+    path = tmp_path / "vt.jsonl"
+    there = dict(cwd=Path(niah.__file__).parent, text=True, capture_output=True)
+    subprocess.run([*script, "--task=vt", "--samples=2", f"--output={path}"], check=True, **there)
     assert [e.prompt for e in niah.read_jsonl(path, Bytes())] == [
         make("vt", 2600, index).prompt for index in range(2)]
-    seen = subprocess.run([*script, "--task=qa_1"], text=True, capture_output=True)
+    seen = subprocess.run([*script, "--task=qa_1"], **there)
     assert seen.returncode == 2 and "SQuAD" in seen.stderr and seen.stderr.count("\n") == 1
