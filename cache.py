@@ -46,7 +46,7 @@ class Feed:
     decoding: bool                 # one new token per row
     static: bool                   # and a graph may record it: no shape depends on the filling
     whole: bool                    # the prompt ends here, and the method drops entries: at once
-    evicts: bool                   # the method drops entries between steps, asking with queries
+    evicts: bool                   # the method drops entries between steps: queries are noted
     watch: Callable | None         # see engine.Inference.prefill
 
 
@@ -320,11 +320,16 @@ class Cache:
         is forgotten of these rows. Where entries were evicted since, that cannot be undone, and the
         cache is spoiled.
         """
-        ended, evictions = [], self.evictions
+        ended, evictions = [], None
 
         def end(rows):
+            nonlocal evictions
+            evictions = self.evictions if evictions is None else evictions
             rows = rows.nonzero().squeeze(1)
-            tensors = [(x, x[rows]) for x in (self.lengths, self.used, self.token_hash)]
+            kept = [self.lengths, self.used, self.token_hash]
+            if self.positions[0] is not None:  # a method that evicts asks with these
+                kept += [q for q in self.recent_q if q is not None]
+            tensors = [(x, x[rows]) for x in kept]
             state = self.state[:, :, rows] if self.config.memory else None
             ended.append((rows, tensors, state))
         try:
@@ -513,17 +518,24 @@ class Cache:
         """Before a step: drop the entries that the method no longer keeps, in every layer."""
         if not methods.evicts(sparse) or not self.filled:
             return
+        if self.recent_q[0] is None:
+            raise ValueError(f"{methods.name(sparse)} asks with the newest queries, which are not "
+                             f"kept after {methods.name(self.kept_by)}: fork the cache before")
         filled, used = self.filled, self.used.clone()  # what the first layer keeps changes both
-        dices = dice_of_layers(self.token_hash[:, None], len(self.k))
+        dices, kept = dice_of_layers(self.token_hash[:, None], len(self.k)), []
         for i, dice in enumerate(dices):
             layer = LayerCache(self.k[i][:, :filled], self.v[i][:, :filled], used, self.ragged,
                                dice, self.positions[i][:, :filled])
             slots = backend.hook(sparse, "evict", layer.k)(self.recent_q[i], layer)
-            if slots is None:  # and so in all layers
-                return
-            self.check_may_drop()
-            self.keep(i, slots, layer.k, layer.v, 0, layer.positions_of(slots))
-        self.evictions += 1
+            kept.append(None if slots is None else slots.shape[2])
+            if kept[i] != kept[0]:
+                raise ValueError(f"{methods.name(sparse)}: evict keeps {kept[0]} entries in one "
+                                 f"layer and {kept[i]} in another, None being all: it must be "
+                                 "equally many")
+            if slots is not None:
+                self.check_may_drop()
+                self.keep(i, slots, layer.k, layer.v, 0, layer.positions_of(slots))
+        self.evictions += kept[0] is not None
 
     def keep(self, i, kept, k, v, room, positions=None):
         """

@@ -10,7 +10,8 @@ Three results (arXiv 2605.28640):
 
 With --blind the question comes last: a method that drops entries chooses them from the context
 alone, then the question is fed, and several questions of one document (--questions) share what was
-kept. --tasks all asks RULER's other tasks too (experiments/tasks.py); a mean is of the needle tasks.
+kept. --tasks all asks RULER's other tasks too (experiments/tasks.py), beside the needle tasks'
+mean.
 
 Two protocols: "base" asks with RULER's answer prefix, "sft" with the question alone, for models
 that were fine-tuned. Two scores, both in percent (niah.py): "ruler", the share of answers that
@@ -261,6 +262,9 @@ def prepare(args):
     args.protocol = args.protocol or trained_with(args.ckpt[0]).get("protocol", "base")
     # All models are looked at, so that a wrong path is known now and not after hours.
     settings = {path: weights.read(path, hashed=False)[0] for path in args.ckpt}
+    for path, found in settings.items():
+        if args.yarn and found.get("rope_scaling"):
+            raise ValueError(f"--yarn: the RoPE of {path} is stretched already: leave it out")
     names = [Path(os.path.abspath(path)).name for path in settings]
     labels = {path if names.count(name) > 1 else name: path for path, name in zip(settings, names)}
     tokenizers = {label: tokenizer_of(weights.resolve(path), settings[path]["vocab_size"],
@@ -303,13 +307,22 @@ def choose_tasks(args, tokenizers):
 
 def has_room(task, args, tokenizer):
     """Whether a prompt of this other task fits; if not, a line says so."""
+    haystack = niah.read_haystack(args.haystack) if args.haystack else None
     try:
-        niah.make_example(task, args.context_len, tokenizer, args.seed, 0, args.protocol,
+        niah.make_example(task, args.context_len, tokenizer, args.seed, 0, args.protocol, haystack,
                           words=args.words)
         return True
     except ValueError as error:
-        print(f"note: --tasks all leaves out {task}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"note: --tasks all leaves out {task}: {error}", file=sys.stderr)
         return False
+
+
+def new_tokens_of(task, args, tokenizer):
+    """Room for an answer: --max_new_tokens for needles, and RULER's own number for another task."""
+    if task not in niah.OTHERS:
+        return args.max_new_tokens
+    return niah.default_new_tokens(args.context_len, tokenizer, task)
 
 
 def make_examples(args, tokenizer, asked):
@@ -317,9 +330,7 @@ def make_examples(args, tokenizer, asked):
     haystack = niah.read_haystack(args.haystack) if args.haystack else None
 
     def made(task):
-        new_tokens = args.max_new_tokens
-        if task in niah.OTHERS:  # RULER gives each its own
-            new_tokens = niah.default_new_tokens(args.context_len, tokenizer, task)
+        new_tokens = new_tokens_of(task, args, tokenizer)
         for index in range(args.samples):
             yield from niah.make_document(
                 task, args.context_len, tokenizer, args.seed, index, args.questions or 1,
@@ -331,8 +342,9 @@ def read_examples(args, tokenizer):
     """{task: examples} of RULER's own files."""
     found = {}
     for file in args.jsonl:
+        new_tokens = new_tokens_of(niah.task_of(file), args, tokenizer)
         examples = niah.read_jsonl(file, tokenizer, args.protocol,
-                                   max_new_tokens=args.max_new_tokens)[:args.samples]
+                                   max_new_tokens=new_tokens)[:args.samples]
         if not examples or examples[0].task not in names():
             raise ValueError(f"{file} has no examples of a task we know: call it TASK.jsonl or "
                              "TASK/validation.jsonl")
@@ -399,6 +411,8 @@ def run_in(args, ranks, prompts, labels, tokenizers, methods):
     examples = prompts(args, labels, tokenizers)
     lengths = [len(e.ids) for by_task in examples.values()
                for of_task in by_task.values() for e in of_task]
+    most_new = max(of_task[0].max_new_tokens for by_task in examples.values()
+                   for of_task in by_task.values())
     longest = max(len(e.ids) + e.max_new_tokens for by_task in examples.values()
                   for of_task in by_task.values() for e in of_task)
     refuse_longer(longest, args.context_len)
@@ -421,7 +435,7 @@ def run_in(args, ranks, prompts, labels, tokenizers, methods):
         there = f", {total - n_left:,} of them in {args.out} already" if total > n_left else ""
         print(f"{', '.join(labels)}: {len(lengths) // len(labels)} prompts each, of "
               f"{min(lengths):,} to {max(lengths):,} tokens ({asked}), x ({len(texts)} methods + "
-              f"H1 of {len(selecting)}) = {total:,} answers of up to {args.max_new_tokens}{there}; "
+              f"H1 of {len(selecting)}) = {total:,} answers of up to {most_new}{there}; "
               f"context {args.context_len:,}, protocol {args.protocol}"
               f"{', the question fed last' if args.blind else ''}; {call['device']}, "
               f"{args.dtype}")
@@ -554,29 +568,31 @@ def flags():
         help="for sparse.parse, e.g. moba:budget=1/8+snapkv:budget=1/4; budgets in tokens or of "
         "--context_len; block_size and window default to 1/64 of it, 8 to 64, and kernel to 5 or, "
         "for a model of bytes, 15; dense is always added; None: " + " ".join(METHODS))
-    known = ", ".join(f"{name} or {short}" for name, short in names().items())
+    known = ", ".join(f"{name} or {names()[name]}" for name in niah.generated())
     add("--tasks", nargs="+", type=lambda text: text if text == "all" else niah.task_name(text),
         metavar="TASK", help=f"{known}; all: each that can be generated, the mean being that of "
-        "the needle tasks; None: those the first model was trained on, or that fit")
+        "the needle tasks; qa_1 and qa_2 come by --jsonl; None: those the first model was trained "
+        "on, or that fit")
     add("--samples", type=positive, help="examples per task; the paper has 500; None: 200 with a "
         "GPU, else 8192 tokens' worth")
     add("--context_len", type=positive, metavar="TOKENS", help="prompt and answer together; None: "
         f"the first model's, at most the paper's {LONGEST}")
     add("--yarn", type=above_1, metavar="FACTOR", help="stretch each model's RoPE to a context so "
         "many times as long, for a --context_len beyond its own; None: as it is")
-    add("--max_new_tokens", type=positive, metavar="TOKENS", help="room for the answer; None: 128 "
-        "from 2048 on, 48 below and for bytes")
+    add("--max_new_tokens", type=positive, metavar="TOKENS", help="room for a needle's answer; "
+        "None: 128 from 2048 on, 48 below and for bytes. Other tasks have RULER's numbers")
     add("--protocol", choices=niah.PROTOCOLS, metavar="PROTOCOL", help="base (RULER's answer "
         "prefix) or sft (the question alone, for fine-tuned models); None: what the first model "
         "was trained on, else base")
     add("--haystack", metavar="FILE", help="text of the essays; None: Python's help pages")
     add("--jsonl", nargs="+", metavar="FILE", help="data files of RULER's own, TASK.jsonl or "
-        "TASK/validation.jsonl, instead of generated examples: --tasks, --seed, --words and "
-        "--haystack then mean nothing")
+        "TASK/validation.jsonl, instead of generated examples: --tasks, --seed, --words, "
+        "--questions and --haystack then mean nothing")
     add("--blind", action="store_true", default=None, help="what drops entries chooses from the "
         "context alone; then the question is fed")
     add("--questions", type=positive, metavar="N", help="to ask of each document, where a task has "
-        "as many; with --blind they share what was kept of it; None: 1")
+        "as many; with --blind they share what was kept of it. ± takes them for prompts that know "
+        "nothing of each other; None: 1")
     add("--words", choices=niah.WORDS, default=niah.WORDS[0], help="of keys: built-in, or RULER's "
         "from the package wonderwords")
     add("--seed", type=seed, default=0, help="of the examples")

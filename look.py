@@ -79,7 +79,7 @@ def look(name, model, tokenizer, ids, method, question, args):
     said = tokenizer.decode([token for token in fed if token != tokenizer.eos_id])
 
     # What is read at each token, and the spans that it is after: none at a comma of the answer.
-    if (by.compress_by, by.decode_by) == (sparse.Dense(), sparse.Dense()):
+    if not sparse.drops(method) and by.decode_by == sparse.Dense():
         read, which = read_in_prefill(blocks, by.prefill_by, T), "at the prompt's end"
         after = [spans] * len(read)
     else:

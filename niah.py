@@ -95,7 +95,8 @@ def task_name(text):
         if text.lower() in (name.lower(), task.short.lower()):
             return name
     known = ", ".join(f"{name} ({task.short})" for name, task in (TASKS | OTHERS).items())
-    raise UnknownTask(f"unknown task {short(text)}: one of {known}")
+    more = "" if OTHERS else " (others: python -m experiments.tasks)"
+    raise UnknownTask(f"unknown task {short(text)}: one of {known}{more}")
 
 
 def generated():
@@ -365,8 +366,9 @@ def compose(task, context_len, tokenizer, rng, protocol, essay, max_new_tokens, 
         if filled:
             answer = task.target(draft.question.answers, protocol)
             target = target_ids(filled[1], answer, tokenizer)
-            # RULER's numbers for other tasks hold an answer, and not always its end.
-            if len(target) + isinstance(task, Task) > max_new_tokens:
+            # RULER's numbers for other tasks hold an answer, and not always its end token.
+            end = isinstance(task, Task)
+            if len(target) + end > max_new_tokens:
                 raise ValueError(f"{task.short}: {max_new_tokens=} leaves no room for an answer of "
                                  f"{len(target)} tokens and the end token: raise it")
             return draft, *filled, target
@@ -413,8 +415,8 @@ def make_example(
 def make_document(task, context_len, tokenizer, seed, index, n_questions, protocol="base",
                   haystack=None, *, split="test", max_new_tokens=None, words="built-in"):
     """
-    Up to n_questions Examples that share one context, ids[:question_at]. The first is
-    make_example's; MK-1 to MK-3, and json_kv of experiments/tasks.py, have more keys to ask for.
+    Up to n_questions Examples that share one context, ids[:question_at]. The first asks what
+    make_example asks; MK-1 to MK-3, and json_kv of experiments/tasks.py, have more keys to ask for.
     """
     name = task_name(task)
     check_type(context_len, int, "context_len is a number of tokens")
@@ -431,7 +433,7 @@ def make_document(task, context_len, tokenizer, seed, index, n_questions, protoc
     # RULER's essays begin with the text's first word. In training that would be one page of it.
     start = None if split == "train" else 0
     draft, n, *_ = compose(task, context_len, tokenizer, rng, protocol, essay, new_tokens, start,
-                           words, spare=32 if n_questions > 1 else 0)
+                           words, spare=32 if n_questions > 1 else 0)  # tokens, for longer keys
     context, others = draft.context(n), []
     if n_questions > 1 and draft.others:
         others = draft.others(n)
@@ -672,13 +674,16 @@ class Needles:
 
 # ---------------------------------------------------------------- RULER's files
 
+def task_of(path):
+    """The task of a data file: RULER writes TASK/validation.jsonl, and others TASK.jsonl."""
+    path, known = Path(path), TASKS | OTHERS
+    return next((name for name in (path.stem, path.parent.name) if name in known), path.stem)
+
+
 def read_jsonl(path, tokenizer, protocol="base", task=None, max_new_tokens=None):
     """A data file of RULER's -> Examples. task: None takes the folder's or the file's name."""
-    path, known = Path(path), TASKS | OTHERS
-    # RULER writes TASK/validation.jsonl.
-    if task is None:
-        task = next((name for name in (path.stem, path.parent.name) if name in known), path.stem)
-    kind = known.get(task, TASKS["niah_single_1"])
+    path, task = Path(path), task or task_of(path)
+    kind = (TASKS | OTHERS).get(task, TASKS["niah_single_1"])
     new_tokens, examples = max_new_tokens or own_new_tokens(kind, tokenizer), []
     for where, row in rows_of(path):
         prefix = row["answer_prefix"] if protocol == "base" else ""

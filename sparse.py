@@ -257,9 +257,9 @@ class TopP(Quest):
     Quest with a budget that adapts to head and query: of what Quest chooses, the fewest entries
     whose attention comes to a share p of it (Twilight, arXiv 2502.02770).
 
-    So budget is a cap, and how many are read is measured. Where one entry has all the attention it
-    is one, where attention is spread it may be all that were chosen. The original estimates the
-    attention from keys of four bits, and for each query head; here it is exact.
+    So budget is a cap, and how many are attended to is measured: one entry where that has all the
+    attention, perhaps all that were chosen where it is spread. The choice looks at the keys of the
+    whole cap, the original at four bits of each, and for each query head.
     """
     p: float = 0.85
 
@@ -439,8 +439,9 @@ class SlidingSnapKV(SnapKV):
     SnapKV that goes on while the answer is written: as soon as `budget` entries are there, those of
     the answer included, the newest queries choose which budget - every of them stay.
 
-    So nothing read or held ever exceeds the budget, however long the answer. kvpress does the same
-    in its DecodingPress, but lets `every` entries come on top. With window = kernel = every = 1 the
+    So entries read or held never exceed the budget, however long the answer. kvpress's
+    DecodingPress does the same, but lets `every` entries come on top, and takes the prompt as it
+    is until then. With window = kernel = every = 1 the
     last query alone drops one entry a step, as in TOVA (arXiv 2401.06104).
     """
     every: int = 32  # steps from one choice to the next
@@ -448,7 +449,8 @@ class SlidingSnapKV(SnapKV):
     def __post_init__(self):
         super().__post_init__()
         check(self.budget - self.window > self.every > 0, f"{label_of(self)}: every={self.every} "
-              f"must be positive and leave more of budget={self.budget} than window={self.window}")
+              f"must be positive and leave more of budget={self.budget} than window={self.window}: "
+              "set every= or raise the budget")
 
     def compress(self, q, k, v, lengths, dice):
         return self.best(self.budget - self.every, q, k, lengths, dice)

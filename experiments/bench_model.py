@@ -101,7 +101,7 @@ def bytes_needed(model, method, B, T, new):
     entry, q_width = entry_bytes(model), model.config.n_head * model.config.head_width
     width = max(config.width, q_width)
     if sparse.drops(method):
-        slots = min(parts.compress_by.budget, T) + new
+        slots = min(getattr(parts.compress_by, "budget", T), T) + new
         cache = B * slots * (entry + 4 * config.n_kv_head)
     else:
         slots = T + new

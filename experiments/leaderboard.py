@@ -22,6 +22,7 @@ eval_niah.py's. Checked in tests/test_leaderboard.py. Letters as in sparse.py.
 import csv
 import io
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,18 +33,23 @@ import eval_niah
 import niah
 import sparse
 from infra import weights
-from infra.cli import command, flag_parser, positive, seed, share, usable_device
+from infra.cli import command, flag_parser, number, positive, seed, usable_device
 from infra.files import load, read_json, save, told_to_end
 from sparse import Dense, SnapKV
 from triton_ops import backend
 
 CONTEXT = 4096
 RATIOS = 0.25, 0.5, 0.75, 0.875  # the share of each context that is dropped
+below_1 = number(lambda x: 0 <= x < 1, "a share from 0 to below 1")
 TASKS = [*niah.TASKS, "vt", "cwe", "fwe"]
-ROOM = 768  # tokens beside RULER's 4,096: a chat's frame, and what another tokenizer adds
 
 
 # ---------------------------------------------------------------- presses, as kvpress counts
+
+def kept_of(lengths, ratio):
+    """How many entries of contexts of these lengths (B,) stay, rounded as Python does it."""
+    return (lengths.double() * (1 - ratio)).long()
+
 
 @dataclass(frozen=True)
 class SnapKVPress(Dense):
@@ -56,7 +62,7 @@ class SnapKVPress(Dense):
     check_window = SnapKV.check_window
 
     def compress(self, q, k, v, lengths, dice):
-        return self.best((lengths * (1 - self.ratio)).long(), q, k, lengths, dice)
+        return self.best(kept_of(lengths, self.ratio), q, k, lengths, dice)
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class StreamingPress(Dense):
     initial: int = 4
 
     def compress(self, q, k, v, lengths, dice):
-        n = (lengths * (1 - self.ratio)).long()[:, None]  # (B, 1)
+        n = kept_of(lengths, self.ratio)[:, None]  # (B, 1)
         slot = torch.arange(int(n.max()), device=k.device)
         kept = slot.where(slot < self.initial, slot + lengths[:, None] - n)
         return kept.where(slot < n, -1)[:, None].expand(-1, k.shape[2], -1)
@@ -87,8 +93,9 @@ class Frame:
         tokens = self.json_of(folder / "tokenizer.json").get("added_tokens", [])
         self.special = {token["content"]: token["id"] for token in tokens if token["special"]}
         self.named = {key: value["content"] if isinstance(value, dict) else value
-                      for key, value in settings.items() if key in ("bos_token", "eos_token")}
-        self.before, self.after = self.named.get("bos_token") or "", "\n"
+                      for key, value in settings.items()
+                      if key in ("bos_token", "eos_token") and value is not None}
+        self.before, self.after = self.named.get("bos_token", ""), "\n"
         file = folder / "chat_template.jinja"
         template = file.read_text() if file.is_file() else settings.get("chat_template")
         if isinstance(template, list):  # several by name
@@ -112,7 +119,7 @@ class Frame:
         try:
             text = space.from_string(template).render(
                 messages=[{"role": "user", "content": mark}], add_generation_prompt=True,
-                **self.named)
+                enable_thinking=False, **self.named)
         except TemplateError as error:
             raise ValueError(f"{folder}: its chat template fails ({error}): --chat=off asks "
                              "without") from None
@@ -138,7 +145,7 @@ class Frame:
         of_context, of_question = self.encode(self.before + context), self.encode(rest)
         return niah.Example(
             task, index, self.before + context + rest, prefix, of_context + of_question, answers,
-            "", [], [], CONTEXT + ROOM, new_tokens, source, source, len(of_context))
+            "", [], [], CONTEXT, new_tokens, source, source, len(of_context))
 
 
 def made_here(args, task, tokenizer, frame):
@@ -189,6 +196,9 @@ def prompts_for(args):
             else:
                 found[label] = {task: [*made_here(args, task, tokenizers[label], frame)]
                                 for task in TASKS}
+        # Tokenizers differ in what 4,096 tokens of Llama's are, and shares are of each context.
+        asked.context_len = max(len(e.ids) + e.max_new_tokens for by_task in found.values()
+                                for of_task in by_task.values() for e in of_task)
         return found
     return prompts
 
@@ -249,12 +259,14 @@ def run(args):
     methods = [f"press-{press}:ratio={ratio}" for press in args.presses for ratio in args.ratios]
     asked = eval_niah.flags().parse_args([
         "--ckpt", *args.ckpt, "--methods", *methods, f"--samples={args.samples}",
-        f"--seed={args.seed}", f"--context_len={CONTEXT + ROOM}", f"--batch={args.batch}",
+        f"--seed={args.seed}", f"--context_len={CONTEXT}", f"--batch={args.batch}",
         f"--device={args.device}", f"--kernels={args.kernels}", "--protocol=base", "--blind",
         f"--words={args.words}", *[f"--haystack={args.haystack}"] * bool(args.haystack),
         *[f"--out={args.out}"] * bool(args.out)])
     asked.argv = args.argv
     eval_niah.run(asked, prompts_for(args))
+    if os.environ.get("RANK", "0") != "0":
+        return
     args.out = asked.out
     print("\nRULER's score, %, mean of all tasks; dropped before the question was known")
     for label, name, ratio, mean, folder in export(args, load(asked.json, "results")):
@@ -268,8 +280,8 @@ def flags():
         "them")
     add("--data", metavar="FILE.parquet", help="kvpress's own prompts; None: made here")
     add("--presses", nargs="+", choices=PRESSES, default=["snapkv"], help="what drops")
-    add("--ratios", nargs="+", type=share, default=RATIOS, metavar="SHARE", help="to be dropped")
-    add("--samples", type=positive, default=500, help="prompts of each task")
+    add("--ratios", nargs="+", type=below_1, default=RATIOS, metavar="SHARE", help="to be dropped")
+    add("--samples", type=positive, default=500, help="prompts of each task, the first ones")
     add("--chat", choices=["on", "off"], default="on", help="ask through the chat template, where "
         "the model has one")
     add("--words", choices=niah.WORDS, default="wonderwords", help="of prompts that are made here; "

@@ -67,8 +67,9 @@ SELECTS = {Quest: "decode", MoBA: "prefill", SnapKV: "compress"}
 
 def selects_in(method):
     """"decode" for a Quest, "prefill" for a MoBA, "compress" for a SnapKV; ValueError for others"""
+    known = not sparse.evicts(method) and not isinstance(method, sparse.TopP)
     for kind, phase in SELECTS.items():
-        if isinstance(method, kind):
+        if known and isinstance(method, kind):
             return phase
     raise ValueError(f"{sparse.name(method)} has no score to exchange: give a quest, a moba or a "
                      "snapkv")

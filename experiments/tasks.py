@@ -12,8 +12,8 @@ is written. niah.py fills it to the limit, as it does its needles:
 
     OTHERS[name].draw(rng, ...)  ->  Draft: n -> introduction and text; a Question; others to ask
 
-vt, cwe and fwe are RULER's to the letter (arXiv 2404.06654, NVIDIA/RULER scripts/data/synthetic),
-json_kv is HELMET's (arXiv 2410.02694, princeton-nlp/HELMET data.py). RULER shuffles all prompts
+vt, cwe and fwe have RULER's wording (arXiv 2404.06654, NVIDIA/RULER scripts/data/synthetic),
+json_kv has HELMET's (arXiv 2410.02694, princeton-nlp/HELMET data.py). RULER shuffles all prompts
 of a file alike, and its search ends short of the limit or never; ours are each their own, and
 full. tests/test_tasks.py holds prompts equal to hashes of RULER's own. Read niah.py first.
 """
@@ -43,7 +43,10 @@ class Other:
     one_place = False            # whether an answer stands in one place of a file's prompt
 
     def draw(self, rng, *, essay, start, words, tokenizer, context_len, max_new_tokens):
-        """-> Draft. Take what you need of these by name, and the rest as **_."""
+        """
+        -> Draft. Take what you need of these by name, and the rest as **_. essay: a list of words;
+        start: the first of them, None draws it; words: one of niah.WORDS.
+        """
         raise NotImplementedError
 
     def target(self, answers, protocol):

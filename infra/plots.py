@@ -50,7 +50,7 @@ def read_results(files, names):
     -> the rows of these results.json, in the order of `names` {task: its name in a head}, and the
     --context_len that all have. ValueError, which names the file, for any other file.
     """
-    found, heads, context_len = {}, {}, None
+    found, heads, context_len, blind = {}, {}, None, set()
     for file in files:
         report = load(file, "results", "settings", remedy="give a results.json of eval_niah.py")
         for number, row in enumerate(rows_of(report, file), 1):
@@ -65,6 +65,10 @@ def read_results(files, names):
             if (there["ruler"], there["prompts"]) != (row["ruler"], row["prompts"]):
                 raise ValueError(f"{file} has another result of {short(row['checkpoint'])} under "
                                  f"{short(row['method'])} than before: plot it apart")
+        blind |= {bool(row.get("blind")) for row in report["results"]}
+        if len(blind) > 1:
+            raise ValueError(f"{file} was asked blind and others were not, or the other way round: "
+                             "plot it apart")
         context_len = context_len or report["settings"]["context_len"]
         if report["settings"]["context_len"] != context_len:
             raise ValueError(f"{file} is of another --context_len than {files[0]}, so budgets do "

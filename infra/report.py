@@ -106,7 +106,8 @@ def best_heads(rates):
 
 def best_hits(rows):
     """H1 of a method's rows in percent; None if nobody asked."""
-    if not rows[0]["hits"]:
+    rows = [row for row in rows if row["hits"]]
+    if not rows:
         return None
     # the best heads of the mean over tasks: those that find the needle in all of them
     return 100 * best_heads(torch.tensor([row["hits"] for row in rows]).mean(0))

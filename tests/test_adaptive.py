@@ -314,6 +314,71 @@ def test_what_cannot_be_undone_is_refused():
     refused(lambda: model.step(tokens[:, 0], cache, SLIDING), "evicted", "clear")
 
 
+@torch.no_grad()
+def test_a_row_that_ended_goes_on_as_if_alone():
+    """
+    Evictions before a row has ended, which spoil nothing; its queries of steps that are forgotten,
+    which would ask at the next eviction.
+    """
+    model, rows = tiny(n_kv_head=2), draw_tokens(2, 60, seed=11)
+    method = SlidingSnapKV(budget=14, window=6, kernel=3, every=4)
+    out = []
+    for B in 2, 1:
+        cache = model.new_cache(B, 60, 64)
+        model.prefill(rows[:B, :30], None, cache, method)
+        with cache.turn(method) as own, own.ending() as end:
+            for t in range(30, 37):  # of 10 entries: two evictions, then room for one more step
+                model.step(rows[:B, t], own, method)
+            if B == 2:
+                end(torch.tensor([True, False]))
+                model.step(rows[:, 37], own, method)
+        assert own.evictions == 1 and not own.spoiled
+        last = rows[:B, 38:39] if B == 1 else torch.cat([rows[:1, 38:39], rows[1:, 39:40]])
+        for t in range(39, 50):
+            out.append(model.step(last[:, 0], own, method)[0].clone())
+            last = rows[:B, t:t + 1]
+    assert_close(torch.stack(out[:11]), torch.stack(out[11:]))
+
+
+class Uneven(SlidingSnapKV):
+    """Another rule in each layer, in the order of calls."""
+    calls = []
+
+    def evict(self, q, cache):
+        self.calls.append(None)
+        return super().evict(q, cache) if len(self.calls) % 2 else None
+
+
+@torch.no_grad()
+def test_layers_that_keep_other_numbers_are_refused():
+    """A cache whose layers hold entries of other counts, and says nothing."""
+    model, tokens, Uneven.calls[:] = tiny(), draw_tokens(1, 40, seed=12), []
+    cache, method = model.new_cache(1, 60), Uneven(14, 3, 3, None, 4)
+    logits = model.prefill(tokens, None, cache, method)
+    with cache.turn(method) as own:
+        refused(lambda: model.decode(logits, own, 9, method), "keeps 10 entries in one layer",
+                "None in another")
+        refused(lambda: model.step(tokens[:, 0], own, method), "failed half-way")
+
+
+@dataclass(frozen=True)
+class Newest(Dense):
+    """It evicts alone, so that SnapKV may go before."""
+
+    def evict(self, q, cache):
+        return None
+
+
+@torch.no_grad()
+def test_without_the_newest_queries_nothing_can_be_asked():
+    model, tokens = tiny(), draw_tokens(1, 40, seed=13)
+    cache = model.new_cache(1, 60)
+    model.prefill(tokens, None, cache)
+    model.step(tokens[:, 0], cache, SnapKV(10, 3))
+    both = compose(SnapKV(10, 3), Newest())
+    refused(lambda: model.step(tokens[:, 0], cache, both), "newest queries", "snapkv", "fork")
+
+
 @dataclass(frozen=True)
 class Greedy(SlidingSnapKV):
     """It says a budget and drops nothing while it writes."""

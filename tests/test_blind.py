@@ -146,6 +146,38 @@ def test_the_command_asks_several_questions_and_says_so(model, capsys):
     assert prompts[0] == prompts[1]
 
 
+def test_a_file_of_another_task_has_its_own_length(model):
+    """A needle's length for words that take longer, or a longer one that scores higher."""
+    row = {"index": 0, "input": "x. Question: which?", "outputs": ["a"], "answer_prefix": ""}
+    for task in "cwe", "niah_single_1":
+        text = "a is: a. What is the special magic number for a?" if task != "cwe" else row["input"]
+        Path(f"{task}.jsonl").write_text(json.dumps(row | {"input": text}))
+    args = eval_niah.flags().parse_args(["--ckpt", "tiny", "--jsonl", "cwe.jsonl",
+                                         "niah_single_1.jsonl"])
+    args.samples, args.max_new_tokens, args.protocol, args.context_len = 1, 24, "sft", 512
+    found = eval_niah.read_examples(args, Bytes())
+    assert {task: e.max_new_tokens for task, (e,) in found.items()} == {
+        "cwe": niah.OTHERS["cwe"].max_new_bytes, "niah_single_1": 24}
+
+
+def test_hits_of_tasks_whose_answers_stand_in_many_places(model):
+    """A crash when all answers are there."""
+    found = run("--tasks", "vt", "json_kv", "--samples=1", "--hits", "--methods=snapkv:budget=1/2",
+                "--context_len=2000")
+    hits = {(row["task"], row["method"]): row["hits"] for row in found["results"]}
+    assert len(hits["json_kv", "snapkv:budget=1/2,window=31,kernel=15"]) == 2
+    assert hits["vt", "snapkv:budget=1/2,window=31,kernel=15"] is None
+
+
+def test_blind_and_aware_results_are_not_one_picture(model, capsys):
+    flags = ["--tasks", "S-1", "--samples=1", "--methods=snapkv:budget=1/4"]
+    run(*flags, out="aware")
+    run(*flags, "--blind", out="blind")
+    with pytest.raises(SystemExit):
+        eval_niah.main(["--plot", "aware", "blind"])
+    assert "blind" in capsys.readouterr().err
+
+
 def test_yarn_stretches_the_model_that_is_asked(model, capsys, monkeypatch):
     """A flag that is not heard, or heard once per batch; a note about a length that is reached."""
     stretch, factors = Transformer.stretch, []
@@ -159,6 +191,10 @@ def test_yarn_stretches_the_model_that_is_asked(model, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         run(*flags)
     assert "--yarn was 1.5, now None" in capsys.readouterr().err
+    Transformer.from_pretrained("tiny").stretch(2).save_pretrained("tiny")
+    with pytest.raises(SystemExit):
+        run(*flags, "--yarn=1.5", out="other")
+    assert "the RoPE of tiny is stretched already" in capsys.readouterr().err
 
 
 def test_the_mean_is_of_the_needle_tasks(model, capsys):

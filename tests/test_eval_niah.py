@@ -268,7 +268,7 @@ def test_hits_do_not_depend_on_the_batch():
 
 def ask(model, examples, by_name, device="cpu", size=4, there=()):
     """eval_niah.ask of all that is missing, with --batch=size -> Lines"""
-    args = SimpleNamespace(device=device, batch=size)
+    args = SimpleNamespace(device=device, batch=size, blind=None)
     return [line for batch in answers.unanswered({"m": {"S": examples}}, by_name, size, dict(there))
             for line in eval_niah.ask(model, Bytes(), examples, batch, by_name, args, None)[0]]
 

@@ -56,6 +56,9 @@ def test_a_share_is_of_each_context(press):
 
 def test_presses_are_methods_like_others():
     text = cli.sized("press-snapkv:ratio=0.25", 4864, Bytes(), sparse.METHODS)
+    for n in range(4000, 4200):  # as kvpress counts, in Python
+        for ratio in 0.1, 0.3, 0.7, 0.9:
+            assert leaderboard.kept_of(torch.tensor([n]), ratio).item() == int(n * (1 - ratio))
     assert sparse.parse(text, 4864) == SnapKVPress(0.25, window=64, kernel=5)
     assert sparse.parse(sparse.name(StreamingPress(0.75)), 4096) == StreamingPress(0.75)
 
@@ -84,6 +87,14 @@ def test_a_chat_model_is_asked_through_its_template(folder):
     assert e.ids[e.question_at:] == [*bytes_of("Which? "), 257, *bytes_of("\n"), 256,
                                      *bytes_of("assistant\nAnswer:")]
     assert (e.max_new_tokens, e.answers, e.index) == (30, ["A"], 3)
+
+
+def test_a_model_that_thinks_is_asked_not_to(folder):
+    """kvpress's answer prefix inside a thought; a token that is null as the text None."""
+    template = TEMPLATE + "{% if enable_thinking is false %}<think></think>{{ bos_token }}{% endif %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "bos_token": None, "chat_template": template}))
+    assert Frame(folder, Bytes()).after.endswith("assistant\n<think></think>")
 
 
 def test_another_model_is_asked_as_it_is(folder):

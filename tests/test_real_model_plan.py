@@ -40,7 +40,7 @@ def plain(monkeypatch):
         for kind, more in (("quest", ""), ("moba", ""), ("snapkv", ",kernel=21,window=16"))})
 
 
-def of_letters(text, answers):
+def of_letters(text, answers, task=None):
     """A score that tells answers of an untrained model apart."""
     return sum(text.encode()) % 97 / 97
 
