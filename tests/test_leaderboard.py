@@ -6,6 +6,7 @@ import ast
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -16,11 +17,14 @@ from conftest import ORACLE, refused, tiny
 from safetensors.torch import load_file
 from test_niah import Bytes
 
+import eval_niah
 import niah
 import sparse
+from data import tokenizer_of
 from experiments import leaderboard
 from experiments.leaderboard import Frame, SnapKVPress, StreamingPress
 from infra import cli, files
+from model import Transformer
 
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
             "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -200,3 +204,26 @@ def test_the_command_writes_what_kvpress_writes(tmp_path, monkeypatch, capsys):
         assert float(settings["compression_ratio"]) == float(ratio)
     assert any(of["string_match"] for folder in folders
                for of in files.load(folder / "metrics.json").values()), "all scores are 0"
+
+
+# ---------------------------------------------------------------- kvpress itself
+
+def test_answers_are_those_of_kvpress(smollm2, monkeypatch):
+    """
+    A real model through its chat template (oracle/kvpress.json): context and question encoded
+    together, what is kept at other positions, a token that opens the answer in the wrong place.
+    """
+    told = json.loads((ORACLE / "kvpress.json").read_text(encoding="utf-8"))["answers"]
+    monkeypatch.setattr(leaderboard, "CONTEXT", 1024)
+    model = Transformer.from_pretrained(smollm2, torch.float32)
+    tokenizer = tokenizer_of(smollm2, model.config.vocab_size, None)
+    frame = Frame(smollm2, tokenizer)
+    args = leaderboard.flags().parse_args(["--ckpt", "x", "--samples=3", "--words=built-in",
+                                           "--device=cpu"])
+    asked = [replace(e, max_new_tokens=40)
+             for e in leaderboard.made_here(args, "niah_single_1", tokenizer, frame)]
+    presses = {leaderboard.PRESSES[name](ratio): (name, ratio) for name, ratio, *_ in told}
+    found, _, _ = eval_niah.answer(model, tokenizer, asked, [*presses], blind=True)
+    written = [[*presses[press], e.index, one.text] for press, of_press in found.items()
+               for e, one in zip(asked, of_press)]
+    assert written == told
