@@ -81,7 +81,7 @@ def answer(model, tokenizer, examples, methods, cache=None, selecting=(), blind=
     `selecting`; and the cache, to be passed on with the next batch.
     """
     n, answers, found = len(examples), {}, {}
-    contexts, turns = rounds(examples) if blind else (examples, [range(n)])
+    contexts, turns = rounds(examples) if blind else (examples, [(range(n), None)])
     gold = [sources(e, tokenizer) for e in examples] if selecting else []
     n_new, eos_id = examples[0].max_new_tokens, tokenizer.eos_id
     room = max([n_new, *(len(target) for target, _ in gold)])
@@ -102,22 +102,10 @@ def answer(model, tokenizer, examples, methods, cache=None, selecting=(), blind=
         prompt_read = reads.of_rows(lengths)
         prefill_seconds = time.time() - started
 
-        @contextmanager
-        def asked(turn, method):
-            # Each method finds the cache as prefill left it: after its turn, what was fed is
-            # forgotten and what was dropped is there again.
-            with cache.turn(method) as own:
-                if not blind:
-                    yield own, logits, 0
-                    return
-                rest = [examples[i].ids[examples[i].question_at:] for i in turn]
-                tokens, lengths = padded(rest, logits.device)
-                yield own, model.prefill(tokens, lengths, own, method), lengths
-
         for method in [m for m in group if m in methods]:
             started, answers[method] = time.time(), [None] * n
-            for turn in turns:
-                with asked(turn, method) as (own, first, since):
+            for rows, questions in turns:
+                with in_turn(model, cache, logits, questions, method) as (own, first, since):
                     reads = StepReads(sparse.phases(method), since)
                     new = model.decode(first, own, n_new, method, eos_id=eos_id, watch=reads)
                     new = [row[:row.index(eos_id)] if eos_id in row else row
@@ -125,7 +113,7 @@ def answer(model, tokenizer, examples, methods, cache=None, selecting=(), blind=
                     # The first token is the prefill's, each later one a step's, and so is the end.
                     # A method that reads more than its budget ends the run here.
                     read = reads.of_rows(own, [min(len(row), n_new - 1) for row in new])
-                for i, row, *counts in zip(turn, new, read, prompt_read):
+                for i, row, *counts in zip(rows, new, read, prompt_read):
                     answers[method][i] = Answer(tokenizer.decode(row), *counts, seconds=0.0)
             seconds = (prefill_seconds + time.time() - started) / n
             answers[method] = [of_row._replace(seconds=seconds) for of_row in answers[method]]
@@ -133,17 +121,18 @@ def answer(model, tokenizer, examples, methods, cache=None, selecting=(), blind=
         # H1 feeds the gold answer instead of the model's own.
         for method in [m for m in group if m in selecting]:
             found[method] = [None] * n
-            for turn in turns:
-                with asked(turn, method) as (own, *_):
-                    for i, hit in zip(turn, hits(model, own, [gold[i] for i in turn], method)):
+            for rows, questions in turns:
+                with in_turn(model, cache, logits, questions, method) as (own, *_):
+                    for i, hit in zip(rows, hits(model, own, [gold[i] for i in rows], method)):
                         found[method][i] = hit
     return answers, found, cache
 
 
 def rounds(examples):
     """
-    Examples that share a context, as --blind asks them: the contexts, an example of each, without
-    its question; and rounds, in each of which every context is asked one question: which examples.
+    Examples that share a context, as --blind asks them: the contexts, an example of each without
+    its question; and rounds, in each of which every context is asked one: which examples, and their
+    questions' tokens.
     """
     rows = {}
     for i, e in enumerate(examples):
@@ -152,9 +141,28 @@ def rounds(examples):
                              f"begins: it is not worded as RULER's is ({e.keys_from})")
         rows.setdefault(tuple(e.ids[:e.question_at]), []).append(i)
     contexts = [replace(examples[first], ids=[*ids]) for ids, (first, *_) in rows.items()]
-    # A context with fewer questions than others asks its last one again.
-    return contexts, [[of_row[min(j, len(of_row) - 1)] for of_row in rows.values()]
-                      for j in range(max(map(len, rows.values())))]
+    # A context with fewer questions than others is asked its last one again.
+    turns = [[of_row[min(j, len(of_row) - 1)] for of_row in rows.values()]
+             for j in range(max(map(len, rows.values())))]
+    return contexts, [(turn, [examples[i].ids[examples[i].question_at:] for i in turn])
+                      for turn in turns]
+
+
+@contextmanager
+def in_turn(model, cache, logits, questions, method):
+    """
+    A method's turn with a cache that holds prompts, or contexts and then the tokens of a question
+    for each. -> the cache that it decodes from, logits (B, V) of the first new token, and how many
+    tokens were fed since it dropped entries, an int or (B,)
+    """
+    # Each finds the cache as prefill left it: after its turn, what was fed is forgotten and what
+    # was dropped is there again.
+    with cache.turn(method) as own:
+        if questions is None:
+            yield own, logits, 0
+        else:
+            tokens, lengths = padded(questions, logits.device)
+            yield own, model.prefill(tokens, lengths, own, method), lengths
 
 
 def prefill(model, examples, method, max_new_tokens, window=64, cache=None, watch=None):

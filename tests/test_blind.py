@@ -74,7 +74,8 @@ def test_answers_do_not_depend_on_order_batch_or_other_questions():
     for i, e in enumerate(mixed):
         alone = answers(model, [e], METHODS, blind=True)
         assert {m: [texts[i]] for m, texts in together.items()} == alone
-    contexts, turns = eval_niah.rounds(mixed)
+    contexts, rounds = eval_niah.rounds(mixed)
+    turns = [turn for turn, _ in rounds]
     assert len(contexts) == 4 and [len(turn) for turn in turns] == [4, 4]
     assert {*sum(turns, [])} == {*range(7)} and turns[1][3] == turns[0][3]
 
