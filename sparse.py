@@ -440,9 +440,9 @@ class SlidingSnapKV(SnapKV):
     the answer included, the newest queries choose which budget - every of them stay.
 
     So entries read or held never exceed the budget, however long the answer. kvpress's
-    DecodingPress does the same, but lets `every` entries come on top, and takes the prompt as it
-    is until then. With window = kernel = every = 1 the
-    last query alone drops one entry a step, as in TOVA (arXiv 2401.06104).
+    DecodingPress does the same, but lets `every` entries come on top, and takes the prompt as it is
+    until then. With window = kernel = every = 1 the last query alone drops one entry a step, as in
+    TOVA (arXiv 2401.06104).
     """
     every: int = 32  # steps from one choice to the next
 
