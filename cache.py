@@ -518,6 +518,7 @@ class Cache:
         """Before a step: drop the entries that the method no longer keeps, in every layer."""
         if not methods.evicts(sparse) or not self.filled:
             return
+        self.check_whole()
         if self.recent_q[0] is None:
             raise ValueError(f"{methods.name(sparse)} asks with the newest queries, which are not "
                              f"kept after {methods.name(self.kept_by)}: fork the cache before")
@@ -534,8 +535,9 @@ class Cache:
                                  "equally many")
             if slots is not None:
                 self.check_may_drop()
+                self.spoiled = True  # until all layers are through
                 self.keep(i, slots, layer.k, layer.v, 0, layer.positions_of(slots))
-        self.evictions += kept[0] is not None
+        self.spoiled, self.evictions = False, self.evictions + (kept[0] is not None)
 
     def keep(self, i, kept, k, v, room, positions=None):
         """

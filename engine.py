@@ -81,8 +81,7 @@ class Inference:
             guard = cache.stepping
             cache.check_room(cache.filled + 1)
             cache.compress(sparse)  # once, and only if the method drops entries
-            with cache.stepping():
-                cache.evict(sparse)  # again and again, if it does so between steps
+            cache.evict(sparse)     # again and again, if it does so between steps
             if cache.stepped != sparse:
                 # a graph of another method need not have kept Quest's bounds up to date
                 cache.bounded = [None for _ in cache.bounded]

@@ -49,6 +49,7 @@ from infra.cli import (LONGEST, Progress, above_1, command, flag_parser, made_by
                        positive, refuse_longer, seed, sized, usable_device)
 from infra.conclusion import conclusion
 from infra.files import load, save, told_to_end
+from infra.parallel import is_first
 from infra.reads import PromptReads, StepReads, places_of, was_read
 from infra.plots import plot, read_results
 from infra.report import by_tenth, interval, mean, table, table_random
@@ -321,7 +322,7 @@ def has_room(task, args, tokenizer):
                           words=args.words)
         return True
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             print(f"note: --tasks all leaves out {task}: {error}", file=sys.stderr)
         return False
 

@@ -462,6 +462,7 @@ def make_document(task, context_len, tokenizer, seed, index, n_questions, protoc
 
 
 def own_new_tokens(task, tokenizer):
+    """Tokens that this task, of TASKS or OTHERS, has for an answer: RULER's number."""
     return task.max_new_bytes if tokenizer.name == "bytes" else task.max_new_tokens
 
 

@@ -20,9 +20,7 @@ predictions.csv, metrics.json and config.yaml. All else, answers that outlive a 
 eval_niah.py's. Checked in tests/test_leaderboard.py. Letters as in sparse.py.
 """
 import csv
-import io
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +32,8 @@ import niah
 import sparse
 from infra import weights
 from infra.cli import command, flag_parser, number, positive, seed, usable_device
-from infra.files import load, read_json, save, told_to_end
+from infra.files import lines_of, load, parse_json, read_json, save, told_to_end
+from infra.parallel import is_first
 from sparse import Dense, SnapKV
 from triton_ops import backend
 
@@ -187,12 +186,12 @@ def of_file(file, samples):
 def prompts_for(args):
     """What eval_niah.run asks: a function like its examples_of."""
     def prompts(asked, labels, tokenizers):
-        found = {}
+        given, found = of_file(args.data, args.samples) if args.data else {}, {}
         for label, path in labels.items():
             frame = Frame(weights.resolve(path), tokenizers[label], args.chat == "on")
-            if args.data:
-                found[label] = {task: [frame.example(task, *row, str(args.data)) for row in rows]
-                                for task, rows in of_file(args.data, args.samples).items()}
+            if given:
+                found[label] = {task: [frame.example(task, *row, args.data) for row in rows]
+                                for task, rows in given.items()}
             else:
                 found[label] = {task: [*made_here(args, task, tokenizers[label], frame)]
                                 for task in TASKS}
@@ -206,7 +205,10 @@ def prompts_for(args):
 # ---------------------------------------------------------------- results, as kvpress writes them
 
 def export(args, report):
-    """A folder for each model, press and share. -> [(folder, its mean score)]"""
+    """
+    A folder for each model, press and share. -> [(model, press, share, mean score in percent,
+    folder)]
+    """
     by_setting, means = {}, []
     for row in report["results"]:
         by_setting.setdefault((row["checkpoint"], row["method"]), []).append(row)
@@ -219,14 +221,14 @@ def export(args, report):
             folder = folder.with_name(f"{folder.name}__fraction{args.samples / 500:.3f}")
         metrics = {row["task"]: {"string_match": round(row["ruler"][0], 2)} for row in rows}
         save(metrics, folder / "metrics.json")
-        predictions = [line for row in rows for line in told(row, ratio)]
-        write(folder / "predictions.csv", table(predictions))
+        write_predictions(folder / "predictions.csv", [line for row in rows
+                                                       for line in told(row, ratio)])
         settings = {"dataset": "ruler", "data_dir": "4096", "model": label, "press_name": name,
                     "compression_ratio": ratio, "fraction": args.samples / 500,
                     "query_aware": False, "max_context_length": None, "seed": args.seed,
                     "press_init_command": method, "output_dir": str(args.out)}
-        write(folder / "config.yaml",
-              "".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items()))
+        (folder / "config.yaml").write_text(
+            "".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items()))
         scores = [row["ruler"][0] for row in rows]
         means.append((label, name, ratio, sum(scores) / len(scores), folder))
     return means
@@ -234,23 +236,19 @@ def export(args, report):
 
 def told(row, ratio):
     """Rows of predictions.csv, of one task."""
-    for line in Path(row["predictions"]).read_text(encoding="utf-8").splitlines():
-        line, new_tokens = json.loads(line), (niah.TASKS | niah.OTHERS)[row["task"]].max_new_tokens
-        yield {"task": row["task"], "answer": line["outputs"], "predicted_answer": line["pred"],
-               "max_new_tokens": new_tokens, "compression_ratio": ratio}
+    new_tokens = (niah.TASKS | niah.OTHERS)[row["task"]].max_new_tokens
+    with open(row["predictions"], "rb") as file:
+        for line in (parse_json(text) for _, text in lines_of(file)):
+            yield {"task": row["task"], "answer": line["outputs"], "predicted_answer": line["pred"],
+                   "max_new_tokens": new_tokens, "compression_ratio": ratio}
 
 
-def table(rows):
+def write_predictions(path, rows):
     """A list of answers is written as Python does, which pandas and ast.literal_eval read."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def write(path, text):
-    path.write_text(text, encoding="utf-8")
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 # ---------------------------------------------------------------- python -m experiments.leaderboard
@@ -265,7 +263,7 @@ def run(args):
         *[f"--out={args.out}"] * bool(args.out)])
     asked.argv = args.argv
     eval_niah.run(asked, prompts_for(args))
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         return
     args.out = asked.out
     print("\nRULER's score, %, mean of all tasks; dropped before the question was known")

@@ -216,10 +216,10 @@ def table(results, names):
             gain, *ends = mean_of_tasks(gains[method])
             cells = [f"{cell[0]:+7.1f}" for cell in cells]
             lines.append(line("", short[method], [*cells, f"{gain:+8.1f} {plus_minus(*ends)}"]))
-    beside = [row["task"] for row in next(iter(found.values())) if row.get("in_mean") is False]
-    mean_of = [names[task] for task in tasks if task not in beside]
+    counted = [names[row["task"]] for row in next(iter(of_mean.values()))]
     blind = any(row.get("blind") for row in results)
-    return "\n".join(lines + ["", *notes(found, columns, mean_of if beside else [], blind)])
+    mean_of = counted if len(counted) < len(tasks) else ()
+    return "\n".join(lines + ["", *notes(found, columns, mean_of, blind)])
 
 
 def columns_of(found, of_mean, tasks):

@@ -82,7 +82,7 @@ def folder(tmp_path):
 
 
 def test_a_chat_model_is_asked_through_its_template(folder):
-    """Special tokens as letters; a plain text's tokens as special ones; the question before them."""
+    """Special tokens as letters; a plain text's tokens as special ones; the question before it."""
     e = Frame(folder, Bytes()).example("vt", 3, "Facts.\n", "Which? ", "Answer:", ["A"], 30, "x")
     text = ("<|im_start|>user\nFacts.\n", "Which? <|im_end|>\n<|im_start|>assistant\nAnswer:")
     assert e.prompt == "".join(text)
@@ -95,9 +95,9 @@ def test_a_chat_model_is_asked_through_its_template(folder):
 
 def test_a_model_that_thinks_is_asked_not_to(folder):
     """kvpress's answer prefix inside a thought; a token that is null as the text None."""
-    template = TEMPLATE + "{% if enable_thinking is false %}<think></think>{{ bos_token }}{% endif %}"
+    thought = "{% if enable_thinking is false %}<think></think>{{ bos_token }}{% endif %}"
     (folder / "tokenizer_config.json").write_text(json.dumps({
-        "bos_token": None, "chat_template": template}))
+        "bos_token": None, "chat_template": TEMPLATE + thought}))
     assert Frame(folder, Bytes()).after.endswith("assistant\n<think></think>")
 
 
@@ -129,8 +129,9 @@ def test_prompts_are_cut_where_kvpress_cuts_them(task, monkeypatch, tmp_path):
     frame = Frame(tmp_path, Bytes())
     made = [*leaderboard.made_here(args, task, Bytes(), frame)]
     assert len(made) == 2
-    question, answer = {"v": ("Question: Find all variables that are assigned the value", "Answer:"),
-                        "n": ("What (?:is|are all) the special magic", "The special magic")}[task[0]]
+    of_vt = "Question: Find all variables that are assigned the value", "Answer:"
+    of_needles = "What (?:is|are all) the special magic", "The special magic"
+    question, answer = of_vt if task == "vt" else of_needles
     for i, e in enumerate(made):
         text = niah.make_example(task, 2048, Bytes(), 0, i).prompt
         at = [*re.finditer(question, text)][-1].start()

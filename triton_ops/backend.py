@@ -48,7 +48,7 @@ CODE = {
     "cache.Cache.step": "c7e0fa0d",
     "cache.Cache.store": "a799d181",
     "engine.Inference.described": "79d19030",
-    "engine.Inference.feed": "e7c5e968",
+    "engine.Inference.feed": "37a9d78b",
     "engine.Inference.head": "e5435c2d",
     "memory.Decay.average": "1f988179",
     "memory.Decay.forward": "72f6ae5f",
