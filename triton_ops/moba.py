@@ -8,7 +8,8 @@ gradients.
 Neighbouring queries choose different blocks, so a tile of queries has no block in common. But one
 block has many queries, up to all that follow it. So the attention is key-major:
 
-    count, fill    turn `chosen` about: each block lists the queries that chose it
+    count, fill    turn `chosen` about: each block lists the queries that chose it. A list begins at
+                   a row of the partial results, and the next one whole tiles of rows later
     gather         a program holds the block's K and V and lets its list stream past, a tile of
                    gathered queries at a time: tensor cores stay full, whatever was chosen
     merge          what a query got from each of its blocks is a partial output with its logsumexp;
@@ -24,21 +25,29 @@ G = H // KV, D head width, N blocks, S selected. z counts (b, kv); an entry is a
 a block that it reads. `start` (B,) is the slot of each row's first query; own = slot // block_size.
 A query past the last slot (padding) counts as standing in the last slot.
 """
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triton_ops.common import LOG2E, ROOM, log_sum
 from triton_ops.moba_route import check_inputs, popcount
 
-# Tiles for an H100. A block of up to 128 keys is one tile: K and V (64 KB at D = 128) stay in
-# shared memory while CHUNK tiles of a list pass; two programs share an SM, one multiplies while the
-# other takes exponentials. A longer block streams past each tile.
+# Tiles for an H100 and an H200. A block of up to 128 keys is one tile: K and V (64 KB at D = 128)
+# stay in shared memory while CHUNK tiles of a list pass; two programs share an SM, one multiplies
+# while the other takes exponentials. Smaller blocks or heads leave room for three or four programs,
+# if they make do with fewer registers. A longer block streams past each tile.
 GATHER = dict(BLOCK_M=64, BLOCK_N=128, CHUNK=64, num_warps=4, num_stages=2)
-GATHER_LONG = dict(BLOCK_M=64, BLOCK_N=64, CHUNK=16, num_warps=4, num_stages=3)
+GATHER_SMALL = GATHER | dict(maxnreg=168)    # blocks of up to 64
+GATHER_NARROW = GATHER | dict(maxnreg=128)   # heads of up to 64
+GATHER_LONG = dict(BLOCK_M=128, BLOCK_N=64, CHUNK=16, num_warps=8, num_stages=3)
+GATHER_LONG_NARROW = dict(BLOCK_M=64, BLOCK_N=64, CHUNK=16, num_warps=4, num_stages=2)
 MERGE = dict(BLOCK_T=32, BLOCK_S=4, num_warps=4)
 GRAD = dict(BLOCK_M=64, BLOCK_N=128, CHUNK=64, num_warps=8, num_stages=3)
+GRAD_SMALL = dict(BLOCK_M=64, BLOCK_N=64, CHUNK=64, num_warps=4, num_stages=1)
 # queries a program files. More: longer runs in the lists. Up to 2**15 fit the mask's words
 LISTS = dict(BLOCK_T=128, num_warps=4)
 # ieee products of fp32 run without tensor cores, from registers: small tiles
@@ -124,7 +133,7 @@ def moba_fill_kernel(
     mask_ptr,    # (B * KV, tiles * BLOCK_T / 16, N)  of moba_count_kernel
     begin_ptr,   # (B * KV, tiles, N)                 int32
     place_ptr,   # (B * KV, S, Tq)                    int32
-    list_ptr,    # (B * KV * Tq * S,)                 int32
+    list_ptr,    # (B * KV * rows,)                   int32
     Tq, Tk, N, KV, block_size: tl.constexpr,
     S: tl.constexpr, S_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
@@ -132,10 +141,9 @@ def moba_fill_kernel(
     Files each (query, block) pair in its block's list, and notes where: list[place[s, t]] = t. With
     moba_count_kernel it is a stable sort of the pairs by block.
 
-        place[s, t] = (pairs of the lists and tiles before) + (pairs of the tile before),
-                      -1 if not filed
+        place[s, t] = (begin of the list) + (pairs of the list before), -1 if not filed
     grid   (cdiv(Tq, BLOCK_T), B * KV)
-    tile   as in moba_count_kernel; begin[tile, n] is the sum of its counts before
+    tile   as in moba_count_kernel; begin[tile, n] is where list n has come to before the tile
     bytes  chosen once, place and the lists once; two words a pair from the cache
     dtype  int32
     """
@@ -156,18 +164,25 @@ def moba_fill_kernel(
     tl.store(at, tl.where(reads, place, -1), mask=inside)
 
 
+class Lists(NamedTuple):
+    """
+    The blocks' lists of queries, ascending. Those of one (b, kv) take `rows` entries: the lists of
+    its blocks one behind the other, each filled up to whole tiles of BLOCK_M, so that a tile of
+    partial results is written whole. A list is cut into chunks of up to CHUNK * BLOCK_M.
+    """
+    query: Tensor       # (B * KV * rows,)  the entries
+    place: Tensor       # (B * KV, S, Tq)   of query t's s-th block among the entries, -1 for none
+    begin: Tensor       # (B * KV, N)       of each list among the entries
+    length: Tensor      # (B * KV, N)
+    chunk_ends: Tensor  # (B * KV, N)       number of chunks up to and with each list
+    rows: int
+    chunks: int         # at most so many, as a grid must not depend on what was chosen
+
+
 def file_queries(chosen, start, N, Tk, block_size, tile):
-    """
-    The lists of all blocks, one behind the other over all (b, kv), their queries ascending; cut
-    into chunks of up to CHUNK * BLOCK_M of `tile`. chosen (B, KV, Tq, S) ->
-        lists       (B * KV * Tq * S,)  queries
-        place       (B * KV, S, Tq)     of each in the lists, -1 for none
-        ends        (B * KV * N,)       of the lists
-        chunk_ends  (B * KV, N)         number of chunks up to and with each list
-        chunks      an int: at most so many, as a grid must not depend on what was chosen
-    """
+    """chosen (B, KV, Tq, S) -> Lists, int32"""
     (B, KV, Tq, S), device = chosen.shape, chosen.device
-    S_PAD, warps = triton.next_power_of_2(S), LISTS["num_warps"]
+    S_PAD, warps, BLOCK_M = triton.next_power_of_2(S), LISTS["num_warps"], tile["BLOCK_M"]
     BLOCK_T = max(16, min(LISTS["BLOCK_T"], 8192 // S_PAD))
     tiles, z = triton.cdiv(Tq, BLOCK_T), B * KV
     sizes = dict(block_size=block_size, S=S, S_PAD=S_PAD, BLOCK_T=BLOCK_T)
@@ -176,51 +191,56 @@ def file_queries(chosen, start, N, Tk, block_size, tile):
     moba_count_kernel[tiles, z](
         chosen, start, mask, count, Tq, Tk, N, KV, **sizes, num_warps=warps)
 
-    tile_ends = count.view(-1).cumsum(0, dtype=torch.int32)
-    begins = (tile_ends.view(z, N, tiles) - count).transpose(1, 2).contiguous()
+    rows = Tq * S + min(N, Tq * S) * (BLOCK_M - 1)
+    rows = triton.cdiv(rows, BLOCK_M) * BLOCK_M
+    assert z * rows < 2**31, f"{z * rows} pairs of a query and a block: places do not fit int32"
+    counted = count.cumsum(2, dtype=torch.int32)
+    length = counted[:, :, -1].contiguous()
+    whole = (length + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    begin = whole.cumsum(1, dtype=torch.int32) - whole
+    begin += rows * torch.arange(z, dtype=torch.int32, device=device)[:, None]
+    begins = (begin[:, :, None] + counted - count).transpose(1, 2).contiguous()
     place = torch.empty(z, S, Tq, dtype=torch.int32, device=device)
-    lists = torch.empty(z * Tq * S, dtype=torch.int32, device=device)
+    query = torch.empty(z * rows, dtype=torch.int32, device=device)
     moba_fill_kernel[tiles, z](
-        chosen, start, mask, begins, place, lists, Tq, Tk, N, KV, **sizes, num_warps=2 * warps)
+        chosen, start, mask, begins, place, query, Tq, Tk, N, KV, **sizes, num_warps=2 * warps)
 
-    ends = tile_ends[tiles - 1::tiles].contiguous()
-    length = torch.cat([ends[:1], ends.diff()]).view(z, N)
-    chunk_len = tile["CHUNK"] * tile["BLOCK_M"]
+    chunk_len = tile["CHUNK"] * BLOCK_M
     chunk_ends = ((length + chunk_len - 1) // chunk_len).cumsum(1, dtype=torch.int32)
-    return lists, place, ends, chunk_ends, triton.cdiv(Tq * S, chunk_len) + N
+    chunks = triton.cdiv(Tq * S, chunk_len) + N
+    return Lists(query, place, begin, length, chunk_ends, rows, chunks)
 
 
 # ---------------------------------------------------------------- forward
 
 @triton.jit
-def chunk_of(chunk, z, end_ptr, chunk_end_ptr, N, ROWS: tl.constexpr, N_PAD: tl.constexpr):
+def chunk_of(
+    chunk, z, begin_ptr, length_ptr, chunk_end_ptr, N, ROWS: tl.constexpr, N_PAD: tl.constexpr,
+):
     """
     Chunk number `chunk` of the lists of z: block n, how far into its list the chunk begins, the
-    chunk's first entry in all lists, the same in those of z, the number of entries. n = N: there is
-    none.
+    chunk's first entry, the number of entries. n = N: there is none.
     """
-    offs = tl.arange(0, N_PAD)
-    ends = tl.load(chunk_end_ptr + z.to(tl.int64) * N + offs, mask=offs < N, other=2**31 - 1)
+    offs, at = tl.arange(0, N_PAD), z.to(tl.int64) * N
+    ends = tl.load(chunk_end_ptr + at + offs, mask=offs < N, other=2**31 - 1)
     n = tl.sum((ends <= chunk).to(tl.int32), axis=0)
     into = (chunk - tl.max(tl.where(ends <= chunk, ends, 0), axis=0)) * ROWS   # the block's list
-    list_at = z * N + tl.minimum(n, N - 1)
-    first = into + tl.load(end_ptr + list_at - 1, mask=list_at > 0, other=0)
-    before = tl.load(end_ptr + z * N - 1, mask=z > 0, other=0)
-    return n, into, first, first - before, tl.minimum(tl.load(end_ptr + list_at) - first, ROWS)
+    at += tl.minimum(n, N - 1)
+    entries = tl.minimum(tl.load(length_ptr + at) - into, ROWS)
+    return n, into, tl.load(begin_ptr + at) + into, entries
 
 
 @triton.jit
 def moba_gather_kernel(
     q_ptr,          # (B, Tq, H, D)        with strides
     k_ptr, v_ptr,   # (B, Tk, KV, D)       with strides
-    list_ptr, end_ptr, chunk_end_ptr,    # of file_queries
+    list_ptr, begin_ptr, length_ptr, chunk_end_ptr,  # of Lists
     start_ptr,      # (B,)
-    part_ptr,       # (heads, Tq * S, D)   of this launch
-    lse_ptr,        # (heads, Tq * S)      fp32
+    part_tiles,     # (heads * rows, D)    of this launch, a descriptor by tiles
+    lse_ptr,        # (heads * rows,)      fp32
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh,
-    Tq, Tk, N, KV, h0, scale_log2, block_size: tl.constexpr,
-    G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+    Tq, Tk, N, KV, h0, rows, scale_log2, block_size: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     N_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):
     """
@@ -229,9 +249,9 @@ def moba_gather_kernel(
 
         x = q K_n^T log2(e) / sqrt(D),  q = q[list[place]]
         lse[place] = log2 sum exp2(x),  part[place] = exp2(x - lse) V_n
-    Partials stand in the order of the lists, so that a tile is written in one piece: the queries'
-    order would make neither kernel's memory accesses better, as moba_merge_kernel takes whole rows
-    of D in either.
+    Partials stand in the order of the lists, so that a tile leaves in one piece, by the engine that
+    copies tiles (TMA). The queries' order would make neither kernel's memory accesses better, as
+    moba_merge_kernel takes whole rows of D in either.
     grid   (chunks, query heads of this launch): a chunk is up to CHUNK * BLOCK_M entries of a list
     tile   q [BLOCK_M, D] gathered row by row, a tile ahead; K, V [BLOCK_N, D] stay for the whole
            chunk if the block is one tile, else they stream past each q tile. The queries that stand
@@ -241,8 +261,8 @@ def moba_gather_kernel(
     """
     head = h0 + tl.program_id(1)
     b, h = (head // (KV * G)).to(tl.int64), head % (KV * G)
-    n, into, first, place, entries = chunk_of(
-        tl.program_id(0), head // G, end_ptr, chunk_end_ptr, N, CHUNK * BLOCK_M, N_PAD)
+    n, into, first, entries = chunk_of(tl.program_id(0), head // G, begin_ptr, length_ptr,
+                                       chunk_end_ptr, N, CHUNK * BLOCK_M, N_PAD)
     if n >= N:  # the grid is for the longest lists there may be
         return
     offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
@@ -258,22 +278,21 @@ def moba_gather_kernel(
     k_ptr += b * stride_kb + (h // G) * stride_kh + key * stride_kt + offs_d
     v_ptr += b * stride_vb + (h // G) * stride_vh + key * stride_vt + offs_d
     list_ptr += first
-    part_ptr += (tl.program_id(1).to(tl.int64) * Tq * S + place) * D
-    lse_ptr += tl.program_id(1).to(tl.int64) * Tq * S + place
+    row = first + (tl.program_id(1) - head // G) * rows  # of the partial results
     ONE_TILE: tl.constexpr = block_size <= BLOCK_N
     if ONE_TILE:
         k = tl.load(k_ptr, mask=(offs_n < inside)[:, None], other=0)            # [BLOCK_N, D]
         v = tl.load(v_ptr, mask=(offs_n < inside)[:, None], other=0)
 
-    # a tile's list is fetched two tiles ahead, its q one tile; past the end they are some query's
-    t = tl.load(list_ptr + offs_m, mask=offs_m < entries, other=0)              # [BLOCK_M]
+    # a tile's list is fetched two tiles ahead, its q one tile; past the end stands the last query
+    t = tl.load(list_ptr + tl.minimum(offs_m, entries - 1))                     # [BLOCK_M]
     q = tl.load(q_ptr + (t * stride_qt)[:, None] + offs_d)                      # [BLOCK_M, D]
-    next_t = tl.load(list_ptr + BLOCK_M + offs_m, mask=BLOCK_M + offs_m < entries, other=0)
+    next_t = tl.load(list_ptr + tl.minimum(BLOCK_M + offs_m, entries - 1))
     for m in tl.range(0, entries, BLOCK_M, num_stages=1 if ONE_TILE else None):
         next_q = tl.load(q_ptr + (next_t * stride_qt)[:, None] + offs_d)
         newest = tl.minimum(start_in_block + t, inside - 1)                     # [BLOCK_M]  key
         t, following = next_t, m + 2 * BLOCK_M + offs_m
-        next_t = tl.load(list_ptr + following, mask=following < entries, other=0)
+        next_t = tl.load(list_ptr + tl.minimum(following, entries - 1))
         if ONE_TILE:
             x = tl.dot(q, tl.trans(k), input_precision="ieee")                  # [BLOCK_M, BLOCK_N]
             if m < n_masked:
@@ -299,22 +318,20 @@ def moba_gather_kernel(
                 total = total * shrink + tl.sum(p, axis=1)
                 y = tl.dot(p.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")
                 top = higher
-        here = m + offs_m
-        y = (y * (1 / total)[:, None]).to(part_ptr.dtype.element_ty)            # [BLOCK_M, D]
-        tl.store(part_ptr + here[:, None] * D + offs_d, y, mask=(here < entries)[:, None])
-        tl.store(lse_ptr + here, log_sum(top, total), mask=here < entries)
+        y = y * (1 / total)[:, None]                                            # [BLOCK_M, D]
+        part_tiles.store([row + m, 0], y.to(part_tiles.dtype))
+        tl.store(lse_ptr + row + m + offs_m, log_sum(top, total))
         q = next_q
 
 
 @triton.jit
 def moba_merge_kernel(
-    part_ptr,   # (heads, TILES, Tq * S, D)  of this launch
-    lse_ptr,    # (heads, Tq * S)            fp32; or None: a plain sum
-    place_ptr,  # (B * KV, S, Tq)            of file_queries
-    end_ptr,    # (B * KV * N,)              of file_queries
+    part_ptr,   # (heads, TILES, rows, D)  of this launch
+    lse_ptr,    # (heads, rows)            fp32; or None: a plain sum
+    place_ptr,  # (B * KV, S, Tq)          of Lists
     y_ptr,      # (B, Tq, H, D)
-    y_lse_ptr,  # (B, H, Tq)                 fp32, or None
-    Tq, N, KV, h0, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr,
+    y_lse_ptr,  # (B, H, Tq)               fp32, or None
+    Tq, KV, h0, rows, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr,
     TILES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):
     """
@@ -334,13 +351,13 @@ def moba_merge_kernel(
     offs_t, offs_d = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, D)
     mask_t = offs_t < Tq
     place_ptr += z.to(tl.int64) * S * Tq
-    before = tl.load(end_ptr + z * N - 1, mask=z > 0, other=0)  # places count from the first list
-    part_ptr += (tl.program_id(1).to(tl.int64) * TILES * Tq * S - before) * D
+    # places count from the first list of all (b, kv), partial results from this launch's first
+    part_ptr += (tl.program_id(1).to(tl.int64) * TILES - z) * rows * D
     # BLOCK_S columns at a time, one below the other: a thread finds a query's rows among its own
-    rows = tl.arange(0, BLOCK_S * BLOCK_T)
-    row_t, row_s = tl.program_id(0) * BLOCK_T + rows % BLOCK_T, rows // BLOCK_T
+    offs = tl.arange(0, BLOCK_S * BLOCK_T)
+    row_t, row_s = tl.program_id(0) * BLOCK_T + offs % BLOCK_T, offs // BLOCK_T
     if lse_ptr is not None:
-        lse_ptr += tl.program_id(1).to(tl.int64) * Tq * S - before
+        lse_ptr += (tl.program_id(1).to(tl.int64) - z) * rows
         offs_s = tl.arange(0, S_PAD)
         place = tl.load(place_ptr + offs_s[:, None] * Tq + offs_t[None, :],
                         mask=(offs_s < S)[:, None] & mask_t[None, :], other=-1)  # [S, BLOCK_T]
@@ -367,9 +384,22 @@ def moba_merge_kernel(
             part = tl.load(part_ptr + at[:, None] * D + offs_d, mask=there[:, None], other=0)
             weighted = weight[:, None] * part.to(tl.float32)
             y += tl.sum(tl.reshape(weighted, (BLOCK_S, BLOCK_T, D)), axis=0)
-            at += Tq * S
+            at += rows
     at = y_ptr + ((b * Tq + offs_t) * (KV * G) + h)[:, None] * D + offs_d
     tl.store(at, y, mask=mask_t[:, None])
+
+
+def tile_of(q, block_size):
+    """For moba_gather_kernel, and for moba_gather_grad_kernel."""
+    long, small, narrow = block_size > GATHER["BLOCK_N"], block_size <= 64, q.shape[3] <= 64
+    if q.dtype == torch.float32:
+        tile, grad = GATHER_FP32, GRAD_FP32
+    elif long:
+        tile, grad = GATHER_LONG_NARROW if narrow else GATHER_LONG, GRAD
+    else:
+        tile = GATHER_NARROW if narrow else GATHER_SMALL if small else GATHER
+        grad = GRAD_SMALL if small else GRAD
+    return fit_block(tile, block_size), fit_block(grad, block_size)
 
 
 def fit_block(tile, block_size):
@@ -408,32 +438,27 @@ def moba_forward(
     G, S, N = H // KV, chosen.shape[3], triton.cdiv(Tk, block_size)
     assert chosen.shape == (B, KV, Tq, S) and chosen.dtype == torch.int32, \
         f"chosen: {chosen.shape}, {chosen.dtype}"
-    assert B * KV * Tq * S < 2**31, \
-        f"{B * KV * Tq * S} pairs of a query and a block: places do not fit int32"
     assert Tq * max(q.stride(1), H * D) < 2**31, \
         f"q {q.shape}: offsets within a row do not fit int32"
-    tile = GATHER if block_size <= GATHER["BLOCK_N"] else GATHER_LONG
-    if q.dtype == torch.float32:
-        tile = GATHER_FP32
-    tile, merge, sizes = fit_block(tile, block_size), merge_tile(S), dict(G=G, D=D, S=S)
-    lists, place, ends, chunk_ends, chunks = file_queries(
-        chosen.contiguous(), start, N, Tk, block_size, tile)
+    (tile, _), merge = tile_of(q, block_size), merge_tile(S)
+    lists = file_queries(chosen.contiguous(), start, N, Tk, block_size, tile)
 
     y = torch.empty(B, Tq, H, D, dtype=q.dtype, device=q.device)
     y_lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
-    heads = heads_at_once(Tq * S * D * q.element_size(), 1, B * H)
-    part = torch.empty(heads, Tq * S, D, dtype=q.dtype, device=q.device)
-    lse = torch.empty(heads, Tq * S, dtype=torch.float32, device=q.device)
+    heads = heads_at_once(lists.rows * D * q.element_size(), 1, B * H)
+    part = torch.empty(heads * lists.rows, D, dtype=q.dtype, device=q.device)
+    lse = torch.empty(heads * lists.rows, dtype=torch.float32, device=q.device)
+    part_tiles = TensorDescriptor.from_tensor(part, [tile["BLOCK_M"], D])
     for h0 in range(0, B * H, heads):
         here = min(heads, B * H - h0)
-        moba_gather_kernel[chunks, here](
-            q, k, v, lists, ends, chunk_ends, start, part, lse,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            Tq, Tk, N, KV, h0, D ** -0.5 * LOG2E.value, block_size,
-            **sizes, N_PAD=triton.next_power_of_2(N), **tile)
+        moba_gather_kernel[lists.chunks, here](
+            q, k, v, lists.query, lists.begin, lists.length, lists.chunk_ends, start,
+            part_tiles, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            Tq, Tk, N, KV, h0, lists.rows, D ** -0.5 * LOG2E.value, block_size,
+            G=G, D=D, N_PAD=triton.next_power_of_2(N), **tile)
         moba_merge_kernel[triton.cdiv(Tq, merge["BLOCK_T"]), here](
-            part, lse, place, ends, y, y_lse, Tq, N, KV, h0,
-            **sizes, S_PAD=triton.next_power_of_2(S), TILES=1, **merge)
+            part, lse, lists.place, y, y_lse, Tq, KV, h0, lists.rows,
+            G=G, D=D, S=S, S_PAD=triton.next_power_of_2(S), TILES=1, **merge)
     return y, y_lse
 
 
@@ -470,14 +495,13 @@ def moba_gather_grad_kernel(
     dy_ptr,            # (B, Tq, H, D)     contiguous
     lse_ptr,           # (B, H, Tq)        fp32
     delta_ptr,         # (B, Tq, H)        fp32
-    list_ptr, end_ptr, chunk_end_ptr,    # of file_queries
+    list_ptr, begin_ptr, length_ptr, chunk_end_ptr,  # of Lists
     start_ptr,         # (B,)
-    dq_ptr,            # (heads, tiles, Tq * S, D)               of this launch
+    dq_ptr,            # (heads, tiles, rows, D)              of this launch
     dk_ptr, dv_ptr,    # (heads, chunks, tiles, BLOCK_N, D)      fp32
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh,
-    Tq, Tk, N, KV, h0, scale, block_size: tl.constexpr,
-    G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+    Tq, Tk, N, KV, h0, rows, scale, block_size: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     N_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):
     """
@@ -497,8 +521,8 @@ def moba_gather_grad_kernel(
     """
     chunk, tile, head = tl.program_id(0), tl.program_id(1), h0 + tl.program_id(2)
     b, h = (head // (KV * G)).to(tl.int64), head % (KV * G)
-    n, _, first, place, entries = chunk_of(
-        chunk, head // G, end_ptr, chunk_end_ptr, N, CHUNK * BLOCK_M, N_PAD)
+    n, _, first, entries = chunk_of(
+        chunk, head // G, begin_ptr, length_ptr, chunk_end_ptr, N, CHUNK * BLOCK_M, N_PAD)
     if n >= N:
         return
     offs_m, offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
@@ -515,7 +539,7 @@ def moba_gather_grad_kernel(
     delta_ptr += b * Tq * KV * G + h
     list_ptr += first
     key_tiles, local = tl.num_programs(1), tl.program_id(2).to(tl.int64)
-    dq_ptr += ((local * key_tiles + tile) * Tq * S + place) * D
+    row = first + (tl.program_id(2) * key_tiles + tile - head // G) * rows
     key_at = ((local * tl.num_programs(0) + chunk) * key_tiles + tile) * BLOCK_N + offs_n
     key_at = key_at[:, None] * D + offs_d                                       # [BLOCK_N, D]
     k = tl.load(k_ptr, mask=(offs_n < inside)[:, None], other=0)                # [BLOCK_N, D]
@@ -523,15 +547,14 @@ def moba_gather_grad_kernel(
     dk = tl.zeros((BLOCK_N, D), tl.float32)
     dv = tl.zeros((BLOCK_N, D), tl.float32)
     for m in range(0, entries, BLOCK_M):
-        mask_m = m + offs_m < entries
-        t = tl.load(list_ptr + m + offs_m, mask=mask_m, other=0)                # [BLOCK_M]
-        q_at = q_ptr + (t * stride_qt)[:, None] + offs_d                        # [BLOCK_M, D]
-        dy_at = dy_ptr + (t * (KV * G * D))[:, None] + offs_d
-        q = tl.load(q_at, mask=mask_m[:, None], other=0)
-        dy = tl.load(dy_at, mask=mask_m[:, None], other=0)
-        lse = tl.load(lse_ptr + t, mask=mask_m, other=0)                        # [BLOCK_M]
-        delta = tl.load(delta_ptr + t * (KV * G), mask=mask_m, other=0)
-        newest = tl.where(mask_m, tl.minimum(start_in_tile + t, inside - 1), -1)
+        # past its end the list's last query, which reads nothing there
+        t = tl.load(list_ptr + tl.minimum(m + offs_m, entries - 1))             # [BLOCK_M]
+        q = tl.load(q_ptr + (t * stride_qt)[:, None] + offs_d)                  # [BLOCK_M, D]
+        dy = tl.load(dy_ptr + (t * (KV * G * D))[:, None] + offs_d)
+        lse = tl.load(lse_ptr + t)                                              # [BLOCK_M]
+        delta = tl.load(delta_ptr + t * (KV * G))
+        newest = tl.minimum(start_in_tile + t, inside - 1)
+        newest = tl.where(m + offs_m < entries, newest, -1)
         x = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)    # [BLOCK_N, BLOCK_M]
         p = tl.where(offs_n[:, None] <= newest[None, :], tl.exp2(x - lse[None, :]), 0)
         dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee")             # [BLOCK_N, D]
@@ -539,8 +562,8 @@ def moba_gather_grad_kernel(
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="ieee")                          # [BLOCK_N, D]
         dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale            # [BLOCK_M, D]
-        tl.store(dq_ptr + (m + offs_m)[:, None] * D + offs_d, dq.to(dq_ptr.dtype.element_ty),
-                 mask=mask_m[:, None])
+        at = dq_ptr + (row + m + offs_m).to(tl.int64)[:, None] * D + offs_d
+        tl.store(at, dq.to(dq_ptr.dtype.element_ty))
     tl.store(dk_ptr + key_at, dk * scale)
     tl.store(dv_ptr + key_at, dv)
 
@@ -548,7 +571,7 @@ def moba_gather_grad_kernel(
 @triton.jit
 def moba_merge_keys_kernel(
     part_ptr,       # (heads, chunks, tiles, BLOCK_N, D)  fp32, of this launch
-    chunk_end_ptr,  # (B * KV, N)                         of file_queries
+    chunk_end_ptr,  # (B * KV, N)                         of Lists
     dx_ptr,         # (B, Tk, KV, D)
     Tk, N, KV, z0, chunks, block_size: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -593,12 +616,10 @@ def moba_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # dq, dk, dv
     (B, Tq, H, D), (_, Tk, KV, _) = q.shape, k.shape
     G, S, N = H // KV, chosen.shape[3], triton.cdiv(Tk, block_size)
-    tile = fit_block(GRAD_FP32 if q.dtype == torch.float32 else GRAD, block_size)
-    merge, sizes = merge_tile(S), dict(G=G, D=D, S=S)
+    (_, tile), merge = tile_of(q, block_size), merge_tile(S)
     key_tiles = triton.cdiv(block_size, tile["BLOCK_N"])
     # filed anew: chunks differ from forward's, and keeping the lists would take 8 bytes a pair
-    lists, place, ends, chunk_ends, chunks = file_queries(
-        chosen.contiguous(), start, N, Tk, block_size, tile)
+    lists = file_queries(chosen.contiguous(), start, N, Tk, block_size, tile)
     dy = dy.contiguous()
     delta = torch.empty(B, Tq, H, dtype=torch.float32, device=q.device)  # y_lse is (B, H, Tq)
     moba_delta_kernel[(triton.cdiv(delta.numel(), 64),)](
@@ -606,24 +627,25 @@ def moba_backward(
 
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     # bytes of a head's parts, and whole groups: a key's gradient is the sum over its group
-    n_bytes = key_tiles * D * (Tq * S * q.element_size() + chunks * tile["BLOCK_N"] * 8)
+    n_bytes = key_tiles * D * (lists.rows * q.element_size() + lists.chunks * tile["BLOCK_N"] * 8)
     heads = heads_at_once(n_bytes, G, B * H)
-    part = torch.empty(heads, key_tiles, Tq * S, D, dtype=q.dtype, device=q.device)
-    dk_part, dv_part = torch.empty(2, heads, chunks, key_tiles, tile["BLOCK_N"], D,
+    part = torch.empty(heads, key_tiles, lists.rows, D, dtype=q.dtype, device=q.device)
+    dk_part, dv_part = torch.empty(2, heads, lists.chunks, key_tiles, tile["BLOCK_N"], D,
                                    dtype=torch.float32, device=q.device)
     for h0 in range(0, B * H, heads):
         here = min(heads, B * H - h0)
-        moba_gather_grad_kernel[chunks, key_tiles, here](
-            q, k, v, dy, y_lse, delta, lists, ends, chunk_ends, start, part, dk_part, dv_part,
+        moba_gather_grad_kernel[lists.chunks, key_tiles, here](
+            q, k, v, dy, y_lse, delta, lists.query, lists.begin, lists.length, lists.chunk_ends,
+            start, part, dk_part, dv_part,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            Tq, Tk, N, KV, h0, D ** -0.5, block_size,
-            **sizes, N_PAD=triton.next_power_of_2(N), **tile)
+            Tq, Tk, N, KV, h0, lists.rows, D ** -0.5, block_size,
+            G=G, D=D, N_PAD=triton.next_power_of_2(N), **tile)
         moba_merge_kernel[triton.cdiv(Tq, merge["BLOCK_T"]), here](
-            part, None, place, ends, dq, None, Tq, N, KV, h0,
-            **sizes, S_PAD=1, TILES=key_tiles, **merge)
+            part, None, lists.place, dq, None, Tq, KV, h0, lists.rows,
+            G=G, D=D, S=S, S_PAD=1, TILES=key_tiles, **merge)
         for x_part, dx in (dk_part, dk), (dv_part, dv):
             moba_merge_keys_kernel[N, key_tiles, here // G](
-                x_part, chunk_ends, dx, Tk, N, KV, h0 // G, chunks, block_size,
+                x_part, lists.chunk_ends, dx, Tk, N, KV, h0 // G, lists.chunks, block_size,
                 G=G, D=D, BLOCK_N=tile["BLOCK_N"])
     return dq, dk, dv
 

@@ -219,37 +219,45 @@ def moba_unpack_kernel(
     start_ptr,   # (B,)
     chosen_ptr,  # (B, KV, Tq, S)      int32
     Tq, Tk, KV, block_size: tl.constexpr,
-    S: tl.constexpr, KEEP_FIRST: tl.constexpr, WORDS: tl.constexpr, BLOCK_T: tl.constexpr,
+    S: tl.constexpr, S_PAD: tl.constexpr, KEEP_FIRST: tl.constexpr, WORDS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     """
-    The bits that moba_route_kernel kept, as lists of blocks: ascending, then the own block, then
+    The bits that moba_route_kernel kept, as lists of blocks: ascending, the own block last, then
     -1.
 
     grid   (cdiv(Tq, BLOCK_T), B * KV)
-    tile   32 lanes a query, one per bit of a word; a word's blocks go to places side by side
+    tile   chosen [BLOCK_T, S]: place s of a query looks for the word with the s-th set bit, and
+           takes the bits before it off
     bytes  chosen once, the words are a few percent of it
     dtype  int32
     """
-    z, offs = tl.program_id(1), tl.arange(0, BLOCK_T * 32)
-    word_ptr += z.to(tl.int64) * Tq * WORDS
-    t, lane = tl.program_id(0) * BLOCK_T + offs // 32, offs % 32                # [BLOCK_T * 32]
-    at = chosen_ptr + z.to(tl.int64) * Tq * S + t * S
+    z, offs_s = tl.program_id(1), tl.arange(0, S_PAD)[None, :]
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     own = (tl.minimum(tl.load(start_ptr + z // KV) + t, Tk - 1) // block_size).to(tl.int32)
-    kept = offs * 0
-    for i in range(WORDS):
+    word_ptr += (z.to(tl.int64) * Tq + t) * WORDS
+    one = tl.full((BLOCK_T,), 1, tl.uint32)
+    kept = t * 0                                                    # blocks in the words so far
+    mine = tl.zeros((BLOCK_T, S_PAD), tl.uint32)                    # the word, and of its bits and
+    rank, n = mine.to(tl.int32), mine.to(tl.int32) - 1              # blocks those before
+    for i in range(tl.max(own, axis=0) // 32 + 1):
         # words without a block before the own were not written
-        written = (t < Tq) & (i * 32 < own)
-        word = tl.load(word_ptr + t * WORDS + i, mask=written, other=0).to(tl.uint32, bitcast=True)
+        word = tl.load(word_ptr + i, mask=(t < Tq) & (i * 32 < own), other=0)
+        word = word.to(tl.uint32, bitcast=True)
+        word |= tl.where(own // 32 == i, one << (own % 32).to(tl.uint32), 0)
         if KEEP_FIRST:
-            word |= ((i == 0) & (own > 0)).to(tl.uint32)
-        upto = word << (31 - lane).to(tl.uint32)  # this lane's bit on top, those before it below
-        place = kept + popcount(upto) - 1
-        # NaN scores may have misled the search: never write outside the row
-        tl.store(at + place, i * 32 + lane, mask=(upto >> 31 > 0) & (place < S) & (t < Tq))
-        kept += popcount(word)
-    for s in range(0, S, 32):
-        rest = (s + lane >= kept) & (s + lane < S) & (t < Tq)
-        tl.store(at + s + lane, tl.where(s + lane == kept, own, -1), mask=rest)
+            word |= tl.where(kept == 0, one, 0)  # in the first word: from then on some are kept
+        number = popcount(word)
+        here = (offs_s >= kept[:, None]) & (offs_s < (kept + number)[:, None])
+        mine = tl.where(here, word[:, None], mine)
+        rank = tl.where(here, offs_s - kept[:, None], rank)
+        n = tl.where(here, i * 32, n)
+        kept += number
+    for i in range(tl.max(tl.max(rank, axis=1), axis=0)):
+        mine = tl.where(i < rank, mine & (mine - 1), mine)  # without its lowest bit
+    n = tl.where(n >= 0, n + popcount((mine - 1) & ~mine), n)
+    at = chosen_ptr + (z.to(tl.int64) * Tq + t)[:, None] * S + offs_s
+    tl.store(at, n, mask=(offs_s < S) & (t < Tq)[:, None])
 
 
 # ---------------------------------------------------------------- the launcher
@@ -303,13 +311,16 @@ def moba_route(
             q, mean, start, words, *q.stride()[:3], Tq, Tk, N, KV, block_size,
             G=H // KV, D=D, S=S, KEEP_FIRST=keep_first, PARTS=parts, WORDS=widest // 32,
             ABOVE=above, W=W, BLOCK_M=BLOCK_M, BLOCK_D=min(64, D, ROUTE_SCORES * parts // W),
-            num_warps=num_warps, num_stages=2)
+            # 64 scores a thread: with 128 registers four programs share an SM
+            num_warps=num_warps, num_stages=2, maxnreg=128 if W <= 128 and parts == 2 else None)
         W, above = 2 * W, W
 
     chosen = torch.empty(B, KV, Tq, S, dtype=torch.int32, device=q.device)
-    moba_unpack_kernel[triton.cdiv(Tq, 16), B * KV](
-        words, start, chosen, Tq, Tk, KV, block_size, S=S, KEEP_FIRST=keep_first,
-        WORDS=widest // 32, BLOCK_T=16, num_warps=4)
+    S_PAD = triton.next_power_of_2(S)
+    BLOCK_T = max(1, 4096 // S_PAD)
+    moba_unpack_kernel[triton.cdiv(Tq, BLOCK_T), B * KV](
+        words, start, chosen, Tq, Tk, KV, block_size, S=S, S_PAD=S_PAD, KEEP_FIRST=keep_first,
+        WORDS=widest // 32, BLOCK_T=BLOCK_T, num_warps=4)
     return chosen
 
 
