@@ -656,7 +656,7 @@ PATTERNS = {  # dilation, local, initial
     "streaming": (None, 6, 2), "own only": (None, 0, 0), "dense": (1, 0, 0),
     "window": (None, 64, 0),
     "wide window": (4, 40, 0), "initial beyond a chunk": (64, 16, 70),
-    "everything": (None, 2**40, 2**40), "far": (2**40, 20, 30),
+    "everything": (None, 2**40, 2**40), "far": (2**40, 20, 30), "whole tiles": (2, 120, 3),
 }
 ARL, RATPLUS = (64, 0, 0), (16, 256, 4)  # as the paper has them
 
@@ -688,7 +688,10 @@ def plainly_dilated(pattern, start):
         # SmolLM2's heads; a group of more heads than a tile of a decoding step has rows
         (9, 3, 64, PATTERNS["window"], (100, 300), BF16),
         (20, 1, 16, PATTERNS["all three"], (20, 100), FP32),
-        (20, 1, 32, PATTERNS["arl"], (20, 150), BF16))
+        (20, 1, 32, PATTERNS["arl"], (20, 150), BF16),
+        # tiles that all queries of a tile read whole: of shared keys, of their windows
+        (3, 1, 16, PATTERNS["whole tiles"], (200, 400), FP32),
+        (2, 1, 32, PATTERNS["whole tiles"], (200, 600), BF16))
 def dilated(case, H, KV, D, pattern, T, dtype):
     """A whole prompt, forward and backward."""
     T, pattern = case.size("T", *T), case.record("pattern", pattern)
@@ -716,7 +719,10 @@ def dilated(case, H, KV, D, pattern, T, dtype):
         (1, 1, 128, PATTERNS["streaming"], (1, 600), BF16),
         (6, 2, 16, PATTERNS["wide window"], (41, 500), BF16),
         (16, 1, 64, RATPLUS, (300, 2000), BF16), (4, 1, 128, RATPLUS, (6000, 10000), BF16),
-        (20, 1, 32, PATTERNS["all three"], (1, 300), BF16))
+        (20, 1, 32, PATTERNS["all three"], (1, 300), BF16),
+        # several splits
+        (6, 2, 16, PATTERNS["whole tiles"], (200, 700), FP32),
+        (3, 1, 32, PATTERNS["whole tiles"], (200, 3000), BF16))
 def dilated_step(case, H, KV, D, pattern, Tk, dtype):
     """One query, or a chunk of them, in a cache; some of them are padding."""
     Tk, B, pattern = case.size("Tk", *Tk), case.size("B", 1, 4), case.record("pattern", pattern)

@@ -111,6 +111,16 @@ EDGES = [  # kernel, setting, what is pinned
     # a tile whose queries are all padding, so far behind the cache that no window reaches it
     ("dilated_step", 0, dict(B=2, Tk=100, pattern=(None, 6, 0), start=[40, 95], padding=0,
                              chunk=True, Tq=60)),
+    # stretches without masks: where they begin and end, from slot 0 on and in a chunk; initial keys
+    # that take a tile and a bit; every key shared
+    *(("dilated", index, dict(B=1, T=T)) for index, T in ((13, 225), (14, 257), (14, 330))),
+    ("dilated", 13, dict(B=1, T=150, pattern=(2, 70, 40))),
+    ("dilated", 14, dict(B=1, T=260, pattern=(1, 0, 0))),
+    *(("dilated_step", index, dict(B=2, Tk=400, start=start, chunk=True, Tq=60, padding=0))
+      for index in (8, 9) for start in ([340, 201], [375, 13])),
+    # splits of a long list and of none; a row that fills but one of them
+    *(("dilated_step", index, dict(B=3, Tk=450, start=[449, 300, 9], chunk=False, pattern=pattern))
+      for index in (8, 9) for pattern in ((2, 120, 3), (1, 0, 0), (None, 440, 2))),
 ]
 
 
@@ -142,6 +152,9 @@ CUTS = [  # kernel, setting, what is pinned, the constants of a launcher
     # queries dropped or counted twice; shared gradients stored over the others' instead of added
     *(("dilated", index, dict(B=1, T=100), dilated, dict(SPLIT_UP_TO=n))
       for index in (0, 1, 12) for n in (1, 3, 50)),
+    # a step's keys read by two of its splits or by none
+    *(("dilated_step", index, dict(B=2, Tk=450, start=[449, 200], chunk=False), dilated,
+       dict(SPLIT_UP_TO=n)) for index in (8, 9) for n in (1, 8, 12)),
 ]
 
 
@@ -328,6 +341,17 @@ def test_a_window_of_scores_far_below_zero():
     assert_close(y, attend(q, k, v, keep), atol=1e-3)
 
 
+def test_a_split_step_gives_what_one_program_does(monkeypatch):
+    """The splits' sum of exponentials, which no y shows, lost or without its empty splits."""
+    q, (k, v) = draw(2, 1, 6, 16), draw(2, 2, 450, 2, 16, seed=1)
+    outs = []
+    for programs in 1, 264:
+        monkeypatch.setattr(dilated, "SPLIT_UP_TO", programs)
+        outs.append(dilated.dilated_forward(q, k, v, slots(449, 9), 2, 120, 3))
+    for one, several in zip(*outs):
+        assert_close(several, one)
+
+
 @pytest.mark.parametrize("S", [1, 2, 5])
 def test_equal_scores_give_the_lowest_blocks(S):
     """A bisection that never ends, takes more than S, or the wrong ones, when all scores tie."""
@@ -389,8 +413,24 @@ def test_scores_of_nan_choose_blocks_that_exist(dtype):
     assert ((chosen >= -1) & (chosen <= own)).all()
 
 
+def test_lists_take_whole_tiles():
+    """A tile of partial results that reaches into the next list's: a race, on a GPU alone."""
+    q, k, _ = draw_prompt(2, 100, 2, 1, 16, 100, FP32, seed=3)
+    chosen = moba_route(q, k, slots(0, 0), 8, 4, True)
+    lists = moba.file_queries(chosen, slots(0, 0), 13, 100, 8, dict(BLOCK_M=16, CHUNK=1))
+    begin, length = lists.begin.flatten(), lists.length.flatten()
+    ends = begin + (length + 15) // 16 * 16
+    assert (ends[:-1] <= begin[1:]).all() and ends[-1] <= len(lists.query)
+    for z in range(2):
+        for n in range(13):
+            query = lists.query[lists.begin[z, n]:][:lists.length[z, n]]
+            t, s = (chosen[z, 0] == n).nonzero(as_tuple=True)
+            assert torch.equal(query, t.int())
+            assert torch.equal(lists.query[lists.place[z, s, t].long()], query)
+
+
 def test_nan_of_one_query_leaves_the_gradients_of_others():
-    """A gathered tile padded with another query's NaN, which 0 * NaN would spread."""
+    """A gathered tile filled up with another query's NaN, which 0 * NaN would spread."""
     q, k, v = draw_prompt(1, 50, 2, 1, 16, 50, FP32, seed=18)
     chosen = moba_route(q, k, slots(0), 8, 3, True)
     f, dy = lambda *x: moba_attend(*x, chosen, slots(0), 8), [torch.ones(1, 50, 2, 16).to(DEVICE)]

@@ -317,11 +317,12 @@ def test_a_prompt_s_kernels_of_the_largest_values(signs, q_size, dtype, monkeypa
     for pattern in (8, 5, 3), (8, 0, 0):
         keep = Dilated(*pattern).pattern(i, j)
         assert_attention(lambda *x: dilated.dilated(*x, start, *pattern), q, k, v, keep)
-    y = dilated.dilated(q[:, -1:].contiguous(), k, v, start + T - 1, 8, 5, 3)
-    keep = Dilated(8, 5, 3).pattern(T - 1, j)
-    assert_right(y, softmax_over(q[:, -1:], k, v, keep), dtype)
+    for pattern in (8, 5, 3), (1, 40, 0):  # one split, and several
+        y = dilated.dilated(q[:, -1:].contiguous(), k, v, start + T - 1, *pattern)
+        keep = Dilated(*pattern).pattern(T - 1, j)
+        assert_right(y, softmax_over(q[:, -1:], k, v, keep), dtype)
     for size in 16, 48:  # a block in one tile of keys, and longer than it
-        for tiles in moba.GATHER, moba.GATHER_LONG:
+        for tiles in moba.GATHER, moba.GATHER_NARROW, moba.GATHER_LONG, moba.GATHER_LONG_NARROW:
             monkeypatch.setitem(tiles, "BLOCK_N", 32)
         own = i // size
         chosen = torch.cat([own * 0, own.where(own > 0, -1)], dim=1)  # the first, and its own

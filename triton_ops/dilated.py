@@ -16,9 +16,11 @@ ARL's training pass (dilation=64, local=0, initial=0) reads 1/64 of the keys and
 what it takes to read q, k, v and write y. RAT+'s inference has both. With dilation=None no chunk
 ends: StreamingLLM, and with initial=0 the window that official RAT+ trains its baseline with.
 
-    forward_kernel     y and lse                                    a program per tile of queries
-    query_grad_kernel  dq and delta                                 a program per tile of queries
-    key_grad_kernel    dk, dv of the band, then of the shared       a program per tile of keys
+    forward_kernel     y and lse              a program per tile of queries; in a decoding step
+                                              several, each with its part of the keys
+    query_grad_kernel  dq and delta           a program per tile of queries
+    key_grad_kernel    dk, dv of the band,    a program per tile of keys
+                       then of the shared
                        keys, added
 
 Each query head has tiles of its own, and the G heads of a KV head read its keys again from L2: a
@@ -37,6 +39,18 @@ after them.
     dilation 4, initial 2:   slot  0  1  2  3  4  5  6  7  8  9 10 11
                              m     0  1     2           3           4          first_end = 3
 
+A program takes the keys of its queries as one list, tile by tile: shared ones, then the band. In a
+long list most tiles are read whole by all of the queries. Those go first, in two loops that need no
+masks and step evenly through the slots; what is left follows in a third. Of 64 queries in slots 960
+to 1023, with dilation 16, local 256, initial 4 and tiles of 16 keys:
+
+    shared   slots 0 .. 191, the initial ones among them     1 tile
+                   207 .. 703, every 16th                    2 tiles, whole
+                   719 .. 751, every 16th                    1 tile, not filled
+    band           704 .. 767, in some windows               4 tiles
+                   768 .. 959, in all windows               12 tiles, whole
+                   960 .. 1023, some queries stand here      4 tiles
+
 reference: sparse.Dilated; tests/test_kernels.py holds `dilated` to it, in values and in
 gradients. The same inputs give the same bits: nothing is added atomically, and parts are summed in
 their order. kernels.py explains how a kernel is written here.
@@ -52,6 +66,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_ops.common import LOG2E, ROOM, SHRUNK, log_sum
+from triton_ops.quest import combine_kernel
 
 # BLOCK_M rows and BLOCK_N keys of a tile. The passes are bound by memory, so tiles are small: two
 # to four programs share an SM, and one's loads hide another's arithmetic. Hopper's tensor cores
@@ -69,7 +84,8 @@ TILES = {
     # no tensor cores, so registers are short
     "fp32": dict(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1),
 }
-# Two programs for each SM of an H100: fewer tiles of keys than that are split among the queries.
+# Two programs for each SM of an H100. In the backward pass fewer tiles of keys than that are split
+# among the queries, in a decoding step fewer programs among the keys.
 SPLIT_UP_TO = 264
 LOWEST = tl.constexpr(-3.4e38)  # the maximum of no scores, but finite
 
@@ -94,46 +110,134 @@ def shared_before(slot, initial, first_end, dilation):
     return tl.minimum(slot, initial) + tl.maximum(slot - first_end + dilation - 1, 0) // dilation
 
 
+# ---------------------------------------------------------------- a tile's list of keys
+
+@triton.jit
+def list_of(
+    first, last, initial, first_end, dilation,
+    LOCAL: tl.constexpr, OWN: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """
+    What the queries in slots first .. last read, as one list: the shared keys before the last one's
+    window, filled up to whole tiles, then the slots of all their windows; with OWN all but their
+    own. -> how many entries; the first entry of the windows, and its slot
+    """
+    shared = shared_before(last - LOCAL, initial, first_end, dilation)
+    window = tl.cdiv(tl.maximum(shared, 0), BLOCK_N) * BLOCK_N
+    begin = tl.maximum(first - LOCAL, 0)
+    if LOCAL > 0:
+        return window + last + 1 - OWN - begin, window, begin
+    else:
+        return shared, window, begin
+
+
+@triton.jit
+def tile_of_list(
+    e, i, window, begin, initial, first_end, dilation,
+    LOCAL: tl.constexpr, OWN: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """A tile of entries from e on -> their slots, and which of them the queries in slots i read."""
+    m = e + tl.arange(0, BLOCK_N)                                               # [BLOCK_N]
+    if LOCAL == 0:
+        j = shared_slot(m, initial, first_end, dilation)                        # [BLOCK_N]
+        keep = j[None, :] < i[:, None]                                          # [BLOCK_M, BLOCK_N]
+    else:
+        # All of the tile is of one kind: what distinguishes them are scalars, which cost nothing.
+        banded = e >= window
+        slot = tl.where(banded, begin + e - window, first_end + (e - initial) * dilation)
+        j = slot + tl.arange(0, BLOCK_N) * tl.where(banded, 1, dilation)
+        j = tl.where(m < tl.where(banded, 0, initial), m, j)
+        nearest, more = tl.where(banded, OWN, LOCAL + 1), tl.where(banded, LOCAL - OWN, 2**31 - 1)
+        # one comparison for both ends: without its sign, what is negative is the largest
+        keep = ((i - nearest)[:, None] - j[None, :]).to(tl.uint32) <= more.to(tl.uint32)
+    return j, keep
+
+
+@triton.jit
+def whole_stretches(
+    first, last, window, begin, initial, first_end, dilation,
+    LOCAL: tl.constexpr, OWN: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """
+    Two stretches of the list that each query reads whole, and that step evenly through the slots:
+    shared keys behind the initial ones, and slots that lie in all windows.
+    -> the first entry of one and its end, those of the other; all between tiles
+    """
+    ends = tl.cdiv(initial, BLOCK_N) * BLOCK_N
+    ends_to = shared_before(first - LOCAL, initial, first_end, dilation) // BLOCK_N * BLOCK_N
+    near, near_to = window, window
+    if LOCAL > 0:
+        near += tl.cdiv(tl.maximum(last - LOCAL - begin, 0), BLOCK_N) * BLOCK_N
+        near_to += (first + 1 - OWN - begin) // BLOCK_N * BLOCK_N
+    return ends, tl.maximum(ends, ends_to), near, tl.maximum(near, near_to)
+
+
 # ---------------------------------------------------------------- forward
 
 @triton.jit
 def online_softmax(
     q,                     # [BLOCK_M, D]
-    k_ptr, v_ptr, mask_j,  # [BLOCK_N, D] pointers, [BLOCK_N]
-    keep,                  # [BLOCK_M, BLOCK_N]
+    k_ptr, v_ptr,          # [BLOCK_N, D]  pointers
+    mask_j, keep,          # [BLOCK_N], [BLOCK_M, BLOCK_N]  with MASKED alone
     top, total,            # [BLOCK_M]     largest score so far, + ROOM; sum of exp2(score - top)
     y,                     # [BLOCK_M, D]  the same sum over values
     scale,                 # D ** -0.5 * log2(e)
+    MASKED: tl.constexpr,
 ):
     """One more tile of keys."""
-    k = tl.load(k_ptr, mask=mask_j[:, None], other=0.0)                # [BLOCK_N, D]
-    v = tl.load(v_ptr, mask=mask_j[:, None], other=0.0)                # [BLOCK_N, D]
-    s = tl.where(keep, dot(q, tl.trans(k)) * scale, float("-inf"))     # [BLOCK_M, BLOCK_N]
-    new_top = tl.maximum(top, tl.max(s, 1) + ROOM)  # finite from the start
-    p = tl.exp2(s - new_top[:, None])
+    if MASKED:
+        k = tl.load(k_ptr, mask=mask_j[:, None], other=0.0)            # [BLOCK_N, D]
+        v = tl.load(v_ptr, mask=mask_j[:, None], other=0.0)            # [BLOCK_N, D]
+        x = tl.where(keep, dot(q, tl.trans(k)), float("-inf"))         # [BLOCK_M, BLOCK_N]
+    else:
+        k, v = tl.load(k_ptr), tl.load(v_ptr)
+        x = dot(q, tl.trans(k))
+    # scaled after the maximum, which a positive scale allows: one multiply-add for each score
+    new_top = tl.maximum(top, tl.max(x, 1) * scale + ROOM)  # finite from the start
+    p = tl.exp2(x * scale - new_top[:, None])
     shrink = tl.exp2(top - new_top)
     return new_top, total * shrink + tl.sum(p, 1), y * shrink[:, None] + dot(p.to(v.dtype), v)
+
+
+@triton.jit
+def softmax_over_whole(
+    q, k_ptr, v_ptr, k_t, v_t,
+    j, step,        # [BLOCK_N]  slots of the first tile; from one slot to the next
+    tiles, top, total, y, scale, BLOCK_N: tl.constexpr,
+):
+    """online_softmax over tiles that all queries read whole."""
+    row = j.to(tl.int64)[:, None]
+    k_ptr, v_ptr = k_ptr + row * k_t, v_ptr + row * v_t
+    tile_step = tl.full((), BLOCK_N, tl.int64) * step
+    for _ in range(tiles):
+        top, total, y = online_softmax(q, k_ptr, v_ptr, None, None, top, total, y, scale, False)
+        k_ptr += tile_step * k_t
+        v_ptr += tile_step * v_t
+    return top, total, y
 
 
 @triton.jit
 def forward_kernel(
     q_ptr, k_ptr, v_ptr,  # (B, Tq, H, D), (B, Tk, KV, D) with strides
     start_ptr,            # (B,)            slot of the first query
-    y_ptr, lse_ptr,       # (B, Tq, H, D), (B, H, Tq) contiguous
+    y_ptr, lse_ptr,       # (B, splits, Tq, H, D), (B, splits, H, Tq) contiguous
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
-    Tq, Tk, initial, first_end, dilation, scale,
+    Tq, Tk, splits, initial, first_end, dilation, scale,
     KV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
-    LOCAL: tl.constexpr, OWN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LOCAL: tl.constexpr, OWN: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """
-    The shared keys before each query's window, then the band, through one online softmax. With OWN
-    it starts with the query's own key, which the band then leaves out: 1 without a band, and in a
-    decoding step, whose window then ends with a tile.
+    The shared keys before each query's window, and the band, through one online softmax: first,
+    with WHOLE, the stretches that all queries of the tile read, without masks; then what is left.
+    With OWN it starts with the query's own key, which the band then leaves out: 1 without a band,
+    and in a decoding step, whose window then ends with a tile. The splits share out the list of a
+    step's keys; quest.combine_kernel puts their results together.
 
         y = sum_j p_j v_j,  p = softmax(q k^T / sqrt(D)),  lse = log2 sum_j exp(q k_j / sqrt(D))
                                                                reference: sparse.Dilated.prefill
-    grid   (cdiv(Tq * GP, BLOCK_M), KV * PARTS, B), PARTS = cdiv(G, GP): neighbouring tiles read the
-           same shared keys, which stay in L2
+    grid   (cdiv(Tq * GP, BLOCK_M), KV * PARTS, B * splits), PARTS = cdiv(G, GP): neighbouring tiles
+           read the same shared keys, which stay in L2
     tile   q [BLOCK_M, D] stays, shared and band keys stream past as [BLOCK_N, D]
     bytes  ARL, a window: q, k, v read, y written once. B8 T4096 H32 D128 bf16: 4 x 268 MB, 0.36 ms
            at 3 TB/s. From L2 a window of 64 reads k and v twice
@@ -141,7 +245,8 @@ def forward_kernel(
     """
     H: tl.constexpr = KV * G
     BLOCK_T: tl.constexpr = BLOCK_M // GP
-    tile, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    tile, part, split = tl.program_id(0), tl.program_id(2).to(tl.int64), tl.program_id(2) % splits
+    b = part // splits
     h_kv, g0 = tl.program_id(1).to(tl.int64) // PARTS, tl.program_id(1) % PARTS * GP
     h = h_kv * G + g0                                              # the first of the tile's heads
     t0 = (tile * BLOCK_T).to(tl.int64)
@@ -155,47 +260,60 @@ def forward_kernel(
     i = tl.minimum(first + t, Tk - 1).to(tl.int32)
     # The last slot that is read. What lies behind it may be anything, and 0 * NaN is NaN.
     last = tl.minimum(first + tl.minimum(BLOCK_T, Tq - t0), Tk).to(tl.int32) - 1
+    first = tl.minimum(first.to(tl.int32), last)  # behind it only where all of the tile is padding
     q_ptr += b * q_b + t0 * q_t + h * q_h
     k_ptr += b * k_b + h_kv * k_h + offs_d
     v_ptr += b * v_b + h_kv * v_h + offs_d
 
     q_at = q_ptr + offs_t * q_t + offs_g * q_h + offs_d
     q = tl.load(q_at, mask=mask_t[:, None], other=0.0)                                # [BLOCK_M, D]
-    if OWN:  # the softmax starts with the query's own key, in full fp32
+    if OWN:  # the softmax starts with the query's own key, in full fp32; it counts in one split
         own = i.to(tl.int64)[:, None]
         k_own = tl.load(k_ptr + own * k_t, mask=mask_t[:, None], other=0.0)           # [BLOCK_M, D]
         v_own = tl.load(v_ptr + own * v_t, mask=mask_t[:, None], other=0.0)
         top = tl.sum(q.to(tl.float32) * k_own.to(tl.float32), 1) * scale + ROOM       # [BLOCK_M]
-        total = tl.full((BLOCK_M,), SHRUNK, tl.float32)
-        y = v_own.to(tl.float32) * SHRUNK                                             # [BLOCK_M, D]
+        total = tl.zeros((BLOCK_M,), tl.float32) + tl.where(split == 0, SHRUNK, 0.0)
+        y = v_own.to(tl.float32) * total[:, None]                                     # [BLOCK_M, D]
     else:
         top = tl.full((BLOCK_M,), LOWEST, tl.float32)
         total, y = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, D), tl.float32)
 
     # The shared keys, and the band.
-    for m in range(0, shared_before(last - LOCAL, initial, first_end, dilation), BLOCK_N):
-        j = shared_slot(m + offs_n, initial, first_end, dilation)                     # [BLOCK_N]
+    entries, window, begin = list_of(
+        first, last, initial, first_end, dilation, LOCAL, OWN, BLOCK_N)
+    if WHOLE:
+        ends, ends_to, near, near_to = whole_stretches(
+            first, last, window, begin, initial, first_end, dilation, LOCAL, OWN, BLOCK_N)
+        j = shared_slot(ends + offs_n, initial, first_end, dilation)                  # [BLOCK_N]
+        top, total, y = softmax_over_whole(
+            q, k_ptr, v_ptr, k_t, v_t, j, dilation, (ends_to - ends) // BLOCK_N,
+            top, total, y, scale, BLOCK_N)
+        j = begin + near - window + offs_n
+        top, total, y = softmax_over_whole(
+            q, k_ptr, v_ptr, k_t, v_t, j, 1, (near_to - near) // BLOCK_N,
+            top, total, y, scale, BLOCK_N)
+        entries -= ends_to - ends + near_to - near
+    per_split = tl.cdiv(tl.cdiv(entries, BLOCK_N), splits) * BLOCK_N
+    for m in range(split * per_split, tl.minimum((split + 1) * per_split, entries), BLOCK_N):
+        e = m
+        if WHOLE:  # pass over the stretches
+            e += tl.where(e >= ends, ends_to - ends, 0)
+            e += tl.where(e >= near, near_to - near, 0)
+        j, keep = tile_of_list(
+            e, i, window, begin, initial, first_end, dilation, LOCAL, OWN, BLOCK_N)
         row = j.to(tl.int64)[:, None]
-        keep = j[None, :] < i[:, None] - LOCAL
         top, total, y = online_softmax(
-            q, k_ptr + row * k_t, v_ptr + row * v_t, j <= last, keep, top, total, y, scale)
-    if LOCAL > 0:
-        # first is behind last only where all of the tile is padding
-        begin = tl.maximum(tl.minimum(first.to(tl.int32), last) - LOCAL, 0)
-        for n in range(begin, last + 1 - OWN, BLOCK_N):
-            j = n + offs_n
-            row = j.to(tl.int64)[:, None]
-            keep = (j[None, :] <= i[:, None] - OWN) & (j[None, :] >= i[:, None] - LOCAL)
-            keep = keep & (j <= last)[None, :]
-            top, total, y = online_softmax(
-                q, k_ptr + row * k_t, v_ptr + row * v_t, j <= last, keep, top, total, y, scale)
+            q, k_ptr + row * k_t, v_ptr + row * v_t, j <= last, keep, top, total, y, scale, True)
 
-    y = y / total[:, None]
-    y_ptr += ((b * Tq + t0) * H + h) * D
+    # a split without a key gives 0, of weight 0
+    none = total == 0
+    y = y / tl.where(none, 1, total)[:, None]
+    lse = tl.where(none, float("-inf"), log_sum(top, tl.where(none, 1, total)))
+    y_ptr += ((part * Tq + t0) * H + h) * D
     tl.store(y_ptr + (offs_t * H + offs_g) * D + offs_d, y.to(y_ptr.dtype.element_ty),
              mask=mask_t[:, None])
-    lse_ptr += (b * H + h) * Tq + t0
-    tl.store(lse_ptr + g * Tq + t, log_sum(top, total), mask=mask_t)
+    lse_ptr += (part * H + h) * Tq + t0
+    tl.store(lse_ptr + g * Tq + t, lse, mask=mask_t)
 
 
 # ---------------------------------------------------------------- backward
@@ -203,19 +321,42 @@ def forward_kernel(
 @triton.jit
 def query_grad(
     q, dy,                 # [BLOCK_M, D]
-    k_ptr, v_ptr, mask_j,  # [BLOCK_N, D] pointers, [BLOCK_N]
-    keep,                  # [BLOCK_M, BLOCK_N]
+    k_ptr, v_ptr,          # [BLOCK_N, D]  pointers
+    mask_j, keep,          # [BLOCK_N], [BLOCK_M, BLOCK_N]  with MASKED alone
     lse, delta,            # [BLOCK_M]
     dq,                    # [BLOCK_M, D]  so far
     scale,                 # D ** -0.5
+    MASKED: tl.constexpr,
 ):
     """One more tile of keys."""
-    k = tl.load(k_ptr, mask=mask_j[:, None], other=0.0)                         # [BLOCK_N, D]
-    v = tl.load(v_ptr, mask=mask_j[:, None], other=0.0)                         # [BLOCK_N, D]
+    if MASKED:
+        k = tl.load(k_ptr, mask=mask_j[:, None], other=0.0)                     # [BLOCK_N, D]
+        v = tl.load(v_ptr, mask=mask_j[:, None], other=0.0)                     # [BLOCK_N, D]
+    else:
+        k, v = tl.load(k_ptr), tl.load(v_ptr)
     s = dot(q, tl.trans(k)) * (scale * LOG2E)                                   # [BLOCK_M, BLOCK_N]
-    p = tl.where(keep, tl.exp2(s - lse[:, None]), 0.0)
+    p = tl.exp2(s - lse[:, None])
+    if MASKED:
+        p = tl.where(keep, p, 0.0)
     ds = p * (dot(dy, tl.trans(v)) - delta[:, None])
     return dq + dot(ds.to(k.dtype), k)
+
+
+@triton.jit
+def query_grad_over_whole(
+    q, dy, k_ptr, v_ptr, k_t, v_t,
+    j, step,        # [BLOCK_N]  slots of the first tile; from one slot to the next
+    tiles, lse, delta, dq, scale, BLOCK_N: tl.constexpr,
+):
+    """query_grad over tiles that all queries read whole."""
+    row = j.to(tl.int64)[:, None]
+    k_ptr, v_ptr = k_ptr + row * k_t, v_ptr + row * v_t
+    tile_step = tl.full((), BLOCK_N, tl.int64) * step
+    for _ in range(tiles):
+        dq = query_grad(q, dy, k_ptr, v_ptr, None, None, lse, delta, dq, scale, False)
+        k_ptr += tile_step * k_t
+        v_ptr += tile_step * v_t
+    return dq
 
 
 @triton.jit
@@ -227,7 +368,7 @@ def query_grad_kernel(
     delta_ptr,               # (B, H, T) contiguous
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dy_b, dy_t, dy_h,
     T, initial, first_end, dilation, scale,
-    KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, LOCAL: tl.constexpr,
+    KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, LOCAL: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """
@@ -239,7 +380,8 @@ def query_grad_kernel(
         dk_own = ds_own q / sqrt(D),   dv_own = p_own dy
                                                    reference: autograd of sparse.Dilated.prefill
     grid   (cdiv(T, BLOCK_M), H, B)
-    tile   q, y, dy [BLOCK_M, D] stay; shared and band keys stream past as [BLOCK_N, D]
+    tile   q, y, dy [BLOCK_M, D] stay; shared and band keys stream past as [BLOCK_N, D], with WHOLE
+           as in forward_kernel
     bytes  ARL: q, k, v, y, dy read, dq, dk, dv written once. B8 T4096 H32 D128 bf16: 8 x 268 MB,
            0.71 ms at 3 TB/s. A window: all but dk, dv, 0.54 ms
     dtype  bf16 or fp32 in; p, ds and sums in fp32, ds in the input's dtype for its product with k
@@ -285,19 +427,30 @@ def query_grad_kernel(
     tl.store(delta_ptr + first_lse + t, delta, mask=mask_t)
 
     # The shared keys, and the band.
-    for m in range(0, shared_before(last - LOCAL, initial, first_end, dilation), BLOCK_N):
-        j = shared_slot(m + offs_n, initial, first_end, dilation)                     # [BLOCK_N]
+    entries, window, begin = list_of(
+        first, last, initial, first_end, dilation, LOCAL, 0, BLOCK_N)
+    if WHOLE:
+        ends, ends_to, near, near_to = whole_stretches(
+            first, last, window, begin, initial, first_end, dilation, LOCAL, 0, BLOCK_N)
+        j = shared_slot(ends + offs_n, initial, first_end, dilation)                  # [BLOCK_N]
+        dq = query_grad_over_whole(
+            q, dy, k_ptr, v_ptr, k_t, v_t, j, dilation, (ends_to - ends) // BLOCK_N,
+            lse, delta, dq, scale, BLOCK_N)
+        j = begin + near - window + offs_n
+        dq = query_grad_over_whole(
+            q, dy, k_ptr, v_ptr, k_t, v_t, j, 1, (near_to - near) // BLOCK_N,
+            lse, delta, dq, scale, BLOCK_N)
+        entries -= ends_to - ends + near_to - near
+    for m in range(0, entries, BLOCK_N):
+        e = m
+        if WHOLE:
+            e += tl.where(e >= ends, ends_to - ends, 0)
+            e += tl.where(e >= near, near_to - near, 0)
+        j, keep = tile_of_list(
+            e, i, window, begin, initial, first_end, dilation, LOCAL, 0, BLOCK_N)
         row = j.to(tl.int64)[:, None]
-        keep = j[None, :] < i[:, None] - LOCAL
-        dq = query_grad(
-            q, dy, k_ptr + row * k_t, v_ptr + row * v_t, j < T, keep, lse, delta, dq, scale)
-    if LOCAL > 0:
-        for n in range(tl.maximum(first - LOCAL, 0), last + 1, BLOCK_N):
-            j = n + offs_n
-            row = j.to(tl.int64)[:, None]
-            keep = (j[None, :] <= i[:, None]) & (j[None, :] >= i[:, None] - LOCAL)
-            dq = query_grad(
-                q, dy, k_ptr + row * k_t, v_ptr + row * v_t, j < T, keep, lse, delta, dq, scale)
+        dq = query_grad(q, dy, k_ptr + row * k_t, v_ptr + row * v_t, j <= last, keep, lse, delta,
+                        dq, scale, True)
     tl.store(dq_ptr + first_y + offs_y, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
 
 
@@ -418,6 +571,24 @@ def tile_of(name, q):
     return TILES["fp32" if q.dtype == torch.float32 else name]
 
 
+def has_whole(tile, local, ends):
+    """
+    Whether a tile's queries can all read a whole tile of keys: of their windows, or of the ends of
+    chunks, of which the last has no query behind it.
+    """
+    return max(local - tile["BLOCK_M"], ends - 1) >= tile["BLOCK_N"]
+
+
+def splits_of(M, local, tile, programs):
+    """
+    How many programs share the keys of a decoding step: as many as fill the GPU, but none with less
+    than two tiles, as putting the parts together costs a launch.
+    """
+    tiles = triton.cdiv(M, tile["BLOCK_N"]) + triton.cdiv(local, tile["BLOCK_N"])
+    each = max(2, triton.cdiv(tiles, max(1, SPLIT_UP_TO // programs)))
+    return max(1, triton.cdiv(tiles, each))
+
+
 def rows(x):
     """
     x with channels side by side in memory, as kernels read them: expanded or transposed ones are
@@ -445,6 +616,7 @@ def dilated_forward(
     lse = torch.empty(B, H, Tq, device=q.device, dtype=torch.float32)
     dims = heads(q, k)
     dilation, first_end, M = shared_keys(Tk, dilation, initial)
+    initial, local = min(initial, Tk), min(local, Tk)
 
     # In a decoding step the heads of a group are rows of a tile, else each has tiles of its own.
     most = TILES["step"]["BLOCK_M"]
@@ -455,11 +627,20 @@ def dilated_forward(
         few = local == 0 and M <= TILES["forward"]["BLOCK_N"]
         name, own, GP = "forward" if few else "forward_long", int(local == 0), 1
     tile, PARTS = tile_of(name, q), triton.cdiv(dims["G"], GP)
-    grid = triton.cdiv(Tq * GP, tile["BLOCK_M"]), dims["KV"] * PARTS, B
+    splits = splits_of(M, local, tile, dims["KV"] * PARTS * B) if Tq == 1 else 1
+    part, part_lse = y, lse  # a single split is the result
+    if splits > 1:
+        part = torch.empty(B, splits, H, D, device=q.device, dtype=torch.float32)
+        part_lse = torch.empty(B, splits, H, device=q.device, dtype=torch.float32)
+    grid = triton.cdiv(Tq * GP, tile["BLOCK_M"]), dims["KV"] * PARTS, B * splits
     forward_kernel[grid](
-        q, k, v, start, y, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        Tq, Tk, min(initial, Tk), first_end, dilation, D ** -0.5 * LOG2E.value,
-        **dims, GP=GP, PARTS=PARTS, LOCAL=min(local, Tk), OWN=own, **tile)
+        q, k, v, start, part, part_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        Tq, Tk, splits, initial, first_end, dilation, D ** -0.5 * LOG2E.value,
+        **dims, GP=GP, PARTS=PARTS, LOCAL=local, OWN=own,
+        WHOLE=name != "step" and has_whole(tile, local, M - initial), **tile)
+    if splits > 1:
+        combine_kernel[H, B](part, part_lse, y, lse, splits, D=D,
+                             BLOCK_S=triton.next_power_of_2(splits), num_warps=4)
     return y, lse
 
 
@@ -496,7 +677,7 @@ def dilated_backward(
     grid = triton.cdiv(T, tile["BLOCK_M"]), H, B
     query_grad_kernel[grid](
         q, k, v, y, lse, dy, dq, dk, dv, delta, *strides, T, *pattern,
-        **dims, LOCAL=local, **tile)
+        **dims, LOCAL=local, WHOLE=local > 0 and has_whole(tile, local, M - initial), **tile)
 
     tile, no_parts = tile_of("key_grad", q), lse  # a pointer that is not used
     if local > 0 or dims["G"] > 1:  # else query_grad_kernel has written the own keys' gradients

@@ -35,7 +35,7 @@ from triton_ops.common import ROOM, check_heads, check_tensors, log_sum
 
 # Tile sizes, looked up at each launch: a tuning script may change them. A program has 16 to 64 KB
 # of loads in flight: memory should not wait for arithmetic.
-BOUNDS = dict(slots=64, num_warps=4)                                # slots of k per program
+BOUNDS = dict(slots=256, num_warps=4)                               # slots of k per program
 SCORES = dict(BLOCK_N=32, num_warps=4)
 ATTEND = dict(programs=264, BLOCK_E=64, num_warps=4, num_stages=3)  # 2 an SM of an H100
 
@@ -75,11 +75,13 @@ def block_bounds_kernel(
     for start in range(0, block_size, CHUNK):
         offs_s = start + tl.arange(0, CHUNK)
         slot = offs_n[:, None] * block_size + offs_s[None, :]                   # [BLOCK_N, CHUNK]
-        filled = ((offs_s < block_size)[None, :] & (slot < used))[:, :, None]
-        where = slot.to(tl.int64)[:, :, None] * stride_kt + offs_d[None, None, :]
-        k = tl.load(k_ptr + where, mask=filled, other=0).to(tl.float32)      # [BLOCK_N, CHUNK, D]
-        low = tl.minimum(low, tl.min(tl.where(filled, k, float("inf")), axis=1))
-        high = tl.maximum(high, tl.max(tl.where(filled, k, float("-inf")), axis=1))
+        # a slot that is not filled, or behind the block, repeats the block's first
+        filled = (offs_s < block_size)[None, :] & (slot < used)
+        slot = tl.minimum(tl.where(filled, slot, offs_n[:, None] * block_size), Tk - 1)
+        at = k_ptr + slot.to(tl.int64)[:, :, None] * stride_kt + offs_d[None, None, :]
+        k = tl.load(at).to(tl.float32)                                       # [BLOCK_N, CHUNK, D]
+        low = tl.minimum(low, tl.min(k, axis=1))
+        high = tl.maximum(high, tl.max(k, axis=1))
 
     empty = (offs_n * block_size >= used)[:, None]
     where = ((b * N + offs_n) * KV + kv)[:, None] * D + offs_d[None, :]         # [BLOCK_N, D]
@@ -302,10 +304,11 @@ def combine_kernel(
     part_ptr,  # (B, splits, H, D)  fp32
     lse_ptr,   # (B, splits, H)     fp32
     y_ptr,     # (B, 1, H, D)
+    all_ptr,   # (B, H, 1)          fp32: lse of all splits; or None
     splits, D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):
     """
-    The splits of attend_kernel put together: each weighs as much as the softmax gave to its keys.
+    The splits of a step put together: each weighs as much as the softmax gave to its keys.
 
         y = sum_s w[s] * part[s] / sum_s w[s],  w[s] = exp2(lse[s] - max lse)
     grid   (H, B)
@@ -322,10 +325,13 @@ def combine_kernel(
     part_ptr += where[:, None] * D + offs_d[None, :]                            # [BLOCK_S, D]
     part = tl.load(part_ptr, mask=mask_s[:, None], other=0)
     highest = tl.max(lse, axis=0)
-    w = tl.exp2(lse - tl.where(highest == float("-inf"), 0, highest + ROOM))    # [BLOCK_S]
+    peak = tl.where(highest == float("-inf"), 0, highest + ROOM)
+    w = tl.exp2(lse - peak)                                                     # [BLOCK_S]
     total = tl.sum(w, axis=0)
     y = tl.sum(w[:, None] * part, axis=0) / tl.where(total == 0, 1, total)
     tl.store(y_ptr + (b * H + h) * D + offs_d, y.to(y_ptr.dtype.element_ty))
+    if all_ptr is not None:
+        tl.store(all_ptr + b * H + h, log_sum(peak, total))
 
 
 def attend_entries(
@@ -368,7 +374,7 @@ def attend_entries(
         BLOCK_E=BLOCK_E, STAGES=num_stages, num_warps=ATTEND["num_warps"] * wide)
     if splits > 1:
         combine_kernel[H, B](
-            part, lse, y, splits, D=D, BLOCK_S=triton.next_power_of_2(splits), num_warps=4)
+            part, lse, y, None, splits, D=D, BLOCK_S=triton.next_power_of_2(splits), num_warps=4)
     return y
 
 
