@@ -220,8 +220,7 @@ def as_bits(state):
     return 0 if state is None else state.float().flatten(2).contiguous().view(torch.int32)
 
 
-@torch.library.custom_op("nanorat::memory_forward", mutates_args=())
-def memory_forward(
+def launch_forward(
     k: Tensor, v: Tensor,     # (B, T, KV, D)
     gate: Tensor,             # (B, T, KV, D)   logits
     state: Optional[Tensor],  # (2, B, KV, D)   fp32
@@ -242,6 +241,9 @@ def memory_forward(
         # 64 registers a thread: four programs of 256 threads share the 65,536 of an SM
         maxnreg=64, **constants)
     return k_mem, v_mem, last, before
+
+
+memory_forward = torch.library.custom_op("nanorat::memory_forward", launch_forward, mutates_args=())
 
 
 @memory_forward.register_fake
@@ -423,8 +425,10 @@ def memory_scan(
 ):               # -> k~, v~ in the dtypes of k and v; the state after the last token, fp32
     """Eq. 1, as memory.memory_scan, with gradients for all four."""
     inputs = k, v, gate, state
-    needed = any(x is not None and x.requires_grad for x in inputs)
-    k_mem, v_mem, last, _ = memory_forward(*inputs, torch.is_grad_enabled() and needed)
+    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    # Of a short prompt most time goes into launches, and PyTorch's dispatcher is one more.
+    plain = not (needed or torch.compiler.is_compiling())
+    k_mem, v_mem, last, _ = (launch_forward if plain else memory_forward)(*inputs, needed)
     return k_mem, v_mem, last
 
 
