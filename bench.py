@@ -9,11 +9,15 @@ cached flatter it. Before it is timed, a kernel's result is compared with plain 
 of the queries where all would be too many; a relative error above 1e-2 ends the run. (The tests
 hold the kernels to more, at small shapes.)
 
-The peers, in experiments/bench_peers.py, are timed in the same way. Everything is bf16, 32 heads of
-128, the layer of a 7B model. Selection is always included. docs/speed.md has what came out.
+The peers, in experiments/bench_peers.py, are timed in the same way; those that ask the GPU in
+between, which no graph can hold, call by call. Everything is bf16. Most rows are the layer of a 7B
+model, 32 heads of 128; others have fewer KV heads, or heads of 64. Selection is always included.
+
+A line that takes at most 4/3 of its floor is marked "near". docs/speed.md has what came out.
 
     python bench.py                         everything; a table, and out/bench.json
     python bench.py --only memory quest     some of it
+    python bench.py --table FILE.json       a file's rows as a table of Markdown
     python bench.py --end-to-end            whole models instead: experiments/bench_model.py
 
 Without a GPU it times plain PyTorch at a small shape: that says nothing about the kernels.
@@ -22,25 +26,44 @@ import argparse
 import math
 import statistics
 import time
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from experiments import bench_model
-from experiments.bench_peers import (CUDNN, FLASH, cudnn, dense, entries, fla_memory,
-                                     norm_and_rotate, official_memory, plain_quest, plain_step)
+from experiments.bench_peers import (
+    CUDNN, cudnn, dense, entries, fla_memory, fla_moba, flash_2, flash_moba, infllm,
+    norm_and_rotate, official_memory, plain_quest, plain_step, warp_inputs, warp_scan)
 from infra.cli import command, made_by
-from infra.files import save
+from infra.files import load, save
 from memory import memory_scan
 from sparse import Dilated, MoBA, SnapKV, attend
 
-H, D = 32, 128  # heads, and their width
+
+class Heads(NamedTuple):
+    H: int   # query heads
+    KV: int  # key/value heads
+    D: int   # their width
+
+    def __str__(self):
+        return f"{self.H} on {self.KV}, {self.D}"
+
+
+LARGE = Heads(32, 32, 128)                    # the layer of a 7B model
+GQA = Heads(32, 8, 128), Heads(32, 2, 128)
+NARROW = Heads(32, 32, 64), Heads(9, 3, 64)   # the second is SmolLM2-135M's
+NEAR = 0.75                                   # of the floor
 DTYPE = torch.bfloat16
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 
 
 # ---------------------------------------------------------------- timing
+
+class Ungraphed(list):
+    """Calls that ask the GPU for a number in between, so that no graph can hold them."""
+
 
 def milliseconds(functions):
     """Median time of one call. functions: the same work on different inputs, in turn."""
@@ -52,6 +75,10 @@ def milliseconds(functions):
         started = time.time()
         each()
         return (time.time() - started) * 1e3 / len(functions)
+
+    if isinstance(functions, Ungraphed):
+        times = [elapsed(each) for _ in range(5)]
+        return statistics.median(times[2:]) / len(functions)
 
     # Calls one by one: the first round compiles, tunes and allocates, the second says how many of
     # them make a replay of some 15 ms.
@@ -107,6 +134,7 @@ class Table:
         floor = max(by_bytes, flops / self.rates["matmul"] / 1e9)
         row = {"kernel": kernel, "shape": shape, "ms": ms, "floor_ms": floor, "goal": goal,
                "error": error, "GB/s": n_bytes / ms / 1e6, "TFLOP/s": flops / ms / 1e9,
+               "near": floor >= NEAR * ms,
                "peers": {name: time_peer(peer) for name, peer in peers.items()}}
         self.rows.append(row)
 
@@ -115,30 +143,35 @@ class Table:
             rate = f"{row['GB/s']:7,.0f} GB/s   "
         notes = [f"{name} {beside(t, ms)}" for name, t in row["peers"].items()]
         notes += [f"goal {goal}"] if goal else []
-        print(f"{kernel:28} {shape:24} {ms:8.4f} ms {rate} {floor / ms:5.0%} of floor   "
-              + "   ".join(notes), flush=True)
+        print(f"{kernel:28} {shape:32} {ms:8.4f} ms {rate} {floor / ms:5.0%} of floor "
+              f"{'near' if row['near'] else '    '}  " + "   ".join(notes), flush=True)
         torch.cuda.empty_cache()
 
-    def forward_and_backward(self, kernel, shape, sets, ours, plain, peers, n_bytes, goals):
+    def forward_and_backward(self, kernel, shape, sets, ours, plain, peers, n_bytes, goals,
+                             turned={}):
         """
         Two lines: forward, and with gradients. sets: three inputs and as many gradients as there
-        are outputs; n_bytes, goals: of either line. Checked in the first row of the batch.
+        are outputs; n_bytes, goals: of either line; turned: {name: (peer, sets)} of peers in a
+        layout of their own. Checked in the first row of the batch.
         """
         inputs, gradients = sets[0][:3], sets[0][3:]
-        forward = lambda f: on_each(lambda *s: f(*(x.detach() for x in s[:3])), sets)
-        both = lambda f: on_each(lambda *s: forward_backward(f, s[:3], s[3:]), sets)
+        forward = lambda f, sets: on_each(lambda *s: f(*(x.detach() for x in s[:3])), sets)
+        both = lambda f, sets: on_each(lambda *s: forward_backward(f, s[:3], s[3:]), sets)
+        peers = {name: (peer, sets) for name, peer in peers.items()} | turned
         for what, calls, size, goal, error in zip(
                 ("forward", "fwd+bwd"), (forward, both), n_bytes, goals,
                 errors(ours, plain, inputs, gradients)):
-            self.line(f"{kernel} {what}", shape, calls(ours),
-                      {name: calls(peer) for name, peer in peers.items()}, size, 0, goal, error)
+            self.line(f"{kernel} {what}", shape, calls(ours, sets),
+                      {name: calls(*peer) for name, peer in peers.items()}, size, 0, goal, error)
 
 
 def time_peer(functions):
     """Milliseconds, or why there are none: a peer that fails is no reason to stop."""
     try:
         return milliseconds(functions)
-    except (torch.OutOfMemoryError, RuntimeError, ImportError) as error:
+    except ImportError as error:
+        return f"not installed: {error.name}"
+    except (torch.OutOfMemoryError, RuntimeError, ValueError, AttributeError) as error:
         return f"failed: {str(error).splitlines()[0][:80]}"
 
 
@@ -195,13 +228,14 @@ def errors(ours, plain, inputs, gradients):
 
 def some_queries(y, q, k, v, reads):
     """
-    Relative error of y (1, T, H, D) at 32 of the queries q. reads(t (32,), key (T,)) -> (32, T), or
-    (H, 32, T): whether query t reads key.
+    Relative error of y (B, T, H, D), in its first row, at 32 of the queries q. reads(t (32,), key
+    (T,)) -> (32, T), or (H, 32, T): whether query t reads key.
     """
     key = torch.arange(k.shape[1], device=DEVICE)
     t = torch.randint(len(key), (32,), device=DEVICE)
-    k, v = k[0].float(), v[0].float()
-    scores = torch.einsum("thd,khd->htk", q[0, t].float(), k) / math.sqrt(D)
+    G = q.shape[2] // k.shape[2]
+    k, v = (x[0].float().repeat_interleave(G, dim=1) for x in (k, v))
+    scores = torch.einsum("thd,khd->htk", q[0, t].float(), k) / math.sqrt(q.shape[3])
     keep = reads(t, key) & (key <= t[:, None])
     p = scores.masked_fill(~keep, -math.inf).softmax(-1)
     return relative_error([y[0, t]], [torch.einsum("htk,khd->thd", p, v)])
@@ -212,23 +246,28 @@ def some_queries(y, q, k, v, reads):
 def bench_memory(table):
     from kernels import memory_scan as kernel
     peers = {"official, compiled": torch.compile(official_memory), "fla": fla_memory}
-    for B, T, goals in (8, 4096, ("80 %", "65 %")), (1, 4096, ("55 %", "48 %")), \
-            (1, 32768, ("75 %", "65 %")):
-        n = n_bytes(B, T, H, D)
-        sets = [[randn(B, T, H, D) for _ in range(5)] for _ in range(input_sets(12 * n))]
+    for heads, B, T, goals in (
+            (LARGE, 8, 4096, ("80 %", "65 %")), (LARGE, 1, 4096, ("55 %", "48 %")),
+            (LARGE, 1, 32768, ("75 %", "65 %")), (GQA[0], 8, 4096, (None, None)),
+            (NARROW[1], 8, 4096, (None, None)), (NARROW[1], 1, 4096, (None, None))):
+        size = B, T, heads.KV, heads.D
+        n = n_bytes(*size)
+        sets = [[randn(*size) for _ in range(5)] for _ in range(input_sets(12 * n))]
         for k, v, gate, *_ in sets:
             gate.mul_(2).add_(2)  # memories of a few to hundreds of tokens
             for x in k, v, gate:
                 x.requires_grad_()
+        turned = [[*warp_inputs(*s[:3]), *warp_inputs(*s[3:], s[2])[1:]] for s in sets[:2]]
         table.forward_and_backward(
-            "memory_scan", f"B{B} T{T}", sets, lambda *x: kernel(*x)[:2],
-            lambda *x: memory_scan(*x)[:2], peers, (5 * n, 13 * n), goals)
+            "memory_scan", f"B{B} T{T}  {heads.KV} of {heads.D}", sets, lambda *x: kernel(*x)[:2],
+            lambda *x: memory_scan(*x)[:2], peers, (5 * n, 13 * n), goals,
+            {"accelerated-scan": (warp_scan, turned)})
 
 
 def bench_step(table):
     """Its inputs are in L2, as where they have just been computed."""
     from triton_ops.block import decode_step
-    slot, block_size = 3999, 64
+    (H, _, D), slot, block_size = LARGE, 3999, 64
     for B in 1, 8:
         sets = [[*(randn(B, 1, H, D) for _ in range(4)), torch.randn(2, B, H, D, device=DEVICE),
                  *(randn(B, 4096, H, D) for _ in "kv")] for _ in range(8)]
@@ -257,25 +296,32 @@ def bench_quest(table):
     from triton_ops.quest import block_bounds, quest_attend, quest_scores
     from triton_ops.topk import select
     block_size, compiled = 64, torch.compile(plain_quest, dynamic=False)
-    for B, T, goal in (8, 32768, "8.5x cuDNN, 2.1x compiled"), (1, 131072, "8x cuDNN"), \
-            (1, 32768, "5x cuDNN"), (16, 4096, None), (1, 4096, None):
-        S, n, shape = T // block_size // 16, n_bytes(B, T, H, D), f"B{B} T{T}"
+    for heads, B, T, goal in (
+            (LARGE, 8, 32768, "8.5x cuDNN, 2.1x compiled"), (LARGE, 1, 131072, "8x cuDNN"),
+            (LARGE, 1, 32768, "5x cuDNN"), (LARGE, 16, 4096, None), (LARGE, 1, 4096, None),
+            (GQA[0], 8, 32768, None), (GQA[0], 1, 32768, None), (NARROW[1], 8, 32768, None),
+            (NARROW[1], 1, 4096, None)):
+        H, KV, D = heads
+        S, n, shape = T // block_size // 16, n_bytes(B, T, KV, D), f"B{B} T{T}  {heads}"
         used = torch.full((B,), T, device=DEVICE)
         sets = []
         n_read = 2 * n / 16 + 2 * n / block_size  # the chosen blocks and all bounds
         for _ in range(input_sets(2 * n, n_read)):
-            q, k, v = randn(B, 1, H, D), randn(B, T, H, D), randn(B, T, H, D)
+            q, k, v = randn(B, 1, H, D), randn(B, T, KV, D), randn(B, T, KV, D)
             sets.append([q, k, v, *block_bounds(k, used, block_size)])
 
         score = lambda q, k, v, low, high: quest_scores(q, low, high, used, block_size, True, True)
         read = lambda q, k, v, chosen: quest_attend(q, k, v, chosen, used, block_size)[0]
         ours = lambda q, k, v, low, high: read(q, k, v, select(score(q, k, v, low, high), S))
-        plain = lambda *s: compiled(*s, S, block_size)
         full = lambda q, k, v, *_: dense(q, k, v, CUDNN, causal=False)
-        error = relative_error([ours(*sets[0])], [plain_quest(*sets[0], S, block_size)])
-        table.line("quest step 1/16", shape, on_each(ours, sets),
-                   {"cuDNN": on_each(full, sets), "compiled Quest": on_each(plain, sets)},
+        peers, error = {"cuDNN": on_each(full, sets)}, None
+        if H == KV:  # what the peer covers; tests/test_kernels.py checks the others
+            peers["compiled Quest"] = on_each(lambda *s: compiled(*s, S, block_size), sets)
+            error = relative_error([ours(*sets[0])], [plain_quest(*sets[0], S, block_size)])
+        table.line("quest step 1/16", shape, on_each(ours, sets), peers,
                    n_bytes=n_read, goal=goal, error=error)
+        if heads != LARGE:
+            continue
 
         # its parts, each on what the one before it gives
         scores = [[score(*s)] for s in sets]
@@ -294,17 +340,17 @@ def moba_error(q, k, v, chosen, y, method):
     Relative error of y at some queries, given `chosen`; or, if larger, the share of queries that
     chose otherwise than plain MoBA.
     """
-    T, S = k.shape[1], chosen.shape[3]
+    (KV, T, S), G = chosen.shape[1:], q.shape[2] // k.shape[2]
     N = T // method.block_size
     t = torch.randint(T, (256,), device=DEVICE)
-    best = method.forced(method.score(q[:, t], k), t[None]).topk(S)                # (1, H, 256, S)
+    best = method.forced(method.score(q[:1, t], k[:1]), t[None]).topk(S)          # (1, KV, 256, S)
     plain = best.indices.where(best.values > -math.inf, -1).sort(-1).values
-    agree = (chosen[:, :, t].sort(-1).values == plain).all(-1).float().mean().item()
+    agree = (chosen[:1, :, t].sort(-1).values == plain).all(-1).float().mean().item()
 
     def reads(t, key):
-        read = torch.zeros(H, len(t), N + 1, dtype=torch.bool, device=DEVICE)  # one for the -1s
+        read = torch.zeros(KV, len(t), N + 1, dtype=torch.bool, device=DEVICE)  # one for the -1s
         read = read.scatter(-1, chosen[0, :, t].long() % (N + 1), True)
-        return read[..., key // method.block_size]
+        return read[..., key // method.block_size].repeat_interleave(G, dim=0)
 
     return max(some_queries(y, q, k, v, reads), 1 - agree)  # near-ties may swap
 
@@ -316,46 +362,92 @@ def moba_entries(T, block_size, S):
     return (others + own) * block_size
 
 
+def agrees(peer, inputs, y):
+    """
+    Whether a peer's y is ours, but for blocks whose scores nearly tie. One that fails says so where
+    it is timed.
+    """
+    try:
+        return relative_error([peer(*inputs)], [y]) < 0.3  # of another method's it is above 1
+    except (ImportError, RuntimeError, ValueError):
+        return True
+
+
+def moba_gradient_error(heads, block_size, ours):
+    """
+    Relative error of ours(q, k, v, S) and its gradients in 4,096 tokens of one group, or of four
+    heads, against dense attention under a mask. ours -> y, chosen
+    """
+    H, KV, D = heads
+    G, T, S = H // KV, 4096, max(2, 512 // block_size)
+    KV = 4 if G == 1 else 1
+    *inputs, dy = (randn(1, T, n, D) for n in (G * KV, KV, KV, G * KV))
+    _, chosen = ours(*inputs, S)
+    keep = (chosen.unsqueeze(-1) == torch.arange(T // block_size, device=DEVICE)).any(3)
+    keep = keep.repeat_interleave(block_size, dim=-1)                             # (1, KV, T, T)
+    keep = keep & torch.ones(T, T, dtype=torch.bool, device=DEVICE).tril()
+    keep = keep.repeat_interleave(G, dim=1)
+    return max(errors(lambda *x: [ours(*x, S)[0]], lambda *x: [attend(*x, keep)], inputs, [dy]))
+
+
+MOBA = [  # heads, B, T, block_size, S, goal
+    (LARGE, 1, 32768, 128, 32, "1.8x cuDNN"), (LARGE, 1, 65536, 128, 32, "2x cuDNN"),
+    (LARGE, 1, 65536, 512, 8, "3.5x cuDNN"), (LARGE, 1, 65536, 128, 8, "5x cuDNN"),
+    (LARGE, 8, 4096, 128, 8, None), (GQA[0], 1, 32768, 128, 32, None),
+    (GQA[1], 1, 32768, 64, 64, None), (GQA[1], 1, 65536, 64, 64, None),  # InfLLM-v2's own
+    *((heads, 1, 32768, 128, 32, None) for heads in NARROW), (NARROW[1], 8, 8192, 64, 16, None)]
+
+
 def bench_moba(table):
+    """Prefill, and with gradients; routing included, but for the peer that has none."""
     from triton_ops.moba import moba_attend
     from triton_ops.moba_route import moba_route
-    start = torch.zeros(1, dtype=torch.long, device=DEVICE)
-    for T, block_size, S, goal in (32768, 128, 32, "1.8x cuDNN"), (65536, 128, 32, "2x cuDNN"), \
-            (65536, 512, 8, "3.5x cuDNN"), (65536, 128, 8, "5x cuDNN"):
-        q, k, v = (randn(1, T, H, D) for _ in "qkv")
-        shape, flops = f"T{T} block {block_size} x {S}", 4 * moba_entries(T, block_size, S) * H * D
-        route = lambda: moba_route(q, k, start, block_size, S, True)
-        read = lambda chosen: moba_attend(q, k, v, chosen, start, block_size)
-        chosen = route()
-        error = moba_error(q, k, v, chosen, read(chosen), MoBA(S * block_size, block_size))
-        table.line("moba prefill", shape, [lambda: read(route())],
-                   {"cuDNN": [lambda: cudnn(q, k, v)]}, flops=flops, goal=goal, error=error)
-        table.line("  moba_route", shape, [route], flops=2 * T * (T / block_size) / 2 * H * D)
-        table.line("  moba_attend", shape, [lambda: read(chosen)], flops=flops)
+    for heads, B, T, block_size, S, goal in MOBA:
+        H, KV, D = heads
+        start = torch.zeros(B, dtype=torch.long, device=DEVICE)
 
-    # Training, routing included. Checked on 4 heads of an eighth of the prompt, with an eighth of
-    # the blocks, against dense attention under a mask.
-    T, block_size, S = 32768, 128, 32
-    route = lambda q, k, S: moba_route(q.detach(), k.detach(), start, block_size, S, True)
-    ours = lambda q, k, v, S=S: [moba_attend(q, k, v, route(q, k, S), start, block_size)]
-    *inputs, dy = *(randn(1, T, H, D, grad=True) for _ in "qkv"), randn(1, T, H, D)
-    t = T // 8
-    *some, dy_some = (x.detach()[:, :t, :4] for x in (*inputs, dy))
-    block = torch.arange(t // block_size, device=DEVICE)
-    keep = (route(*some[:2], S // 8).unsqueeze(-1) == block).any(3)               # (1, 4, t, N)
-    keep = keep.repeat_interleave(block_size, dim=-1)                             # (1, 4, t, t)
-    keep = keep & torch.ones(t, t, dtype=torch.bool, device=DEVICE).tril()
-    _, error = errors(lambda *x: ours(*x, S=S // 8), lambda *x: [attend(*x, keep)], some, [dy_some])
-    table.line("moba fwd+bwd", f"T{T} block {block_size} x {S}",
-               [lambda: forward_backward(ours, inputs, [dy])],
-               {"cuDNN": [lambda: forward_backward(cudnn, inputs, dy)]},
-               error=error, flops=(4 + 10) * moba_entries(T, block_size, S) * H * D)
+        def route(q, k, S=S, keep_first=True):
+            return moba_route(q.detach(), k.detach(), start[:len(q)], block_size, S, keep_first)
+
+        def ours(q, k, v, S=S):
+            chosen = route(q, k, S)
+            return moba_attend(q, k, v, chosen, start[:len(q)], block_size), chosen
+
+        inputs, dy = [randn(B, T, n, D, grad=True) for n in (H, KV, KV)], randn(B, T, H, D)
+        q, k, v = plain = [x.detach() for x in inputs]
+        y, chosen = ours(*plain)
+        in_graph = {"cuDNN": cudnn, "flash 2": flash_2}
+        others = {"FlashMoBA": lambda *x: flash_moba(*x, block_size, S),
+                  "fla": lambda *x: fla_moba(*x, block_size, S)}
+        if H == KV:  # with fewer KV heads ours choose for a group together; the first block is ours
+            own = moba_attend(*plain, route(q, k, keep_first=False), start, block_size)
+            others = {name: f for name, f in others.items() if agrees(f, plain, own)}
+        if block_size == 64 and H == 16 * KV and B == 1:
+            others["InfLLM-v2, given the blocks"] = lambda *x: infllm(*x, chosen)
+
+        def peers(call):
+            return {name: [call(f)] for name, f in in_graph.items()} | {
+                name: Ungraphed([call(f)]) for name, f in others.items()}
+
+        shape, entries = f"B{B} T{T}  {heads}  {block_size} x {S}", moba_entries(T, block_size, S)
+        flops, method = 4 * B * entries * H * D, MoBA(S * block_size, block_size)
+        table.line("moba prefill", shape, [lambda: ours(*plain)],
+                   peers(lambda f: lambda: f(*plain)), flops=flops, goal=goal,
+                   error=moba_error(*plain, chosen, y, method))
+        table.line("  moba_route", shape, [lambda: route(q, k)],
+                   flops=B * T * (T / block_size) * KV * D)
+        table.line("  moba_attend", shape,
+                   [lambda: moba_attend(*plain, chosen, start, block_size)], flops=flops)
+        table.line("moba fwd+bwd", shape,
+                   [lambda: forward_backward(lambda *x: ours(*x)[0], inputs, [dy])],
+                   peers(lambda f: lambda: forward_backward(f, inputs, dy)), flops=3.5 * flops,
+                   error=moba_gradient_error(heads, block_size, ours))
 
 
 def bench_snapkv(table):
     from triton_ops.snapkv import snapkv_scores
     from triton_ops.topk import select
-    T, W, budget = 32768, 64, 2048
+    (H, _, D), T, W, budget = LARGE, 32768, 64, 2048
     sets = [[randn(1, W, H, D), randn(1, T, H, D), randn(1, T, H, D)] for _ in range(4)]
     q, length, method = randn(1, T, H, D), torch.full((1,), T, device=DEVICE), SnapKV(budget, W)
     score = lambda q, k, v: snapkv_scores(q, k, length, 5)
@@ -375,31 +467,51 @@ def bench_snapkv(table):
 def bench_dilated(table):
     from triton_ops.dilated import dilated
     start = torch.zeros(8, dtype=torch.long, device=DEVICE)
-    for B, T in (8, 4096), (1, 4096):
-        n, slot = n_bytes(B, T, H, D), torch.arange(T, device=DEVICE)[None]
-        sets = [[*(randn(B, T, H, D, grad=True) for _ in "qkv"), randn(B, T, H, D)]
+    for heads, B, goal in ((LARGE, 8, "20 % of cuDNN, 5x"), (LARGE, 1, "20 % of cuDNN, 5x"),
+                           (NARROW[0], 8, None), (GQA[0], 8, None), (NARROW[1], 8, None)):
+        H, KV, D = heads
+        T, shape = 4096, f"B{B} T4096  {heads}"
+        of_q, of_k = n_bytes(B, T, H, D), n_bytes(B, T, KV, D)
+        size, slot = (2 * (of_q + of_k), 6 * (of_q + of_k)), torch.arange(T, device=DEVICE)[None]
+        sets = [[*(randn(B, T, n, D, grad=True) for n in (H, KV, KV)), randn(B, T, H, D)]
                 for _ in range(2)]
+        peers = {"cuDNN": lambda *x: [cudnn(*x)]}
         table.forward_and_backward(
-            "dilated 64 (ARL)", f"B{B} T{T}", sets,
+            "dilated 64 (ARL)", shape, sets,
             lambda q, k, v: [dilated(q, k, v, start[:B], 64, 0, 0)],
             lambda q, k, v: [Dilated(64, 0, 0).attend_to_shared(q, k, v, slot)],
-            {"cuDNN": lambda *x: [cudnn(*x)]}, (4 * n, 12 * n), (None, "20 % of cuDNN, 5x"))
+            peers, size, (None, goal))
         keep = Dilated(None, 64, 0).pattern(slot.mT, slot)
         table.forward_and_backward(
-            "dilated window of 64", f"B{B} T{T}", sets,
+            "dilated window of 64", shape, sets,
             lambda q, k, v: [dilated(q, k, v, start[:B], None, 64, 0)],
-            lambda q, k, v: [attend(q, k, v, keep)],
-            {"cuDNN": lambda *x: [cudnn(*x)]}, (4 * n, 12 * n), (None, "20 % of cuDNN, 5x"))
+            lambda q, k, v: [attend(q, k, v, keep)], peers, size, (None, goal))
 
     T = 32768
-    q, k, v = (randn(1, T, H, D) for _ in "qkv")
-    ratplus = lambda: dilated(q, k, v, start[:1], 16, 256, 4)
-    reads = lambda t, key: Dilated(16, 256, 4).pattern(t[:, None], key)
     # of a query, about: each 16th entry before it, and of the local 256 the others
     n_entries = T / 2 / 16 + 256 - 256 / 16
-    table.line("dilated 16, 256, 4 (RAT+)", f"B1 T{T}", [ratplus],
-               {"cuDNN": [lambda: cudnn(q, k, v)]}, n_bytes=4 * n_bytes(T, H, D),
-               flops=4 * H * D * T * n_entries, error=some_queries(ratplus(), q, k, v, reads))
+    reads = lambda t, key: Dilated(16, 256, 4).pattern(t[:, None], key)
+    for heads in LARGE, NARROW[0], GQA[0], NARROW[1]:
+        H, KV, D = heads
+        q, k, v = (randn(1, T, n, D) for n in (H, KV, KV))
+        ratplus = lambda: dilated(q, k, v, start[:1], 16, 256, 4)
+        table.line("dilated 16, 256, 4 (RAT+)", f"B1 T{T}  {heads}", [ratplus],
+                   {"cuDNN": [lambda: cudnn(q, k, v)]}, 2 * n_bytes(T, H + KV, D),
+                   4 * H * D * T * n_entries, error=some_queries(ratplus(), q, k, v, reads))
+
+    # A decoding step. What it reads, of k and of v: the last entry of each chunk, the local ones.
+    for heads, B, T in (LARGE, 1, 131072), (GQA[0], 1, 131072), (GQA[0], 8, 32768):
+        H, KV, D = heads
+        n_read = 2 * n_bytes(B, T // 16 + 256 - 256 // 16 + 4, KV, D)
+        sets = [[randn(B, 1, H, D), randn(B, T, KV, D), randn(B, T, KV, D)]
+                for _ in range(input_sets(n_bytes(2, B, T, KV, D), n_read))]
+        last = torch.full((B,), T - 1, device=DEVICE)
+        step = lambda q, k, v: dilated(q, k, v, last, 16, 256, 4)
+        keep = Dilated(16, 256, 4).pattern(last[:1, None], torch.arange(T, device=DEVICE))
+        error = relative_error([step(*sets[0])], [attend(*sets[0], keep)])
+        table.line("dilated step (RAT+)", f"B{B} T{T}  {heads}", on_each(step, sets),
+                   {"cuDNN": on_each(lambda *x: dense(*x, CUDNN, causal=False), sets)},
+                   n_bytes=n_read, error=error)
 
 
 # ---------------------------------------------------------------- the rest of a block
@@ -407,6 +519,7 @@ def bench_dilated(table):
 def bench_block(table):
     """A decoding step's products, in a 7B block and of its head; then a prompt's other kernels."""
     from triton_ops.block import add_norm, norm_rotate, products, swiglu, swiglu_products
+    H, _, D = LARGE
     C, N, V, T = H * D, 11008, 100352, 4096
     weight, angle = randn(C), torch.randn(1, T, 1, D // 2, device=DEVICE)
     cos, sin = angle.cos(), angle.sin()
@@ -445,10 +558,12 @@ def bench_block(table):
 
 def bench_dense(table):
     """What there is to beat."""
-    for T in 4096, 32768:
-        q, k, v = (randn(1, T, H, D) for _ in "qkv")
-        table.line("dense prefill (cuDNN)", f"B1 T{T}", [lambda: cudnn(q, k, v)],
-                   {"flash": [lambda: dense(q, k, v, FLASH)]}, flops=2 * T * T * H * D)
+    for heads, B, T in ((LARGE, 1, 4096), (LARGE, 1, 32768), (LARGE, 8, 4096), (GQA[0], 1, 32768),
+                        (NARROW[0], 1, 32768), (NARROW[1], 1, 32768)):
+        H, KV, D = heads
+        q, k, v = (randn(B, T, n, D) for n in (H, KV, KV))
+        table.line("dense prefill (cuDNN)", f"B{B} T{T}  {heads}", [lambda: cudnn(q, k, v)],
+                   {"flash 2": [lambda: flash_2(q, k, v)]}, flops=2 * B * T * T * H * D)
 
 
 # ---------------------------------------------------------------- the command
@@ -464,10 +579,9 @@ def with_gpu(parts, path):
     rates = ceilings()
     table = Table(rates)
     report = made_by(None, "bench.py", DEVICE) | {
-        "triton": triton.__version__, "dtype": "bfloat16", "heads": H, "head_width": D,
-        "ceilings": rates, "rows": table.rows}
+        "triton": triton.__version__, "dtype": "bfloat16", "ceilings": rates, "rows": table.rows}
     print(f"{report['device']}, torch {torch.__version__}, triton {triton.__version__}, "
-          f"commit {report['commit'][:12]}; bf16, {H} heads of {D}\n"
+          f"commit {report['commit'][:12]}; bf16. In a shape: query heads on KV heads, their width\n"
           f"ceilings: copy {rates['copy']:,.0f} GB/s, matmul {rates['matmul']:,.0f} TFLOP/s",
           flush=True)
     save(report, path)  # if it can't be written, that is better known now
@@ -475,6 +589,19 @@ def with_gpu(parts, path):
         SECTIONS[part](table)
         save(report, path)
     print(f"\nresults in {path}")
+
+
+def as_markdown(report):
+    """A file's rows as a table: the peers' times with how many times ours that is."""
+    rates = report["ceilings"]
+    print(f"{report['device']}, commit {report['commit'][:7]}: copy {rates['copy']:,.0f} GB/s, "
+          f"matmul {rates['matmul']:,.0f} TFLOP/s\n\n"
+          "| kernel | shape | ms | of the floor | peers, ms |\n|---|---|---|---|---|")
+    for row in report["rows"]:
+        near = " near" if row.get("near") else ""
+        peers = ", ".join(f"{name} {beside(t, row['ms'])}" for name, t in row["peers"].items())
+        print(f"| {row['kernel'].strip()} | {row['shape']} | {row['ms']:.3g} | "
+              f"{row['floor_ms'] / row['ms']:.0%}{near} | {peers} |")
 
 
 def without_gpu():
@@ -501,6 +628,7 @@ def parse():
         "(default: all; without a GPU single)"))
     parser.add_argument("--json", metavar="FILE", help=(
         "all numbers (default: out/bench.json, out/bench-model.json)"))
+    parser.add_argument("--table", metavar="FILE", help="print the rows of such a file, and end")
     parser.add_argument("--end-to-end", action="store_true", help=(
         "whole models with random weights: prompts, decoding steps, memory"))
     of_models = bench_model.add_flags(parser)
@@ -523,7 +651,9 @@ def parse():
 
 def main():
     args = parse()
-    if args.end_to_end:
+    if args.table:
+        as_markdown(load(args.table))
+    elif args.end_to_end:
         bench_model.run(args, ceilings() if ON_GPU else None)
     elif ON_GPU:
         with_gpu(args.only or list(SECTIONS), args.json or "out/bench.json")

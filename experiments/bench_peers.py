@@ -3,13 +3,21 @@ What bench.py times beside the kernels: the same results by other ways than ours
 
     official_memory    Eq. 1 as official RAT+ has it, for torch.compile
     fla_memory         Eq. 1 by flash-linear-attention's chunk_hgrn (pip install fla-core)
-    dense, cudnn       dense attention by one of PyTorch's own kernels
+    warp_scan          Eq. 1 by accelerated-scan, whose kernel is in CUDA (pip install
+                       accelerated-scan)
+    dense              dense attention by one of PyTorch's own kernels: cudnn, flash_2
     plain_quest        Quest's decoding step as its formula stands in PyTorch, for torch.compile
+    flash_moba         MoBA's prefill and its gradients by FlashMoBA's CUDA
+                       (github.com/mit-han-lab/flash-moba)
+    infllm             attention to chosen blocks by InfLLM-v2's CUDA
+                       (github.com/OpenBMB/infllmv2_cuda_impl)
+    fla_moba           MoBA's prefill by flash-linear-attention, in two calls of FlashAttention-2
     plain_step         all between a step's projections and attention, likewise
     norm_and_rotate    QK-norm and RoPE, likewise
 
-tests/test_bench.py holds the ones in PyTorch to our definitions: a peer that computes something
-else is no peer. Letters as in sparse.py.
+A package that is not installed is named in the table. tests/test_bench.py holds the ones in PyTorch
+to our definitions, and bench.py compares the others' results with ours before it times them: a peer
+that computes something else is no peer. Letters as in sparse.py.
 """
 import math
 
@@ -21,6 +29,8 @@ from memory import memory_step
 
 CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
 
+
+# ---------------------------------------------------------------- the memory
 
 def scan(g, b, reverse=False):
     """m[t] = g[t] m[t-1] + b[t], by torch's associative_scan over such steps (g, b)."""
@@ -57,27 +67,55 @@ def official_memory(
     return [x.unflatten(-1, k.shape[2:]) for x in m.to(k.dtype).chunk(2, dim=-1)]
 
 
+@torch.compile(dynamic=False)
+def hgrn_inputs(k, v, gate):
+    """-> log g, (1 - g) k, (1 - g) v, each (B, T, W)"""
+    gate = gate.flatten(2).float()
+    rest = torch.sigmoid(-gate)
+    return F.logsigmoid(gate), *((rest * x.flatten(2)).to(x.dtype) for x in (k, v))
+
+
 def fla_memory(k, v, gate):
     """As official_memory; chunk_hgrn is h[t] = exp(g[t]) h[t-1] + x[t] of one tensor at a time."""
     from fla.ops.hgrn import chunk_hgrn
-    gate = gate.flatten(2).float()
-    log_g, rest = F.logsigmoid(gate), torch.sigmoid(-gate)
-    return [chunk_hgrn((rest * x.flatten(2)).to(x.dtype), log_g)[0].view(x.shape) for x in (k, v)]
+    log_g, *inputs = hgrn_inputs(k, v, gate)
+    return [chunk_hgrn(x, log_g)[0].view(k.shape) for x in inputs]
 
+
+def warp_inputs(k, v, gate):
+    """What warp_scan takes, (B, W, T) in fp32: making it is not timed."""
+    turned = lambda x: x.detach().flatten(2).transpose(1, 2).float().contiguous().requires_grad_()
+    g = torch.sigmoid(gate.float())
+    return turned(g), turned((1 - g) * k), turned((1 - g) * v)
+
+
+def warp_scan(g, k, v):
+    """As official_memory, in accelerated-scan's own layout and dtype: (B, W, T), fp32."""
+    from accelerated_scan.warp import scan as kernel
+    return [kernel(g, x) for x in (k, v)]
+
+
+# ---------------------------------------------------------------- attention
 
 def dense(
     q,     # (B, Tq, H, D)
-    k, v,  # (B, Tk, H, D)
+    k, v,  # (B, Tk, KV, D)
     by,    # SDPBackend
     causal=True,
 ):         # -> y (B, Tq, H, D)
+    gqa = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(by):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)
+    return y.transpose(1, 2)
 
 
 def cudnn(q, k, v):
     return dense(q, k, v, CUDNN)
+
+
+def flash_2(q, k, v):
+    return dense(q, k, v, FLASH)
 
 
 def entries(slots, k, v):
@@ -104,6 +142,71 @@ def plain_quest(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
+
+def packed(k):
+    """Where the rows of a batch begin and end once they lie one behind the other: (B + 1,)"""
+    B, T = k.shape[:2]
+    return torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=k.device)
+
+
+def flash_moba(q, k, v, block_size, S):
+    """S counts the query's own block. Each query head chooses its own blocks, also with GQA."""
+    from flash_moba import flash_moba_varlen_func
+    T, ends = k.shape[1], packed(k)
+    y = flash_moba_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), ends, ends, T, T, block_size,
+                               S, causal=True)
+    return y.view(q.shape)
+
+
+def infllm(
+    q, k, v,  # (1, T, H, D), (1, T, KV, D)  with H = 16 KV
+    chosen,   # (1, KV, T, S)                blocks of 64, int32, the own among them
+):
+    """Its gradient makes a mask of all blocks and empties PyTorch's cache of memory twice."""
+    from infllm_v2 import infllmv2_attn_varlen_func
+    T, ends = k.shape[1], packed(k)
+    y = infllmv2_attn_varlen_func(*(x[0] for x in (q, k, v)), ends, ends, T, T, causal=True,
+                                  topk_idx=chosen[0])
+    return y[None]
+
+
+def fla_moba(q, k, v, block_size, S):
+    """As flash_moba. Where flash-attn is not installed, with FlashAttention-2 as PyTorch has it."""
+    from fla.ops.moba import parallel
+    if parallel.flash_attn_varlen_func is None:
+        parallel.flash_attn_varlen_func = True  # asked for, and used for single blocks alone
+        parallel._flash_attn_varlen_forward = torchs_forward
+        parallel._flash_attn_varlen_backward = torchs_backward
+    T, G = k.shape[1], q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(G, dim=2) for x in (k, v))
+    row = lambda x: x.flatten(0, 1)[None]
+    return parallel.parallel_moba(row(q), row(k), row(v), packed(k), T, block_size, S).view(q.shape)
+
+
+def torchs_forward(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
+    dropout_p,
+):
+    """flash-attn's function of that name, by PyTorch's copy of FlashAttention-2."""
+    y, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, causal, False,
+        scale=softmax_scale)
+    return y, lse, None, None
+
+
+def torchs_backward(
+    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+    max_seqlen_k, softmax_scale, causal, dropout_p, **_,
+):
+    none = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of dropout
+    gradients = torch.ops.aten._flash_attention_backward(
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout_p, causal, none, none, scale=softmax_scale)
+    for x, gradient in zip((dq, dk, dv), gradients):
+        x.copy_(gradient)
+
+
+# ---------------------------------------------------------------- the rest of a block
 
 def norm_and_rotate(
     x,         # (B, T, H, D)
