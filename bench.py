@@ -245,11 +245,12 @@ def some_queries(y, q, k, v, reads):
 
 def bench_memory(table):
     from kernels import memory_scan as kernel
-    peers = {"official, compiled": torch.compile(official_memory), "fla": fla_memory}
     for heads, B, T, goals in (
             (LARGE, 8, 4096, ("80 %", "65 %")), (LARGE, 1, 4096, ("55 %", "48 %")),
             (LARGE, 1, 32768, ("75 %", "65 %")), (GQA[0], 8, 4096, (None, None)),
             (NARROW[1], 8, 4096, (None, None)), (NARROW[1], 1, 4096, (None, None))):
+        torch.compiler.reset()  # or the next shapes are compiled as one that varies, and fail
+        peers = {"official, compiled": torch.compile(official_memory), "fla": fla_memory}
         size = B, T, heads.KV, heads.D
         n = n_bytes(*size)
         sets = [[randn(*size) for _ in range(5)] for _ in range(input_sets(12 * n))]
