@@ -582,7 +582,7 @@ def with_gpu(parts, path):
     report = made_by(None, "bench.py", DEVICE) | {
         "triton": triton.__version__, "dtype": "bfloat16", "ceilings": rates, "rows": table.rows}
     print(f"{report['device']}, torch {torch.__version__}, triton {triton.__version__}, "
-          f"commit {report['commit'][:12]}; bf16. In a shape: query heads on KV heads, their width\n"
+          f"commit {report['commit'][:12]}; bf16; shapes: query heads on KV heads, their width\n"
           f"ceilings: copy {rates['copy']:,.0f} GB/s, matmul {rates['matmul']:,.0f} TFLOP/s",
           flush=True)
     save(report, path)  # if it can't be written, that is better known now
