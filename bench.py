@@ -592,17 +592,24 @@ def with_gpu(parts, path):
     print(f"\nresults in {path}")
 
 
-def as_markdown(report):
+def as_markdown(path):
     """A file's rows as a table: the peers' times with how many times ours that is."""
-    rates = report["ceilings"]
-    print(f"{report['device']}, commit {report['commit'][:7]}: copy {rates['copy']:,.0f} GB/s, "
-          f"matmul {rates['matmul']:,.0f} TFLOP/s\n\n"
-          "| kernel | shape | ms | of the floor | peers, ms |\n|---|---|---|---|---|")
-    for row in report["rows"]:
-        near = " near" if row.get("near") else ""
-        peers = ", ".join(f"{name} {beside(t, row['ms'])}" for name, t in row["peers"].items())
-        print(f"| {row['kernel'].strip()} | {row['shape']} | {row['ms']:.3g} | "
-              f"{row['floor_ms'] / row['ms']:.0%}{near} | {peers} |")
+    report = load(path, "device", "commit", "ceilings", "rows", remedy="make it anew with --json")
+    try:
+        copy, matmul = report["ceilings"]["copy"], report["ceilings"]["matmul"]
+        lines = [f"{report['device']}, commit {report['commit'][:7]}: copy {copy:,.0f} GB/s, "
+                 f"matmul {matmul:,.0f} TFLOP/s", "",
+                 "| kernel | shape | ms | of the floor | peers, ms |", "|---|---|---|---|---|"]
+        for row in report["rows"]:
+            share, peers = row["floor_ms"] / row["ms"], row["peers"].items()
+            lines.append(
+                f"| {row['kernel'].strip()} | {row['shape']} | {row['ms']:.3g} | {share:.0%}"
+                f"{' near' if share >= NEAR else ''} | "
+                + ", ".join(f"{name} {beside(t, row['ms'])}" for name, t in peers) + " |")
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} is damaged, or not of bench.py ({error!r:.80}): make it anew "
+                         "with --json") from None
+    print("\n".join(lines))
 
 
 def without_gpu():
@@ -635,6 +642,8 @@ def parse():
     of_models = bench_model.add_flags(parser)
     args = parser.parse_args()
 
+    if args.table and (args.only or args.json or args.end_to_end):
+        parser.error("--table prints what is there: leave --only, --json and --end-to-end out")
     allowed, elsewhere = SECTIONS, "; the others with --end-to-end"
     if args.end_to_end:
         allowed, elsewhere = bench_model.PARTS, ""
@@ -653,7 +662,7 @@ def parse():
 def main():
     args = parse()
     if args.table:
-        as_markdown(load(args.table))
+        as_markdown(args.table)
     elif args.end_to_end:
         bench_model.run(args, ceilings() if ON_GPU else None)
     elif ON_GPU:

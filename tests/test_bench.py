@@ -49,12 +49,29 @@ def test_without_a_gpu_it_times_the_plain_forms(run):
         (["--end-to-end", "--json=/dev/null/x"], ["/dev/null"]))),
     (["--only", "memroy"], ["memroy", "memory"]),
     (["--preset=pico"], ["--preset", "--end-to-end"]),
+    (["--table=x.json", "--only=moba"], ["--table", "--only"]),
     (["--contexts", "256"], ["--contexts", "--end-to-end"]),
     (["--tokenizer=bytes"], ["--tokenizer", "--end-to-end"])], ids=str)
 def test_what_cannot_be_timed_is_one_line(flags, words, run):
     """A traceback, or a typing error that starts minutes of something else than was asked for."""
     error = run(*flags)
     assert all(word in error for word in words)
+
+
+def test_a_file_as_a_table(run, tmp_path):
+    """A share of the floor, or a ratio, that is not the file's; a traceback for a damaged one."""
+    row = dict(kernel="  select", shape="B1", ms=0.5, floor_ms=0.4,
+               peers={"cuDNN": 1.25, "fla": "not installed: fla"})
+    report = dict(device="GPU", commit="abcdefghij", ceilings=dict(copy=3000, matmul=700))
+    file = tmp_path / "b.json"
+    file.write_text(json.dumps(report | {"rows": [row, row | {"floor_ms": 0.3}]}))
+    text = run(f"--table={file}")
+    assert text.startswith("GPU, commit abcdefg: copy 3,000 GB/s, matmul 700 TFLOP/s\n")
+    assert "| select | B1 | 0.5 | 80% near | cuDNN 1.250 (2.50x), fla not installed: fla |" in text
+    assert "| 60% | " in text
+    for rows in [row | {"ms": 0}], [row | {"peers": None}], [{}], 5:
+        file.write_text(json.dumps(report | {"rows": rows}))
+        assert all(word in run(f"--table={file}") for word in ("b.json", "--json"))
 
 
 # ---------------------------------------------------------------- peers
