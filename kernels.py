@@ -37,7 +37,8 @@ A kernel has three parts:
                   has what), the tile (what it holds), the fewest bytes to move, and the dtypes
     the launcher  a torch custom op: it checks, allocates and launches. A `register_fake` beside it
                   tells torch.compile the outputs' shapes, `register_autograd` the gradient
-    the function  what is called: the reference's arguments and results
+    the function  what is called: the reference's arguments and results. memory_scan passes the
+                  operator by where nobody needs it
 
 In all of them constants in capitals are known when Triton compiles, masks keep a program within its
 tensor, and an offset is int64 before it meets a stride, as tensors may have more than 2**31
@@ -426,8 +427,10 @@ def memory_scan(
     """Eq. 1, as memory.memory_scan, with gradients for all four."""
     inputs = k, v, gate, state
     needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    # Of a short prompt most time goes into launches, and PyTorch's dispatcher is one more.
-    plain = not (needed or torch.compiler.is_compiling())
+    # Calling the operator takes longer than a short prompt's kernel. It is needed for gradients,
+    # for torch.compile, and for tensors that only stand for others.
+    plain = not (needed or torch.compiler.is_compiling()) and all(
+        x is None or type(x) in (Tensor, torch.nn.Parameter) for x in inputs)
     k_mem, v_mem, last, _ = (launch_forward if plain else memory_forward)(*inputs, needed)
     return k_mem, v_mem, last
 

@@ -16,8 +16,10 @@ What bench.py times beside the kernels: the same results by other ways than ours
     norm_and_rotate    QK-norm and RoPE, likewise
 
 A package that is not installed is named in the table. tests/test_bench.py holds the ones in PyTorch
-to our definitions, and bench.py compares the others' results with ours before it times them: a peer
-that computes something else is no peer. Letters as in sparse.py.
+to our definitions, and bench.py compares the results of the others, without gradients, with ours
+before it times them: a peer that computes something else is no peer. Only FlashMoBA and fla's MoBA
+are not compared where heads share keys, as they choose blocks for each head by itself. Letters as
+in sparse.py.
 """
 import math
 
@@ -90,7 +92,10 @@ def warp_inputs(k, v, gate):
 
 
 def warp_scan(g, k, v):
-    """As official_memory, in accelerated-scan's own layout and dtype: (B, W, T), fp32."""
+    """
+    As official_memory, in accelerated-scan's own layout (B, W, T) and in fp32: it takes bf16 too,
+    but then the state is carried in bf16.
+    """
     from accelerated_scan.warp import scan as kernel
     return [kernel(g, x) for x in (k, v)]
 

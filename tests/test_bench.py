@@ -49,7 +49,7 @@ def test_without_a_gpu_it_times_the_plain_forms(run):
         (["--end-to-end", "--json=/dev/null/x"], ["/dev/null"]))),
     (["--only", "memroy"], ["memroy", "memory"]),
     (["--preset=pico"], ["--preset", "--end-to-end"]),
-    (["--table=x.json", "--only=moba"], ["--table", "--only"]),
+    (["--table=x.json", "--only=moba"], ["--table", "other flags"]),
     (["--contexts", "256"], ["--contexts", "--end-to-end"]),
     (["--tokenizer=bytes"], ["--tokenizer", "--end-to-end"])], ids=str)
 def test_what_cannot_be_timed_is_one_line(flags, words, run):
@@ -72,6 +72,33 @@ def test_a_file_as_a_table(run, tmp_path):
     for rows in [row | {"ms": 0}], [row | {"peers": None}], [{}], 5:
         file.write_text(json.dumps(report | {"rows": rows}))
         assert all(word in run(f"--table={file}") for word in ("b.json", "--json"))
+
+
+def test_a_peer_that_fails_is_told(monkeypatch):
+    """A run that ends because a package is missing, or is of another version."""
+    def failing(error):
+        def peer(*_):
+            raise error
+        return peer
+
+    for error, words in (
+            (ModuleNotFoundError("no", name="flash_moba"), "not installed: flash_moba"),
+            (ImportError("undefined symbol: x"), "failed: ImportError: undefined"),
+            (RuntimeError(""), "failed: RuntimeError: "), (OSError("no nvcc"), "no nvcc"),
+            (TypeError("one argument"), "one argument")):
+        assert words in bench.time_peer([failing(error)])
+        assert bench.unlike(failing(error), [], [], 0.1) is None
+    y = torch.ones(3)
+    assert bench.unlike(lambda: [y], [], [y], 0.1) is None
+    text = bench.unlike(lambda: [2 * y], [], [y], 0.1)
+    assert text == bench.time_peer(text) == "computes something else: relative error 1.0e+00"
+
+
+@pytest.mark.parametrize("T, block_size, S", [(64, 8, 3), (64, 16, 1), (32, 8, 9)])
+def test_entries_of_moba_are_counted(T, block_size, S):
+    """FLOPs of blocks that early queries do not have, or of keys behind the query."""
+    read = [min(t // block_size, S - 1) * block_size + t % block_size + 1 for t in range(T)]
+    assert bench.moba_entries(T, block_size, S) == sum(read)
 
 
 # ---------------------------------------------------------------- peers

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernel_cases
 import kernels
 from conftest import DEVICE, assert_close, error, refused, times
-from kernel_cases import (BF16, FP32, KERNELS, PATTERNS, Case, assert_routes, draw, draw_prompt,
-                          inf, mask_of, nan, with_gradients)
+from kernel_cases import (BF16, FP32, KERNELS, PATTERNS, RATPLUS, Case, assert_routes, draw,
+                          draw_prompt, inf, mask_of, nan, with_gradients)
 from sparse import Dilated, attend, attend_to_slots
 from triton_ops import block, dilated, moba, quest, snapkv, topk
 from triton_ops.moba import moba_attend
@@ -147,8 +147,8 @@ CUTS = [  # kernel, setting, what is pinned, the constants of a launcher
     *(("moba_attend", 1, PROMPT, moba.GATHER_FP32, dict(CHUNK=n)) for n in (1, 2)),
     *(("moba_attend", 1, PROMPT, moba.GRAD_FP32, dict(CHUNK=n)) for n in (1, 8)),
     # a head that reads what another left in the buffer, or writes to another's place
-    *(("moba_attend", 3, dict(B=2, Tq=40, **ONE_ROW), moba, dict(PARTIAL_BYTES=n * 40 * 3 * 16 * 4))
-      for n in (1, 3)),
+    *(("moba_attend", 3, dict(B=2, Tq=40, **ONE_ROW), moba, dict(PARTIAL_BYTES=n))
+      for n in (1, 3 * 12288, 3 * 22528)),  # one head at a time; three, forward or backward
     # queries dropped or counted twice; shared gradients stored over the others' instead of added
     *(("dilated", index, dict(B=1, T=100), dilated, dict(SPLIT_UP_TO=n))
       for index in (0, 1, 12) for n in (1, 3, 50)),
@@ -246,6 +246,27 @@ def test_launchers_are_operators_that_compile_can_trace(name, monkeypatch):
         run = compiled(run, "eager")
     for out, ref in zip(run(), expected, strict=True):
         assert torch.equal(out, ref)
+
+
+def test_the_memory_without_gradients_is_the_operator_s():
+    """A launcher called directly that does something else, or that torch.compile meets."""
+    k, v, gate = draw(3, 2, TILE + 9, 2, 16, seed=10)
+    with Launches() as launches:
+        outs = kernels.memory_scan(k, v, gate)
+    assert not launches.found
+    compiled = torch.compile(kernels.memory_scan, fullgraph=True, backend="eager")
+    for others in (kernels.memory_forward(k, v, gate, None, False)[:3], compiled(k, v, gate)):
+        for out, other in zip(outs, others, strict=True):
+            assert torch.equal(out, other)
+
+
+def test_long_patterns_have_tiles_without_masks():
+    """The edges above, which would show nothing if every tile were masked."""
+    tiles = dilated.TILES["forward_long"], dilated.TILES["query_grad_band"], dilated.TILES["fp32"]
+    for tile in tiles:
+        for dilation, local, _ in (PATTERNS["whole tiles"], RATPLUS):
+            assert dilated.has_whole(tile, local, 400 // dilation)
+    assert not dilated.has_whole(dilated.TILES["forward"], 0, 4096 // 64)  # ARL's pass
 
 
 # ---------------------------------------------------------------- what is refused
@@ -420,13 +441,13 @@ def test_lists_take_whole_tiles():
     lists = moba.file_queries(chosen, slots(0, 0), 13, 100, 8, dict(BLOCK_M=16, CHUNK=1))
     begin, length = lists.begin.flatten(), lists.length.flatten()
     ends = begin + (length + 15) // 16 * 16
-    assert (ends[:-1] <= begin[1:]).all() and ends[-1] <= len(lists.query)
+    assert (ends[:-1] <= begin[1:]).all() and ends[-1] <= len(lists.queries)
     for z in range(2):
         for n in range(13):
-            query = lists.query[lists.begin[z, n]:][:lists.length[z, n]]
+            query = lists.queries[lists.begin[z, n]:][:lists.length[z, n]]
             t, s = (chosen[z, 0] == n).nonzero(as_tuple=True)
             assert torch.equal(query, t.int())
-            assert torch.equal(lists.query[lists.place[z, s, t].long()], query)
+            assert torch.equal(lists.queries[lists.place[z, s, t].long()], query)
 
 
 def test_nan_of_one_query_leaves_the_gradients_of_others():

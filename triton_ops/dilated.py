@@ -172,6 +172,13 @@ def whole_stretches(
     return ends, tl.maximum(ends, ends_to), near, tl.maximum(near, near_to)
 
 
+@triton.jit
+def behind_stretches(e, ends, ends_to, near, near_to):
+    """Number e of the entries outside of the two stretches -> its place in the list."""
+    e += tl.where(e >= ends, ends_to - ends, 0)
+    return e + tl.where(e >= near, near_to - near, 0)
+
+
 # ---------------------------------------------------------------- forward
 
 @triton.jit
@@ -295,10 +302,7 @@ def forward_kernel(
         entries -= ends_to - ends + near_to - near
     per_split = tl.cdiv(tl.cdiv(entries, BLOCK_N), splits) * BLOCK_N
     for m in range(split * per_split, tl.minimum((split + 1) * per_split, entries), BLOCK_N):
-        e = m
-        if WHOLE:  # pass over the stretches
-            e += tl.where(e >= ends, ends_to - ends, 0)
-            e += tl.where(e >= near, near_to - near, 0)
+        e = behind_stretches(m, ends, ends_to, near, near_to) if WHOLE else m
         j, keep = tile_of_list(
             e, i, window, begin, initial, first_end, dilation, LOCAL, OWN, BLOCK_N)
         row = j.to(tl.int64)[:, None]
@@ -442,10 +446,7 @@ def query_grad_kernel(
             lse, delta, dq, scale, BLOCK_N)
         entries -= ends_to - ends + near_to - near
     for m in range(0, entries, BLOCK_N):
-        e = m
-        if WHOLE:
-            e += tl.where(e >= ends, ends_to - ends, 0)
-            e += tl.where(e >= near, near_to - near, 0)
+        e = behind_stretches(m, ends, ends_to, near, near_to) if WHOLE else m
         j, keep = tile_of_list(
             e, i, window, begin, initial, first_end, dilation, LOCAL, 0, BLOCK_N)
         row = j.to(tl.int64)[:, None]
@@ -581,8 +582,8 @@ def has_whole(tile, local, ends):
 
 def splits_of(M, local, tile, programs):
     """
-    How many programs share the keys of a decoding step: as many as fill the GPU, but none with less
-    than two tiles, as putting the parts together costs a launch.
+    How many programs share the keys of a decoding step of one query: as many as fill the GPU, but
+    none with less than two tiles, as putting the parts together costs a launch.
     """
     tiles = triton.cdiv(M, tile["BLOCK_N"]) + triton.cdiv(local, tile["BLOCK_N"])
     each = max(2, triton.cdiv(tiles, max(1, SPLIT_UP_TO // programs)))

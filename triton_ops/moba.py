@@ -22,8 +22,9 @@ values and in gradients. kernels.py explains how a kernel is written here.
 
 Letters as in sparse.py: B batch, Tq queries, Tk slots, H query heads, KV key/value heads,
 G = H // KV, D head width, N blocks, S selected. z counts (b, kv); an entry is a pair of a query and
-a block that it reads. `start` (B,) is the slot of each row's first query; own = slot // block_size.
-A query past the last slot (padding) counts as standing in the last slot.
+a block that it reads, or nothing, where a list is filled up to a whole tile. `start` (B,) is the
+slot of each row's first query; own = slot // block_size. A query past the last slot (padding)
+counts as standing in the last slot.
 """
 from typing import NamedTuple
 
@@ -170,7 +171,7 @@ class Lists(NamedTuple):
     its blocks one behind the other, each filled up to whole tiles of BLOCK_M, so that a tile of
     partial results is written whole. A list is cut into chunks of up to CHUNK * BLOCK_M.
     """
-    query: Tensor       # (B * KV * rows,)  the entries
+    queries: Tensor     # (B * KV * rows,)  the entries
     place: Tensor       # (B * KV, S, Tq)   of query t's s-th block among the entries, -1 for none
     begin: Tensor       # (B * KV, N)       of each list among the entries
     length: Tensor      # (B * KV, N)
@@ -186,14 +187,14 @@ def file_queries(chosen, start, N, Tk, block_size, tile):
     BLOCK_T = max(16, min(LISTS["BLOCK_T"], 8192 // S_PAD))
     tiles, z = triton.cdiv(Tq, BLOCK_T), B * KV
     sizes = dict(block_size=block_size, S=S, S_PAD=S_PAD, BLOCK_T=BLOCK_T)
+    rows = Tq * S + min(N, Tq * S) * (BLOCK_M - 1)
+    rows = triton.cdiv(rows, BLOCK_M) * BLOCK_M
+    assert z * rows < 2**31, f"{z * rows:,} partial results: their numbers do not fit int32"
     mask = torch.empty(z, tiles * BLOCK_T // 16, N, dtype=torch.int32, device=device)
     count = torch.zeros(z, N, tiles, dtype=torch.int32, device=device)
     moba_count_kernel[tiles, z](
         chosen, start, mask, count, Tq, Tk, N, KV, **sizes, num_warps=warps)
 
-    rows = Tq * S + min(N, Tq * S) * (BLOCK_M - 1)
-    rows = triton.cdiv(rows, BLOCK_M) * BLOCK_M
-    assert z * rows < 2**31, f"{z * rows} pairs of a query and a block: places do not fit int32"
     counted = count.cumsum(2, dtype=torch.int32)
     length = counted[:, :, -1].contiguous()
     whole = (length + BLOCK_M - 1) // BLOCK_M * BLOCK_M
@@ -201,32 +202,32 @@ def file_queries(chosen, start, N, Tk, block_size, tile):
     begin += rows * torch.arange(z, dtype=torch.int32, device=device)[:, None]
     begins = (begin[:, :, None] + counted - count).transpose(1, 2).contiguous()
     place = torch.empty(z, S, Tq, dtype=torch.int32, device=device)
-    query = torch.empty(z * rows, dtype=torch.int32, device=device)
+    queries = torch.empty(z * rows, dtype=torch.int32, device=device)
     moba_fill_kernel[tiles, z](
-        chosen, start, mask, begins, place, query, Tq, Tk, N, KV, **sizes, num_warps=2 * warps)
+        chosen, start, mask, begins, place, queries, Tq, Tk, N, KV, **sizes, num_warps=2 * warps)
 
     chunk_len = tile["CHUNK"] * BLOCK_M
     chunk_ends = ((length + chunk_len - 1) // chunk_len).cumsum(1, dtype=torch.int32)
     chunks = triton.cdiv(Tq * S, chunk_len) + N
-    return Lists(query, place, begin, length, chunk_ends, rows, chunks)
+    return Lists(queries, place, begin, length, chunk_ends, rows, chunks)
 
 
 # ---------------------------------------------------------------- forward
 
 @triton.jit
 def chunk_of(
-    chunk, z, begin_ptr, length_ptr, chunk_end_ptr, N, ROWS: tl.constexpr, N_PAD: tl.constexpr,
+    chunk, z, begin_ptr, length_ptr, chunk_end_ptr, N, LENGTH: tl.constexpr, N_PAD: tl.constexpr,
 ):
     """
-    Chunk number `chunk` of the lists of z: block n, how far into its list the chunk begins, the
-    chunk's first entry, the number of entries. n = N: there is none.
+    Chunk number `chunk` of the lists of z, of up to LENGTH entries: block n, how far into its list
+    the chunk begins, the chunk's first entry, the number of entries. n = N: there is none.
     """
     offs, at = tl.arange(0, N_PAD), z.to(tl.int64) * N
     ends = tl.load(chunk_end_ptr + at + offs, mask=offs < N, other=2**31 - 1)
     n = tl.sum((ends <= chunk).to(tl.int32), axis=0)
-    into = (chunk - tl.max(tl.where(ends <= chunk, ends, 0), axis=0)) * ROWS   # the block's list
+    into = (chunk - tl.max(tl.where(ends <= chunk, ends, 0), axis=0)) * LENGTH  # the block's list
     at += tl.minimum(n, N - 1)
-    entries = tl.minimum(tl.load(length_ptr + at) - into, ROWS)
+    entries = tl.minimum(tl.load(length_ptr + at) - into, LENGTH)
     return n, into, tl.load(begin_ptr + at) + into, entries
 
 
@@ -390,22 +391,27 @@ def moba_merge_kernel(
 
 
 def tile_of(q, block_size):
-    """For moba_gather_kernel, and for moba_gather_grad_kernel."""
-    long, small, narrow = block_size > GATHER["BLOCK_N"], block_size <= 64, q.shape[3] <= 64
+    """The tiles of moba_gather_kernel and of moba_gather_grad_kernel."""
+    tile, grad = GATHER, GRAD
+    narrow = q.shape[3] <= 64
     if q.dtype == torch.float32:
         tile, grad = GATHER_FP32, GRAD_FP32
-    elif long:
-        tile, grad = GATHER_LONG_NARROW if narrow else GATHER_LONG, GRAD
-    else:
-        tile = GATHER_NARROW if narrow else GATHER_SMALL if small else GATHER
-        grad = GRAD_SMALL if small else GRAD
-    return fit_block(tile, block_size), fit_block(grad, block_size)
+    elif block_size > GATHER["BLOCK_N"]:
+        tile = GATHER_LONG_NARROW if narrow else GATHER_LONG
+    elif block_size <= 64:
+        tile, grad = GATHER_NARROW if narrow else GATHER_SMALL, GRAD_SMALL
+    elif narrow:
+        tile = GATHER_NARROW
+    return fit(tile, q.shape[1], block_size), fit(grad, q.shape[1], block_size)
 
 
-def fit_block(tile, block_size):
-    """The tile with BLOCK_N keys: no more than a block, no fewer than a product of tiles takes."""
-    BLOCK_N = min(tile["BLOCK_N"], triton.next_power_of_2(block_size))
-    return tile | dict(BLOCK_N=max(16, BLOCK_N))
+def fit(tile, Tq, block_size):
+    """
+    The tile with no more queries than there are, so that few leave little room at the lists' ends,
+    and no more keys than a block; but no fewer than a product of tiles takes.
+    """
+    most = dict(BLOCK_M=triton.next_power_of_2(Tq), BLOCK_N=triton.next_power_of_2(block_size))
+    return tile | {name: max(16, min(tile[name], n)) for name, n in most.items()}
 
 
 def merge_tile(S):
@@ -452,7 +458,7 @@ def moba_forward(
     for h0 in range(0, B * H, heads):
         here = min(heads, B * H - h0)
         moba_gather_kernel[lists.chunks, here](
-            q, k, v, lists.query, lists.begin, lists.length, lists.chunk_ends, start,
+            q, k, v, lists.queries, lists.begin, lists.length, lists.chunk_ends, start,
             part_tiles, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             Tq, Tk, N, KV, h0, lists.rows, D ** -0.5 * LOG2E.value, block_size,
             G=G, D=D, N_PAD=triton.next_power_of_2(N), **tile)
@@ -539,7 +545,7 @@ def moba_gather_grad_kernel(
     delta_ptr += b * Tq * KV * G + h
     list_ptr += first
     key_tiles, local = tl.num_programs(1), tl.program_id(2).to(tl.int64)
-    row = first + (tl.program_id(2) * key_tiles + tile - head // G) * rows
+    row = first + (local * key_tiles + tile - head // G) * rows
     key_at = ((local * tl.num_programs(0) + chunk) * key_tiles + tile) * BLOCK_N + offs_n
     key_at = key_at[:, None] * D + offs_d                                       # [BLOCK_N, D]
     k = tl.load(k_ptr, mask=(offs_n < inside)[:, None], other=0)                # [BLOCK_N, D]
@@ -562,7 +568,7 @@ def moba_gather_grad_kernel(
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="ieee")                          # [BLOCK_N, D]
         dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale            # [BLOCK_M, D]
-        at = dq_ptr + (row + m + offs_m).to(tl.int64)[:, None] * D + offs_d
+        at = dq_ptr + (row + m + offs_m)[:, None] * D + offs_d
         tl.store(at, dq.to(dq_ptr.dtype.element_ty))
     tl.store(dk_ptr + key_at, dk * scale)
     tl.store(dv_ptr + key_at, dv)
@@ -635,7 +641,7 @@ def moba_backward(
     for h0 in range(0, B * H, heads):
         here = min(heads, B * H - h0)
         moba_gather_grad_kernel[lists.chunks, key_tiles, here](
-            q, k, v, dy, y_lse, delta, lists.query, lists.begin, lists.length, lists.chunk_ends,
+            q, k, v, dy, y_lse, delta, lists.queries, lists.begin, lists.length, lists.chunk_ends,
             start, part, dk_part, dv_part,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             Tq, Tk, N, KV, h0, lists.rows, D ** -0.5, block_size,
