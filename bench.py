@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from experiments import bench_model
 from experiments.bench_peers import (
-    CUDNN, cudnn, dense, entries, fla_memory, fla_moba, flash_2, flash_moba, infllm,
+    CUDNN, cudnn, dense, entries, fla_memory, fla_moba, flash_2, flash_moba, hgrn_inputs, infllm,
     norm_and_rotate, official_memory, plain_quest, plain_step, warp_inputs, warp_scan)
 from infra.cli import command, made_by
 from infra.files import load, save
@@ -122,7 +122,7 @@ class Table:
     def line(
         self, kernel, shape,  # text
         functions,            # our kernel's, on different inputs
-        peers={},             # {name: functions}
+        peers={},             # {name: functions, or what to say instead of a time}
         n_bytes=0, flops=0,   # the fewest possible
         goal=None,            # text
         error=None,           # relative, of our result; None: part of a line that is checked
@@ -135,7 +135,6 @@ class Table:
         floor = max(by_bytes, flops / self.rates["matmul"] / 1e9)
         row = {"kernel": kernel, "shape": shape, "ms": ms, "floor_ms": floor, "goal": goal,
                "error": error, "GB/s": n_bytes / ms / 1e6, "TFLOP/s": flops / ms / 1e9,
-               "near": floor >= NEAR * ms,
                "peers": {name: time_peer(peer) for name, peer in peers.items()}}
         self.rows.append(row)
 
@@ -144,8 +143,8 @@ class Table:
             rate = f"{row['GB/s']:7,.0f} GB/s   "
         notes = [f"{name} {beside(t, ms)}" for name, t in row["peers"].items()]
         notes += [f"goal {goal}"] if goal else []
-        print(f"{kernel:28} {shape:32} {ms:8.4f} ms {rate} {floor / ms:5.0%} of floor "
-              f"{'near' if row['near'] else '    '}  " + "   ".join(notes), flush=True)
+        print(f"{kernel:28} {shape:32} {ms:8.4f} ms {rate} {of_floor(row):9} of floor   "
+              + "   ".join(notes), flush=True)
         torch.cuda.empty_cache()
 
     def forward_and_backward(self, kernel, shape, sets, ours, plain, peers, n_bytes, goals,
@@ -178,6 +177,11 @@ def time_peer(functions):
         return f"not installed: {error.name}"
     except Exception as error:  # code of others
         return "failed: " + f"{type(error).__name__}: {error}".splitlines()[0][:80]
+
+
+def of_floor(row):
+    share = row["floor_ms"] / row["ms"]
+    return f"{share:4.0%}{' near' if share >= NEAR else ''}"
 
 
 def beside(peer, ms):
@@ -255,7 +259,9 @@ def bench_memory(table):
             (LARGE, 1, 32768, ("75 %", "65 %")), (GQA[0], 8, 4096, (None, None)),
             (NARROW[1], 8, 4096, (None, None)), (NARROW[1], 1, 4096, (None, None))):
         torch.compiler.reset()  # or the next shapes are compiled as one that varies, and fail
-        peers = {"official, compiled": torch.compile(official_memory), "fla": fla_memory}
+        inputs = torch.compile(hgrn_inputs, dynamic=False)
+        fla = lambda *x: fla_memory(*x, inputs)
+        peers = {"official, compiled": torch.compile(official_memory), "fla": fla}
         size = B, T, heads.KV, heads.D
         n = n_bytes(*size)
         sets = [[randn(*size) for _ in range(5)] for _ in range(input_sets(12 * n, 5 * n))]
@@ -267,7 +273,7 @@ def bench_memory(table):
         ours = lambda *x: kernel(*x)[:2]
         ys = [y.detach() for y in ours(*sets[0][:3])]
         as_theirs = [y.flatten(2).transpose(1, 2) for y in ys]
-        different = {"fla": unlike(fla_memory, sets[0][:3], ys, 0.02),
+        different = {"fla": unlike(fla, sets[0][:3], ys, 0.02),
                      "accelerated-scan": unlike(warp_scan, turned[0][:3], as_theirs, 0.02)}
         table.forward_and_backward(
             "memory_scan", f"B{B} T{T}  {heads.KV} of {heads.D}", sets, ours,
@@ -615,21 +621,20 @@ def with_gpu(parts, path):
 
 def as_markdown(path):
     """A file's rows as a table: the peers' times with how many times ours that is."""
-    report = load(path, "device", "commit", "ceilings", "rows", remedy="make it anew with --json")
+    remedy = "give a file that bench.py --json wrote"
+    report = load(path, "device", "commit", "ceilings", "rows", remedy=remedy)
     try:
         copy, matmul = report["ceilings"]["copy"], report["ceilings"]["matmul"]
         lines = [f"{report['device']}, commit {report['commit'][:7]}: copy {copy:,.0f} GB/s, "
                  f"matmul {matmul:,.0f} TFLOP/s", "",
                  "| kernel | shape | ms | of the floor | peers, ms |", "|---|---|---|---|---|"]
         for row in report["rows"]:
-            share, peers = row["floor_ms"] / row["ms"], row["peers"].items()
-            lines.append(
-                f"| {row['kernel'].strip()} | {row['shape']} | {row['ms']:.3g} | {share:.0%}"
-                f"{' near' if share >= NEAR else ''} | "
-                + ", ".join(f"{name} {beside(t, row['ms'])}" for name, t in peers) + " |")
+            peers = (f"{name} {beside(t, row['ms'])}" for name, t in row["peers"].items())
+            lines.append(f"| {row['kernel'].strip()} | {row['shape']} | {row['ms']:.3g} | "
+                         f"{of_floor(row).strip()} | {', '.join(peers)} |")
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} is damaged, or not of bench.py ({error!r:.80}): make it anew "
-                         "with --json") from None
+        raise ValueError(
+            f"{path} is damaged, or not of bench.py ({error!r:.80}): {remedy}") from None
     print("\n".join(lines))
 
 

@@ -69,7 +69,6 @@ def official_memory(
     return [x.unflatten(-1, k.shape[2:]) for x in m.to(k.dtype).chunk(2, dim=-1)]
 
 
-@torch.compile(dynamic=False)
 def hgrn_inputs(k, v, gate):
     """-> log g, (1 - g) k, (1 - g) v, each (B, T, W)"""
     gate = gate.flatten(2).float()
@@ -77,11 +76,14 @@ def hgrn_inputs(k, v, gate):
     return F.logsigmoid(gate), *((rest * x.flatten(2)).to(x.dtype) for x in (k, v))
 
 
-def fla_memory(k, v, gate):
-    """As official_memory; chunk_hgrn is h[t] = exp(g[t]) h[t-1] + x[t] of one tensor at a time."""
+def fla_memory(k, v, gate, inputs):
+    """
+    As official_memory; chunk_hgrn is h[t] = exp(g[t]) h[t-1] + x[t] of one tensor at a time.
+    inputs: hgrn_inputs, compiled.
+    """
     from fla.ops.hgrn import chunk_hgrn
-    log_g, *inputs = hgrn_inputs(k, v, gate)
-    return [chunk_hgrn(x, log_g)[0].view(k.shape) for x in inputs]
+    log_g, *tensors = inputs(k, v, gate)
+    return [chunk_hgrn(x, log_g)[0].view(k.shape) for x in tensors]
 
 
 def warp_inputs(k, v, gate):

@@ -76,18 +76,18 @@ def test_a_file_as_a_table(run, tmp_path):
 
 def test_a_peer_that_fails_is_told(monkeypatch):
     """A run that ends because a package is missing, or is of another version."""
-    def failing(error):
+    def failing(problem):
         def peer(*_):
-            raise error
+            raise problem
         return peer
 
-    for error, words in (
+    for problem, words in (
             (ModuleNotFoundError("no", name="flash_moba"), "not installed: flash_moba"),
             (ImportError("undefined symbol: x"), "failed: ImportError: undefined"),
             (RuntimeError(""), "failed: RuntimeError: "), (OSError("no nvcc"), "no nvcc"),
             (TypeError("one argument"), "one argument")):
-        assert words in bench.time_peer([failing(error)])
-        assert bench.unlike(failing(error), [], [], 0.1) is None
+        assert words in bench.time_peer([failing(problem)])
+        assert bench.unlike(failing(problem), [], [], 0.1) is None
     y = torch.ones(3)
     assert bench.unlike(lambda: [y], [], [y], 0.1) is None
     text = bench.unlike(lambda: [2 * y], [], [y], 0.1)
@@ -127,6 +127,23 @@ def test_its_official_memory_is_eq_1(monkeypatch):
     for outs in zip([*ours, *torch.autograd.grad(ours, (k, v, gate), gradients)],
                     [*exact, *torch.autograd.grad(exact, (k, v, gate), gradients)]):
         assert_close(*outs)
+
+
+def test_inputs_of_scans_make_eq_1():
+    """A peer with another gate, with keys for values, or with 1 - g left out."""
+    k, v, gate = torch.randn(3, 2, 9, 2, 4)
+
+    def steps(g, x):  # (B, T, W)
+        m = [torch.zeros_like(x[:, 0])]
+        for t in range(x.shape[1]):
+            m.append(g[:, t] * m[-1] + x[:, t])
+        return torch.stack(m[1:], dim=1).view(k.shape)
+
+    log_g, *tensors = bench_peers.hgrn_inputs(k, v, gate)
+    g, *turned = (x.mT for x in bench_peers.warp_inputs(k, v, gate))
+    for g, tensors in (log_g.exp(), tensors), (g, turned):
+        for x, exact in zip(tensors, memory_loop(k, v, gate)):
+            assert_close(steps(g, x), exact)
 
 
 # ---------------------------------------------------------------- whole models

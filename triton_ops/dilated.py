@@ -19,9 +19,8 @@ ends: StreamingLLM, and with initial=0 the window that official RAT+ trains its 
     forward_kernel     y and lse              a program per tile of queries; in a decoding step
                                               several, each with its part of the keys
     query_grad_kernel  dq and delta           a program per tile of queries
-    key_grad_kernel    dk, dv of the band,    a program per tile of keys
-                       then of the shared
-                       keys, added
+    key_grad_kernel    dk, dv of the band,    a program per tile of keys; a second launch adds the
+                       of the shared keys     shared keys' gradients to the band's
 
 Each query head has tiles of its own, and the G heads of a KV head read its keys again from L2: a
 tile of 64 queries of one head then reads 128 keys for a window of 64, where 16 queries of four
@@ -163,19 +162,30 @@ def whole_stretches(
     shared keys behind the initial ones, and slots that lie in all windows.
     -> the first entry of one and its end, those of the other; all between tiles
     """
-    ends = tl.cdiv(initial, BLOCK_N) * BLOCK_N
-    ends_to = shared_before(first - LOCAL, initial, first_end, dilation) // BLOCK_N * BLOCK_N
+    far = tl.cdiv(initial, BLOCK_N) * BLOCK_N
+    far_to = shared_before(first - LOCAL, initial, first_end, dilation) // BLOCK_N * BLOCK_N
     near, near_to = window, window
     if LOCAL > 0:
         near += tl.cdiv(tl.maximum(last - LOCAL - begin, 0), BLOCK_N) * BLOCK_N
         near_to += (first + 1 - OWN - begin) // BLOCK_N * BLOCK_N
-    return ends, tl.maximum(ends, ends_to), near, tl.maximum(near, near_to)
+    return far, tl.maximum(far, far_to), near, tl.maximum(near, near_to)
 
 
 @triton.jit
-def behind_stretches(e, ends, ends_to, near, near_to):
+def walk(
+    k_ptr, v_ptr, k_t, v_t,
+    j, step,               # [BLOCK_N]  slots of the first tile; from one slot to the next
+    BLOCK_N: tl.constexpr,
+):
+    """Tiles of keys in a row -> where k and v of the first lie, and how far it is to the next."""
+    row, tile_step = j.to(tl.int64)[:, None], tl.full((), BLOCK_N, tl.int64) * step
+    return k_ptr + row * k_t, v_ptr + row * v_t, tile_step * k_t, tile_step * v_t
+
+
+@triton.jit
+def behind_stretches(e, far, far_to, near, near_to):
     """Number e of the entries outside of the two stretches -> its place in the list."""
-    e += tl.where(e >= ends, ends_to - ends, 0)
+    e += tl.where(e >= far, far_to - far, 0)
     return e + tl.where(e >= near, near_to - near, 0)
 
 
@@ -209,17 +219,15 @@ def online_softmax(
 @triton.jit
 def softmax_over_whole(
     q, k_ptr, v_ptr, k_t, v_t,
-    j, step,        # [BLOCK_N]  slots of the first tile; from one slot to the next
-    tiles, top, total, y, scale, BLOCK_N: tl.constexpr,
+    j, step, tiles,        # as in walk; how many
+    top, total, y, scale, BLOCK_N: tl.constexpr,
 ):
     """online_softmax over tiles that all queries read whole."""
-    row = j.to(tl.int64)[:, None]
-    k_ptr, v_ptr = k_ptr + row * k_t, v_ptr + row * v_t
-    tile_step = tl.full((), BLOCK_N, tl.int64) * step
+    k_ptr, v_ptr, k_step, v_step = walk(k_ptr, v_ptr, k_t, v_t, j, step, BLOCK_N)
     for _ in range(tiles):
         top, total, y = online_softmax(q, k_ptr, v_ptr, None, None, top, total, y, scale, False)
-        k_ptr += tile_step * k_t
-        v_ptr += tile_step * v_t
+        k_ptr += k_step
+        v_ptr += v_step
     return top, total, y
 
 
@@ -238,7 +246,7 @@ def forward_kernel(
     The shared keys before each query's window, and the band, through one online softmax: first,
     with WHOLE, the stretches that all queries of the tile read, without masks; then what is left.
     With OWN it starts with the query's own key, which the band then leaves out: 1 without a band,
-    and in a decoding step, whose window then ends with a tile. The splits share out the list of a
+    and in a decoding step, whose window then far with a tile. The splits share out the list of a
     step's keys; quest.combine_kernel puts their results together.
 
         y = sum_j p_j v_j,  p = softmax(q k^T / sqrt(D)),  lse = log2 sum_j exp(q k_j / sqrt(D))
@@ -252,8 +260,8 @@ def forward_kernel(
     """
     H: tl.constexpr = KV * G
     BLOCK_T: tl.constexpr = BLOCK_M // GP
-    tile, part, split = tl.program_id(0), tl.program_id(2).to(tl.int64), tl.program_id(2) % splits
-    b = part // splits
+    tile, b_split = tl.program_id(0), tl.program_id(2).to(tl.int64)     # b * splits + split
+    b, split = b_split // splits, tl.program_id(2) % splits
     h_kv, g0 = tl.program_id(1).to(tl.int64) // PARTS, tl.program_id(1) % PARTS * GP
     h = h_kv * G + g0                                              # the first of the tile's heads
     t0 = (tile * BLOCK_T).to(tl.int64)
@@ -289,20 +297,20 @@ def forward_kernel(
     entries, window, begin = list_of(
         first, last, initial, first_end, dilation, LOCAL, OWN, BLOCK_N)
     if WHOLE:
-        ends, ends_to, near, near_to = whole_stretches(
+        far, far_to, near, near_to = whole_stretches(
             first, last, window, begin, initial, first_end, dilation, LOCAL, OWN, BLOCK_N)
-        j = shared_slot(ends + offs_n, initial, first_end, dilation)                  # [BLOCK_N]
+        j = shared_slot(far + offs_n, initial, first_end, dilation)                  # [BLOCK_N]
         top, total, y = softmax_over_whole(
-            q, k_ptr, v_ptr, k_t, v_t, j, dilation, (ends_to - ends) // BLOCK_N,
+            q, k_ptr, v_ptr, k_t, v_t, j, dilation, (far_to - far) // BLOCK_N,
             top, total, y, scale, BLOCK_N)
         j = begin + near - window + offs_n
         top, total, y = softmax_over_whole(
             q, k_ptr, v_ptr, k_t, v_t, j, 1, (near_to - near) // BLOCK_N,
             top, total, y, scale, BLOCK_N)
-        entries -= ends_to - ends + near_to - near
+        entries -= far_to - far + near_to - near
     per_split = tl.cdiv(tl.cdiv(entries, BLOCK_N), splits) * BLOCK_N
     for m in range(split * per_split, tl.minimum((split + 1) * per_split, entries), BLOCK_N):
-        e = behind_stretches(m, ends, ends_to, near, near_to) if WHOLE else m
+        e = behind_stretches(m, far, far_to, near, near_to) if WHOLE else m
         j, keep = tile_of_list(
             e, i, window, begin, initial, first_end, dilation, LOCAL, OWN, BLOCK_N)
         row = j.to(tl.int64)[:, None]
@@ -313,10 +321,10 @@ def forward_kernel(
     none = total == 0
     y = y / tl.where(none, 1, total)[:, None]
     lse = tl.where(none, float("-inf"), log_sum(top, tl.where(none, 1, total)))
-    y_ptr += ((part * Tq + t0) * H + h) * D
+    y_ptr += ((b_split * Tq + t0) * H + h) * D
     tl.store(y_ptr + (offs_t * H + offs_g) * D + offs_d, y.to(y_ptr.dtype.element_ty),
              mask=mask_t[:, None])
-    lse_ptr += (part * H + h) * Tq + t0
+    lse_ptr += (b_split * H + h) * Tq + t0
     tl.store(lse_ptr + g * Tq + t, lse, mask=mask_t)
 
 
@@ -349,17 +357,15 @@ def query_grad(
 @triton.jit
 def query_grad_over_whole(
     q, dy, k_ptr, v_ptr, k_t, v_t,
-    j, step,        # [BLOCK_N]  slots of the first tile; from one slot to the next
-    tiles, lse, delta, dq, scale, BLOCK_N: tl.constexpr,
+    j, step, tiles,        # as in walk; how many
+    lse, delta, dq, scale, BLOCK_N: tl.constexpr,
 ):
     """query_grad over tiles that all queries read whole."""
-    row = j.to(tl.int64)[:, None]
-    k_ptr, v_ptr = k_ptr + row * k_t, v_ptr + row * v_t
-    tile_step = tl.full((), BLOCK_N, tl.int64) * step
+    k_ptr, v_ptr, k_step, v_step = walk(k_ptr, v_ptr, k_t, v_t, j, step, BLOCK_N)
     for _ in range(tiles):
         dq = query_grad(q, dy, k_ptr, v_ptr, None, None, lse, delta, dq, scale, False)
-        k_ptr += tile_step * k_t
-        v_ptr += tile_step * v_t
+        k_ptr += k_step
+        v_ptr += v_step
     return dq
 
 
@@ -434,19 +440,19 @@ def query_grad_kernel(
     entries, window, begin = list_of(
         first, last, initial, first_end, dilation, LOCAL, 0, BLOCK_N)
     if WHOLE:
-        ends, ends_to, near, near_to = whole_stretches(
+        far, far_to, near, near_to = whole_stretches(
             first, last, window, begin, initial, first_end, dilation, LOCAL, 0, BLOCK_N)
-        j = shared_slot(ends + offs_n, initial, first_end, dilation)                  # [BLOCK_N]
+        j = shared_slot(far + offs_n, initial, first_end, dilation)                  # [BLOCK_N]
         dq = query_grad_over_whole(
-            q, dy, k_ptr, v_ptr, k_t, v_t, j, dilation, (ends_to - ends) // BLOCK_N,
+            q, dy, k_ptr, v_ptr, k_t, v_t, j, dilation, (far_to - far) // BLOCK_N,
             lse, delta, dq, scale, BLOCK_N)
         j = begin + near - window + offs_n
         dq = query_grad_over_whole(
             q, dy, k_ptr, v_ptr, k_t, v_t, j, 1, (near_to - near) // BLOCK_N,
             lse, delta, dq, scale, BLOCK_N)
-        entries -= ends_to - ends + near_to - near
+        entries -= far_to - far + near_to - near
     for m in range(0, entries, BLOCK_N):
-        e = behind_stretches(m, ends, ends_to, near, near_to) if WHOLE else m
+        e = behind_stretches(m, far, far_to, near, near_to) if WHOLE else m
         j, keep = tile_of_list(
             e, i, window, begin, initial, first_end, dilation, LOCAL, 0, BLOCK_N)
         row = j.to(tl.int64)[:, None]
@@ -674,6 +680,7 @@ def dilated_backward(
     initial, local = min(initial, T), min(local, T)
     pattern = initial, first_end, dilation, D ** -0.5
 
+    # Without a band it is ARL's pass, whose shared keys are a tile or two: no loops of their own.
     tile = tile_of("query_grad_band" if local > 0 else "query_grad", q)
     grid = triton.cdiv(T, tile["BLOCK_M"]), H, B
     query_grad_kernel[grid](

@@ -407,8 +407,8 @@ def tile_of(q, block_size):
 
 def fit(tile, Tq, block_size):
     """
-    The tile with no more queries than there are, so that few leave little room at the lists' ends,
-    and no more keys than a block; but no fewer than a product of tiles takes.
+    The tile with no more keys than a block and no more queries than there are, as each list is
+    filled up to a whole tile of them; but no fewer than a product of tiles takes.
     """
     most = dict(BLOCK_M=triton.next_power_of_2(Tq), BLOCK_N=triton.next_power_of_2(block_size))
     return tile | {name: max(16, min(tile[name], n)) for name, n in most.items()}
