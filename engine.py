@@ -349,19 +349,22 @@ def fused(model, tokens, cache):
 def fused_block(block, x, rope, dice, cache):
     """model.Block.forward: the sums with the norms that follow them are one kernel."""
     from triton_ops.block import add_norm
-    if block.pre_norm:  # nothing to fuse: a sum, then a norm that torch has
-        x = x + fused_attention(block.self_attn, block.input_layernorm(x), rope, dice, cache)
-        return x + fused_mlp(block.mlp, block.pre_feedforward_layernorm(x))
+    if block.pre_norm:  # of few rows, the norms and sums are part of the products
+        x = fused_attention(block.self_attn, x, rope, dice, cache, block.input_layernorm, onto=x)
+        return fused_mlp(block.mlp, x, block.pre_feedforward_layernorm, onto=x)
     attn_norm, mlp_norm = block.post_attention_layernorm, block.post_feedforward_layernorm
     attended = fused_attention(block.self_attn, x, rope, dice, cache)
     x = add_norm(x, attended, attn_norm.weight, attn_norm.eps)
     return add_norm(x, fused_mlp(block.mlp, x), mlp_norm.weight, mlp_norm.eps)
 
 
-def fused_attention(attention, x, rope, dice, cache):
-    """model.Attention.forward: of a step all between projections and attention is one kernel."""
+def fused_attention(attention, x, rope, dice, cache, norm=None, onto=None):
+    """
+    onto + model.Attention.forward(norm(x)): of a step all between projections and attention is one
+    kernel.
+    """
     config, index = attention.config, attention.index
-    q, k, v, gate, output_gate = projections(attention, x)
+    q, k, v, gate, output_gate = projections(attention, x, norm)
     if cache.now.decoding:
         # memory, QK-norm, RoPE and the cache: with one token each is a launch that does nothing
         # else
@@ -380,12 +383,12 @@ def fused_attention(attention, x, rope, dice, cache):
     y = y.flatten(2)  # (B, T, H * D)
     if output_gate is not None:
         y = y * torch.sigmoid(output_gate)
-    return product(attention.o_proj, y)
+    return product(attention.o_proj, y, onto)
 
 
-def projections(attention, x):
+def projections(attention, x, norm=None):
     """
-    (B, T, C) -> q (B, T, H, D), k, v and the memory's gate (B, T, KV, D), output gate
+    Of norm(x), (B, T, C) -> q (B, T, H, D), k, v and the memory's gate (B, T, KV, D), output gate
     (B, T, H * D); None: not in this model.
     """
     from triton_ops.block import products
@@ -400,11 +403,13 @@ def projections(attention, x):
         if own is not None:
             linears.append(own.proj)
         biases = [linear.bias for linear in linears if linear.bias is not None]
-        normed = config.norm_eps if own is not None and not config.pre_norm else None
-        parts = products(x, [linear.weight for linear in linears], biases, normed)
+        eps = config.norm_eps if own is not None or norm is not None else None
+        parts = products(x, [linear.weight for linear in linears], biases, eps,
+                         None if norm is None else norm.weight)
         if own is not None:
             gate = heads(parts.pop())
     else:
+        x = x if norm is None else norm(x)
         parts = [linear(x) for linear in linears]
         if own is not None:
             gate = own.gate(attention.at_rms_1(x))
@@ -412,13 +417,14 @@ def projections(attention, x):
     return heads(q), heads(k), heads(v), gate, rest[0] if rest else None
 
 
-def fused_mlp(mlp, x):
-    """model.MLP.forward"""
+def fused_mlp(mlp, x, norm=None, onto=None):
+    """onto + model.MLP.forward(norm(x))"""
     from triton_ops.block import swiglu, swiglu_products
     if is_few(x) and mlp.gate_proj is not None:
-        hidden = swiglu_products(x, mlp.gate_proj.weight, mlp.up_proj.weight)
-        return product(mlp.down_proj, hidden)
-    out = []
+        normed = () if norm is None else (norm.eps, norm.weight)
+        hidden = swiglu_products(x, mlp.gate_proj.weight, mlp.up_proj.weight, *normed)
+        return product(mlp.down_proj, hidden, onto)
+    out, x = [], x if norm is None else norm(x)
     # a part of a long prompt at a time: its hidden vectors are large
     for part in x.flatten(0, 1).split(TOGETHER // 2):
         if mlp.gate_proj is None:
@@ -426,24 +432,25 @@ def fused_mlp(mlp, x):
         else:
             hidden = swiglu(mlp.gate_proj(part), mlp.up_proj(part))
         out.append(mlp.down_proj(hidden))
-    return torch.cat(out).view(x.shape)
+    y = (out[0] if len(out) == 1 else torch.cat(out)).view(x.shape)
+    return y if onto is None else onto + y
 
 
-def product(linear, x):
-    """linear(x), which has no bias"""
+def product(linear, x, onto=None):
+    """onto + linear(x), which has no bias"""
     if not is_few(x):
-        return linear(x)
+        return linear(x) if onto is None else onto + linear(x)
     from triton_ops.block import products
-    return products(x, [linear.weight])[0]
+    return products(x, [linear.weight], onto=onto)[0]
 
 
 def is_few(x):
     """
-    Whether x (B, T, C) is so few rows that reading the weights is all that a product costs:
-    triton_ops/block.py does that best.
+    Whether x (B, T, C) is so few rows that reading the weights, or for narrow matrices launching,
+    is all that a product costs: triton_ops/block.py does that best.
     """
     from triton_ops.block import MOST_ROWS
-    return x.shape[0] * x.shape[1] <= MOST_ROWS
+    return x.shape[0] * x.shape[1] <= (MOST_ROWS if x.shape[2] <= 1536 else 16)
 
 
 # ---------------------------------------------------------------- whether the kernels know a layer

@@ -61,10 +61,14 @@ from triton_ops.common import by_token, gates
 # A tile is ROWS * STRIPS tokens. A thread holds its rows in fp32, so registers are what is short:
 # more rows leave too few programs on an SM to hide the latency of memory, fewer rows spend more
 # instructions where strips meet. A chain of tiles is serial; where sequences and channels are too
-# few to fill the GPU, longer tiles make the chain shorter. Measured on an H100.
-TILE = dict(ROWS=5, STRIPS=8)
-LONG_TILE = dict(ROWS=6, STRIPS=16)  # the backward pass has no registers for it
-FILLED = 264                         # chains that fill a GPU: two programs on each of 132 SMs
+# few to fill the GPU, longer tiles make the chain shorter: more strips, or fewer channels (WIDTH) and
+# more rows. maxnreg is the forward pass's: at 64, four programs of TILE share an SM's registers.
+TILE = dict(ROWS=5, STRIPS=8, WIDTH=64, maxnreg=64)
+LONG_TILE = dict(ROWS=6, STRIPS=16, WIDTH=64, maxnreg=64)
+NARROW_TILE = dict(ROWS=12, STRIPS=32, WIDTH=32, maxnreg=64)
+NARROW_BOTH = dict(ROWS=8, STRIPS=32, WIDTH=16, maxnreg=128)  # a backward pass needs more registers
+FILLED = 264  # chains that fill a GPU: two programs on each of 132 SMs
+FEW = 132     # so few narrow chains that each has an SM to itself
 
 # The bits of a state that nobody has written yet. As a float they are a signalling NaN, which no
 # arithmetic, no change of sign and no bf16 number gives.
@@ -120,8 +124,9 @@ def pass_on(k, v, k_ptr, v_ptr, mask):
 def memory_forward_kernel(
     k_ptr, v_ptr, gate_ptr,  # (B, T, W)  with strides for b and t
     k_out_ptr, v_out_ptr,    # (B, T, W)  contiguous
-    before_ptr,              # (n_tiles, 2, B, W)  the state before each tile, fp32 as int32;
-                             #            the first is given, the others start as EMPTY
+    state_ptr,               # (2, B, W)  fp32: the state before the first token; None is zeros
+    before_ptr,              # (n_tiles, 2, B, W)  the state before each tile but the first, fp32 as
+                             #            int32, which starts as EMPTY
     last_ptr,                # (2, B, W)  fp32: the state after the last token
     B, T, n_tiles, k_stride_b, v_stride_b, gate_stride_b,
     # constants, so that a row's address is its strip's plus an immediate, without instructions
@@ -177,7 +182,11 @@ def memory_forward_kernel(
     size = B * W                                               # of one state
     state = b * W + channel + tl.zeros((STRIPS, 1), tl.int32)  # its offsets, the same in all strips
     at = before_ptr + tile.to(tl.int64) * 2 * size + state
-    k_start, v_start = wait_for(at, at + size)                 # before the tile
+    k_start, v_start = zero, zero                              # before the tile
+    if tile > 0:
+        k_start, v_start = wait_for(at, at + size)
+    elif state_ptr is not None:
+        k_start, v_start = tl.load(state_ptr + state), tl.load(state_ptr + size + state)
     k_end, v_end = decay * k_start + k_own, decay * v_start + v_own
     last_strip = strip == STRIPS - 1
     if tile + 1 < n_tiles:
@@ -195,30 +204,30 @@ def memory_forward_kernel(
         tl.store(v_out_ptr + out + r * W, decays[r] * v_start + v_owns[r], mask)
 
 
-def block_of(W):
-    """Channels of a tile: two for each of a warp's 32 lanes, fewer where they do not divide W."""
-    BLOCK_W = math.gcd(W, 64)
-    assert BLOCK_W >= 16, f"{W} channels of k: the kernels cover multiples of 16"
-    return BLOCK_W
-
-
 def tile_of(B, W, saves):
-    """saves: a backward pass starts from the states between the tiles, so it needs its own."""
-    return TILE if saves or B * W // block_of(W) >= FILLED else LONG_TILE
+    """saves: a backward pass starts from the states between the tiles, so it has the same ones."""
+    narrow = NARROW_BOTH if saves else NARROW_TILE
+    if B * W <= FEW * narrow["WIDTH"]:
+        return narrow
+    return TILE if saves or B * W >= FILLED * TILE["WIDTH"] else LONG_TILE
 
 
-def layout(tile, W):
+def layout(B, W, saves):
     """
-    The tile's constants, and as many warps as give each element of a (STRIPS, BLOCK_W) tile a
-    thread of its own.
+    The tile's constants. BLOCK_W, its channels, are at most two for each of a warp's 32 lanes,
+    fewer where they do not divide W; and each element of a (STRIPS, BLOCK_W) tile has a thread of
+    its own.
     """
-    BLOCK_W = block_of(W)
-    return tile | dict(BLOCK_W=BLOCK_W, num_warps=tile["STRIPS"] * min(BLOCK_W, 32) // 32)
+    tile = tile_of(B, W, saves)
+    BLOCK_W = math.gcd(W, tile["WIDTH"])
+    assert BLOCK_W >= 16, f"{W} channels of k: the kernels cover multiples of 16"
+    return dict(ROWS=tile["ROWS"], STRIPS=tile["STRIPS"], BLOCK_W=BLOCK_W, maxnreg=tile["maxnreg"],
+                num_warps=tile["STRIPS"] * min(BLOCK_W, 32) // 32)
 
 
-def as_bits(state):
-    """fp32 (2, B, KV, D), or None for zeros -> int32 (2, B, W), or 0."""
-    return 0 if state is None else state.float().flatten(2).contiguous().view(torch.int32)
+def flat(state):
+    """(2, B, KV, D), or None -> (2, B, W) fp32, contiguous, or None."""
+    return None if state is None else state.float().flatten(2).contiguous()
 
 
 def launch_forward(
@@ -231,16 +240,14 @@ def launch_forward(
     assert k.shape == v.shape == gate.shape, \
         f"k {tuple(k.shape)}, v {tuple(v.shape)}, gate {tuple(gate.shape)} must agree"
     k_mem, v_mem, last, before = empty_forward(k, v, gate, state, saves)
-    before[1:], before[0] = EMPTY.value, as_bits(state)
+    before.fill_(EMPTY.value)
 
     k, v, gate = by_token(k), by_token(v), by_token(gate)
-    W, constants = KV * D, layout(tile_of(B, KV * D, saves), KV * D)
+    W, constants = KV * D, layout(B, KV * D, saves)
     grid = (len(before) * B * (W // constants["BLOCK_W"]),)
     memory_forward_kernel[grid](
-        k, v, gate, k_mem, v_mem, before, last, B, T, len(before),
-        *(x.stride(0) for x in (k, v, gate)), W, *(x.stride(1) for x in (k, v, gate)),
-        # 64 registers a thread: four programs of 256 threads share the 65,536 of an SM
-        maxnreg=64, **constants)
+        k, v, gate, k_mem, v_mem, flat(state), before, last, B, T, len(before),
+        *(x.stride(0) for x in (k, v, gate)), W, *(x.stride(1) for x in (k, v, gate)), **constants)
     return k_mem, v_mem, last, before
 
 
@@ -263,10 +270,11 @@ def empty_forward(k, v, gate, state, saves):
 def memory_backward_kernel(
     k_ptr, v_ptr, gate_ptr,     # (B, T, W)  with strides
     dk_mem_ptr, dv_mem_ptr,     # (B, T, W)  gradients of k~ and v~, with strides
-    before_ptr,                 # (n_tiles, 2, B, W)  states before each tile, of the forward pass
+    state_ptr, before_ptr,      # states before the first tile and the others, of the forward pass
     dk_ptr, dv_ptr, dgate_ptr,  # (B, T, W)  contiguous
-    dafter_ptr,                 # (n_tiles, 2, B, W)  fp32 as int32: the gradient of the state after
-                                #            each tile; the last is given, the others EMPTY
+    dlast_ptr,                  # (2, B, W)  fp32: the gradient of the state after the last token
+    dafter_ptr,                 # (n_tiles, 2, B, W)  fp32 as int32: of the state after each tile
+                                #            but the last; starts as EMPTY
     dstate_ptr,                 # (2, B, W)  fp32: the gradient of the state before the first token
     B, T, n_tiles, k_stride_b, v_stride_b, gate_stride_b, dk_stride_b, dv_stride_b,
     W: tl.constexpr,
@@ -332,13 +340,20 @@ def memory_backward_kernel(
     # Tiles: the states are known from the forward pass; only the gradients come down the chain.
     size = B * W                                               # of one state
     state = b * W + channel + tl.zeros((STRIPS, 1), tl.int32)  # its offsets, the same in all strips
-    at = before_ptr + tile.to(tl.int64) * 2 * size + state
-    k_start = tl.load(at).to(tl.float32, bitcast=True)
-    v_start = tl.load(at + size).to(tl.float32, bitcast=True)
+    k_start, v_start = zero, zero
+    if tile > 0:
+        at = before_ptr + tile.to(tl.int64) * 2 * size + state
+        k_start = tl.load(at).to(tl.float32, bitcast=True)
+        v_start = tl.load(at + size).to(tl.float32, bitcast=True)
+    elif state_ptr is not None:
+        k_start, v_start = tl.load(state_ptr + state), tl.load(state_ptr + size + state)
     k_start, v_start = decay_before * k_start + k_before, decay_before * v_start + v_before
 
     at = dafter_ptr + tile.to(tl.int64) * 2 * size + state
-    k_grad, v_grad = wait_for(at, at + size)                   # of the state after the tile
+    if tile + 1 < n_tiles:                                     # of the state after the tile
+        k_grad, v_grad = wait_for(at, at + size)
+    else:
+        k_grad, v_grad = tl.load(dlast_ptr + state), tl.load(dlast_ptr + size + state)
     k_back, v_back = decay * k_grad + k_back, decay * v_grad + v_back
     first_strip = strip == 0
     if tile > 0:
@@ -378,26 +393,27 @@ def memory_backward_kernel(
 @torch.library.custom_op("nanorat::memory_backward", mutates_args=())
 def memory_backward(
     k: Tensor, v: Tensor, gate: Tensor,  # (B, T, KV, D)
+    state: Optional[Tensor],             # (2, B, KV, D)       fp32
     before: Tensor,                      # (n_tiles, 2, B, W)  of memory_forward
     dk_mem: Tensor, dv_mem: Tensor,      # (B, T, KV, D)
     dlast: Tensor,                       # (2, B, KV, D)  fp32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dk, dv, dgate, dstate
     B, T, KV, D = k.shape
-    dk, dv, dgate, dstate = empty_backward(k, v, gate, before, dk_mem, dv_mem, dlast)
+    dk, dv, dgate, dstate = empty_backward(k, v, gate, state, before, dk_mem, dv_mem, dlast)
     dafter = torch.full_like(before, EMPTY.value)
-    dafter[-1] = as_bits(dlast)
 
     tensors = [by_token(x) for x in (k, v, gate, dk_mem, dv_mem)]
-    W, constants = KV * D, layout(TILE, KV * D)
+    W, constants = KV * D, layout(B, KV * D, True)
     grid = (len(before) * B * (W // constants["BLOCK_W"]),)
     memory_backward_kernel[grid](
-        *tensors, before, dk, dv, dgate, dafter, dstate, B, T, len(before),
-        *(x.stride(0) for x in tensors), W, *(x.stride(1) for x in tensors), **constants)
+        *tensors, flat(state), before, dk, dv, dgate, flat(dlast), dafter, dstate, B, T,
+        len(before), *(x.stride(0) for x in tensors), W, *(x.stride(1) for x in tensors),
+        **constants | dict(maxnreg=None))
     return dk, dv, dgate, dstate
 
 
 @memory_backward.register_fake
-def empty_backward(k, v, gate, before, dk_mem, dv_mem, dlast):
+def empty_backward(k, v, gate, state, before, dk_mem, dv_mem, dlast):
     return k.new_empty(k.shape), v.new_empty(k.shape), gate.new_empty(k.shape), \
         torch.empty_like(dlast)
 
@@ -405,13 +421,13 @@ def empty_backward(k, v, gate, before, dk_mem, dv_mem, dlast):
 def save_for_backward(ctx, inputs, output):
     k, v, gate, state, _ = inputs
     _, _, _, before = output
-    ctx.save_for_backward(k, v, gate, before)
-    ctx.has_state = state is not None
+    ctx.save_for_backward(k, v, gate, state, before)
 
 
 def backward(ctx, dk_mem, dv_mem, dlast, _):
+    state = ctx.saved_tensors[3]
     *gradients, dstate = memory_backward(*ctx.saved_tensors, dk_mem, dv_mem, dlast)
-    return *gradients, dstate if ctx.has_state else None, None
+    return *gradients, None if state is None else dstate, None
 
 
 memory_forward.register_autograd(backward, setup_context=save_for_backward)

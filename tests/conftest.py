@@ -129,6 +129,9 @@ elif DEVICE == "cpu":
     repair_interpreter()
     kernels.TILE.update(ROWS=16, STRIPS=2)  # the interpreter is slow, above all where strips meet
     kernels.LONG_TILE.update(ROWS=32, STRIPS=2)
+    kernels.NARROW_TILE.update(ROWS=24, STRIPS=2)
+    kernels.NARROW_BOTH.update(ROWS=16, STRIPS=2)
+    kernels.FEW = 0  # as in a large model; what is cut otherwise, test_kernels.py says
     block.ONE.update(BLOCK_N=16)
 
 

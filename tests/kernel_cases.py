@@ -302,38 +302,50 @@ def compare_products(outs, f, inputs, K, factor=1e-7):
 ROWS = (  # dtype R K
     (BF16, (1, 1), (2049, 5000)), (FP32, (1, 1), (65, 128)), (BF16, (2, 16), (65, 3000)),
     (FP32, (2, 16), (130, 1000)), (BF16, (1, 1), (513, 1024)), (BF16, (2, 16), (17, 32)),
-    (FP32, (1, 1), (2049, 4096)), (BF16, (2, 16), (4097, 5000)))
+    (FP32, (1, 1), (2049, 4096)), (BF16, (2, 16), (4097, 5000)), (BF16, (1, 1), (17, 3000)),
+    (BF16, (2, 16), (300, 1000)), (BF16, (17, 64), (65, 1000)), (FP32, (17, 64), (65, 300)))
 PARTS = (  # of products: n matrices, all but the last of multiples of `unit` rows; last have biases
-    (16, 3, 0, None), (16, 2, 1, None), (64, 3, 1, "rms"), (16, 4, 3, None), (32, 4, 1, "rms"),
-    (16, 2, 2, None), (16, 1, 1, "rms"), (16, 1, 0, None))
+    (16, 3, 0, None), (16, 2, 1, "norm"), (64, 3, 1, "rms"), (16, 4, 3, None), (32, 4, 1, "rms"),
+    (16, 2, 2, "norm"), (16, 1, 1, "rms"), (16, 1, 0, "onto"), (16, 3, 3, "norm"),
+    (16, 1, 0, "onto"), (32, 3, 1, "rms"), (16, 1, 0, "onto"))
 
 
-@kernel("dtype R K unit n biased gate",
+@kernel("dtype R K unit n biased also",
         *(rows + parts for rows, parts in zip(ROWS, PARTS, strict=True)))
-def products(case, dtype, R, K, unit, n, biased, gate):
+def products(case, dtype, R, K, unit, n, biased, also):
+    """also: the last product is of x / "rms", or all are of x under a "norm", or the sum "onto"."""
     R, K = case.size("R", *R), case.size("K", *K)
     sizes = [*(unit * case.rng.randint(1, 8) for _ in range(n - 1)), case.size("last", 1, 300)]
     case.drawn["sizes"] = sizes
     x, weights = matrices(case, dtype, R, K, sizes)
     biases = [draw(N, dtype=dtype, seed=case.seed()) for N in sizes[n - biased:]]
-    eps = 1e-6 if gate == "rms" else None
+    eps = 1e-6 if also in ("rms", "norm") else None
+    norm = draw(K, dtype=dtype, seed=case.seed()) if also == "norm" else None
+    onto = draw(*x.shape[:2], sizes[0], dtype=dtype, seed=case.seed()) if also == "onto" else None
 
-    def plain(x, *rest):
+    def plain(x, norm, onto, *rest):
         weights, biases = rest[:n], [None] * (n - biased) + [*rest[n:]]
-        inputs = [x] * (n - 1) + [F.rms_norm(x, (K,), eps=eps) if eps else x]
-        return [F.linear(*of_one) for of_one in zip(inputs, weights, biases, strict=True)]
+        normed = F.rms_norm(x, (K,), norm, eps) if eps else x
+        inputs = [x if norm is None else normed] * (n - 1) + [normed]
+        ys = [F.linear(*of_one) for of_one in zip(inputs, weights, biases, strict=True)]
+        return ys if onto is None else [onto + ys[0]]
 
-    return (lambda: block.products(x, weights, biases, eps),
-            lambda outs: compare_products(outs, plain, (x, *weights, *biases), K))
+    return (lambda: block.products(x, weights, biases, eps, norm, onto),
+            lambda outs: compare_products(outs, plain, (x, norm, onto, *weights, *biases), K))
 
 
-@kernel("dtype R K", *ROWS[:6])
-def swiglu_products(case, dtype, R, K):
+@kernel("dtype R K normed", *(row + (i in (2, 4, 6, 10),) for i, row in enumerate(ROWS)))
+def swiglu_products(case, dtype, R, K, normed):
     R, K, N = case.size("R", *R), case.size("K", *K), case.size("N", 1, 300)
     x, (gate, up) = matrices(case, dtype, R, K, [N, N])
-    plain = lambda x, gate, up: [F.silu(F.linear(x, gate)) * F.linear(x, up)]
-    return (lambda: [block.swiglu_products(x, gate, up)],
-            lambda outs: compare_products(outs, plain, (x, gate, up), K, factor=2e-7))
+    norm = draw(K, dtype=dtype, seed=case.seed()) if normed else None
+
+    def plain(x, norm, gate, up):
+        x = x if norm is None else F.rms_norm(x, (K,), norm, 1e-6)
+        return [F.silu(F.linear(x, gate)) * F.linear(x, up)]
+
+    return (lambda: [block.swiglu_products(x, gate, up, 1e-6 if normed else None, norm)],
+            lambda outs: compare_products(outs, plain, (x, norm, gate, up), K, factor=2e-7))
 
 
 @kernel("dtype C", (BF16, (1, 16)), (FP32, (17, 64)), (BF16, (65, 256)), (FP32, (257, 1024)),

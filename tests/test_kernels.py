@@ -60,7 +60,8 @@ def test_a_kernel_is_as_good_as_pytorch(name, index):
         check_case(name, index, seed=seed)
 
 
-TILE = kernels.TILE["ROWS"] * kernels.TILE["STRIPS"]
+length = lambda tile: tile["ROWS"] * tile["STRIPS"]
+TILE, NARROW = length(kernels.TILE), length(kernels.NARROW_BOTH)
 ONE_ROW = dict(whole=True, padding=0)
 EDGES = [  # kernel, setting, what is pinned
     # a strip or tile that starts from the wrong state, at its ends and beyond
@@ -75,8 +76,9 @@ EDGES = [  # kernel, setting, what is pinned
     ("decode_step", 1, dict(B=2, slots=40, used=[1, 24])),
     # a K beyond one tile, without and with the tensor cores; a last row of x, one too many
     *(("products", index, dict(K=K, R=R)) for index, K, R in (
-        (0, 5000, 1), (6, 4096, 1), (2, 300, 16), (3, 300, 4), (5, 16, 7))),
-    *(("swiglu_products", index, dict(K=3000, N=7)) for index in (0, 1, 2)),
+        (0, 5000, 1), (1, 2049, 1), (6, 4096, 1), (2, 300, 16), (3, 300, 4), (5, 16, 7),
+        (10, 600, 64))),
+    *(("swiglu_products", index, dict(K=3000, N=7)) for index in (0, 1, 2, 7)),
     ("add_norm", 3, dict(C=1000)), ("norm_rotate", 1, dict(B=2, T=7)),
     # full rows, blocks that are just full, and less than a block
     *(("block_bounds", index, dict(Tk=117, B=3, used=[117, 64, 3])) for index in range(7)),
@@ -155,6 +157,11 @@ CUTS = [  # kernel, setting, what is pinned, the constants of a launcher
     # a step's keys read by two of its splits or by none
     *(("dilated_step", index, dict(B=2, Tk=450, start=[449, 200], chunk=False), dilated,
        dict(SPLIT_UP_TO=n)) for index in (8, 9) for n in (1, 8, 12)),
+    # the ends of narrow tiles, with gradients and without
+    *(("memory_scan", index, dict(T=T, state=True, gradients="drawn"), kernels, dict(FEW=10**9))
+      for index in (0, 8) for T in (NARROW - 1, NARROW + 1, 3 * NARROW)),
+    *(("memory_scan", index, dict(T=length(kernels.NARROW_TILE) + more), kernels, dict(FEW=10**9))
+      for index in (2, 8) for more in (-1, 1)),
 ]
 
 
@@ -284,7 +291,7 @@ REFUSED = [  # a call, a word of the message
     (lambda: kernels.memory_scan(x(*K), x(*K), x(1, 20, 1, 8)), "must agree"),
     (lambda: kernels.memory_scan(*[x(1, 4, 1, 8)] * 3), "multiples of 16"),
     # a row too many, which would be left out; a transposed matrix; a program of two matrices
-    (lambda: block.products(x(17, 1, 16), [x(8, 16)]), "up to 16 rows"),
+    (lambda: block.products(x(65, 1, 16), [x(8, 16)]), "up to 64 rows"),
     (lambda: block.products(x(1, 1, 8), [x(8, 16).T]), "views"),
     (lambda: block.products(x(1, 1, 16), [x(6, 16), x(8, 16)]), "multiples of 16"),
     (lambda: block.swiglu_products(x(1, 1, 16), x(8, 16), x(4, 16)), "with"),

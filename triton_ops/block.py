@@ -4,7 +4,8 @@ The model's block in Triton, for inference: all but attention itself and a promp
     a decoding step of few rows
         decode_step       memory, QK-norm, RoPE and the write into the cache, between the
                           projections and attention
-        products          y_i = W_i x for a few rows x and several matrices: the projections
+        products          y_i = W_i x for a few rows x and several matrices: the projections, with
+                          the norm before them or the sum behind
         swiglu_products   silu(W_gate x) * W_up x, likewise
     a prompt, and steps of more rows
         norm_rotate       QK-norm and RoPE of q or k
@@ -14,9 +15,10 @@ The model's block in Triton, for inference: all but attention itself and a promp
 
 A decoding step of few rows reads every weight once and computes next to nothing: 14 GB at 7B, which
 take 4.6 ms at an H100's copy speed. So a product is one pass over W, several share a launch, which
-costs 2 to 3 microseconds, and their neighbours' arithmetic is done on the way. With more rows the
-products go to cuBLAS, as a prompt's do. What lies between the products is bound by memory: here it
-reads and writes each tensor once.
+costs 2 to 3 microseconds, and their neighbours' arithmetic is done on the way. A step of one row is
+bound by its launches nonetheless where the model is small, so each kernel of it is launched while
+the one before it runs (common.early). With more rows the products go to cuBLAS, as a prompt's do.
+What lies between the products is bound by memory: here it reads and writes each tensor once.
 
 The references are the plain forms of model.py and memory.memory_step; tests/test_kernels.py holds
 the kernels to them. Each output is one program's sum in a fixed order, so the same inputs give the
@@ -33,10 +35,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
-from triton_ops.common import by_token, gates
+from triton_ops.common import await_inputs, by_token, early, gates
 
-MOST_ROWS = 16  # of x: what one tile of the tensor cores takes
+MOST_ROWS = 64  # of x: one tile
 
 # Tiles of W, chosen on an H100. One row is multiplied without tensor cores, and its tile is loaded
 # at once; for several rows the tiles come in stages.
@@ -119,7 +122,7 @@ def decode_step_kernel(
     B, H, KV, eps,
     q_stride, k_stride, v_stride, gate_stride, cos_stride,  # from row to row
     k_cache_stride, v_cache_stride, bounds_stride, PER_HEAD: tl.constexpr,
-    HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_SIZE: tl.constexpr, EARLY: tl.constexpr,
 ):
     """
     What surrounds attention in a decoding step.
@@ -133,6 +136,7 @@ def decode_step_kernel(
     """
     b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     D: tl.constexpr = 2 * HALF
+    await_inputs(EARLY)
     slot = tl.load(used_ptr + b) - 1
     angle = b * cos_stride
     if part == 0:
@@ -210,7 +214,8 @@ def decode_step(
         0 if gate is None else gate.stride(0), 0 if len(cos) == 1 else cos.stride(0),
         k_cache.stride(0), v_cache.stride(0), 0 if low is None else low.stride(0),
         PER_HEAD=is_per_head(q_weight, D),
-        HALF=D // 2, BLOCK_H=triton.next_power_of_2(max(H, KV)), BLOCK_SIZE=block_size, num_warps=8)
+        HALF=D // 2, BLOCK_H=triton.next_power_of_2(max(H, KV)), BLOCK_SIZE=block_size, num_warps=8,
+        **early(q, B))
     return q_out
 
 
@@ -229,30 +234,47 @@ def _(q, k, v, gate, q_weight, k_weight, eps, cos, sin, state, k_cache, v_cache,
 
 @triton.jit
 def times(
-    x_ptr, w_ptr, n, N, K, R,
+    x_ptr, norm_ptr, w_ptr, n, N, K, R, SQUARES: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """x (R, K) times rows n to n + BLOCK_N - 1 of W (N, K): [BLOCK_N, BLOCK_R] in fp32"""
+    """
+    x (R, K) times rows n to n + BLOCK_N - 1 of W (N, K): [BLOCK_N, BLOCK_R] in fp32. A single row
+    is multiplied with norm (K,) on the way, if that is given, and with SQUARES its mean square
+    [1, 1] comes along, which is 0 else.
+    """
     offs_n, offs_k = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    mask_n = (offs_n < N)[:, None]
     w_ptr += offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]    # [BLOCK_N, BLOCK_K]
     if BLOCK_R == 1:
+        offs_k = offs_k[None, :]
         partial = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        squares = tl.zeros((1, BLOCK_K), tl.float32)
+        # a tile of W is on its way while the one before is used, and the first one, as weights do
+        # not change, while the kernel before this one still runs
+        w = tl.load(w_ptr, mask=mask_n & (offs_k < K), other=0)
+        await_inputs(EARLY)
         for k in range(0, K, BLOCK_K):
-            mask_k = (k + offs_k < K)[None, :]
-            w = tl.load(w_ptr + k, mask=(offs_n < N)[:, None] & mask_k, other=0).to(tl.float32)
-            x = tl.load(x_ptr + k + offs_k[None, :], mask=mask_k, other=0).to(tl.float32)
-            partial += w * x
-        return tl.sum(partial, axis=1)[:, None]
+            mask_k, w_here = k + offs_k < K, w.to(tl.float32)
+            x = tl.load(x_ptr + k + offs_k, mask=mask_k, other=0).to(tl.float32)
+            w = tl.load(w_ptr + k + BLOCK_K, mask=mask_n & (k + BLOCK_K + offs_k < K), other=0)
+            if SQUARES:
+                squares += x * x
+            if norm_ptr is not None:
+                x *= tl.load(norm_ptr + k + offs_k, mask=mask_k, other=0).to(tl.float32)
+            partial += w_here * x
+        return tl.sum(partial, axis=1)[:, None], tl.sum(squares, axis=1)[None, :] / K
     else:
         offs_r = tl.arange(0, BLOCK_R)
+        mask_r = (offs_r < R)[None, :]
         x_ptr += offs_r[None, :] * K + offs_k[:, None]             # [BLOCK_K, BLOCK_R]
         total = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+        await_inputs(EARLY)
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             mask_k = k + offs_k < K
-            w = tl.load(w_ptr + k, mask=(offs_n < N)[:, None] & mask_k[None, :], other=0)
-            x = tl.load(x_ptr + k, mask=mask_k[:, None] & (offs_r < R)[None, :], other=0)
+            w = tl.load(w_ptr + k, mask=mask_n & mask_k[None, :], other=0)
+            x = tl.load(x_ptr + k, mask=mask_k[:, None] & mask_r, other=0)
             total = tl.dot(w, x, total, input_precision="ieee")
-        return total
+        return total, 0.0
 
 
 @triton.jit
@@ -270,20 +292,23 @@ def mean_squares(x_ptr, K, R, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
 @triton.jit
 def products_kernel(
     x_ptr,      # (R, K)
+    norm_ptr,   # (K,)    RMSNorm's weight, or None
     w_ptrs,     # of the matrices (sizes[i], K)
     sizes,      # of these, in rows
     bias_ptrs,  # (sizes[i],) of the last matrices, or None
+    onto_ptr,   # (R, sum(sizes)), or None
     y_ptr,      # (R, sum(sizes))
-    K, R, eps,
+    K, R, eps, EARLY: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):
     """
-    y = W_0 x, W_1 x, ... side by side, W_i of sizes[i] rows.
+    y = onto + W_0 x, W_1 x, ... side by side, W_i of sizes[i] rows, the last ones with a bias.
 
-    The last ones have a bias. With eps, the very last is W x / rms(x) + bias: the memory's gate,
-    which reads the block's input at RMS 1 (the product of a scaled x is the scaled product).
+    With eps and norm, x is norm * x / rms(x): a norm of the block's input. With eps alone, the very
+    last product is W x / rms(x) + bias: the memory's gate, which reads that input at RMS 1. (The
+    product of a scaled x is the scaled product.)
 
-    reference: F.linear
+    reference: F.linear, nn.RMSNorm
     grid   a program for each BLOCK_N rows of all matrices
     tile   W [BLOCK_N, BLOCK_K], x [BLOCK_K, BLOCK_R] from L2
     bytes  the matrices, once
@@ -303,41 +328,52 @@ def products_kernel(
             elif n >= start:
                 bias_ptr = bias_ptrs[i - len(w_ptrs) + len(bias_ptrs)]
         start += sizes[i]
-    y = times(x_ptr, tl.multiple_of(w_ptr, 16), n - first, N, K, R,
-              BLOCK_N, BLOCK_K, BLOCK_R, STAGES)
+    y, squares = times(x_ptr, norm_ptr, tl.multiple_of(w_ptr, 16), n - first, N, K, R,
+                       eps is not None, EARLY, BLOCK_N, BLOCK_K, BLOCK_R, STAGES)
     offs_n, offs_r = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
     if eps is not None:
-        if n >= start - sizes[len(w_ptrs) - 1]:
-            # tiles of 512 at least: small ones would each wait for L2
-            y *= tl.rsqrt(mean_squares(x_ptr, K, R, max(BLOCK_K, 512), BLOCK_R) + eps)
+        if norm_ptr is not None or n >= start - sizes[len(w_ptrs) - 1]:
+            if BLOCK_R > 1:  # a tile of 512 at least: small ones would each wait for L2
+                squares = mean_squares(x_ptr, K, R, max(BLOCK_K, 512), BLOCK_R)
+            y *= tl.rsqrt(squares + eps)
     if bias_ptrs is not None:
         mask_b = (offs_n >= plain) & (offs_n < start)
         bias = tl.load(bias_ptr + offs_n - first, mask=mask_b, other=0)
         y += bias.to(tl.float32)[:, None]
     where = offs_r.to(tl.int64)[None, :] * start + offs_n[:, None]  # [BLOCK_N, BLOCK_R]
-    tl.store(y_ptr + where, y.to(y_ptr.dtype.element_ty),
-             mask=(offs_n < start)[:, None] & (offs_r < R)[None, :])
+    mask = (offs_n < start)[:, None] & (offs_r < R)[None, :]
+    if onto_ptr is not None:
+        y += tl.load(onto_ptr + where, mask=mask, other=0).to(tl.float32)
+    tl.store(y_ptr + where, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def tiles(R, K):
+def tiles(x, R):
     """Constants for R rows of x."""
-    tile = ONE if R == 1 else FEW
-    BLOCK_K = max(16, min(tile["BLOCK_K"], triton.next_power_of_2(K)))
-    return tile | dict(BLOCK_R=1 if R == 1 else MOST_ROWS, BLOCK_K=BLOCK_K)
+    tile, K = ONE if R == 1 else FEW, x.shape[-1]
+    return tile | dict(BLOCK_K=max(16, min(tile["BLOCK_K"], triton.next_power_of_2(K))),
+                       BLOCK_R=1 if R == 1 else max(16, triton.next_power_of_2(R)),
+                       STAGES=max(1, tile["STAGES"] * 2 // x.element_size()))
 
 
 def products(
     x,          # (B, T, K)  B * T at most MOST_ROWS, contiguous
     weights,    # matrices (N_i, K), N_i a multiple of 16 in all but the last
     biases=(),  # (N_i)      of the last matrices, of as many as there are biases
-    eps=None,   #            a number: the last product is of x / rms(x), and this is RMSNorm's eps
+    eps=None,   #            RMSNorm's: with norm all products are of x normalised, without it the
+                #            last one is of x / rms(x)
+    norm=None,  # (K)        RMSNorm's weight
+    onto=None,  # (B, T, N)  what the result is added to, of one matrix
 ):              # -> [y_i (B, T, N_i)], side by side in memory
     K, R, sizes = x.shape[-1], x.shape[0] * x.shape[1], [len(w) for w in weights]
     assert R <= MOST_ROWS and x.is_contiguous(), \
         f"products takes up to {MOST_ROWS} rows, contiguous, not {tuple(x.shape)}"
     assert all(w.shape[1] == K and w.is_contiguous() and w.dtype == x.dtype for w in weights), \
         "matrices do not fit x, or are views"
-    constants = tiles(R, K)
+    assert onto is None or onto.shape == (*x.shape[:2], sum(sizes)) and onto.is_contiguous(), \
+        f"onto is {tuple(onto.shape)}, not {(*x.shape[:2], sum(sizes))} and contiguous"
+    if R > 1 and norm is not None:  # several rows go to the tensor cores as they are
+        x, eps, norm = F.rms_norm(x, (K,), norm, eps), None, None
+    constants = tiles(x, R)
     # a program has rows of one matrix only
     constants["BLOCK_N"] = math.gcd(constants["BLOCK_N"], *sizes[:-1])
     assert constants["BLOCK_N"] in (4, 16, 32, 64), \
@@ -345,7 +381,8 @@ def products(
 
     y = x.new_empty(*x.shape[:2], sum(sizes))
     products_kernel[(triton.cdiv(sum(sizes), constants["BLOCK_N"]),)](
-        x, tuple(weights), tuple(sizes), tuple(biases) or None, y, K, R, eps, **constants)
+        x, norm, tuple(weights), tuple(sizes), tuple(biases) or None, onto, y, K, R, eps,
+        **constants, **early(x, R))
     return list(y.split(sizes, dim=-1))
 
 
@@ -357,19 +394,26 @@ def silu(x):
 @triton.jit
 def swiglu_products_kernel(
     x_ptr,             # (R, K)
+    norm_ptr,          # (K,)  RMSNorm's weight, or None
     gate_ptr, up_ptr,  # (N, K)
     y_ptr,             # (R, N)
-    N, K, R,
+    N, K, R, eps, EARLY: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):
     """
-    y = silu(W_gate x) * W_up x.      reference: F.silu(F.linear(x, W_gate)) * F.linear(x, W_up)
+    y = silu(W_gate x) * W_up x, with a norm of norm * x / rms(x).
 
+    reference: F.silu(F.linear(x, W_gate)) * F.linear(x, W_up)
     As products_kernel; a program has the same rows of both matrices.
     """
     n = tl.program_id(0) * BLOCK_N
-    gate = times(x_ptr, gate_ptr, n, N, K, R, BLOCK_N, BLOCK_K, BLOCK_R, STAGES)
-    up = times(x_ptr, up_ptr, n, N, K, R, BLOCK_N, BLOCK_K, BLOCK_R, STAGES)
+    gate, squares = times(x_ptr, norm_ptr, gate_ptr, n, N, K, R, norm_ptr is not None, EARLY,
+                          BLOCK_N, BLOCK_K, BLOCK_R, STAGES)
+    up, _ = times(x_ptr, norm_ptr, up_ptr, n, N, K, R, False, False,
+                  BLOCK_N, BLOCK_K, BLOCK_R, STAGES)
+    if norm_ptr is not None:
+        scale = tl.rsqrt(squares + eps)
+        gate, up = gate * scale, up * scale
     offs_n, offs_r = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
     where = offs_r.to(tl.int64)[None, :] * N + offs_n[:, None]      # [BLOCK_N, BLOCK_R]
     tl.store(y_ptr + where, (silu(gate) * up).to(y_ptr.dtype.element_ty),
@@ -379,17 +423,21 @@ def swiglu_products_kernel(
 def swiglu_products(
     x,             # (B, T, K)  as in products
     w_gate, w_up,  # (N, K)
+    eps=None,      #            RMSNorm's, with norm
+    norm=None,     # (K)        its weight: the products are of x normalised
 ):                 # -> (B, T, N)
     (N, K), R = w_gate.shape, x.shape[0] * x.shape[1]
     assert x.shape[2] == K and w_up.shape == (N, K), \
         f"{tuple(x.shape)} with {tuple(w_gate.shape)} and {tuple(w_up.shape)}"
     assert R <= MOST_ROWS and x.is_contiguous(), \
         f"swiglu_products takes up to {MOST_ROWS} rows, contiguous, not {tuple(x.shape)}"
-    y, constants = x.new_empty(*x.shape[:2], N), tiles(R, K)
+    y, constants = x.new_empty(*x.shape[:2], N), tiles(x, R)
     if R > 1:  # two matrices' tiles come in stages
         constants["BLOCK_N"] //= 2
+        if norm is not None:
+            x, norm = F.rms_norm(x, (K,), norm, eps), None
     swiglu_products_kernel[(triton.cdiv(N, constants["BLOCK_N"]),)](
-        x, w_gate, w_up, y, N, K, R, **constants)
+        x, norm, w_gate, w_up, y, N, K, R, eps, **constants, **early(x, R))
     return y
 
 
@@ -400,7 +448,7 @@ def add_norm_kernel(
     x_ptr, y_ptr,  # (tokens, C)
     weight_ptr,    # (C,)
     out_ptr,       # (tokens, C)
-    C, eps, BLOCK_C: tl.constexpr,
+    C, eps, BLOCK_C: tl.constexpr, EARLY: tl.constexpr,
 ):
     """
     out = x + weight * y / rms(y)                                  reference: x + nn.RMSNorm(y)
@@ -412,6 +460,7 @@ def add_norm_kernel(
     """
     token, offs_c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_C)
     mask = offs_c < C
+    await_inputs(EARLY)
     x = tl.load(x_ptr + token * C + offs_c, mask=mask, other=0).to(tl.float32)
     y = tl.load(y_ptr + token * C + offs_c, mask=mask, other=0).to(tl.float32)
     weight = tl.load(weight_ptr + offs_c, mask=mask, other=0).to(tl.float32)
@@ -429,7 +478,8 @@ def add_norm(
     out, C = torch.empty_like(x), x.shape[-1]
     BLOCK_C = triton.next_power_of_2(C)
     add_norm_kernel[(x.numel() // C,)](
-        x, y, weight, out, C, eps, BLOCK_C=BLOCK_C, num_warps=min(8, max(1, BLOCK_C // 512)))
+        x, y, weight, out, C, eps, BLOCK_C=BLOCK_C, num_warps=min(8, max(1, BLOCK_C // 512)),
+        **early(x, x.numel() // C))
     return out
 
 

@@ -1,6 +1,7 @@
 """
 What several kernels share; kernels.py explains how a kernel is written here.
 
+    await_inputs, early    kernels of a decoding step, each launched before the last one has ended
     gates             the memory's g and 1 - g, each to full precision
     ROOM, log_sum     a softmax whose sums cannot overflow
     by_token          a layout with a token's channels side by side
@@ -8,11 +9,45 @@ What several kernels share; kernels.py explains how a kernel is written here.
 
 tests/test_numbers.py has what the first two are for: saturated gates, the largest numbers.
 """
+import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
+
+# ---------------------------------------------------------------- a chain of short kernels
+
+@triton.jit
+def await_inputs(EARLY: tl.constexpr):
+    """
+    A kernel that was launched early goes on when all before it are through. It calls this before it
+    reads what another has written, and before it writes anything; weights it may read sooner.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # now the next one may come, but none behind that
+
+
+def early(x, rows):
+    """
+    Constants of a kernel that calls await_inputs, for tensors where x is and so many rows of a
+    batch. A decoding step of one row is a chain of kernels of 2 microseconds each. From Hopper on
+    each is launched while the one before it still runs (CUDA's programmatic dependent launch).
+    Kernels of more rows are larger, and would find the GPU unevenly filled.
+    """
+    if rows > 1 or not (x.is_cuda and on_hopper(x.device)):
+        return dict(EARLY=False)
+    return dict(EARLY=True, launch_pdl=True)
+
+
+@functools.lru_cache(maxsize=None)
+def on_hopper(device):
+    """Whether this GPU is NVIDIA's, of Hopper's generation or a later one."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+# ---------------------------------------------------------------- arithmetic, and what is refused
 
 LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x * LOG2E), and exp2 is one instruction
 

@@ -64,7 +64,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_ops.common import LOG2E, ROOM, SHRUNK, log_sum
+from triton_ops.common import LOG2E, ROOM, SHRUNK, early, log_sum
 from triton_ops.quest import combine_kernel
 
 # BLOCK_M rows and BLOCK_N keys of a tile. The passes are bound by memory, so tiles are small: two
@@ -647,7 +647,7 @@ def dilated_forward(
         WHOLE=name != "step" and has_whole(tile, local, M - initial), **tile)
     if splits > 1:
         combine_kernel[H, B](part, part_lse, y, lse, splits, D=D,
-                             BLOCK_S=triton.next_power_of_2(splits), num_warps=4)
+                             BLOCK_S=triton.next_power_of_2(splits), num_warps=4, **early(q, B))
     return y, lse
 
 

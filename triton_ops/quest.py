@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_ops.common import ROOM, check_heads, check_tensors, log_sum
+from triton_ops.common import ROOM, await_inputs, check_heads, check_tensors, early, log_sum
 
 # Tile sizes, looked up at each launch: a tuning script may change them. A program has 16 to 64 KB
 # of loads in flight: memory should not wait for arithmetic.
@@ -126,7 +126,7 @@ def quest_scores_kernel(
     scores_ptr,         # (B, KV, N)     fp32
     N, stride_qb, stride_qh, stride_lb, stride_ln, stride_lh,
     G: tl.constexpr, block_size: tl.constexpr, keep_first: tl.constexpr, keep_current: tl.constexpr,
-    D: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
 ):
     """
     Quest's score: an upper bound on q . k over each block, averaged over a KV head's G query heads.
@@ -148,6 +148,7 @@ def quest_scores_kernel(
     mask_n = offs_n < N
     where = offs_n.to(tl.int64)[:, None] * stride_ln + offs_d[None, :]          # [BLOCK_N, D]
     where += b * stride_lb + kv * stride_lh
+    await_inputs(EARLY)
     low = tl.load(low_ptr + where, mask=mask_n[:, None], other=0).to(tl.float32)
     high = tl.load(high_ptr + where, mask=mask_n[:, None], other=0).to(tl.float32)
     above, below = tl.zeros((D,), tl.float32), tl.zeros((D,), tl.float32)
@@ -191,7 +192,7 @@ def quest_scores(
     quest_scores_kernel[KV, triton.cdiv(N, BLOCK_N), B](
         q, low, high, used, scores, N, q.stride(0), q.stride(2), *low.stride()[:3],
         G=G, block_size=block_size, keep_first=keep_first, keep_current=keep_current,
-        D=D, BLOCK_N=BLOCK_N, num_warps=SCORES["num_warps"])
+        D=D, BLOCK_N=BLOCK_N, num_warps=SCORES["num_warps"], **early(q, B))
     return scores
 
 
@@ -215,7 +216,7 @@ def attend_kernel(
     E, scale,
     stride_qb, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     G: tl.constexpr, block_size: tl.constexpr, D: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):
     """
     Eq. 4 for one query: softmax attention over the chosen blocks, split over programs
@@ -238,6 +239,7 @@ def attend_kernel(
     """
     kv, split, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     KV, splits = tl.num_programs(0), tl.num_programs(1)
+    await_inputs(EARLY)
     used = tl.load(used_ptr + b)
     offs_g, offs_d = tl.arange(0, BLOCK_G), tl.arange(0, D)
     mask_g = (offs_g < G)[:, None]
@@ -305,7 +307,7 @@ def combine_kernel(
     lse_ptr,   # (B, splits, H)     fp32
     y_ptr,     # (B, 1, H, D)
     all_ptr,   # (B, H, 1)          fp32: lse of all splits; or None
-    splits, D: tl.constexpr, BLOCK_S: tl.constexpr,
+    splits, D: tl.constexpr, BLOCK_S: tl.constexpr, EARLY: tl.constexpr,
 ):
     """
     The splits of a step put together: each weighs as much as the softmax gave to its keys.
@@ -321,6 +323,7 @@ def combine_kernel(
     offs_s, offs_d = tl.arange(0, BLOCK_S), tl.arange(0, D)
     mask_s = offs_s < splits
     where = (b * splits + offs_s) * H + h
+    await_inputs(EARLY)
     lse = tl.load(lse_ptr + where, mask=mask_s, other=float("-inf"))
     part_ptr += where[:, None] * D + offs_d[None, :]                            # [BLOCK_S, D]
     part = tl.load(part_ptr, mask=mask_s[:, None], other=0)
@@ -371,10 +374,12 @@ def attend_entries(
         q, k, v, chosen, used, part, lse, slots, E, math.log2(math.e) / math.sqrt(D),
         q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3],
         G=H // KV, block_size=block_size, D=D, BLOCK_G=max(16, triton.next_power_of_2(H // KV)),
-        BLOCK_E=BLOCK_E, STAGES=num_stages, num_warps=ATTEND["num_warps"] * wide)
+        BLOCK_E=BLOCK_E, STAGES=num_stages, num_warps=ATTEND["num_warps"] * wide,
+        **early(q, B))
     if splits > 1:
         combine_kernel[H, B](
-            part, lse, y, None, splits, D=D, BLOCK_S=triton.next_power_of_2(splits), num_warps=4)
+            part, lse, y, None, splits, D=D, BLOCK_S=triton.next_power_of_2(splits), num_warps=4,
+            **early(q, B))
     return y
 
 

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triton_ops.common import await_inputs, early
+
 # Looked up at each launch. A row of up to max_kept keys stays in registers; writing the indices
 # takes smaller tiles, of at most max_scan keys, as a running sum needs more registers.
 SELECT = dict(max_kept=32768, keys_per_thread=16, max_warps=32, max_scan=4096)
@@ -38,7 +40,7 @@ def load_keys(scores_ptr, offs, N):
 def select_kernel(
     scores_ptr,  # (rows, N)  fp32
     index_ptr,   # (rows, S)  int32
-    N, S, KEPT: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
+    N, S, KEPT: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr, EARLY: tl.constexpr,
 ):
     """
     TopK by the S-th largest score, found bit by bit; no sorting.
@@ -61,6 +63,7 @@ def select_kernel(
     scores_ptr += row * N
     index_ptr += row * S
     offs = tl.arange(0, BLOCK)
+    await_inputs(EARLY)
     if KEPT:
         kept = load_keys(scores_ptr, offs, N)
 
@@ -138,7 +141,7 @@ def select(
     num_warps = min(max(1, BLOCK // (32 * SELECT["keys_per_thread"])), SELECT["max_warps"])
     select_kernel[scores.numel() // N,](
         scores, index, N, S, KEPT=KEPT, BLOCK=BLOCK, SCAN=min(BLOCK, SELECT["max_scan"]),
-        num_warps=num_warps)
+        num_warps=num_warps, **early(scores, len(scores)))
     return index
 
 
