@@ -465,7 +465,8 @@ class Cache:
         """The last W of each row: of old (B, W, H, D), then of q (B, T, H, D), its real ones."""
         W, T, lengths = old.shape[1], q.shape[1], self.now.lengths
         if lengths is None:
-            return torch.cat([old[:, T:], q[:, -W:].to(old.dtype)], dim=1)
+            new = q[:, -W:].to(old.dtype)
+            return new if T >= W else torch.cat([old[:, T:], new], dim=1)
         index = lengths[:, None] + torch.arange(W, device=q.device)  # in old, then q
         index = index[..., None, None].expand(-1, -1, *q.shape[2:])
         of_q = q.gather(1, (index - W).clamp_min(0)).to(old.dtype)

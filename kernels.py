@@ -61,8 +61,8 @@ from triton_ops.common import by_token, gates
 # A tile is ROWS * STRIPS tokens. A thread holds its rows in fp32, so registers are what is short:
 # more rows leave too few programs on an SM to hide the latency of memory, fewer rows spend more
 # instructions where strips meet. A chain of tiles is serial; where sequences and channels are too
-# few to fill the GPU, longer tiles make the chain shorter: more strips, or fewer channels (WIDTH) and
-# more rows. maxnreg is the forward pass's: at 64, four programs of TILE share an SM's registers.
+# few to fill the GPU, longer tiles make the chain shorter: more strips, or fewer channels (WIDTH)
+# and more rows. maxnreg is the forward pass's: at 64, four programs of TILE share an SM's registers.
 TILE = dict(ROWS=5, STRIPS=8, WIDTH=64, maxnreg=64)
 LONG_TILE = dict(ROWS=6, STRIPS=16, WIDTH=64, maxnreg=64)
 NARROW_TILE = dict(ROWS=12, STRIPS=32, WIDTH=32, maxnreg=64)

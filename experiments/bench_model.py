@@ -9,11 +9,12 @@ method:
               read, once, at copy speed
     peak      GPU memory at most, beside what `bytes_needed` predicts
 
-There are four parts. `single` is one row at several contexts, and the crossover: the shortest
-context from which a request (a prompt and 128 new tokens) is faster than dense's, selection
-included. `batch` is the largest batches that fit. `peers` is transformers' model with the same
-weights, as it is (SDPA, dynamic cache) and with its static cache under torch.compile; its logits
-are compared with ours first. `table3` is what the paper's evaluation costs.
+There are four parts. `single` is one row (or --rows) at several contexts, and the crossover: the
+shortest context from which a request (a prompt and 128 new tokens) is faster than dense's,
+selection included. `batch` is the largest batches that fit. `peers` is transformers' model with the
+same weights, as it is (SDPA, dynamic cache) and with its static cache under torch.compile; its
+logits are compared with ours first. `table3` is what the paper's evaluation costs, and what the
+GPU's ceilings would allow.
 
 Tokens are random and, where only steps are timed, entries too. No speed here depends on what they
 say, but for Quest's choice of blocks, which is as scattered as can be. Times are medians over
@@ -59,11 +60,15 @@ def matrices(model):
     return in_layers, model.embed_tokens.weight.numel()
 
 
-def prompt_flops(model, B, T):
-    """Of a dense prompt: the layers' products, attention halved by causality, the last head."""
+def prompt_flops(model, B, T, most=None):
+    """
+    Of a prompt: the layers' products, causal attention to at most `most` tokens (None: all), the
+    last head.
+    """
     layers, head = matrices(model)
-    config = model.config
-    attention = 2 * T * T * config.n_head * config.head_width * config.n_layer
+    config, most = model.config, min(most or T, T)
+    pairs = most * T - most * most / 2  # of a query and a key that it reads
+    attention = 4 * pairs * config.n_head * config.head_width * config.n_layer
     return B * (2 * layers * T + attention + 2 * head)
 
 
@@ -84,6 +89,18 @@ def step_bytes(model, method, B, T):
         entries = min(entries, parts.decode_by.budget + entries / parts.decode_by.block_size)
     weights = DTYPE.itemsize * sum(matrices(model))
     return weights + B * entries * model.config.n_layer * entry_bytes(model)
+
+
+def least_seconds(model, methods, B, T, new, rates):
+    """
+    Of eval_niah.answer on B prompts of T tokens with `new` tokens each: at the matmul rate a prompt
+    for each way to read one, which methods share, and each method's steps at copy speed. The first
+    new token is the prompt's.
+    """
+    prompts = {sparse.phases(method).prefill_by for method in methods}
+    flops = sum(prompt_flops(model, B, T, getattr(by, "budget", None)) for by in prompts)
+    read = sum((new - 1) * step_bytes(model, method, B, T) for method in methods)
+    return flops / rates["matmul"] / 1e12 + read / rates["copy"] / 1e9
 
 
 def bytes_needed(model, method, B, T, new):
@@ -272,21 +289,21 @@ def measure(report, model, label, text, B, T, rounds=3):
 
 # ---------------------------------------------------------------- one row, and the largest batch
 
-def single(report, model, label, contexts):
+def single(report, model, label, contexts, B):
     """All methods at all contexts, and where each one's request gets faster than dense's."""
     clean()
     dense = sparse.Dense()
-    step = time_steps(model, dense, random_cache(model, 1, 16, NEW))
-    report.line(label, "dense, almost empty", 1, 16, step_ms=step,
-                step_bytes=step_bytes(model, dense, 1, 16))
+    step = time_steps(model, dense, random_cache(model, B, 16, NEW))
+    report.line(label, "dense, almost empty", B, 16, step_ms=step,
+                step_bytes=step_bytes(model, dense, B, 16))
     requests = {}
     for T in contexts:
         for text in METHODS:
             try:
-                prompt, step = measure(report, model, label, text, 1, T)
+                prompt, step = measure(report, model, label, text, B, T)
                 requests[text, T] = prompt + NEW * step
             except ValueError as error:  # a budget smaller than what is always read
-                print(f"{label:20} {text:32}   1 x {T:6,}  {error}")
+                print(f"{label:20} {text:32} {B:3} x {T:6,}  {error}")
 
     found = report.all.setdefault("crossover", {}).setdefault(label, {})
     for text in METHODS[1:]:
@@ -407,11 +424,14 @@ def table3(report, model, label, tokenizer, batch=12, samples=500):
     clean()
     methods, cache = [sparse.parse(text, 4096) for text in TABLE3], None
     both, seconds, new_tokens = 0, {}, {}  # of all batches; of an example, by task; by task
+    least = {}
     for task in niah.TASKS:
         examples = [niah.make_example(task, 4096, tokenizer, 0, i, "sft") for i in range(2 * batch)]
         gold = [niah.target_ids(e.prompt, e.target, tokenizer) for e in examples]
         new_tokens[task] = 1 + max(map(len, gold))
         examples = [replace(e, max_new_tokens=new_tokens[task]) for e in examples]
+        least[task] = least_seconds(model, methods, batch, 4096, new_tokens[task],
+                                    report.rates) / batch
         for some in examples[:batch], examples[batch:]:
             started = time.time()
             _, cache = answer(model, tokenizer, some, methods, cache)
@@ -423,10 +443,11 @@ def table3(report, model, label, tokenizer, batch=12, samples=500):
     minutes = (start + samples * sum(seconds.values())) / 60
     report.all.setdefault("table3", {})[label] = {
         "methods": TABLE3, "tokenizer": tokenizer.name, "batch": batch, "new_tokens": new_tokens,
-        "seconds_per_example": seconds, "seconds_to_start": start, "samples": samples,
-        "minutes": minutes, "peak_bytes": torch.cuda.max_memory_allocated()}
+        "seconds_per_example": seconds, "least_seconds_per_example": least,
+        "seconds_to_start": start, "samples": samples, "minutes": minutes, "peak_bytes": torch.cuda.max_memory_allocated()}
     report.save()
-    each = ", ".join(f"{niah.TASKS[task].short} {s:.3f}" for task, s in seconds.items())
+    each = ", ".join(f"{niah.TASKS[task].short} {s:.3f} ({least[task] / s:.0%} of the roofline)"
+                     for task, s in seconds.items())
     print(f"{label}: table 3, {len(TABLE3)} methods, seconds per example: {each}; "
           f"{len(seconds)} tasks of {samples} samples: {minutes:.1f} GPU-minutes", flush=True)
 
@@ -442,7 +463,9 @@ def add_flags(parser):
     parser.add_argument("--tokenizer", metavar="SPEC", help=(
         "whole models, table3: as in data.py (default: bytes, whose answers are longer than in "
         "tokens)"))
-    return "preset", "contexts", "tokenizer"
+    parser.add_argument("--rows", type=positive, metavar="N", help=(
+        "whole models, single: prompts at a time (default: 1)"))
+    return "preset", "contexts", "tokenizer", "rows"
 
 
 def run(args, rates):
@@ -464,14 +487,14 @@ def run(args, rates):
         print(f"ceilings: copy {rates['copy']:,.0f} GB/s, matmul {rates['matmul']:,.0f} TFLOP/s",
               flush=True)
     try:
-        measure_all(report, preset, contexts, parts, tokenizer)
+        measure_all(report, preset, contexts, parts, tokenizer, args.rows or 1)
     except torch.OutOfMemoryError:
         raise ValueError("the GPU has no room for that: shorter --contexts, or a smaller "
                          "--preset") from None
     print(f"\nresults in {path}")
 
 
-def measure_all(report, preset, contexts, parts, tokenizer):
+def measure_all(report, preset, contexts, parts, tokenizer, rows):
     """The parts, of the preset's model and of the same one with the memory."""
     torch.manual_seed(0)
     model = random_model(PRESETS[preset])
@@ -480,7 +503,7 @@ def measure_all(report, preset, contexts, parts, tokenizer):
         peers(report, model, preset, of_peers)
     for label in preset, f"{preset} + memory":
         if "single" in parts:
-            single(report, model, label, contexts)
+            single(report, model, label, contexts, rows)
         if "batch" in parts:
             longest = max((T for T in contexts if T <= 32768), default=min(contexts))
             batch(report, model, label, longest)

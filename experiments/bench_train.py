@@ -17,12 +17,14 @@ the run's log says, and what a trace of the last step's passes shows on the firs
     only talks    share in which they run alone: what communication costs, but for what it slows
                   down
     waits         share in which nothing runs
+    attention, products, the rest    what the computing kernels do, each as its share of the pass
 
 The profiler makes the step that it traces longer, mostly before and after the kernels: that step's
 own times count nowhere. Checked in tests/test_bench_train.py. Read train.py and parallel.py first.
 """
 import json
 import os
+import re
 import shlex
 import statistics
 import sys
@@ -92,9 +94,14 @@ def covered(spans):
     return total
 
 
+# How kernels of attention are called, PyTorch's and ours, and those of products of matrices.
+ATTENTION = re.compile("sdpa|flash|fmha|moba|^(forward|query_grad|key_grad)_kernel")
+PRODUCTS = re.compile("nvjet|gemm|cutlass|splitK")
+
+
 def shares(kernels):
     """
-    Of (name, start, end), in any unit of time -> the docstring's shares, and the ten names that
+    Of (name, start, end), in any unit of time -> the docstring's shares, and the twenty names that
     take most of the time; {} of none.
     """
     if not kernels:  # a machine that forbids tracing
@@ -104,12 +111,16 @@ def shares(kernels):
     talk = [(start, end) for name, start, end in kernels if "nccl" in name.lower()]
     compute = [(start, end) for name, start, end in kernels if "nccl" not in name.lower()]
     busy = covered(talk + compute)
-    by_name = {}
+    by_name, by_kind = {}, {"attention": 0, "products": 0, "the rest": 0}
     for name, start, end in kernels:
         by_name[name] = by_name.get(name, 0) + (end - start) / whole
+        if "nccl" not in name.lower():
+            kind = ("attention" if ATTENTION.search(name) else
+                    "products" if PRODUCTS.search(name) else "the rest")
+            by_kind[kind] += (end - start) / whole
     return {"computes": covered(compute) / whole, "talks": covered(talk) / whole,
-            "only talks": (busy - covered(compute)) / whole, "waits": 1 - busy / whole,
-            "kernels": dict(sorted(by_name.items(), key=lambda item: -item[1])[:10])}
+            "only talks": (busy - covered(compute)) / whole, "waits": 1 - busy / whole, **by_kind,
+            "kernels": dict(sorted(by_name.items(), key=lambda item: -item[1])[:20])}
 
 
 def kernels_of(trace):

@@ -202,3 +202,17 @@ def test_a_step_reads_the_weights_and_what_was_selected():
     assert read("dense") == 4096 * entry
     assert read("snapkv:budget=1/16") == 256 * entry
     assert read("quest:budget=1/16") == (256 + 64) * entry
+
+
+def test_an_evaluations_least_seconds():
+    """A prompt counted for each method that shares one; MoBA's attention as if it were dense."""
+    model = bench_model.random_model(PRESETS["pico"])
+    rates, texts = {"matmul": 1e-12, "copy": 1e-9}, ("dense", "quest:budget=1/16")
+    least = lambda texts, new=1: bench_model.least_seconds(
+        model, [parse(text, 4096) for text in texts], 3, 4096, new, rates)
+    assert least(texts) == bench_model.prompt_flops(model, 3, 4096) == least(texts[:1])
+    pairs = sum(min(t, 1024) for t in range(4096))
+    moba = least([*texts, "moba:budget=1/4"]) - least(texts)
+    assert abs(moba - least(texts) + 3 * 4 * 96 * 2 * (4096**2 / 2 - pairs)) < 1e-3 * moba
+    step = sum(bench_model.step_bytes(model, parse(text, 4096), 3, 4096) for text in texts)
+    assert abs(least(texts, 5) - least(texts) - 4 * step) < 1e-6 * step

@@ -48,8 +48,23 @@ def test_shares_are_those_of_a_clock(spans):
         "computes": share(lambda running: "gemm" in running),
         "talks": share(lambda running: len(running - {"gemm"})),
         "only talks": share(lambda running: len(running) == 1 and "gemm" not in running),
-        "waits": share(lambda running: not running)}
+        "waits": share(lambda running: not running),
+        "attention": 0, "the rest": 0, "products": pytest.approx(
+            sum(length for talks, _, length in spans if not talks) / len(ticks))}
     assert bench_train.shares([]) == {}  # of a machine that forbids tracing
+
+
+@pytest.mark.parametrize("kind, names", [
+    ("attention", ["cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26",
+                   "void pytorch_flash::flash_fwd_kernel", "query_grad_kernel", "forward_kernel",
+                   "moba_gather_kernel"]),
+    ("products", ["nvjet_sm90_tst_192x192_64x3_1x2_h_bz_coopB_NNN", "sm80_xmma_gemm_f32f32",
+                  "void cutlass::Kernel2", "splitKreduce_kernel"]),
+    ("the rest", ["triton_poi_fused_mul_silu_2", "memory_forward_kernel"])])
+def test_kernels_are_told_apart_by_their_names(kind, names):
+    """The memory's forward pass taken for attention's."""
+    found = bench_train.shares([(name, n, n + 1) for n, name in enumerate(names)])
+    assert found[kind] == pytest.approx(1)
 
 
 def test_times_and_speeds_are_of_the_steps_between(monkeypatch):
