@@ -68,7 +68,7 @@ LONG_TILE = dict(ROWS=6, STRIPS=16, WIDTH=64, maxnreg=64)
 NARROW_TILE = dict(ROWS=12, STRIPS=32, WIDTH=32, maxnreg=64)
 NARROW_BOTH = dict(ROWS=8, STRIPS=32, WIDTH=16, maxnreg=128)  # a backward pass needs more registers
 FILLED = 264  # chains that fill a GPU: two programs on each of 132 SMs
-FEW = 132     # so few narrow chains that each has an SM to itself
+FEW = 2048    # channels, of all sequences, up to which narrow tiles are faster
 
 # The bits of a state that nobody has written yet. As a float they are a signalling NaN, which no
 # arithmetic, no change of sign and no bf16 number gives.
@@ -206,9 +206,8 @@ def memory_forward_kernel(
 
 def tile_of(B, W, saves):
     """saves: a backward pass starts from the states between the tiles, so it has the same ones."""
-    narrow = NARROW_BOTH if saves else NARROW_TILE
-    if B * W <= FEW * narrow["WIDTH"]:
-        return narrow
+    if B * W <= FEW:
+        return NARROW_BOTH if saves else NARROW_TILE
     return TILE if saves or B * W >= FILLED * TILE["WIDTH"] else LONG_TILE
 
 

@@ -239,8 +239,8 @@ def times(
 ):
     """
     x (R, K) times rows n to n + BLOCK_N - 1 of W (N, K): [BLOCK_N, BLOCK_R] in fp32. A single row
-    is multiplied with norm (K,) on the way, if that is given, and with SQUARES its mean square
-    [1, 1] comes along, which is 0 else.
+    is multiplied with norm (K,) on the way, if that is given. With SQUARES a single row's mean
+    square comes along, [1, BLOCK_R]; else 0.
     """
     offs_n, offs_k = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     mask_n = (offs_n < N)[:, None]
@@ -274,7 +274,7 @@ def times(
             w = tl.load(w_ptr + k, mask=mask_n & mask_k[None, :], other=0)
             x = tl.load(x_ptr + k, mask=mask_k[:, None] & mask_r, other=0)
             total = tl.dot(w, x, total, input_precision="ieee")
-        return total, 0.0
+        return total, tl.zeros((1, BLOCK_R), tl.float32)
 
 
 @triton.jit
@@ -333,8 +333,8 @@ def products_kernel(
     offs_n, offs_r = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
     if eps is not None:
         if norm_ptr is not None or n >= start - sizes[len(w_ptrs) - 1]:
-            if BLOCK_R > 1:  # a tile of 512 at least: small ones would each wait for L2
-                squares = mean_squares(x_ptr, K, R, max(BLOCK_K, 512), BLOCK_R)
+            if BLOCK_R > 1:  # in a large tile: small ones would each wait for L2
+                squares = mean_squares(x_ptr, K, R, 8192 // BLOCK_R, BLOCK_R)
             y *= tl.rsqrt(squares + eps)
     if bias_ptrs is not None:
         mask_b = (offs_n >= plain) & (offs_n < start)
