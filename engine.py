@@ -31,9 +31,9 @@ from sparse import (Dense, Dilated, dice_of, dice_of_layers, drops, evicts, name
                     window_of)
 from triton_ops import backend
 
-# Tokens of a prompt that go through a layer at a time. On a GPU more would save no time. On a CPU
-# fewer save some, as what a layer makes of them then stays in its caches.
-TOGETHER, TOGETHER_ON_CPU = 32768, 4096
+# Tokens of a prompt that go through a layer at a time on a CPU: what the layer makes of them then
+# stays in its caches.
+TOGETHER_ON_CPU = 4096
 
 
 class Inference:
@@ -165,9 +165,8 @@ class Inference:
             after = cache.filled + T if lengths is None else int((cache.used + lengths).max())
             cache.check_room(after)
 
-        # Some rows at a time: what a layer makes of 32,768 tokens is a few GB, and more tokens
-        # would not make the GPU any busier.
-        together = TOGETHER
+        # Some rows at a time.
+        together = tokens_together(widest(self.config))
         if tokens.device.type == "cpu":
             together = min(together, TOGETHER_ON_CPU)
         rows = max(1, together // T)
@@ -300,6 +299,19 @@ class Inference:
         return tuple(parameter.data_ptr() for parameter in self.parameters())
 
 
+def tokens_together(width):
+    """
+    Tokens of a prompt, in vectors of this width, that go through a layer at a time on a GPU: 32,768
+    of a 7B model, of which a layer makes a few GB. More would not make the GPU any busier.
+    """
+    return max(1, 2**27 // width)
+
+
+def widest(config):
+    """The width of a token's largest vector between a layer's products but for the MLP's."""
+    return max(config.width, config.n_head * config.head_width)
+
+
 def draw(logits, temperature, top_k, source):
     """The next tokens: (B, V) -> (B,)"""
     if temperature == 0:
@@ -426,7 +438,7 @@ def fused_mlp(mlp, x, norm=None, onto=None):
         return product(mlp.down_proj, hidden, onto)
     out, x = [], x if norm is None else norm(x)
     # a part of a long prompt at a time: its hidden vectors are large
-    for part in x.flatten(0, 1).split(TOGETHER // 2):
+    for part in x.flatten(0, 1).split(-(-tokens_together(x.shape[2]) // 2)):
         if mlp.gate_proj is None:
             hidden = F.gelu(mlp.up_proj(part))
         else:

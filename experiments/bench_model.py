@@ -31,7 +31,7 @@ import torch
 import niah
 import sparse
 from data import get_tokenizer
-from engine import TOGETHER
+from engine import tokens_together, widest
 from eval_niah import answer
 from infra.cli import made_by, positive
 from infra.families import described, family_of
@@ -116,7 +116,7 @@ def bytes_needed(model, method, B, T, new):
     """
     config, parts = model.config, sparse.phases(method)
     entry, q_width = entry_bytes(model), model.config.n_head * model.config.head_width
-    width = max(config.width, q_width)
+    width = widest(config)
     if sparse.drops(method):
         slots = min(getattr(parts.compress_by, "budget", T), T) + new
         cache = B * slots * (entry + 4 * config.n_kv_head)
@@ -126,7 +126,7 @@ def bytes_needed(model, method, B, T, new):
     if isinstance(parts.decode_by, sparse.Quest):
         cache += B * -(-slots // parts.decode_by.block_size) * entry
 
-    tokens = min(B, max(1, TOGETHER // T)) * T
+    tokens = min(B, max(1, tokens_together(width) // T)) * T
     work = tokens * width * DTYPE.itemsize * (7.1 if config.memory else 6)
     if isinstance(parts.prefill_by, sparse.MoBA):
         from triton_ops.moba import PARTIAL_BYTES
@@ -434,7 +434,7 @@ def table3(report, model, label, tokenizer, batch=12, samples=500):
                                     report.rates) / batch
         for some in examples[:batch], examples[batch:]:
             started = time.time()
-            _, cache = answer(model, tokenizer, some, methods, cache)
+            *_, cache = answer(model, tokenizer, some, methods, cache)
             seconds[task] = (time.time() - started) / batch
             both += seconds[task] * batch
 

@@ -134,7 +134,7 @@ def told(
             full = min(turn) == shape[1] and padding % 2 == 0
             lengths = None if full else torch.tensor(turn)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(engine, "TOGETHER", together)
+                patch.setattr(engine, "tokens_together", lambda *_: together)
                 logits = model.prefill(tokens, lengths, cache, method, whole=whole and not out)
         out.append(torch.stack([logits[b] if n else out[-1][b] for b, n in enumerate(turn)]))
         done = [have + n for have, n in zip(done, turn)]

@@ -27,7 +27,7 @@ ALL = [Dense(), Quest(16, 8), MoBA(24, 8), SnapKV(20, 6),
        compose(MoBA(24, 8), SnapKV(20, 6), Quest(16, 8))]
 each_method = pytest.mark.parametrize("method", ALL, ids=name)
 gpu = pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
-one_for_all = st.sampled_from([1, 20, 10**6])  # engine.TOGETHER
+one_for_all = st.sampled_from([1, 20, 10**6])  # engine.tokens_together
 
 
 def same(a, b):
@@ -308,7 +308,7 @@ def test_generate_gives_the_tokens_of_the_plain_path(method, form, B, both, monk
     model = tiny(**HEADS_OF_16 | FORMS[form] | dict(n_layer=n_layer)).to(DEVICE)
     tokens = draw_tokens(B, 9, seed=B).to(DEVICE)
     lengths = torch.tensor([9, 6, 1], device=DEVICE) if B > 1 else None
-    monkeypatch.setattr(engine, "TOGETHER", 18)  # two rows at a time
+    monkeypatch.setattr(engine, "tokens_together", lambda *_: 18)  # two rows at a time
     assert torch.equal(*both(lambda: model.generate(tokens, n_new, lengths, sparse=method)))
 
 
@@ -402,7 +402,7 @@ def test_a_second_chunk_whose_padding_reaches_past_all_entries(both, monkeypatch
     pytest.importorskip("triton")
     model, method = tiny(**HEADS_OF_16 | GQA, n_layer=1).to(DEVICE), MoBA(24, 8)
     tokens, lengths = draw_tokens(2, 23).to(DEVICE), lambda *n: torch.tensor(n, device=DEVICE)
-    monkeypatch.setattr(engine, "TOGETHER", 20)  # a row at a time
+    monkeypatch.setattr(engine, "tokens_together", lambda *_: 20)  # a row at a time
 
     def second():
         cache = model.new_cache(2, 60)
@@ -542,7 +542,7 @@ WRONG = [  # what is said, of which talk, and what is done
 def test_a_wrong_use_is_refused_before_anything_happens(words, of, use, monkeypatch):
     """Entries dropped in the middle of an answer, tokens written over others, half a batch fed."""
     talk = Talk(**of)
-    monkeypatch.setattr(engine, "TOGETHER", 40)  # a row at a time
+    monkeypatch.setattr(engine, "tokens_together", lambda *_: 40)  # a row at a time
     before = state_of(talk.cache)
     refused(lambda: use(talk), *words)
     assert same(state_of(talk.cache), before)
@@ -579,7 +579,7 @@ BEHIND = [("norm.forward", MemoryError), ("head", MemoryError)]  # no memory for
 @each_method
 def test_a_prompt_that_fails_leaves_the_cache_as_it_was(method, together, path, error, monkeypatch):
     """Tokens that only some layers have seen, and a second try that stands behind them."""
-    monkeypatch.setattr(engine, "TOGETHER", together)
+    monkeypatch.setattr(engine, "tokens_together", lambda *_: together)
     model, tokens, lengths = tiny(**GQA), draw_tokens(5, 45), torch.tensor(LENGTHS)
     for start, whole in (0, True), (0, False), (20, False):
         caches = failed, _ = [model.new_cache(5, 60) for _ in "ab"]

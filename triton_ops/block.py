@@ -249,19 +249,19 @@ def times(
         offs_k = offs_k[None, :]
         partial = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         squares = tl.zeros((1, BLOCK_K), tl.float32)
-        # a tile of W is on its way while the one before is used, and the first one, as weights do
-        # not change, while the kernel before this one still runs
+        # the first tile of W, as weights do not change, comes while the kernel before still runs
         w = tl.load(w_ptr, mask=mask_n & (offs_k < K), other=0)
         await_inputs(EARLY)
         for k in range(0, K, BLOCK_K):
-            mask_k, w_here = k + offs_k < K, w.to(tl.float32)
+            mask_k = k + offs_k < K
+            if k > 0:
+                w = tl.load(w_ptr + k, mask=mask_n & mask_k, other=0)
             x = tl.load(x_ptr + k + offs_k, mask=mask_k, other=0).to(tl.float32)
-            w = tl.load(w_ptr + k + BLOCK_K, mask=mask_n & (k + BLOCK_K + offs_k < K), other=0)
             if SQUARES:
                 squares += x * x
             if norm_ptr is not None:
                 x *= tl.load(norm_ptr + k + offs_k, mask=mask_k, other=0).to(tl.float32)
-            partial += w_here * x
+            partial += w.to(tl.float32) * x
         return tl.sum(partial, axis=1)[:, None], tl.sum(squares, axis=1)[None, :] / K
     else:
         offs_r = tl.arange(0, BLOCK_R)

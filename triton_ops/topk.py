@@ -37,16 +37,24 @@ def load_keys(scores_ptr, offs, N):
 
 
 @triton.jit
+def counts_of(keys, cut, unit, BITS: tl.constexpr):
+    """1 for each of cut + unit, + 2 unit and + 3 unit that a key reaches, side by side in BITS."""
+    dtype: tl.constexpr = tl.int32 if 3 * BITS < 32 else tl.int64
+    return ((keys >= cut + unit).to(dtype) + ((keys >= cut + 2 * unit).to(dtype) << BITS)
+            + ((keys >= cut + 3 * unit).to(dtype) << 2 * BITS))
+
+
+@triton.jit
 def select_kernel(
     scores_ptr,  # (rows, N)  fp32
     index_ptr,   # (rows, S)  int32
     N, S, KEPT: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr, EARLY: tl.constexpr,
 ):
     """
-    TopK by the S-th largest score, found bit by bit; no sorting.
+    TopK by the S-th largest score, found two bits at a time; no sorting.
 
-        cut   = the largest integer with count(key >= cut) >= S: 32 rounds of one count each, fewer
-                if a count is S exactly
+        cut   = the largest integer with count(key >= cut) >= S: 16 rounds of three counts each,
+                fewer if a count is S exactly
         taken = key > cut, and of those equal to cut the first ones, until there are S
     The key of a score is an integer that orders as the score does (load_keys). An index is written
     at its rank, the number of taken ones before it, so the list comes out ascending.
@@ -67,22 +75,26 @@ def select_kernel(
     if KEPT:
         kept = load_keys(scores_ptr, offs, N)
 
-    # The cut, from its highest bit to its lowest: a bit stays if enough keys still reach the cut.
+    # The cut, from its highest bits to its lowest: of 0 to 3 in two bits, the largest that enough
+    # keys still reach. The three counts are one sum, as summing over the program takes longest.
+    BITS: tl.constexpr = 10 if BLOCK <= 512 else 21
     cut = tl.full((), 0, tl.uint32)
-    bit = tl.full((), 0x80000000, tl.uint32)
+    unit = tl.full((), 0x40000000, tl.uint32)
     count = N + S  # those >= cut, once that is less than all
-    while (bit > 0) & (count != S):
+    while (unit > 0) & (count != S):
         if KEPT:
-            more = tl.sum((kept >= cut | bit).to(tl.int32))
+            counts = tl.sum(counts_of(kept, cut, unit, BITS))
         else:
-            hits = tl.zeros((BLOCK,), tl.int32)
-            for start in range(0, N, BLOCK):
-                hits += (load_keys(scores_ptr, start + offs, N) >= cut | bit).to(tl.int32)
-            more = tl.sum(hits)
-        enough = more >= S
-        cut = tl.where(enough, cut | bit, cut)
-        count = tl.where(enough, more, count)
-        bit = bit >> 1
+            hits = counts_of(load_keys(scores_ptr, offs, N), cut, unit, BITS)
+            for start in range(BLOCK, N, BLOCK):
+                hits += counts_of(load_keys(scores_ptr, start + offs, N), cut, unit, BITS)
+            counts = tl.sum(hits)
+        before = cut
+        for i in tl.static_range(3):
+            more = (counts >> i * BITS & (1 << BITS) - 1).to(tl.int32)
+            cut = tl.where(more >= S, before + (i + 1) * unit, cut)
+            count = tl.where(more >= S, more, count)
+        unit = unit >> 2
     cut = tl.maximum(cut, 1)  # 0 is not to be selected: fewer than S are
 
     # How many of the keys that equal the cut are taken: what the larger ones leave of S.
