@@ -584,13 +584,9 @@ class Cache:
         size, low, high = self.bounded[i], None, None
         if size:  # Quest's bounds of the block that the new key falls into
             low, high = self.bounds[i][size]
-        q = decode_step(q, k, v, gate, *norms, config.norm_eps, *rope, self.state[i],
-                        self.k[i], self.v[i], low, high, size or 1, self.used)
-        if self.positions[i] is not None:
-            wide = lambda x: x[:, None, None].expand(-1, 1, k.shape[2])
-            slot, position = wide(self.used - 1), wide(self.now.position[:, 0].int())
-            self.positions[i].scatter_(1, slot, position)
-        return q
+        return decode_step(q, k, v, gate, *norms, config.norm_eps, *rope, self.state[i],
+                           self.k[i], self.v[i], low, high, size or 1, self.used,
+                           self.positions[i], self.now.position[:, 0])
 
     def read(self, i, q, dice):
         """

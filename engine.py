@@ -165,11 +165,10 @@ class Inference:
             after = cache.filled + T if lengths is None else int((cache.used + lengths).max())
             cache.check_room(after)
 
-        # Some rows at a time.
         together = tokens_together(widest(self.config))
         if tokens.device.type == "cpu":
             together = min(together, TOGETHER_ON_CPU)
-        rows = max(1, together // T)
+        rows = max(1, min(together // T, 65535))  # a grid's second dimension
         parts = [slice(first, first + rows) for first in range(0, B, rows)]
         if cache is None or len(parts) == 1:
             views = [cache] * len(parts)
@@ -359,9 +358,9 @@ def fused(model, tokens, cache):
 
 
 def fused_block(block, x, rope, dice, cache):
-    """model.Block.forward: the sums with the norms that follow them are one kernel."""
+    """model.Block.forward: a sum and the norm of what is added are one kernel."""
     from triton_ops.block import add_norm
-    if block.pre_norm:  # of few rows, the norms and sums are part of the products
+    if block.pre_norm:  # of few rows the sum is part of a product, of one row the norm too
         x = fused_attention(block.self_attn, x, rope, dice, cache, block.input_layernorm, onto=x)
         return fused_mlp(block.mlp, x, block.pre_feedforward_layernorm, onto=x)
     attn_norm, mlp_norm = block.post_attention_layernorm, block.post_feedforward_layernorm
@@ -438,7 +437,7 @@ def fused_mlp(mlp, x, norm=None, onto=None):
         return product(mlp.down_proj, hidden, onto)
     out, x = [], x if norm is None else norm(x)
     # a part of a long prompt at a time: its hidden vectors are large
-    for part in x.flatten(0, 1).split(-(-tokens_together(x.shape[2]) // 2)):
+    for part in x.flatten(0, 1).split(tokens_together(mlp.up_proj.out_features)):
         if mlp.gate_proj is None:
             hidden = F.gelu(mlp.up_proj(part))
         else:
@@ -458,11 +457,11 @@ def product(linear, x, onto=None):
 
 def is_few(x):
     """
-    Whether x (B, T, C) is so few rows that reading the weights, or for narrow matrices launching,
-    is all that a product costs: triton_ops/block.py does that best.
+    Whether x (B, T, C) is so few rows that reading the weights, or launching, is all that a product
+    costs: triton_ops/block.py does that best.
     """
-    from triton_ops.block import MOST_ROWS
-    return x.shape[0] * x.shape[1] <= (MOST_ROWS if x.shape[2] <= 1536 else 16)
+    from triton_ops.block import most_rows
+    return x.shape[0] * x.shape[1] <= most_rows(x.shape[2])
 
 
 # ---------------------------------------------------------------- whether the kernels know a layer

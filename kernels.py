@@ -62,11 +62,12 @@ from triton_ops.common import by_token, gates
 # more rows leave too few programs on an SM to hide the latency of memory, fewer rows spend more
 # instructions where strips meet. A chain of tiles is serial; where sequences and channels are too
 # few to fill the GPU, longer tiles make the chain shorter: more strips, or fewer channels (WIDTH)
-# and more rows. maxnreg is the forward pass's: at 64, four programs of TILE share an SM's registers.
+# and more rows. maxnreg, the forward pass's registers a thread, lets four programs of TILE share an
+# SM; one with narrow tiles fills it. Measured on an H100 and on an H200.
 TILE = dict(ROWS=5, STRIPS=8, WIDTH=64, maxnreg=64)
-LONG_TILE = dict(ROWS=6, STRIPS=16, WIDTH=64, maxnreg=64)
-NARROW_TILE = dict(ROWS=12, STRIPS=32, WIDTH=32, maxnreg=64)
-NARROW_BOTH = dict(ROWS=8, STRIPS=32, WIDTH=16, maxnreg=128)  # a backward pass needs more registers
+LONG_TILE = dict(ROWS=6, STRIPS=16, WIDTH=64, maxnreg=64)     # the backward pass has no registers
+NARROW_TILE = dict(ROWS=12, STRIPS=32, WIDTH=32, maxnreg=64)  # for these two
+NARROW_BOTH = dict(ROWS=8, STRIPS=32, WIDTH=16, maxnreg=128)
 FILLED = 264  # chains that fill a GPU: two programs on each of 132 SMs
 FEW = 2048    # channels, of all sequences, up to which narrow tiles are faster
 
@@ -213,9 +214,9 @@ def tile_of(B, W, saves):
 
 def layout(B, W, saves):
     """
-    The tile's constants. BLOCK_W, its channels, are at most two for each of a warp's 32 lanes,
-    fewer where they do not divide W; and each element of a (STRIPS, BLOCK_W) tile has a thread of
-    its own.
+    The tile's constants. BLOCK_W are its channels, at most two for each of a warp's 32 lanes, and
+    fewer where they do not divide W. Of so many warps no two threads hold the same element of a
+    (STRIPS, BLOCK_W) tile.
     """
     tile = tile_of(B, W, saves)
     BLOCK_W = math.gcd(W, tile["WIDTH"])
@@ -238,6 +239,7 @@ def launch_forward(
     B, T, KV, D = k.shape
     assert k.shape == v.shape == gate.shape, \
         f"k {tuple(k.shape)}, v {tuple(v.shape)}, gate {tuple(gate.shape)} must agree"
+    assert T > 0, f"k {tuple(k.shape)} has no tokens"
     k_mem, v_mem, last, before = empty_forward(k, v, gate, state, saves)
     before.fill_(EMPTY.value)
 
@@ -458,9 +460,9 @@ def memory_scan(
 # file        function         computes                          reference            bound by
 # block       decode_step      between projections and attention Attention.forward,   one launch
 #                              of one token, memory and cache    memory_step
-#             products         W_i x of a few rows, several W_i  F.linear             bytes of W_i
+#             products         W_i x of a few rows, several W_i  F.linear, RMSNorm    bytes of W_i
 #             swiglu_products  silu(W_gate x) * W_up x, likewise MLP.forward          bytes of W
-#             add_norm         x + RMSNorm(y), of a prompt       nn.RMSNorm           bytes
+#             add_norm         x + RMSNorm(y)                    nn.RMSNorm           bytes
 #             norm_rotate      RoPE(QK-norm(x)), of a prompt     Attention.rotate     bytes
 #             swiglu           silu(gate) * up, of a prompt      F.silu               bytes
 # topk        select           Eq. 3's TopK                      sparse.top           latency

@@ -254,13 +254,21 @@ def decode_step(case, H, KV, D, block_size, slots, dtype, memory, norm, bounds):
     used = case.lengths("used", B, slots)
     updated = ["state"] if memory else []
     updated += [name for name in sizes if bounds or "cache" in name]
+    kept, position = case.pick("kept", True, False), used + 10**4  # entries were dropped
+    positions = torch.arange(B * slots * KV, device=DEVICE, dtype=torch.int32).view(B, slots, KV)
 
     def run():
         copies = dict.fromkeys(("low", "high")) | {name: inputs[name].clone() for name in updated}
-        q = block.decode_step(**inputs | copies, eps=1e-6, block_size=block_size, used=used)
-        return [q, *(copies[name] for name in updated)]
+        noted = positions.clone()
+        q = block.decode_step(**inputs | copies, eps=1e-6, block_size=block_size, used=used,
+                              positions=noted if kept else None, position=position)
+        return [q, *(copies[name] for name in updated), noted]
 
     def check(outs):
+        *outs, noted = outs
+        written = (torch.arange(slots, device=DEVICE) == used[:, None] - 1)[..., None] & kept
+        assert torch.equal(noted, position.int()[:, None, None].where(written, positions)), \
+            "positions"
         plain, exact = (step_in_parts(**x, block_size=block_size, used=used)
                         for x in (inputs, dict(zip(inputs, doubled(inputs.values())))))
         names = "q", "state", *sizes
@@ -303,11 +311,12 @@ ROWS = (  # dtype R K
     (BF16, (1, 1), (2049, 5000)), (FP32, (1, 1), (65, 128)), (BF16, (2, 16), (65, 3000)),
     (FP32, (2, 16), (130, 1000)), (BF16, (1, 1), (513, 1024)), (BF16, (2, 16), (17, 32)),
     (FP32, (1, 1), (2049, 4096)), (BF16, (2, 16), (4097, 5000)), (BF16, (1, 1), (17, 3000)),
-    (BF16, (2, 16), (300, 1000)), (BF16, (17, 64), (65, 1000)), (FP32, (17, 64), (65, 300)))
+    (BF16, (1, 1), (300, 1000)), (BF16, (17, 64), (65, 1000)), (FP32, (17, 64), (65, 300)),
+    (BF16, (17, 64), (33, 500)))
 PARTS = (  # of products: n matrices, all but the last of multiples of `unit` rows; last have biases
     (16, 3, 0, None), (16, 2, 1, "norm"), (64, 3, 1, "rms"), (16, 4, 3, None), (32, 4, 1, "rms"),
     (16, 2, 2, "norm"), (16, 1, 1, "rms"), (16, 1, 0, "onto"), (16, 3, 3, "norm"),
-    (16, 1, 0, "onto"), (32, 3, 1, "rms"), (16, 1, 0, "onto"))
+    (16, 1, 0, "onto"), (32, 3, 1, "rms"), (16, 1, 0, "onto"), (16, 2, 1, "norm"))
 
 
 @kernel("dtype R K unit n biased also",
@@ -467,11 +476,14 @@ def quest_scores(case, H, KV, D, block_size, Tk, dtype):
 def select(case, *N):
     """Of equal scores the first, NaN below all numbers, -inf never."""
     R, N = case.size("R", 1, 6), case.size("N", *N)
-    S, kind = case.size("S", 1, N + 3), case.pick("kind", "normal", "ties", "wild", "special")
+    S, kind = case.size("S", 1, N + 3), case.pick(
+        "kind", "normal", "ties", "wild", "special", "positive")
     source = torch.Generator().manual_seed(case.seed())
     scores = torch.randn(N, R, generator=source)
     if kind == "ties":
         scores = (2 * scores).round()
+    if kind == "positive":  # all reach what begins the search
+        scores = scores.abs() + 2
     if kind == "wild":
         scores *= 10.0 ** torch.randint(-38, 38, scores.shape, generator=source)
     if kind == "special":

@@ -9,7 +9,7 @@ import train
 from conftest import DEVICE, FORMS, assert_close, draw_tokens, error, refused, times, tiny
 from memory import arl_passes
 from sparse import Dense, Dilated, MoBA, Quest, SnapKV, compose
-from triton_ops import backend
+from triton_ops import backend, common
 
 ON_CPU = dict(n_layer=1) if DEVICE == "cpu" else {}  # the interpreter takes a second a step
 
@@ -122,6 +122,22 @@ def test_a_layer_compiles_whole_with_the_kernels(sparse, monkeypatch):
     for layer in model.layers:
         layer.compile(fullgraph=True, backend="aot_eager")
     assert_close(model(tokens, sparse=sparse), expected)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="on a GPU from Hopper on")
+def test_steps_are_the_same_whether_kernels_start_early(monkeypatch):
+    """A kernel that reads before the one before it has written, in a graph and without."""
+    model = tiny(width=1024, n_head=8, mlp_width=4096, n_layer=6, memory="decay").to(DEVICE)
+    tokens = torch.randint(61, (1, 700), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    answers = []
+    for early in common.on_hopper, lambda device: False:
+        monkeypatch.setattr(common, "on_hopper", early)
+        for method in Dense(), Quest(128, 16), SnapKV(128, 64):
+            for graph in True, False:
+                monkeypatch.setattr(backend, "in_graph", lambda method: graph)
+                answers.append(model.generate(tokens, 200, sparse=method))
+    half = len(answers) // 2
+    assert all(map(torch.equal, answers[:half], answers[half:]))
 
 
 # ---------------------------------------------------------------- who computes

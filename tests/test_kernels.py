@@ -11,9 +11,13 @@ What every kernel keeps, whatever it computes: the contract. kernel_cases.py has
 At the end is what is one kernel's own: ties, and NaN in places that no case above has. test_numbers
 has the edges of the number format, test_backend the kernels one after the other, in models.
 """
+import ast
+from inspect import getsource, signature
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import KernelInterface
 
 import kernel_cases
 import kernels
@@ -21,7 +25,7 @@ from conftest import DEVICE, assert_close, error, refused, times
 from kernel_cases import (BF16, FP32, KERNELS, PATTERNS, RATPLUS, Case, assert_routes, draw,
                           draw_prompt, inf, mask_of, nan, with_gradients)
 from sparse import Dilated, attend, attend_to_slots
-from triton_ops import block, dilated, moba, quest, snapkv, topk
+from triton_ops import block, common, dilated, moba, quest, snapkv, topk
 from triton_ops.moba import moba_attend
 from triton_ops.moba_route import moba_route
 
@@ -87,6 +91,8 @@ EDGES = [  # kernel, setting, what is pinned
     ("attend_slots", 0, dict(Tk=270, B=3, used=[270, 64, 1])),
     *(("select", index, dict(R=4, N=N, S=S, kind=kind)) for index, (N, S, kind) in enumerate((
         (1, 1, "special"), (64, 67, "special"), (1000, 501, "ties"), (5000, 5000, "wild")))),
+    # counts that are as large as they can be
+    *(("select", 2, dict(R=2, N=N, S=N // 2, kind="positive")) for N in (512, 513, 1024)),
     # a window that is the prompt, longer than it, one shorter
     *(("snapkv_scores", index, dict(Tk=205, B=4, lengths=[205, W + 1, W, 5]))
       for index, W in enumerate((16, 8, 20, 64, 32, 33))),
@@ -139,6 +145,8 @@ CUTS = [  # kernel, setting, what is pinned, the constants of a launcher
     # a row of several tiles: a count of one only, ranks that restart, ties counted per tile
     *(("select", 2, dict(R=4, N=150, S=S, kind=kind), topk.SELECT, dict(max_kept=128, max_scan=32))
       for S in (60, 170) for kind in ("normal", "ties", "special")),
+    ("select", 2, dict(R=1, N=3000, S=1500, kind="positive"), topk.SELECT,
+     dict(max_kept=128, max_scan=32)),
     # a split weighed wrongly; a split without a key
     *((name, index, dict(Tk=270, B=3, used=[270, 170, 5]), quest.ATTEND, dict(programs=n))
       for name in ("quest_attend", "attend_slots") for index in range(7) for n in (1, 264)),
@@ -160,8 +168,8 @@ CUTS = [  # kernel, setting, what is pinned, the constants of a launcher
     # the ends of narrow tiles, with gradients and without
     *(("memory_scan", index, dict(T=T, state=True, gradients="drawn"), kernels, dict(FEW=10**9))
       for index in (0, 8) for T in (NARROW - 1, NARROW + 1, 3 * NARROW)),
-    *(("memory_scan", index, dict(T=length(kernels.NARROW_TILE) + more), kernels, dict(FEW=10**9))
-      for index in (2, 8) for more in (-1, 1)),
+    *(("memory_scan", index, dict(T=length(kernels.NARROW_TILE) + more, state=True), kernels,
+       dict(FEW=10**9)) for index in (2, 8) for more in (-1, 1)),
 ]
 
 
@@ -176,6 +184,30 @@ def test_a_kernel_is_as_good_however_it_is_cut(name, index, pinned, where, value
     for constant, value in values.items():
         put(where, constant, value)
     check_case(name, index, pinned)
+
+
+EARLY = [function for module in (block, quest, topk) for function in vars(module).values()
+         if isinstance(function, KernelInterface) and function is not common.await_inputs
+         and "EARLY" in signature(function.fn).parameters]
+
+
+@pytest.mark.parametrize("kernel", EARLY, ids=lambda kernel: kernel.fn.__name__)
+def test_a_kernel_that_starts_early_waits_before_it_reads(kernel):
+    """
+    A load, a store or a call of either before await_inputs: of what the kernel before has still to
+    write. Two on a GPU may well not show it.
+    """
+    code = ast.parse(getsource(kernel.fn)).body[0]
+    name = lambda call: getattr(call.func, "id", getattr(call.func, "attr", ""))
+    calls = sorted((call for call in ast.walk(code) if isinstance(call, ast.Call)),
+                   key=lambda call: (call.lineno, call.col_offset))
+    waits = "await_inputs", "times"  # times waits itself
+    first = [name(call) for call in calls].index
+    before = calls[:min(first(wait) for wait in waits if wait in map(name, calls))]
+    touching = [ast.unparse(call) for call in before if name(call) in ("load", "store")
+                or name(call).endswith("_halves") or "atomic" in name(call)]
+    weights = ["tl.load(w_ptr, mask=mask_n & (offs_k < K), other=0)"]
+    assert touching == (weights if kernel.fn.__name__ == "times" else [])
 
 
 # ---------------------------------------------------------------- rows that do not meet
@@ -291,8 +323,10 @@ REFUSED = [  # a call, a word of the message
     (lambda: kernels.memory_scan(x(*K), x(*K), x(1, 20, 1, 8)), "must agree"),
     (lambda: kernels.memory_scan(*[x(1, 4, 1, 8)] * 3), "multiples of 16"),
     # a row too many, which would be left out; a transposed matrix; a program of two matrices
+    (lambda: kernels.memory_scan(*[x(1, 0, 1, 16)] * 3), "no tokens"),
     (lambda: block.products(x(65, 1, 16), [x(8, 16)]), "up to 64 rows"),
     (lambda: block.products(x(1, 1, 8), [x(8, 16).T]), "views"),
+    (lambda: block.products(x(2, 1, 16), [x(8, 16)], onto=x(1, 2, 8)), "onto is"),
     (lambda: block.products(x(1, 1, 16), [x(6, 16), x(8, 16)]), "multiples of 16"),
     (lambda: block.swiglu_products(x(1, 1, 16), x(8, 16), x(4, 16)), "with"),
     (lambda: block.add_norm(x(1, 4, 8)[..., ::2], x(1, 4, 4), x(4), 1e-6), "contiguous"),

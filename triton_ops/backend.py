@@ -45,7 +45,7 @@ CODE = {
     "cache.Cache.put": "5566c585",
     "cache.Cache.read": "6d4eca57",
     "cache.Cache.remember": "e9736d29",
-    "cache.Cache.step": "c7e0fa0d",
+    "cache.Cache.step": "cb0d30ae",
     "cache.Cache.store": "a799d181",
     "engine.Inference.described": "79d19030",
     "engine.Inference.feed": "37a9d78b",

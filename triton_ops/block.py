@@ -5,7 +5,7 @@ The model's block in Triton, for inference: all but attention itself and a promp
         decode_step       memory, QK-norm, RoPE and the write into the cache, between the
                           projections and attention
         products          y_i = W_i x for a few rows x and several matrices: the projections, with
-                          the norm before them or the sum behind
+                          the sum behind them, and of one row the norm before
         swiglu_products   silu(W_gate x) * W_up x, likewise
     a prompt, and steps of more rows
         norm_rotate       QK-norm and RoPE of q or k
@@ -39,7 +39,9 @@ from torch.nn import functional as F
 
 from triton_ops.common import await_inputs, by_token, early, gates
 
-MOST_ROWS = 64  # of x: one tile
+# Rows of x up to which these products are faster than cuBLAS's, measured on an H200: with matrices
+# as narrow as SmolLM2's because they are fewer launches.
+MOST_ROWS, OF_WIDE, WIDE = 64, 16, 1536
 
 # Tiles of W, chosen on an H100. One row is multiplied without tensor cores, and its tile is loaded
 # at once; for several rows the tiles come in stages.
@@ -118,16 +120,18 @@ def decode_step_kernel(
     k_cache_ptr, v_cache_ptr,     # (B, slots, KV, D)  written at the token's slot
     low_ptr, high_ptr,            # (B, N, KV, D)  Quest's bounds, updated in place, or None
     used_ptr,                     # (B,)  slots filled per row, this token's included
+    positions_ptr, position_ptr,  # (B, slots, KV) int32, and (B,), this token's; or None
     q_out_ptr,                    # (B, H, D)
     B, H, KV, eps,
     q_stride, k_stride, v_stride, gate_stride, cos_stride,  # from row to row
-    k_cache_stride, v_cache_stride, bounds_stride, PER_HEAD: tl.constexpr,
+    k_cache_stride, v_cache_stride, bounds_stride, positions_stride, PER_HEAD: tl.constexpr,
     HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_SIZE: tl.constexpr, EARLY: tl.constexpr,
 ):
     """
     What surrounds attention in a decoding step.
 
-        k, v -> memory;   q, k -> QK-norm -> RoPE;   k, v -> cache;   k -> its block's bounds
+        k, v -> memory;   q, k -> QK-norm -> RoPE;   k, v, position -> cache;   k -> its block's
+        bounds
     reference: memory.memory_step, and the model's attention between its projections and attend
     grid   (B, 3): one program each for q, k and v of a row: QK-norm needs a token's heads together
     tile   the heads of q, k or v, in halves [BLOCK_H, HALF]
@@ -155,6 +159,10 @@ def decode_step_kernel(
             PER_HEAD, HALF, BLOCK_H)
         at = k_cache_ptr + b * k_cache_stride + slot * KV * D
         store_halves(at, left, right, KV, HALF, BLOCK_H)
+        if positions_ptr is not None:
+            head = tl.arange(0, BLOCK_H)
+            noted = positions_ptr + b * positions_stride + slot * KV + head
+            tl.store(noted, tl.load(position_ptr + b).to(tl.int32), head < KV)
         if low_ptr is not None:
             # The bounds are of the keys as the cache holds them, rounded. The first key of a block
             # is its bounds: what lies there may be of an older prompt.
@@ -178,7 +186,7 @@ def decode_step_kernel(
         store_halves(at, left, right, KV, HALF, BLOCK_H)
 
 
-UPDATED = "state", "k_cache", "v_cache", "low", "high"
+UPDATED = "state", "k_cache", "v_cache", "low", "high", "positions"
 
 
 @torch.library.custom_op("nanorat::decode_step", mutates_args=UPDATED)
@@ -196,6 +204,8 @@ def decode_step(
     high: Optional[Tensor],
     block_size: int,             #                of these blocks
     used: Tensor,                # (B,)  int64    slots filled per row, the new token's included
+    positions: Optional[Tensor] = None,  # (B, slots, KV)  int32, of each slot; updated in place
+    position: Optional[Tensor] = None,   # (B,)   int64    the new token's, with positions
 ) -> Tensor:                     # q (B, 1, H, D), ready for attention
     """All of a decoding step between the projections and attention, in one launch."""
     B, _, H, D = q.shape
@@ -206,13 +216,17 @@ def decode_step(
     for x in k_cache, v_cache, low, high:
         assert x is None or x.stride()[1:] == (KV * D, D, 1), \
             f"a cache's slots must lie side by side, not with strides {x.stride()}"
+    assert positions is None or positions.stride()[1:] == (KV, 1), \
+        f"a cache's positions must lie side by side, not with strides {positions.stride()}"
+    position = None if positions is None else position.contiguous()
 
     q_out = q.new_empty(B, 1, H, D)
     decode_step_kernel[(B, 3)](
         q, k, v, gate, q_weight, k_weight, cos, sin, state, k_cache, v_cache, low, high, used,
-        q_out, B, H, KV, eps, q.stride(0), k.stride(0), v.stride(0),
+        positions, position, q_out, B, H, KV, eps, q.stride(0), k.stride(0), v.stride(0),
         0 if gate is None else gate.stride(0), 0 if len(cos) == 1 else cos.stride(0),
         k_cache.stride(0), v_cache.stride(0), 0 if low is None else low.stride(0),
+        0 if positions is None else positions.stride(0),
         PER_HEAD=is_per_head(q_weight, D),
         HALF=D // 2, BLOCK_H=triton.next_power_of_2(max(H, KV)), BLOCK_SIZE=block_size, num_warps=8,
         **early(q, B))
@@ -226,11 +240,16 @@ def is_per_head(weight, D):
 
 @decode_step.register_fake
 def _(q, k, v, gate, q_weight, k_weight, eps, cos, sin, state, k_cache, v_cache, low, high,
-      block_size, used):
+      block_size, used, positions=None, position=None):
     return q.new_empty(q.shape)
 
 
 # ---------------------------------------------------------------- a few rows times matrices
+
+def most_rows(K):
+    """How many rows of K inputs go through `products`, not cuBLAS."""
+    return OF_WIDE if K > WIDE else MOST_ROWS
+
 
 @triton.jit
 def times(

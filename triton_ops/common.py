@@ -1,13 +1,13 @@
 """
 What several kernels share; kernels.py explains how a kernel is written here.
 
-    await_inputs, early    kernels of a decoding step, each launched before the last one has ended
+    await_inputs      a kernel of a decoding step that is launched before the last one has ended
     gates             the memory's g and 1 - g, each to full precision
     ROOM, log_sum     a softmax whose sums cannot overflow
     by_token          a layout with a token's channels side by side
     check_heads, check_tensors    what the launchers of topk, quest and snapkv refuse
 
-tests/test_numbers.py has what the first two are for: saturated gates, the largest numbers.
+tests/test_numbers.py has what gates and ROOM are for: saturated gates, the largest numbers.
 """
 import functools
 import math
@@ -22,7 +22,8 @@ import triton.language as tl
 def await_inputs(EARLY: tl.constexpr):
     """
     A kernel that was launched early goes on when all before it are through. It calls this before it
-    reads what another has written, and before it writes anything; weights it may read sooner.
+    reads what another has written, and before it writes anything. Weights it may read sooner, as
+    the kernel just before it, of the same step, does not write them.
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()

@@ -10,8 +10,8 @@ moba.py.
 
 The choice is the S-th largest of each query's scores, found by halving an interval of numbers until
 exactly as many scores lie above its middle as are needed: all scores stay in registers, and nothing
-is sorted. (topk.py searches bit by bit, for few rows of many scores; here there are many rows,
-whose scores are made on the way.)
+is sorted. (topk.py searches two bits at a time, for few rows of many scores; here there are many
+rows, whose scores are made on the way.)
 
 reference: sparse.MoBA.choose (arXiv 2502.13189, which calls a block a chunk too);
 tests/test_kernels.py holds `moba_route` to it. The same inputs give the same bits. kernels.py

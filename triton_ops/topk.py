@@ -77,7 +77,7 @@ def select_kernel(
 
     # The cut, from its highest bits to its lowest: of 0 to 3 in two bits, the largest that enough
     # keys still reach. The three counts are one sum, as summing over the program takes longest.
-    BITS: tl.constexpr = 10 if BLOCK <= 512 else 21
+    BITS: tl.constexpr = 10 if KEPT and BLOCK <= 512 else 21
     cut = tl.full((), 0, tl.uint32)
     unit = tl.full((), 0x40000000, tl.uint32)
     count = N + S  # those >= cut, once that is less than all
@@ -145,6 +145,7 @@ def select(
     N = scores.shape[-1]
     assert scores.dtype == torch.float32, f"scores are {scores.dtype}, not float32"
     assert N > 0 and S > 0, f"cannot select {S=} of {N=}"
+    assert N < 2**21, f"{N=} scores: three counts share 63 bits, so fewer than {2**21:,}"
     scores = scores.contiguous()
     index = scores.new_empty(*scores.shape[:-1], S, dtype=torch.int32)
 
