@@ -404,7 +404,7 @@ def projections(attention, x, norm=None):
     """
     from triton_ops.block import products
     config, own = attention.config, attention.memory
-    heads = lambda y: y.unflatten(2, (-1, config.head_width))
+    heads = lambda y: y.view(*y.shape[:2], -1, config.head_width)
     linears = [attention.q_proj, attention.k_proj, attention.v_proj]
     if attention.output_gate is not None:  # first, as those with a bias must be the last
         linears.insert(0, attention.output_gate)
@@ -420,10 +420,10 @@ def projections(attention, x, norm=None):
         if own is not None:
             gate = heads(parts.pop())
     else:
-        x = x if norm is None else norm(x)
-        parts = [linear(x) for linear in linears]
+        x = x if norm is None else normalised(norm, x)
+        parts = [F.linear(x, linear.weight, linear.bias) for linear in linears]
         if own is not None:
-            gate = own.gate(attention.at_rms_1(x))
+            gate = heads(F.linear(attention.at_rms_1(x), own.proj.weight, own.proj.bias))
     *rest, q, k, v = parts
     return heads(q), heads(k), heads(v), gate, rest[0] if rest else None
 
@@ -435,14 +435,15 @@ def fused_mlp(mlp, x, norm=None, onto=None):
         normed = () if norm is None else (norm.eps, norm.weight)
         hidden = swiglu_products(x, mlp.gate_proj.weight, mlp.up_proj.weight, *normed)
         return product(mlp.down_proj, hidden, onto)
-    out, x = [], x if norm is None else norm(x)
+    out, x = [], x if norm is None else normalised(norm, x)
     # a part of a long prompt at a time: its hidden vectors are large
     for part in x.flatten(0, 1).split(tokens_together(mlp.up_proj.out_features)):
+        hidden = F.linear(part, mlp.up_proj.weight)
         if mlp.gate_proj is None:
-            hidden = F.gelu(mlp.up_proj(part))
+            hidden = F.gelu(hidden)
         else:
-            hidden = swiglu(mlp.gate_proj(part), mlp.up_proj(part))
-        out.append(mlp.down_proj(hidden))
+            hidden = swiglu(F.linear(part, mlp.gate_proj.weight), hidden)
+        out.append(F.linear(hidden, mlp.down_proj.weight))
     y = (out[0] if len(out) == 1 else torch.cat(out)).view(x.shape)
     return y if onto is None else onto + y
 
@@ -450,9 +451,15 @@ def fused_mlp(mlp, x, norm=None, onto=None):
 def product(linear, x, onto=None):
     """onto + linear(x), which has no bias"""
     if not is_few(x):
-        return linear(x) if onto is None else onto + linear(x)
+        y = F.linear(x, linear.weight)
+        return y if onto is None else onto + y
     from triton_ops.block import products
     return products(x, [linear.weight], onto=onto)[0]
+
+
+def normalised(norm, x):
+    """norm(x), without what calling a module takes"""
+    return F.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps)
 
 
 def is_few(x):

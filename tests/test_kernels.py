@@ -167,9 +167,9 @@ CUTS = [  # kernel, setting, what is pinned, the constants of a launcher
        dict(SPLIT_UP_TO=n)) for index in (8, 9) for n in (1, 8, 12)),
     # the ends of narrow tiles, with gradients and without
     *(("memory_scan", index, dict(T=T, state=True, gradients="drawn"), kernels, dict(FEW=10**9))
-      for index in (0, 8) for T in (NARROW - 1, NARROW + 1, 3 * NARROW)),
-    *(("memory_scan", index, dict(T=length(kernels.NARROW_TILE) + more, state=True), kernels,
-       dict(FEW=10**9)) for index in (2, 8) for more in (-1, 1)),
+      for index, T in ((0, NARROW - 1), (0, NARROW + 1), (8, 3 * NARROW))),
+    *(("memory_scan", 8, dict(T=length(kernels.NARROW_TILE) + more, state=True), kernels,
+       dict(FEW=10**9)) for more in (-1, 1)),
 ]
 
 
