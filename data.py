@@ -234,7 +234,7 @@ def flags():
     parser = flag_parser("data.py", "Turn text into token shards for train.py.")
     add = parser.add_argument
     add("--input", nargs="+", metavar="PATH", help=f"files ({', '.join(SUFFIXES)}) or folders, "
-        "searched below; a .txt is one document, a line or row of the others is one. None: the "
+        "searched below; a .txt is one document, a line or row of the others is one; default: the "
         "text that comes with CPython")
     add("--output", metavar="DIR", help="folder for the shards; data/pydoc where there is no "
         "--input")

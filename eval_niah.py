@@ -571,29 +571,29 @@ def flags():
     add = parser.add_argument
     # what
     add("--ckpt", nargs="+", metavar="PATH", help="models that Transformer.from_pretrained loads, "
-        "or runs of train.py; None: the two that come with the code, and beside them the newest "
+        "or runs of train.py; default: the two that come with the code, and beside them the newest "
         "run in out/ if it does the same task")
     add("--methods", "--method", nargs="+", action="extend", metavar="METHOD",
         help="for sparse.parse, e.g. moba:budget=1/8+snapkv:budget=1/4; budgets in tokens or of "
         "--context_len; block_size and window default to 1/64 of it, 8 to 64, and kernel to 5 or, "
-        "for a model of bytes, 15; dense is always added; None: " + " ".join(METHODS))
+        "for a model of bytes, 15; dense is always added; default: " + " ".join(METHODS))
     known = ", ".join(f"{name} or {names()[name]}" for name in niah.generated())
     add("--tasks", nargs="+", type=lambda text: text if text == "all" else niah.task_name(text),
         metavar="TASK", help=f"{known}; all: each that can be generated, the mean being that of "
-        "the needle tasks; qa_1 and qa_2 come by --jsonl; None: those the first model was trained "
-        "on, or that fit")
-    add("--samples", type=positive, help="examples per task; the paper has 500; None: 200 with a "
-        "GPU, else 8192 tokens' worth")
-    add("--context_len", type=positive, metavar="TOKENS", help="prompt and answer together; None: "
-        f"the first model's, at most the paper's {LONGEST}")
+        "the needle tasks; qa_1 and qa_2 come by --jsonl; default: those the first model was "
+        "trained on, or that fit")
+    add("--samples", type=positive, help="examples per task; the paper has 500; default: 200 with "
+        "a GPU, else 8192 tokens' worth")
+    add("--context_len", type=positive, metavar="TOKENS", help="prompt and answer together; "
+        f"default: the first model's, at most the paper's {LONGEST}")
     add("--yarn", type=above_1, metavar="FACTOR", help="stretch each model's RoPE to a context so "
-        "many times as long, for a --context_len beyond its own; None: as it is")
+        "many times as long, for a --context_len beyond its own; default: as it is")
     add("--max_new_tokens", type=positive, metavar="TOKENS", help="room for a needle's answer; "
-        "None: 128 from 2048 on, 48 below and for bytes. Other tasks have RULER's numbers")
+        "default: 128 from 2048 on, 48 below and for bytes. Other tasks have RULER's numbers")
     add("--protocol", choices=niah.PROTOCOLS, metavar="PROTOCOL", help="base (RULER's answer "
-        "prefix) or sft (the question alone, for fine-tuned models); None: what the first model "
+        "prefix) or sft (the question alone, for fine-tuned models); default: what the first model "
         "was trained on, else base")
-    add("--haystack", metavar="FILE", help="text of the essays; None: Python's help pages")
+    add("--haystack", metavar="FILE", help="text of the essays; default: Python's help pages")
     add("--jsonl", nargs="+", metavar="FILE", help="data files of RULER's own, TASK.jsonl or "
         "TASK/validation.jsonl, instead of generated examples: --tasks, --seed, --words, "
         "--questions and --haystack then mean nothing")
@@ -601,7 +601,7 @@ def flags():
         "context alone; then the question is fed")
     add("--questions", type=positive, metavar="N", help="to ask of each document, where a task has "
         "as many; with --blind they share what was kept of it. ± takes them for prompts that know "
-        "nothing of each other; None: 1")
+        "nothing of each other; default: 1")
     add("--words", choices=niah.WORDS, default=niah.WORDS[0], help="of keys: built-in, or RULER's "
         "from the package wonderwords")
     add("--seed", type=seed, default=0, help="of the examples")
@@ -612,14 +612,14 @@ def flags():
     add("--batch", type=positive, default=16, help="prompts at a time")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cuda or cpu")
-    add("--dtype", choices=["float32", "bfloat16"], help="of the model; None: bfloat16 on a GPU, "
-        "else float32")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the model; default: bfloat16 on a "
+        "GPU, else float32")
     backend.add_flag(parser)
-    add("--tokenizer", metavar="SPEC", help="as in data.py; None: the one beside each model")
+    add("--tokenizer", metavar="SPEC", help="as in data.py; default: the one beside each model")
     # where to
-    add("--out", metavar="DIR", help="folder of the answers, to go on with if it holds some; None: "
-        "a new one, out/niah-DATE-TIME")
-    add("--json", metavar="FILE", help="all results; None: results.json in --out. The plot goes "
+    add("--out", metavar="DIR", help="folder of the answers, to go on with if it holds some; "
+        "default: a new one, out/niah-DATE-TIME")
+    add("--json", metavar="FILE", help="all results; default: results.json in --out. The plot goes "
         "beside it")
     add("--plot", nargs="+", metavar="JSON", help="no evaluation: tables and one picture of what "
         "these results.json, or folders with one, hold, beside the first of them; other flags then "

@@ -728,16 +728,16 @@ def flags():
     names = ", ".join(f"{name} or {(TASKS | OTHERS)[name].short}" for name in generated())
     add("--task", default="niah_multikey_1", type=task_name, help=names)
     add("--context_len", type=whole(1, MOST), default=1024, help="tokens, with those to generate")
-    add("--max_new_tokens", type=whole(1, MOST), help="tokens to generate; None: 128, or 48 where "
-        "context_len is below 2048 or tokens are bytes, or the task's own")
+    add("--max_new_tokens", type=whole(1, MOST), help="tokens to generate; default: 128, or 48 "
+        "where context_len is below 2048 or tokens are bytes, or the task's own")
     add("--tokenizer", default="bytes", help="bytes, or what else data.get_tokenizer takes")
     add("--samples", type=whole(1, MOST), default=1, help="examples, from index 0")
     add("--seed", type=whole(0, 2**63 - 1), default=0, help="another seed, other examples")
     add("--split", default="test", choices=SPLITS, help="they share no example")
     add("--protocol", default="base", choices=PROTOCOLS, help="base: with answer prefix; sft: none")
     add("--words", default="built-in", choices=WORDS, help="of keys; wonderwords: RULER's")
-    add("--haystack", metavar="FILE", help="text of the essay; None: Python's help pages")
-    add("--output", metavar="FILE.jsonl", help="write RULER's jsonl; None: print one example")
+    add("--haystack", metavar="FILE", help="text of the essay; default: Python's help pages")
+    add("--output", metavar="FILE.jsonl", help="write RULER's jsonl; default: print one example")
     return parser
 
 

@@ -141,15 +141,15 @@ def flags():
         help="or a model to start from: anything that Transformer.from_pretrained loads")
     add("--memory", choices=["on", "off", *MEMORIES],
         help="the memory: on adds the decaying one to an --init without, a name of memory.MEMORIES "
-        "one of that kind; None: as it is")
+        "one of that kind; default: as it is")
     add("--gate_start", type=gate, default=0.5, metavar="G",
         help="where the gates of a memory start that --init is given, above 0 and below 1")
     add("--yarn", type=above_1, metavar="FACTOR",
         help="stretch the RoPE of --init to a context so many times as long, to train it at a "
-        "--context_len beyond its own; None: as it is")
+        "--context_len beyond its own; default: as it is")
     add("--arl", type=natural, metavar="TOKENS",
         help="length that ARL teaches the memory, 0 for none; without a memory its sparse pattern "
-        "is trained alone, a control; None: 64 with a memory")
+        "is trained alone, a control; default: 64 with a memory")
     add("--arl_weight", type=above_0, default=1.0, metavar="W",
         help="of the gradient of ARL's step beside that of the dense one: as Adam has one mean of "
         "both, a small weight leaves the dense one the say")
@@ -164,13 +164,13 @@ def flags():
     add("--data", default="niah", metavar="niah|DIR",
         help="needles made on the fly, or token shards that data.py wrote")
     add("--tokenizer", metavar="SPEC",
-        help="as in data.py; None: the one beside --init, bytes for our presets")
+        help="as in data.py; default: the one beside --init, bytes for our presets")
     add("--context_len", type=positive, metavar="TOKENS",
-        help=f"length of a sequence; None: the model's, at most {LONGEST}")
+        help=f"length of a sequence; default: the model's, at most {LONGEST}")
     add("--protocol", default="base", choices=niah.PROTOCOLS,
         help="needles: base (RULER's answer prefix) or sft (the question alone)")
     add("--tasks", nargs="+", type=niah.task_name, metavar="TASK",
-        help="needles: which of RULER's, as niah_multikey_2 or mk-2; None: those that fit")
+        help="needles: which of RULER's, as niah_multikey_2 or mk-2; default: those that fit")
     add("--drills", type=share, default=0.0, metavar="SHARE",
         help="needles: of the steps, at the start, whose samples are all drills; of later samples "
         "30 %% are. 0: no drills")
@@ -179,19 +179,19 @@ def flags():
     add("--other_weight", type=at_least_0, default=0.1, metavar="W",
         help="needles: loss weight of tokens that are no answer")
     add("--haystack", metavar="FILE",
-        help="needles: text of the essays; None: Python's help pages")
+        help="needles: text of the essays; default: Python's help pages")
 
     # how long, how fast
     add("--steps", type=positive, default=1000, help="batches")
     add("--batch", type=few, default=64, help="sequences per step, over all GPUs")
     add("--device_batch", type=few,
-        help="sequences per GPU at a time; the rest is accumulated. None: as many as fit a GPU, 16 "
-        "on a CPU")
+        help="sequences per GPU at a time; the rest is accumulated; default: as many as fit a GPU, "
+        "16 on a CPU")
     add("--recompute", type=natural, metavar="LAYERS",
-        help="how many layers' activations are computed anew in backward, to save memory; None: as "
-        "few as must be")
+        help="how many layers' activations are computed anew in backward, to save memory; default: "
+        "as few as must be")
     add("--lr", type=above_0, default=1e-3, help="peak learning rate")
-    add("--memory_lr", type=above_0, help="that of the memory's gates; None: the same")
+    add("--memory_lr", type=above_0, help="that of the memory's gates; default: the same")
     add("--min_lr", type=at_least_0, default=0.0,
         help="where the cosine of --lr ends; that of --memory_lr in proportion")
     add("--warmup", type=share, default=0.05, metavar="SHARE",
@@ -205,12 +205,12 @@ def flags():
         help="cuda or cpu")
     add("--compile", choices=["on", "off"],
         help="torch.compile, and CUDA graphs where one GPU takes a whole --batch of a small model "
-        "at a time; None: on with a GPU")
+        "at a time; default: on with a GPU")
     backend.add_flag(parser)
     add("--workers", type=natural,
-        help="processes that make batches; None: 8 with a GPU, else 0")
+        help="processes that make batches; default: 8 with a GPU, else 0")
     add("--out", default="out", metavar="DIR", help="folder of all runs")
-    add("--name", help="this run's folder in it; None: the recipe's or preset's name")
+    add("--name", help="this run's folder in it; default: the recipe's or preset's name")
     add("--log_every", type=positive, default=20,
         help="steps between printed lines; log.jsonl has every step")
     add("--eval_every", type=natural, default=200, help="steps between validations; 0: none")

@@ -35,11 +35,11 @@ def flags():
                  "checkpoints/memory", "the first that fits")
     add = parser.add_argument
     add("--methods", "--method", nargs="+", action="extend", metavar="METHOD",
-        help="as eval_niah.py takes them; None: quest:budget=1/4")
+        help="as eval_niah.py takes them; default: quest:budget=1/4")
     add("--temperature", type=at_least_0, default=0.0,
         help="0 takes the likeliest token, 1 draws as the model would")
     add("--top_k", type=positive, metavar="TOKENS",
-        help="draw from the likeliest so many; None: from all")
+        help="draw from the likeliest so many; default: from all")
     add("--whole", action="store_true", help="print the whole haystack, not its size alone")
     return parser
 
@@ -51,21 +51,21 @@ def add_question(parser, models, task):
     """
     add = parser.add_argument
     add("--ckpt", nargs="+", metavar="PATH", help="what Transformer.from_pretrained loads, or runs "
-        f"of train.py; several are asked the same text; None: {models}")
+        f"of train.py; several are asked the same text; default: {models}")
     asked = parser.add_mutually_exclusive_group().add_argument
-    asked("--prompt", metavar="TEXT", help="None: a needle in a haystack that fills the context")
+    asked("--prompt", metavar="TEXT", help="default: a needle in a haystack that fills the context")
     asked("--task", type=niah.task_name, help=f"{', '.join(niah.TASKS)}, or as the tables call it: "
-          f"MK-2; None: {task}")
+          f"MK-2; default: {task}")
     add("--index", type=natural, default=0, help="which example of the task")
     add("--seed", type=seed, default=0, help="of the draw, and of the haystack")
     add("--words", choices=niah.WORDS, default=niah.WORDS[0],
         help="of the haystack's keys: built-in, or RULER's from the package wonderwords")
     add("--max_new_tokens", type=positive, default=48, metavar="TOKENS", help="at most so many")
     add("--context_len", type=positive, metavar="TOKENS", help="what budgets are fractions of; "
-        f"None: the first model's, at most {LONGEST}")
+        f"default: the first model's, at most {LONGEST}")
     add("--yarn", type=above_1, metavar="FACTOR", help="stretch each model's RoPE to a context so "
-        "many times as long, for a --context_len beyond its own; None: as it is")
-    add("--tokenizer", metavar="SPEC", help="as in data.py; None: the one beside each model")
+        "many times as long, for a --context_len beyond its own; default: as it is")
+    add("--tokenizer", metavar="SPEC", help="as in data.py; default: the one beside each model")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cuda or cpu")
     backend.add_flag(parser)

@@ -148,10 +148,17 @@ def note_lengths(trained, longest, max_new_tokens, context_len):
 
 # ---------------------------------------------------------------- a script
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells a flag's default, but for one that its help has to put into words."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def flag_parser(script, description):
     """A parser whose --help tells the defaults, and whose errors are one line and exit 2."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=Help)
     parser.error = lambda message: parser.exit(2, f"{script}: {message}\n")
     return parser
 
