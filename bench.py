@@ -554,12 +554,16 @@ def bench_block(table):
     for B in 1, 4:
         x, wide = randn(B, 1, C), randn(B, 1, N)
         few, many = lambda *w: products(x, w), lambda *w: [F.linear(x, p) for p in w]
-        normed = lambda w: F.linear(F.rms_norm(x, (C,), eps=1e-6), w, weight)
+        norm = lambda *weight: F.rms_norm(x, (C,), *weight, eps=1e-6)
         for name, shapes, ours, plain in (
                 ("products q, k, v", [(C, C)] * 3, few, many),
                 ("products q, k, v, gate", [(C, C)] * 4, lambda *w: products(x, w, [weight], 1e-6),
-                 lambda *w: [*many(*w[:3]), normed(w[3])]),
+                 lambda *w: [*many(*w[:3]), F.linear(norm(), w[3], weight)]),
+                ("norm, then q, k, v", [(C, C)] * 3, lambda *w: products(x, w, (), 1e-6, weight),
+                 lambda *w: [F.linear(y, p) for y in [norm(weight)] for p in w]),
                 ("products out", [(C, C)], few, many),
+                ("out, then the sum", [(C, C)], lambda w: products(x, [w], onto=x),
+                 lambda w: [x + F.linear(x, w)]),
                 ("swiglu_products", [(N, C)] * 2, lambda *w: [swiglu_products(x, *w)],
                  lambda gate, up: [F.silu(F.linear(x, gate)) * F.linear(x, up)]),
                 ("products down", [(C, N)], lambda w: products(wide, [w]),
