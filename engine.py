@@ -168,7 +168,7 @@ class Inference:
         together = tokens_together(widest(self.config))
         if tokens.device.type == "cpu":
             together = min(together, TOGETHER_ON_CPU)
-        rows = max(1, min(together // T, 65535))  # a grid's second dimension
+        rows = max(1, min(together // T, 65535))  # no grid takes more rows than that
         parts = [slice(first, first + rows) for first in range(0, B, rows)]
         if cache is None or len(parts) == 1:
             views = [cache] * len(parts)
@@ -420,7 +420,7 @@ def projections(attention, x, norm=None):
         if own is not None:
             gate = heads(parts.pop())
     else:
-        x = x if norm is None else normalised(norm, x)
+        x = normalised(norm, x)
         parts = [F.linear(x, linear.weight, linear.bias) for linear in linears]
         if own is not None:
             gate = heads(F.linear(attention.at_rms_1(x), own.proj.weight, own.proj.bias))
@@ -435,7 +435,7 @@ def fused_mlp(mlp, x, norm=None, onto=None):
         normed = () if norm is None else (norm.eps, norm.weight)
         hidden = swiglu_products(x, mlp.gate_proj.weight, mlp.up_proj.weight, *normed)
         return product(mlp.down_proj, hidden, onto)
-    out, x = [], x if norm is None else normalised(norm, x)
+    out, x = [], normalised(norm, x)
     # a part of a long prompt at a time: its hidden vectors are large
     for part in x.flatten(0, 1).split(tokens_together(mlp.up_proj.out_features)):
         hidden = F.linear(part, mlp.up_proj.weight)
@@ -458,8 +458,8 @@ def product(linear, x, onto=None):
 
 
 def normalised(norm, x):
-    """norm(x), without what calling a module takes"""
-    return F.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps)
+    """norm(x), without what calling a module takes; of norm None x"""
+    return x if norm is None else F.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps)
 
 
 def is_few(x):

@@ -62,11 +62,12 @@ from triton_ops.common import by_token, gates
 # more rows leave too few programs on an SM to hide the latency of memory, fewer rows spend more
 # instructions where strips meet. A chain of tiles is serial; where sequences and channels are too
 # few to fill the GPU, longer tiles make the chain shorter: more strips, or fewer channels (WIDTH)
-# and more rows. maxnreg, the forward pass's registers a thread, lets four programs of TILE share an
-# SM; one with narrow tiles fills it. Measured on an H100 and on an H200.
+# and more rows. The backward pass has no registers for LONG_TILE and NARROW_TILE. maxnreg, the
+# forward pass's registers a thread, lets four programs of TILE share an SM; one with narrow tiles
+# fills it. Measured on an H100 and on an H200.
 TILE = dict(ROWS=5, STRIPS=8, WIDTH=64, maxnreg=64)
-LONG_TILE = dict(ROWS=6, STRIPS=16, WIDTH=64, maxnreg=64)     # the backward pass has no registers
-NARROW_TILE = dict(ROWS=12, STRIPS=32, WIDTH=32, maxnreg=64)  # for these two
+LONG_TILE = dict(ROWS=6, STRIPS=16, WIDTH=64, maxnreg=64)
+NARROW_TILE = dict(ROWS=12, STRIPS=32, WIDTH=32, maxnreg=64)
 NARROW_BOTH = dict(ROWS=8, STRIPS=32, WIDTH=16, maxnreg=128)
 FILLED = 264  # chains that fill a GPU: two programs on each of 132 SMs
 FEW = 2048    # channels, of all sequences, up to which narrow tiles are faster

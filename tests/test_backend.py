@@ -9,7 +9,7 @@ import train
 from conftest import DEVICE, FORMS, assert_close, draw_tokens, error, refused, times, tiny
 from memory import arl_passes
 from sparse import Dense, Dilated, MoBA, Quest, SnapKV, compose
-from triton_ops import backend, common
+from triton_ops import backend, common, selectors
 
 ON_CPU = dict(n_layer=1) if DEVICE == "cpu" else {}  # the interpreter takes a second a step
 
@@ -122,6 +122,15 @@ def test_a_layer_compiles_whole_with_the_kernels(sparse, monkeypatch):
     for layer in model.layers:
         layer.compile(fullgraph=True, backend="aot_eager")
     assert_close(model(tokens, sparse=sparse), expected)
+
+
+def test_more_entries_than_topk_takes_are_refused(monkeypatch):
+    """Counts that run over into each other: 2,097,152 scores of a row."""
+    monkeypatch.setattr(backend, "choice", "triton")
+    monkeypatch.setattr(selectors, "MOST_SCORES", 20)
+    model, tokens = a_model(), draw_tokens(1, 21).to(DEVICE)
+    refused(lambda: model.generate(tokens, 2, sparse=SnapKV(14, 6)), "at most 20", "--kernels")
+    model.generate(tokens[:, :20], 2, sparse=SnapKV(14, 6))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="on a GPU from Hopper on")

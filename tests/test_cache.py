@@ -548,17 +548,17 @@ def test_a_wrong_use_is_refused_before_anything_happens(words, of, use, monkeypa
     assert same(state_of(talk.cache), before)
 
 
-# ---------------------------------------------------------------- what fails
-
-class Stop(BaseException):
-    """As ctrl-C: no Exception."""
-
-
 def test_as_many_tokens_go_together_as_a_gpu_has_room_for():
     """A few rows of a narrow model at a time; as many of a wide one; widths of C alone."""
     assert engine.tokens_together(4096) == 32768 and engine.tokens_together(512) == 2**18
     assert engine.widest(tiny(width=32, n_head=4, n_kv_head=4, head_dim=16).config) == 64
     assert engine.widest(tiny(width=64, n_head=4, n_kv_head=4).config) == 64
+
+
+# ---------------------------------------------------------------- what fails
+
+class Stop(BaseException):
+    """As ctrl-C: no Exception."""
 
 
 @contextmanager

@@ -322,8 +322,9 @@ REFUSED = [  # a call, a word of the message
     # a gate of another width read past its end
     (lambda: kernels.memory_scan(x(*K), x(*K), x(1, 20, 1, 8)), "must agree"),
     (lambda: kernels.memory_scan(*[x(1, 4, 1, 8)] * 3), "multiples of 16"),
-    # a row too many, which would be left out; a transposed matrix; a program of two matrices
     (lambda: kernels.memory_scan(*[x(1, 0, 1, 16)] * 3), "no tokens"),
+    # a row too many, which would be left out; a transposed matrix; a sum with another shape; a
+    # program of two matrices
     (lambda: block.products(x(65, 1, 16), [x(8, 16)]), "up to 64 rows"),
     (lambda: block.products(x(1, 1, 8), [x(8, 16).T]), "views"),
     (lambda: block.products(x(2, 1, 16), [x(8, 16)], onto=x(1, 2, 8)), "onto is"),

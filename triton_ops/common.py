@@ -1,7 +1,7 @@
 """
 What several kernels share; kernels.py explains how a kernel is written here.
 
-    await_inputs      a kernel of a decoding step that is launched before the last one has ended
+    await_inputs, early    kernels of a step that are launched before the last one has ended
     gates             the memory's g and 1 - g, each to full precision
     ROOM, log_sum     a softmax whose sums cannot overflow
     by_token          a layout with a token's channels side by side

@@ -26,7 +26,7 @@ from triton_ops.moba import moba_attend
 from triton_ops.moba_route import MOST_BLOCKS, moba_route
 from triton_ops.quest import attend_slots, quest_attend, quest_scores
 from triton_ops.snapkv import snapkv_scores
-from triton_ops.topk import select
+from triton_ops.topk import MOST_SCORES, select
 
 
 def first_slots(q, start):
@@ -78,9 +78,12 @@ def moba_prefill_chosen(method, q, k, v, start, dice):
 
 def snapkv_compress(method, q, k, v, lengths, dice):
     method.check_window(q)
+    Tk = k.shape[1]
+    sparse.check(Tk <= MOST_SCORES, f"snapkv: {Tk:,} entries, and the Triton kernels choose among "
+                 f"at most {MOST_SCORES:,}: --kernels=torch computes it")
     q = q[:, -method.window:].to(k.dtype)
     scores = snapkv_scores(q, k, lengths, method.kernel)  # (B, KV, Tk)
-    return select(scores, min(method.budget, k.shape[1])).long()
+    return select(scores, min(method.budget, Tk)).long()
 
 
 def dilated_prefill(method, q, k, v, start, dice):

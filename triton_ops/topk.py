@@ -18,6 +18,8 @@ from torch import Tensor
 
 from triton_ops.common import await_inputs, early
 
+MOST_SCORES = 2**21 - 1  # of a row: three counts share 63 bits
+
 # Looked up at each launch. A row of up to max_kept keys stays in registers; writing the indices
 # takes smaller tiles, of at most max_scan keys, as a running sum needs more registers.
 SELECT = dict(max_kept=32768, keys_per_thread=16, max_warps=32, max_scan=4096)
@@ -145,7 +147,7 @@ def select(
     N = scores.shape[-1]
     assert scores.dtype == torch.float32, f"scores are {scores.dtype}, not float32"
     assert N > 0 and S > 0, f"cannot select {S=} of {N=}"
-    assert N < 2**21, f"{N=} scores: three counts share 63 bits, so fewer than {2**21:,}"
+    assert N <= MOST_SCORES, f"{N=} scores, of which a row has at most {MOST_SCORES:,}"
     scores = scores.contiguous()
     index = scores.new_empty(*scores.shape[:-1], S, dtype=torch.int32)
 
