@@ -577,8 +577,9 @@ def bench_block(table):
     for name, shapes, ours, plain in (
             ("add_norm", [(C,)] * 2, lambda x, y: add_norm(x, y, weight, 1e-6),
              lambda x, y: x + F.rms_norm(y, (C,), weight, 1e-6)),
-            ("norm_rotate", [(H, D)], lambda x: norm_rotate(x, weight, 1e-6, cos, sin),
-             lambda x: norm_and_rotate(x, weight, cos, sin)),
+            ("norm_rotate", [(H, D)] * 2,
+             lambda q, k: norm_rotate(q, k, weight, weight, 1e-6, cos, sin),
+             lambda *qk: [norm_and_rotate(x, weight, cos, sin) for x in qk]),
             ("swiglu", [(N,)] * 2, swiglu, lambda gate, up: F.silu(gate) * up)):
         sets = [[randn(1, T, *shape) for shape in shapes] for _ in range(8)]
         # clones: swiglu writes over one of them

@@ -441,13 +441,14 @@ class Cache:
     def put(self, where, x):
         """x (B, T, ...) into where (B, slots, ...), from slot now.start on."""
         start, real = self.now.start, self.now.real
-        x, where, (B, T) = x.to(where.dtype), where[self.part], x.shape[:2]
+        B, T = x.shape[:2]
         if isinstance(start, int):  # padding is stored too, as zeros
             end = min(start + T, self.slots)
             if real is not None:
                 x = x.where(real.view(B, T, *[1] * (x.dim() - 2)), 0)
-            where[:, start:end] = x[:, :end - start]
+            where[self.part, start:end] = x[:, :end - start]
         else:
+            x, where = x.to(where.dtype), where[self.part]
             if real is None:
                 real = torch.ones(B, T, device=x.device, dtype=torch.bool)
             row, t = real.nonzero(as_tuple=True)
@@ -458,8 +459,8 @@ class Cache:
         if self.recent_q[i] is None:
             shape = self.B, self.window, *q.shape[2:]
             self.recent_q[i] = q.new_zeros(shape, dtype=self.dtype)
-        newest = self.newest(self.recent_q[i][self.part], q)
-        self.recent_q[i][self.part] = newest
+        of_part = self.recent_q[i][self.part]
+        of_part.copy_(self.newest(of_part, q))
 
     def newest(self, old, q):
         """The last W of each row: of old (B, W, H, D), then of q (B, T, H, D), its real ones."""

@@ -283,7 +283,8 @@ class Inference:
         if torch.is_grad_enabled() or not backend.triton_for(self.probe()):
             return False
         found = [backend.is_stock("model.Transformer.hidden", self.hidden)]
-        found += [are_stock(Cache, OF_CACHE), are_stock(memory, OF_RECURRENCE)]
+        found += [are_stock(Cache, OF_CACHE), are_stock(memory, [("remember", "memory.remember")]),
+                  memory.is_known_to_kernels()]
         found += [is_stock(layer, self.config) for layer in self.layers]
         return all(found)
 
@@ -384,17 +385,24 @@ def fused_attention(attention, x, rope, dice, cache, norm=None, onto=None):
     else:
         from triton_ops.block import norm_rotate
         if gate is not None:
-            k, v = cache.remember(index, attention.memory.average, gate, k, v)
-        norms = (None, None)
+            k, v = cache.remember(index, averaged, gate, k, v)
+        norms = None, None
         if config.qk_norm:
             norms = attention.q_norm.weight, attention.k_norm.weight
-        q = norm_rotate(q, norms[0], config.norm_eps, *rope)
-        k = norm_rotate(k, norms[1], config.norm_eps, *rope)
+        q, k = norm_rotate(q, k, *norms, config.norm_eps, *rope)
         y = cache.attend(index, q, k, v, dice)
     y = y.flatten(2)  # (B, T, H * D)
     if output_gate is not None:
         y = y * torch.sigmoid(output_gate)
     return product(attention.o_proj, y, onto)
+
+
+def averaged(gate, k, v, state, real):
+    """memory.Decay.average"""
+    from kernels import memory_scan
+    if real is not None:
+        gate = gate.masked_fill(~real[..., None, None], torch.inf)
+    return memory_scan(k, v, gate, state)
 
 
 def projections(attention, x, norm=None):
@@ -485,7 +493,6 @@ OF_INFERENCE = [(method, f"engine.Inference.{method}")
                 for method in ("feed", "described", "head")]
 OF_CACHE = [(method, f"cache.Cache.{method}")
             for method in ("attend", "store", "put", "read", "step", "remember")]
-OF_RECURRENCE = [(form, f"memory.{form}") for form in ("remember", "memory_loop", "memory_step")]
 
 
 def are_stock(owner, names):

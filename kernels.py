@@ -242,8 +242,6 @@ def launch_forward(
         f"k {tuple(k.shape)}, v {tuple(v.shape)}, gate {tuple(gate.shape)} must agree"
     assert T > 0, f"k {tuple(k.shape)} has no tokens"
     k_mem, v_mem, last, before = empty_forward(k, v, gate, state, saves)
-    before.fill_(EMPTY.value)
-
     k, v, gate = by_token(k), by_token(v), by_token(gate)
     W, constants = KV * D, layout(B, KV * D, saves)
     grid = (len(before) * B * (W // constants["BLOCK_W"]),)
@@ -263,7 +261,7 @@ def empty_forward(k, v, gate, state, saves):
     n_tiles = -(-T // (tile["ROWS"] * tile["STRIPS"]))
     return (k.new_empty(B, T, KV, D), v.new_empty(B, T, KV, D),
             k.new_empty(2, B, KV, D, dtype=torch.float32),
-            k.new_empty(n_tiles, 2, B, KV * D, dtype=torch.int32))
+            k.new_full((n_tiles, 2, B, KV * D), EMPTY.value, dtype=torch.int32))
 
 
 # ---------------------------------------------------------------- backward
@@ -464,7 +462,7 @@ def memory_scan(
 #             products         W_i x of a few rows, several W_i  F.linear, RMSNorm    bytes of W_i
 #             swiglu_products  silu(W_gate x) * W_up x, likewise MLP.forward          bytes of W
 #             add_norm         x + RMSNorm(y)                    nn.RMSNorm           bytes
-#             norm_rotate      RoPE(QK-norm(x)), of a prompt     Attention.rotate     bytes
+#             norm_rotate      RoPE(QK-norm(x)), q and k, prompt Attention.rotate     bytes
 #             swiglu           silu(gate) * up, of a prompt      F.silu               bytes
 # topk        select           Eq. 3's TopK                      sparse.top           latency
 # quest       block_bounds     min and max key of each block     sparse.block_bounds  bytes of k

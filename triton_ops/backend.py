@@ -42,7 +42,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 CODE = {
     "cache.Cache.attend": "e08ce459",
-    "cache.Cache.put": "5566c585",
+    "cache.Cache.put": "011728f3",
     "cache.Cache.read": "6d4eca57",
     "cache.Cache.remember": "e9736d29",
     "cache.Cache.step": "cb0d30ae",

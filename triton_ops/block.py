@@ -8,17 +8,17 @@ The model's block in Triton, for inference: all but attention itself and a promp
                           the sum behind them, and of one row the norm before
         swiglu_products   silu(W_gate x) * W_up x, likewise
     a prompt, and steps of more rows
-        norm_rotate       QK-norm and RoPE of q or k
+        norm_rotate       QK-norm and RoPE of q and k
         swiglu            silu(gate) * up
     both
         add_norm          x + RMSNorm(y): OLMo 2's residual
 
 A decoding step of few rows reads every weight once and computes next to nothing: 14 GB at 7B, which
 take 4.6 ms at an H100's copy speed. So a product is one pass over W, several share a launch, which
-costs 2 to 3 microseconds, and their neighbours' arithmetic is done on the way. A step of one row is
-bound by its launches nonetheless where the model is small, so each kernel of it is launched while
-the one before it runs (common.early). With more rows the products go to cuBLAS, as a prompt's do.
-What lies between the products is bound by memory: here it reads and writes each tensor once.
+costs 2 to 3 microseconds, and their neighbours' arithmetic is done on the way. Of a small model the
+launches take most of a step nonetheless, so each kernel is launched while the one before it runs
+(common.early). With more rows the products go to cuBLAS, as a prompt's do. What lies between the
+products is bound by memory: here it reads and writes each tensor once.
 
 The references are the plain forms of model.py and memory.memory_step; tests/test_kernels.py holds
 the kernels to them. Each output is one program's sum in a fixed order, so the same inputs give the
@@ -229,7 +229,7 @@ def decode_step(
         0 if positions is None else positions.stride(0),
         PER_HEAD=is_per_head(q_weight, D),
         HALF=D // 2, BLOCK_H=triton.next_power_of_2(max(H, KV)), BLOCK_SIZE=block_size, num_warps=8,
-        **early(q, B))
+        **early(q))
     return q_out
 
 
@@ -401,7 +401,7 @@ def products(
     y = x.new_empty(*x.shape[:2], sum(sizes))
     products_kernel[(triton.cdiv(sum(sizes), constants["BLOCK_N"]),)](
         x, norm, tuple(weights), tuple(sizes), tuple(biases) or None, onto, y, K, R, eps,
-        **constants, **early(x, R))
+        **constants, **early(x))
     return list(y.split(sizes, dim=-1))
 
 
@@ -456,7 +456,7 @@ def swiglu_products(
         if norm is not None:
             x, norm = F.rms_norm(x, (K,), norm, eps), None
     swiglu_products_kernel[(triton.cdiv(N, constants["BLOCK_N"]),)](
-        x, norm, w_gate, w_up, y, N, K, R, eps, **constants, **early(x, R))
+        x, norm, w_gate, w_up, y, N, K, R, eps, **constants, **early(x))
     return y
 
 
@@ -495,56 +495,62 @@ def add_norm(
     assert x.shape == y.shape and x.is_contiguous() and y.is_contiguous(), \
         f"{tuple(x.shape)} and {tuple(y.shape)}, contiguous"
     out, C = torch.empty_like(x), x.shape[-1]
-    BLOCK_C = triton.next_power_of_2(C)
-    add_norm_kernel[(x.numel() // C,)](
+    BLOCK_C, tokens = triton.next_power_of_2(C), x.numel() // C
+    add_norm_kernel[(tokens,)](
         x, y, weight, out, C, eps, BLOCK_C=BLOCK_C, num_warps=min(8, max(1, BLOCK_C // 512)),
-        **early(x, x.numel() // C))
+        **early(x, tokens <= MOST_ROWS))
     return out
 
 
 @triton.jit
 def norm_rotate_kernel(
-    x_ptr,             # (B, T, H, D)  with strides for b and t
-    weight_ptr,        # (H * D,); PER_HEAD: (D,); or None
-    cos_ptr, sin_ptr,  # (1 or B, T, D / 2)  fp32
-    out_ptr,           # (B, T, H, D)  contiguous
-    T, H, eps, stride_b, stride_t, cos_stride,
+    q_ptr, k_ptr,                # (B, T, H, D), (B, T, KV, D)  with strides for b and t
+    q_weight_ptr, k_weight_ptr,  # (H * D), (KV * D); PER_HEAD: (D); or None
+    cos_ptr, sin_ptr,            # (1 or B, T, D / 2)  fp32
+    q_out_ptr, k_out_ptr,        # as q and k, contiguous
+    T, H, KV, eps, q_stride_b, q_stride_t, k_stride_b, k_stride_t, cos_stride,
     PER_HEAD: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
 ):
     """
-    out = RoPE(weight * x / rms(x)), the norm over all heads of a token, or over each; weight None:
-    RoPE alone.
+    q = RoPE(weight * q / rms(q)), the norm over all heads of a token, or over each; weight None:
+    RoPE alone. The same of k.
 
-    reference: model.rotate(q_norm(x))
-    grid   (T, B): one token per program
+    reference: model.rotate(q_norm(q)), model.rotate(k_norm(k))
+    grid   (T, B, 2): a program has one token of q or of k
     tile   its heads' left and right halves [BLOCK_H, HALF], which RoPE pairs
-    bytes  x and out once: 2 * H * D elements a token
+    bytes  q and k in and out once: 2 * (H + KV) * D elements a token
     dtype  any; in fp32 between reading and writing
     """
-    t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    t, b, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     angle = b * cos_stride + t * HALF
-    left, right = load_halves(x_ptr + b * stride_b + t * stride_t, H, HALF, BLOCK_H)
-    left, right = norm_and_rotate(
-        left, right, weight_ptr, cos_ptr + angle, sin_ptr + angle, H, eps, PER_HEAD, HALF, BLOCK_H)
-    store_halves(out_ptr + (b * T + t) * H * 2 * HALF, left, right, H, HALF, BLOCK_H)
+    if part == 0:
+        left, right = load_halves(q_ptr + b * q_stride_b + t * q_stride_t, H, HALF, BLOCK_H)
+        left, right = norm_and_rotate(left, right, q_weight_ptr, cos_ptr + angle, sin_ptr + angle,
+                                      H, eps, PER_HEAD, HALF, BLOCK_H)
+        store_halves(q_out_ptr + (b * T + t) * H * 2 * HALF, left, right, H, HALF, BLOCK_H)
+    else:
+        left, right = load_halves(k_ptr + b * k_stride_b + t * k_stride_t, KV, HALF, BLOCK_H)
+        left, right = norm_and_rotate(left, right, k_weight_ptr, cos_ptr + angle, sin_ptr + angle,
+                                      KV, eps, PER_HEAD, HALF, BLOCK_H)
+        store_halves(k_out_ptr + (b * T + t) * KV * 2 * HALF, left, right, KV, HALF, BLOCK_H)
 
 
 def norm_rotate(
-    x,         # (B, T, H, D)       a token's heads side by side
-    weight,    # (H * D), (D) or None  of QK-norm, over all heads or over each
+    q, k,                # (B, T, H, D), (B, T, KV, D)  a token's heads side by side
+    q_weight, k_weight,  # (H * D), (KV * D) of QK-norm over all heads, (D) over each, or None
     eps,
-    cos, sin,  # (1 or B, T, 1, D / 2)  fp32, contiguous
-):             # -> (B, T, H, D)
-    B, T, H, D = x.shape
-    assert x.stride()[2:] == (D, 1) and cos.is_contiguous() and sin.is_contiguous(), \
-        f"norm_rotate: strides {x.stride()}, {cos.stride()}"
-    out = x.new_empty(B, T, H, D)
+    cos, sin,            # (1 or B, T, 1, D / 2)  fp32, contiguous
+):                       # -> q, k
+    (B, T, H, D), KV = q.shape, k.shape[2]
+    assert q.stride()[2:] == k.stride()[2:] == (D, 1) and cos.is_contiguous() \
+        and sin.is_contiguous(), f"norm_rotate: strides {q.stride()}, {k.stride()}, {cos.stride()}"
+    q_out, k_out = q.new_empty(B, T, H, D), k.new_empty(B, T, KV, D)
     cos_stride = 0 if len(cos) == 1 else cos.stride(0)
-    norm_rotate_kernel[(T, B)](
-        x, weight, cos, sin, out, T, H, eps, x.stride(0), x.stride(1), cos_stride,
-        PER_HEAD=is_per_head(weight, D), HALF=D // 2, BLOCK_H=triton.next_power_of_2(H),
-        num_warps=4)
-    return out
+    norm_rotate_kernel[(T, B, 2)](
+        q, k, q_weight, k_weight, cos, sin, q_out, k_out, T, H, KV, eps, q.stride(0), q.stride(1),
+        k.stride(0), k.stride(1), cos_stride, PER_HEAD=is_per_head(q_weight, D), HALF=D // 2,
+        BLOCK_H=triton.next_power_of_2(max(H, KV)), num_warps=4)
+    return q_out, k_out
 
 
 @triton.jit

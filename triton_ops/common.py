@@ -30,16 +30,16 @@ def await_inputs(EARLY: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()  # now the next one may come, but none behind that
 
 
-def early(x, rows):
+def early(x, short=True):
     """
-    Constants of a kernel that calls await_inputs, for tensors where x is and so many rows of a
-    batch. A decoding step of one row is a chain of kernels of 2 microseconds each. From Hopper on
-    each is launched while the one before it still runs (CUDA's programmatic dependent launch).
-    Kernels of more rows are larger, and would find the GPU unevenly filled.
+    Constants of a kernel that calls await_inputs, for tensors where x is. A decoding step is a
+    chain of kernels of a few microseconds each. From Hopper on each is launched while the one
+    before it still runs (CUDA's programmatic dependent launch). One that is not short is launched
+    after it: its programs would find the GPU unevenly filled.
     """
-    if rows > 1 or not (x.is_cuda and on_hopper(x.device)):
-        return dict(EARLY=False)
-    return dict(EARLY=True, launch_pdl=True)
+    if short and x.is_cuda and on_hopper(x.device):
+        return dict(EARLY=True, launch_pdl=True)
+    return dict(EARLY=False)
 
 
 @functools.lru_cache(maxsize=None)
@@ -85,9 +85,9 @@ def gates(logit):
 
 
 def by_token(x):
-    """(B, T, KV, D) -> (B, T, W) with channels side by side: a view if they are."""
-    x = x.flatten(2)
-    return x if x.stride(2) == 1 else x.contiguous()
+    """x (B, T, KV, D) with a token's channels side by side: itself if they are."""
+    side_by_side = x.stride(3) == 1 and (x.stride(2) == x.shape[3] or x.shape[2] == 1)
+    return x if side_by_side else x.contiguous()
 
 
 def check_heads(H, KV, D):

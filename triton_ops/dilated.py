@@ -647,7 +647,7 @@ def dilated_forward(
         WHOLE=name != "step" and has_whole(tile, local, M - initial), **tile)
     if splits > 1:
         combine_kernel[H, B](part, part_lse, y, lse, splits, D=D,
-                             BLOCK_S=triton.next_power_of_2(splits), num_warps=4, **early(q, B))
+                             BLOCK_S=triton.next_power_of_2(splits), num_warps=4, **early(q))
     return y, lse
 
 

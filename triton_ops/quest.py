@@ -36,8 +36,11 @@ from triton_ops.common import ROOM, await_inputs, check_heads, check_tensors, ea
 # Tile sizes, looked up at each launch: a tuning script may change them. A program has 16 to 64 KB
 # of loads in flight: memory should not wait for arithmetic.
 BOUNDS = dict(slots=256, num_warps=4)                               # slots of k per program
-SCORES = dict(BLOCK_N=32, num_warps=4)
-ATTEND = dict(programs=264, BLOCK_E=64, num_warps=4, num_stages=3)  # 2 an SM of an H100
+#
+# programs: so many are wanted, two for each of an H100's 132 SMs. early: so many at most, and the
+# kernel is short (common.early). An SM holds 16 programs of scores at once.
+SCORES = dict(BLOCK_N=32, num_warps=4, early=16 * 132)
+ATTEND = dict(BLOCK_E=64, num_warps=4, num_stages=3, programs=2 * 132, early=132)
 
 
 # ---------------------------------------------------------------- the blocks' bounds
@@ -189,10 +192,12 @@ def quest_scores(
         f"low and high differ in strides: {low.stride()}, {high.stride()}"
     scores = q.new_empty(B, KV, N, dtype=torch.float32)
     G, BLOCK_N = H // KV, SCORES["BLOCK_N"]
-    quest_scores_kernel[KV, triton.cdiv(N, BLOCK_N), B](
+    grid = KV, triton.cdiv(N, BLOCK_N), B
+    quest_scores_kernel[grid](
         q, low, high, used, scores, N, q.stride(0), q.stride(2), *low.stride()[:3],
         G=G, block_size=block_size, keep_first=keep_first, keep_current=keep_current,
-        D=D, BLOCK_N=BLOCK_N, num_warps=SCORES["num_warps"], **early(q, B))
+        D=D, BLOCK_N=BLOCK_N, num_warps=SCORES["num_warps"],
+        **early(q, math.prod(grid) <= SCORES["early"]))
     return scores
 
 
@@ -365,6 +370,7 @@ def attend_entries(
     # as many splits as fill the GPU, but none without a tile
     tiles = triton.cdiv(E, BLOCK_E)
     splits = triton.cdiv(tiles, triton.cdiv(tiles, max(1, ATTEND["programs"] // (B * KV))))
+    short = B * KV * splits <= ATTEND["early"]
 
     y = q.new_empty(B, 1, H, D)
     # a single split is the result
@@ -375,11 +381,11 @@ def attend_entries(
         q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3],
         G=H // KV, block_size=block_size, D=D, BLOCK_G=max(16, triton.next_power_of_2(H // KV)),
         BLOCK_E=BLOCK_E, STAGES=num_stages, num_warps=ATTEND["num_warps"] * wide,
-        **early(q, B))
+        **early(q, short))
     if splits > 1:
         combine_kernel[H, B](
             part, lse, y, None, splits, D=D, BLOCK_S=triton.next_power_of_2(splits), num_warps=4,
-            **early(q, B))
+            **early(q))
     return y
 
 

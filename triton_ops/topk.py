@@ -21,8 +21,9 @@ from triton_ops.common import await_inputs, early
 MOST_SCORES = 2**21 - 1  # of a row: three counts share 63 bits
 
 # Looked up at each launch. A row of up to max_kept keys stays in registers; writing the indices
-# takes smaller tiles, of at most max_scan keys, as a running sum needs more registers.
-SELECT = dict(max_kept=32768, keys_per_thread=16, max_warps=32, max_scan=4096)
+# takes smaller tiles, of at most max_scan keys, as a running sum needs more registers. Up to four
+# warps, one for each of an SM's schedulers, a thread has few keys.
+SELECT = dict(max_kept=32768, keys_per_thread=16, few_keys=4, max_warps=32, max_scan=4096)
 
 
 @triton.jit
@@ -153,10 +154,11 @@ def select(
 
     KEPT = N <= SELECT["max_kept"]
     BLOCK = max(32, triton.next_power_of_2(N)) if KEPT else SELECT["max_kept"] // 2
-    num_warps = min(max(1, BLOCK // (32 * SELECT["keys_per_thread"])), SELECT["max_warps"])
+    num_warps = max(min(4, BLOCK // (32 * SELECT["few_keys"])),
+                    BLOCK // (32 * SELECT["keys_per_thread"]), 1)
     select_kernel[scores.numel() // N,](
         scores, index, N, S, KEPT=KEPT, BLOCK=BLOCK, SCAN=min(BLOCK, SELECT["max_scan"]),
-        num_warps=num_warps, **early(scores, len(scores)))
+        num_warps=min(num_warps, SELECT["max_warps"]), **early(scores))
     return index
 
 
