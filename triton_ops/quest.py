@@ -36,7 +36,6 @@ from triton_ops.common import ROOM, await_inputs, check_heads, check_tensors, ea
 # Tile sizes, looked up at each launch: a tuning script may change them. A program has 16 to 64 KB
 # of loads in flight: memory should not wait for arithmetic.
 BOUNDS = dict(slots=256, num_warps=4)                               # slots of k per program
-#
 # programs: so many are wanted, two for each of an H100's 132 SMs. early: so many at most, and the
 # kernel is short (common.early). An SM holds 16 programs of scores at once.
 SCORES = dict(BLOCK_N=32, num_warps=4, early=16 * 132)
