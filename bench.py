@@ -292,7 +292,8 @@ def bench_step(table):
         cos, sin, used = angle.cos(), angle.sin(), torch.full((B,), slot + 1, device=DEVICE)
         bounds = [randn(B, 4096 // block_size, H, D) for _ in ("low", "high")]
         ours = lambda q, k, v, gate, state, *cache: decode_step(
-            q, k, v, gate, weight, weight, 1e-6, cos, sin, state, *cache, *bounds, block_size, used)
+            q, k, v, gate, weight, weight, 1e-6, cos, sin, state, *cache, *bounds, block_size, used,
+            None, None)
         plain = lambda *s: plain_step(*s, *bounds, weight, cos, sin, slot, block_size)
 
         # both update state, caches and bounds in place: they start from the same ones

@@ -67,7 +67,7 @@ def fused_steps(k, v, gate, state):
     for t, now in enumerate(zip(*(x.split(1, dim=1) for x in (k, v, gate)))):
         used = torch.full((B,), t + 1, device=DEVICE)
         block.decode_step(now[0], *now, None, None, 1e-6, cos, 0 * cos, state, *caches, None, None,
-                          1, used)
+                          1, used, None, None)
     return *caches, state
 
 

@@ -204,8 +204,8 @@ def decode_step(
     high: Optional[Tensor],
     block_size: int,             #                of these blocks
     used: Tensor,                # (B,)  int64    slots filled per row, the new token's included
-    positions: Optional[Tensor] = None,  # (B, slots, KV)  int32, of each slot; updated in place
-    position: Optional[Tensor] = None,   # (B,)   int64    the new token's, with positions
+    positions: Optional[Tensor],  # (B, slots, KV)  int32, of each slot; updated in place
+    position: Optional[Tensor],   # (B,)  int64   the new token's, with positions
 ) -> Tensor:                     # q (B, 1, H, D), ready for attention
     """All of a decoding step between the projections and attention, in one launch."""
     B, _, H, D = q.shape
@@ -240,7 +240,7 @@ def is_per_head(weight, D):
 
 @decode_step.register_fake
 def _(q, k, v, gate, q_weight, k_weight, eps, cos, sin, state, k_cache, v_cache, low, high,
-      block_size, used, positions=None, position=None):
+      block_size, used, positions, position):
     return q.new_empty(q.shape)
 
 
