@@ -576,18 +576,20 @@ def bench_block(table):
                        error=relative_error(ours(*sets[0]), plain(*sets[0])))
 
     for name, shapes, ours, plain in (
-            ("add_norm", [(C,)] * 2, lambda x, y: add_norm(x, y, weight, 1e-6),
-             lambda x, y: x + F.rms_norm(y, (C,), weight, 1e-6)),
+            ("add_norm", [(C,)] * 2, lambda x, y: [add_norm(x, y, weight, 1e-6)],
+             lambda x, y: [x + F.rms_norm(y, (C,), weight, 1e-6)]),
             ("norm_rotate", [(H, D)] * 2,
-             lambda q, k: norm_rotate(q, k, weight, weight, 1e-6, cos, sin),
+             lambda *qk: [*norm_rotate(*qk, weight, weight, 1e-6, cos, sin)],
              lambda *qk: [norm_and_rotate(x, weight, cos, sin) for x in qk]),
-            ("swiglu", [(N,)] * 2, swiglu, lambda gate, up: F.silu(gate) * up)):
+            ("swiglu", [(N,)] * 2, lambda *x: [swiglu(*x)],
+             lambda gate, up: [F.silu(gate) * up])):
         sets = [[randn(1, T, *shape) for shape in shapes] for _ in range(8)]
         # clones: swiglu writes over one of them
-        error = relative_error([ours(*(x.clone() for x in sets[0]))], [plain(*sets[0])])
+        outs, exact = ours(*(x.clone() for x in sets[0])), plain(*sets[0])
         peers = {"compiled": on_each(torch.compile(plain), sets), "eager": on_each(plain, sets)}
-        table.line(name, f"B1 T{T}", on_each(ours, sets), peers, error=error,
-                   n_bytes=(len(shapes) + 1) * sets[0][0].nbytes)
+        table.line(name, f"B1 T{T}", on_each(ours, sets), peers,
+                   n_bytes=sum(x.nbytes for x in (*sets[0], *outs)),
+                   error=relative_error(outs, exact))
 
 
 def bench_dense(table):

@@ -88,8 +88,7 @@ class Inference:
 
         with guard():
             by_kernels = self.by_kernels()
-            static = (decoding and by_kernels and backend.in_graph(sparse) and self.is_unhooked()
-                      and not evicts(sparse))
+            static = decoding and by_kernels and self.may_record(sparse)
             cache.now = self.described(tokens, lengths, cache, sparse, decoding, static,
                                        whole and drops(sparse), watch)
             try:
@@ -198,17 +197,38 @@ class Inference:
         With the kernels on a GPU, steps of one method that follow each other are replays of one
         CUDA graph, so that Python costs nothing. The first of them runs as it is (it may drop
         entries, and sums up Quest's blocks); the graph is captured at the second, once for a cache
-        and a method. Code that is not ours is run at each step, as it is: whether there is any is
-        asked at the first step after a prompt.
+        and a method. After a later prompt it takes the first step, too. Code that is not ours is
+        run at each step, as it is: whether there is any is asked at the first step after a prompt.
         """
         sparse = sparse or Dense()
         # weights are known after a step that a graph may record, and stepped says of which method
-        may_replay = token.is_cuda and cache.weights and len(token) == cache.B
-        if not may_replay or cache.stepped != sparse:
+        follows = cache.weights and cache.stepped == sparse
+        may_replay = token.is_cuda and len(token) == cache.B
+        if not may_replay or not (follows or self.resumes(cache, sparse)):
             return self(token[:, None], cache=cache, sparse=sparse)[:, -1]
         if sparse not in cache.graphs or cache.graphs[sparse].of != (self, cache.weights):
             cache.graphs[sparse] = Graph(self, cache, sparse)
         return cache.graphs[sparse].replay(token, cache)
+
+    def resumes(self, cache, sparse):
+        """
+        Whether a graph from an earlier prompt may take the first step after this one. If so, the
+        cache is made ready for it, as `feed` would.
+        """
+        if sparse not in cache.graphs or not (self.by_kernels() and self.may_record(sparse)):
+            return False
+        cache.check_whole()
+        cache.check_room(cache.filled + 1)
+        cache.compress(sparse)
+        graph, places = cache.graphs.get(sparse), self.places()
+        if graph is None or graph.of != (self, places):  # the entries are elsewhere, or the weights
+            return False
+        cache.bounded = [None for _ in cache.bounded]
+        for i, block_size in enumerate(graph.bounded):
+            if block_size:
+                cache.bounds_of(i, block_size)
+        cache.stepped, cache.decoding, cache.weights = sparse, True, places
+        return True
 
     @torch.no_grad()
     def decode(
@@ -288,6 +308,10 @@ class Inference:
         found += [is_stock(layer, self.config) for layer in self.layers]
         return all(found)
 
+    def may_record(self, sparse):
+        """Whether a graph may take this method's steps, where by_kernels."""
+        return backend.in_graph(sparse) and self.is_unhooked() and not evicts(sparse)
+
     def is_unhooked(self):
         """Whether no Python would be missed: a graph calls it once, and then never again."""
         if any(has_hooks(module) for module in self.modules()):
@@ -337,6 +361,7 @@ class Graph:
         with torch.cuda.graph(self.graph):  # records, and computes nothing
             self.logits = model(self.token[:, None], cache=cache, sparse=sparse)[:, -1]
         cache.filled, self.selected = filled, list(cache.selected)
+        self.bounded = list(cache.bounded)  # the layers' blocks whose bounds it keeps up to date
 
     def replay(self, token, cache):
         cache.check_room(cache.filled + 1)

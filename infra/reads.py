@@ -40,11 +40,14 @@ class StepReads:
     def __call__(self, cache):
         # a layer without a selection has read all that is there
         everything = cache.used[:, None].expand(-1, cache.config.n_kv_head)  # (B, KV)
-        read = [everything if selected is None else (selected >= 0).sum(-1)
-                for selected in cache.selected]  # one (B, KV) per layer
-        if all(layer is everything for layer in read):
-            read = read[:1]  # one layer tells for all
-        read = torch.stack(read)  # (layers, B, KV)
+        shapes = {None if selected is None else selected.shape for selected in cache.selected}
+        if shapes == {None}:
+            read = everything[None]  # one layer tells for all
+        elif len(shapes) == 1:       # a launch for all layers
+            read = (torch.stack(cache.selected) >= 0).sum(-1)
+        else:
+            read = torch.stack([everything if selected is None else (selected >= 0).sum(-1)
+                                for selected in cache.selected])  # (layers, B, KV)
         self.mean.append(read.float().mean((0, 2)))
         self.most.append(read.amax((0, 2)))
         self.held.append(cache.used.clone())

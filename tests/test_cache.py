@@ -633,10 +633,13 @@ def test_a_step_that_fails_spoils_the_cache_until_it_is_cleared(path, error):
 @gpu
 @each_method
 def test_a_steady_loop_captures_nothing(method, monkeypatch):
-    """A graph for each prompt, or for each step."""
+    """A graph for each prompt, or for each step; a first step that could have been a replay."""
     captured, init = [], engine.Graph.__init__
     monkeypatch.setattr(engine.Graph, "__init__",
                         lambda self, *args: captured.append(1) or init(self, *args))
+    ran, fused = [], engine.fused
+    monkeypatch.setattr(engine, "fused", lambda model, tokens, cache: (
+        ran.append(tokens.shape[1]) or fused(model, tokens, cache)))
     model = tiny(**HEADS_OF_16 | GQA).to(DEVICE)
     cache, lengths = model.new_cache(5, 80), torch.tensor(LENGTHS, device=DEVICE)
     for seed in range(4):
@@ -644,7 +647,29 @@ def test_a_steady_loop_captures_nothing(method, monkeypatch):
         with cache.turn(method) as own:
             model.decode(logits, own, 12, method)
         cache.clear()
-        assert len(captured) == 1
+        assert len(captured) == 1 and ran.count(1) == 2  # a step as it is, one to be recorded
+
+
+@gpu
+def test_a_later_prompt_finds_what_has_changed():
+    """A hook that the graph of an earlier prompt leaves out; weights that it does not read."""
+    model, method, called = tiny(**HEADS_OF_16 | GQA).to(DEVICE), Quest(32, 8), []
+    cache, tokens = model.new_cache(2, 120), draw_tokens(2, 80).to(DEVICE)
+
+    def decoded():
+        logits = model.prefill(tokens, None, cache)
+        new = model.decode(logits, cache, 20, method)
+        cache.clear()
+        return new
+    before = decoded()
+    handle = model.layers[0].register_forward_hook(lambda *_: called.append(1))
+    assert torch.equal(decoded(), before) and len(called) == 20
+    handle.remove()
+    assert torch.equal(decoded(), before) and len(called) == 20
+    head = model.lm_head if model.lm_head is not None else model.embed_tokens
+    head.weight = nn.Parameter(head.weight.detach().flip(0))
+    assert torch.equal(decoded(), model.generate(tokens, 20, sparse=method))
+    assert not torch.equal(decoded(), before)
 
 
 @gpu
