@@ -36,10 +36,10 @@ from triton_ops.common import ROOM, await_inputs, check_heads, check_tensors, ea
 # Tile sizes, looked up at each launch: a tuning script may change them. A program has 16 to 64 KB
 # of loads in flight: memory should not wait for arithmetic.
 BOUNDS = dict(slots=256, num_warps=4)                               # slots of k per program
-# programs: so many are wanted, two for each of an H100's 132 SMs. early: so many at most, and the
-# kernel is short (common.early). An SM holds 16 programs of scores at once.
+# programs: so many are wanted, two for each of an H100's 132 SMs. early: up to so many a kernel is
+# short (common.early), attention if they have few tiles. Of scores an SM holds 16 at once.
 SCORES = dict(BLOCK_N=32, num_warps=4, early=16 * 132)
-ATTEND = dict(BLOCK_E=64, num_warps=4, num_stages=3, programs=2 * 132, early=132)
+ATTEND = dict(BLOCK_E=64, num_warps=4, num_stages=3, programs=2 * 132, early=198, few_tiles=4)
 
 
 # ---------------------------------------------------------------- the blocks' bounds
@@ -368,8 +368,9 @@ def attend_entries(
         num_stages += 2
     # as many splits as fill the GPU, but none without a tile
     tiles = triton.cdiv(E, BLOCK_E)
-    splits = triton.cdiv(tiles, triton.cdiv(tiles, max(1, ATTEND["programs"] // (B * KV))))
-    short = B * KV * splits <= ATTEND["early"]
+    of_program = triton.cdiv(tiles, max(1, ATTEND["programs"] // (B * KV)))
+    splits = triton.cdiv(tiles, of_program)
+    short = B * KV * splits <= ATTEND["early"] and of_program <= ATTEND["few_tiles"]
 
     y = q.new_empty(B, 1, H, D)
     # a single split is the result
