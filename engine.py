@@ -212,10 +212,12 @@ class Inference:
 
     def resumes(self, cache, sparse):
         """
-        Whether a graph from an earlier prompt may take the first step after this one. If so, the
-        cache is made ready for it, as `feed` would.
+        Whether a graph from an earlier prompt may take the first step after this one: not of a
+        method of your own, which may look at the prompt then. If so, the cache is made ready for
+        it, as `feed` would.
         """
-        if sparse not in cache.graphs or not (self.by_kernels() and self.may_record(sparse)):
+        if sparse not in cache.graphs or not (
+                self.by_kernels() and self.may_record(sparse) and backend.decodes(sparse)):
             return False
         cache.check_whole()
         cache.check_room(cache.filled + 1)

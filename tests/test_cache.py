@@ -673,6 +673,26 @@ def test_a_later_prompt_finds_what_has_changed():
 
 
 @gpu
+def test_a_method_of_your_own_sees_each_prompt():
+    """A look at the prompt, in the first step, that a graph of an earlier one has left behind."""
+    asked = []
+
+    class Own(Dense):
+        in_graph = True
+
+        def decode(self, q, cache):
+            asked.append(1)
+            return super().decode(q, cache)
+    model, tokens = tiny(**HEADS_OF_16 | GQA).to(DEVICE), draw_tokens(2, 40).to(DEVICE)
+    cache = model.new_cache(2, 60)
+    for steps in 2, 1, 1:  # the second of the first prompt is recorded
+        model.decode(model.prefill(tokens, None, cache), cache, 6, Own())
+        assert len(asked) == steps * model.config.n_layer
+        asked.clear()
+        cache.clear()
+
+
+@gpu
 def test_graphs_of_several_methods_share_a_cache():
     """A graph that replays into what another has moved, or tells what another one read."""
     model = tiny(**HEADS_OF_16 | GQA).to(DEVICE)

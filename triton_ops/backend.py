@@ -161,6 +161,11 @@ def in_graph(method):
     return hooks_for(None).in_graph(part_of(method, "decode"))
 
 
+def decodes(method):
+    """Whether this method's decoding steps are ours, all that they call included."""
+    return hooks_for(None).decodes(part_of(method, "decode"))
+
+
 def part_of(method, phase):
     """
     The method that decides this phase, itself or in a sparse.Compose. A subclass of that decides

@@ -130,11 +130,15 @@ def form_of(method, phase, x):
     return form_in(FORMS, method, phase)
 
 
+def decodes(method):
+    """Whether its decoding steps are ours, all that they call included."""
+    form = registered(FORMS, method, "decode")
+    return form is not None and all_stock(method, f"{form.names} {form.choice}")
+
+
 def in_graph(method):
     """
     Whether a decoding step may be recorded once and replayed: its code is known not to mind, or
     says that it does not (Dense.in_graph).
     """
-    form = registered(FORMS, method, "decode")
-    stock = form is not None and all_stock(method, f"{form.names} {form.choice}")
-    return stock or method.in_graph
+    return decodes(method) or method.in_graph
