@@ -197,28 +197,30 @@ class Inference:
         With the kernels on a GPU, steps of one method that follow each other are replays of one
         CUDA graph, so that Python costs nothing. The first of them runs as it is (it may drop
         entries, and sums up Quest's blocks); the graph is captured at the second, once for a cache
-        and a method. After a later prompt it takes the first step, too. Code that is not ours is
-        run at each step, as it is: whether there is any is asked at the first step after a prompt.
+        and a method. After a later prompt it takes the first step, too, if the kernels know all
+        that the method does in it. Code that is not ours is run at each step, as it is: whether
+        there is any is asked at the first step after a prompt.
         """
         sparse = sparse or Dense()
         # weights are known after a step that a graph may record, and stepped says of which method
         follows = cache.weights and cache.stepped == sparse
         may_replay = token.is_cuda and len(token) == cache.B
-        if not may_replay or not (follows or self.resumes(cache, sparse)):
+        if not may_replay or not (follows or self.resumes(token, cache, sparse)):
             return self(token[:, None], cache=cache, sparse=sparse)[:, -1]
         if sparse not in cache.graphs or cache.graphs[sparse].of != (self, cache.weights):
             cache.graphs[sparse] = Graph(self, cache, sparse)
         return cache.graphs[sparse].replay(token, cache)
 
-    def resumes(self, cache, sparse):
+    def resumes(self, token, cache, sparse):
         """
         Whether a graph from an earlier prompt may take the first step after this one: not of a
-        method of your own, which may look at the prompt then. If so, the cache is made ready for
-        it, as `feed` would.
+        method whose steps are Python's, which may look at the prompt then. If so, the cache is made
+        ready for it, as `feed` would.
         """
         if sparse not in cache.graphs or not (
                 self.by_kernels() and self.may_record(sparse) and backend.decodes(sparse)):
             return False
+        self.check_tokens(token[:, None])
         cache.check_whole()
         cache.check_room(cache.filled + 1)
         cache.compress(sparse)
@@ -321,8 +323,8 @@ class Inference:
         return are_stock(self, [("forward", "model.Transformer.forward"), *OF_INFERENCE])
 
     def places(self):
-        """Where the weights are: a graph reads there, whatever the model's are by then."""
-        return tuple(parameter.data_ptr() for parameter in self.parameters())
+        """The config, and where the weights are: a graph computes so, and reads there."""
+        return self.config, *(parameter.data_ptr() for parameter in self.parameters())
 
 
 def tokens_together(width):

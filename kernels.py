@@ -462,7 +462,7 @@ def memory_scan(
 #             products         W_i x of a few rows, several W_i  F.linear, RMSNorm    bytes of W_i
 #             swiglu_products  silu(W_gate x) * W_up x, likewise MLP.forward          bytes of W
 #             add_norm         x + RMSNorm(y)                    nn.RMSNorm           bytes
-#             norm_rotate      RoPE(QK-norm(x)), q and k, prompt Attention.rotate     bytes
+#             norm_rotate      RoPE(QK-norm) of a prompt's q, k  Attention.rotate     bytes
 #             swiglu           silu(gate) * up, of a prompt      F.silu               bytes
 # topk        select           Eq. 3's TopK                      sparse.top           latency
 # quest       block_bounds     min and max key of each block     sparse.block_bounds  bytes of k

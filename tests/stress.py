@@ -1,11 +1,11 @@
 """
 Every kernel on a thousand random shapes: as good as PyTorch on each, and the same bits each time?
 
-    python tests/stress.py --jobs 16 --json results/stress-h100.json
+    python tests/stress.py --jobs 16 --json results/stress-h200.json
         1,000 cases of each kernel, a table, and the file
     python tests/stress.py --only moba_attend --index 417
         one case again, as a failure names it
-    python tests/stress.py --sanitize --jobs 8 --json results/stress-h100.json
+    python tests/stress.py --sanitize --jobs 16 --json results/stress-h200.json
         adds what compute-sanitizer finds
 
 The cases, and what holds for each, are in kernel_cases.py. "worst" in the table is a kernel's

@@ -16,9 +16,9 @@ The model's block in Triton, for inference: all but attention itself and a promp
 A decoding step of few rows reads every weight once and computes next to nothing: 14 GB at 7B, which
 take 4.6 ms at an H100's copy speed. So a product is one pass over W, several share a launch, which
 costs 2 to 3 microseconds, and their neighbours' arithmetic is done on the way. Of a small model the
-launches take most of a step nonetheless, so each kernel is launched while the one before it runs
-(common.early). With more rows the products go to cuBLAS, as a prompt's do. What lies between the
-products is bound by memory: here it reads and writes each tensor once.
+launches take most of a step nonetheless, so each kernel here is launched while the one before it
+runs (common.early). With more rows the products go to cuBLAS, as a prompt's do. What lies between
+the products is bound by memory: here it reads and writes each tensor once.
 
 The references are the plain forms of model.py and memory.memory_step; tests/test_kernels.py holds
 the kernels to them. Each output is one program's sum in a fixed order, so the same inputs give the

@@ -34,8 +34,10 @@ def early(x, short=True):
     """
     Constants of a kernel that calls await_inputs, for tensors where x is. A decoding step is a
     chain of kernels of a few microseconds each. From Hopper on each is launched while the one
-    before it still runs (CUDA's programmatic dependent launch). One that is not short is launched
-    after it: its programs would find the GPU unevenly filled.
+    before it still runs (CUDA's programmatic dependent launch).
+
+    short: whether its programs are few, and quickly done. A kernel that is not short is launched
+    when the one before it has ended, as its programs would find the GPU unevenly filled.
     """
     if short and x.is_cuda and on_hopper(x.device):
         return dict(EARLY=True, launch_pdl=True)

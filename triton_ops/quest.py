@@ -36,10 +36,11 @@ from triton_ops.common import ROOM, await_inputs, check_heads, check_tensors, ea
 # Tile sizes, looked up at each launch: a tuning script may change them. A program has 16 to 64 KB
 # of loads in flight: memory should not wait for arithmetic.
 BOUNDS = dict(slots=256, num_warps=4)                               # slots of k per program
-# programs: so many are wanted, two for each of an H100's 132 SMs. early: up to so many a kernel is
-# short (common.early), attention if they have few tiles. Of scores an SM holds 16 at once.
+# programs: how many are wanted, two for each of an H100's 132 SMs. early: a kernel of at most so
+# many programs is short (common.early), attention only if each has few tiles. Of the scores'
+# programs an SM holds 16 at once.
 SCORES = dict(BLOCK_N=32, num_warps=4, early=16 * 132)
-ATTEND = dict(BLOCK_E=64, num_warps=4, num_stages=3, programs=2 * 132, early=198, few_tiles=4)
+ATTEND = dict(BLOCK_E=64, num_warps=4, num_stages=3, programs=2 * 132, early=240, few_tiles=5)
 
 
 # ---------------------------------------------------------------- the blocks' bounds

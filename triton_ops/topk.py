@@ -21,8 +21,8 @@ from triton_ops.common import await_inputs, early
 MOST_SCORES = 2**21 - 1  # of a row: three counts share 63 bits
 
 # Looked up at each launch. A row of up to max_kept keys stays in registers; writing the indices
-# takes smaller tiles, of at most max_scan keys, as a running sum needs more registers. Up to four
-# warps, one for each of an SM's schedulers, a thread has few keys.
+# takes smaller tiles, of at most max_scan keys, as a running sum needs more registers. As long as
+# there are no more than four warps, one for each of an SM's schedulers, a thread has few_keys.
 SELECT = dict(max_kept=32768, keys_per_thread=16, few_keys=4, max_warps=32, max_scan=4096)
 
 
