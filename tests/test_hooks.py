@@ -463,7 +463,7 @@ def test_a_norm_that_the_preset_has_not_decides(both):
 
 
 def test_nothing_with_a_hook_is_recorded(monkeypatch):
-    """A hook that a graph would call once, or a weight that was replaced: it would read the old."""
+    """A hook that a graph would call once; a weight or a RoPE that was replaced: it has the old."""
     monkeypatch.setattr(backend, "choice", "triton")
     model, tokens = a_model(), draw_tokens(1, 6).to(DEVICE)
 
@@ -481,4 +481,7 @@ def test_nothing_with_a_hook_is_recorded(monkeypatch):
         handle.remove()
     assert recordable(Louder()) is None
     model.norm.weight = nn.Parameter(model.norm.weight.detach().clone())
-    assert recordable() not in (None, before)
+    after = recordable()
+    assert after not in (None, before)
+    model.stretch(4)
+    assert recordable() not in (None, after)
