@@ -571,6 +571,15 @@ class Cache:
 
     # ---------------------------------------------------------------- decoding steps
 
+    def before_step(self, sparse):
+        """Room for a token, and the entries and bounds that a step of this method asks for."""
+        self.check_room(self.filled + 1)
+        self.compress(sparse)  # once, and only if the method drops entries
+        self.evict(sparse)     # again and again, if it does so between steps
+        if self.stepped != sparse:
+            # a graph of another method need not have kept Quest's bounds up to date
+            self.bounded = [None for _ in self.bounded]
+
     def step(self, attention, q, k, v, gate, rope):
         """
         The projections q (B, 1, H, D), k, v, gate (B, 1, KV, D) of a new token, through memory,

@@ -79,12 +79,7 @@ class Inference:
         guard = cache.prefilling
         if decoding:
             guard = cache.stepping
-            cache.check_room(cache.filled + 1)
-            cache.compress(sparse)  # once, and only if the method drops entries
-            cache.evict(sparse)     # again and again, if it does so between steps
-            if cache.stepped != sparse:
-                # a graph of another method need not have kept Quest's bounds up to date
-                cache.bounded = [None for _ in cache.bounded]
+            cache.before_step(sparse)
 
         with guard():
             by_kernels = self.by_kernels()
@@ -222,12 +217,10 @@ class Inference:
             return False
         self.check_tokens(token[:, None])
         cache.check_whole()
-        cache.check_room(cache.filled + 1)
-        cache.compress(sparse)
+        cache.before_step(sparse)
         graph, places = cache.graphs.get(sparse), self.places()
         if graph is None or graph.of != (self, places):  # the entries are elsewhere, or the weights
             return False
-        cache.bounded = [None for _ in cache.bounded]
         for i, block_size in enumerate(graph.bounded):
             if block_size:
                 cache.bounds_of(i, block_size)
@@ -307,8 +300,7 @@ class Inference:
         if torch.is_grad_enabled() or not backend.triton_for(self.probe()):
             return False
         found = [backend.is_stock("model.Transformer.hidden", self.hidden)]
-        found += [are_stock(Cache, OF_CACHE), are_stock(memory, [("remember", "memory.remember")]),
-                  memory.is_known_to_kernels()]
+        found += [are_stock(Cache, OF_CACHE), are_stock(memory, OF_RECURRENCE)]
         found += [is_stock(layer, self.config) for layer in self.layers]
         return all(found)
 
@@ -414,7 +406,7 @@ def fused_attention(attention, x, rope, dice, cache, norm=None, onto=None):
     else:
         from triton_ops.block import norm_rotate
         if gate is not None:
-            k, v = cache.remember(index, averaged, gate, k, v)
+            k, v = cache.remember(index, attention.memory.average, gate, k, v)
         norms = None, None
         if config.qk_norm:
             norms = attention.q_norm.weight, attention.k_norm.weight
@@ -424,14 +416,6 @@ def fused_attention(attention, x, rope, dice, cache, norm=None, onto=None):
     if output_gate is not None:
         y = y * torch.sigmoid(output_gate)
     return product(attention.o_proj, y, onto)
-
-
-def averaged(gate, k, v, state, real):
-    """memory.Decay.average"""
-    from kernels import memory_scan
-    if real is not None:
-        gate = gate.masked_fill(~real[..., None, None], torch.inf)
-    return memory_scan(k, v, gate, state)
 
 
 def projections(attention, x, norm=None):
@@ -522,6 +506,7 @@ OF_INFERENCE = [(method, f"engine.Inference.{method}")
                 for method in ("feed", "described", "head")]
 OF_CACHE = [(method, f"cache.Cache.{method}")
             for method in ("attend", "store", "put", "read", "step", "remember")]
+OF_RECURRENCE = [(form, f"memory.{form}") for form in ("remember", "memory_loop", "memory_step")]
 
 
 def are_stock(owner, names):

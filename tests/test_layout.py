@@ -12,7 +12,7 @@ ARROWS = {
     "memory": {"sparse", "kernels"},
     "kernels": set(),
     "cache": {"memory", "sparse"},
-    "engine": {"cache", "kernels", "memory", "sparse"},
+    "engine": {"cache", "memory", "sparse"},
     "model": {"engine", "memory", "sparse"},
     "niah": set(),
     "data": set(),

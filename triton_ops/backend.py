@@ -48,7 +48,7 @@ CODE = {
     "cache.Cache.step": "cb0d30ae",
     "cache.Cache.store": "a799d181",
     "engine.Inference.described": "79d19030",
-    "engine.Inference.feed": "bfec1a46",
+    "engine.Inference.feed": "4cea339e",
     "engine.Inference.head": "e5435c2d",
     "memory.Decay.average": "1f988179",
     "memory.Decay.forward": "72f6ae5f",
