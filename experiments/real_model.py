@@ -107,6 +107,13 @@ DRAWS = 5                  # of H2
 
 # What the plan compares: the mean of a method's three budgets, paired by seed.
 CONTRASTS = {"primary": ("memory", "joint"), "beside it": ("memory", "dilated")}
+# What the paper's two models of 7B gain with a memory, in points, the mean of the eight tasks, at
+# BUDGETS (its Tables 3 and 4). The first was trained from scratch, and attention beside it likewise;
+# the second was continued for 10B tokens, and attention beside it was not.
+PAPER = {"RAT+ 7B": {"quest": (6.2, 9.1, 7.4), "moba": (1.9, 10.5, 26.8),
+                     "snapkv": (34.1, 40.0, 38.9)},
+         "OLMo 2 7B": {"quest": (3.3, 10.2, 14.3), "moba": (0.0, 2.5, 12.2),
+                       "snapkv": (21.2, 21.1, 31.9)}}
 
 
 # ---------------------------------------------------------------- what a run is
@@ -483,30 +490,36 @@ def cells_of(report, kind, any_setting=False):
             if any(f"{method},".startswith(f"{cell},") for cell in cells)]
 
 
-def score(report, kind, any_setting=False):
-    """The mean of a method's three budgets, each the mean of the tasks."""
-    return mean([mean(of_tasks.values()) for of_tasks in cells_of(report, kind, any_setting)])
+def score(report, kind, any_setting=False, at=None):
+    """The mean of a method's three budgets, or at one of BUDGETS, each the mean of the tasks."""
+    of_budgets = [mean(of_tasks.values()) for of_tasks in cells_of(report, kind, any_setting)]
+    return mean(of_budgets) if at is None else of_budgets[BUDGETS.index(at)]
+
+
+def compared(found, arm, base, kind, at=None):
+    """Of `score`, {"gain", "interval" (95 %), "by_seed", "p"} of the plan's seeds that both arms
+    have; None if there is none."""
+    values, others = ({seed: score(report, kind, at=at) for seed, report in reports.items()
+                       if seed in SEEDS} for reports in (found.get(arm, {}), found.get(base, {})))
+    return reproduce.compare(values, others)
 
 
 def contrasts(found):
     """
-    {contrast: {method: {"gain", "by_seed", and once all seeds are there "p", "holm"}}} of the plan,
-    where both arms are.
+    {contrast: {method: {"gain", "interval", "by_seed", and once all seeds are there "p", "holm"}}}
+    of the plan, where both arms are.
     """
     made = {}
     for title, (arm, base) in CONTRASTS.items():
         of_kind, ps = {}, {}
         for kind in CELLS:
-            values, others = ({seed: score(report, kind) for seed, report in reports.items()
-                               if seed in SEEDS}
-                              for reports in (found.get(arm, {}), found.get(base, {})))
-            compared = reproduce.compare(values, others)
-            if compared is None:
+            of = compared(found, arm, base, kind)
+            if of is None:
                 continue
-            of_kind[kind] = {key: compared[key] for key in ("gain", "by_seed")}
-            if len(compared["by_seed"]) == len(SEEDS):
+            of_kind[kind] = {key: of[key] for key in ("gain", "interval", "by_seed")}
+            if len(of["by_seed"]) == len(SEEDS):
                 # differences that do not differ tell nothing
-                ps[kind] = 1.0 if compared["p"] is None else compared["p"]
+                ps[kind] = 1.0 if of["p"] is None else of["p"]
         for kind, holm in reproduce.holm(ps).items():
             of_kind[kind] |= {"p": ps[kind], "holm": holm}
         made[f"{title}: {arm} - {base}"] = of_kind
@@ -523,12 +536,61 @@ def tables(found):
                                      for report in reports.values()])
         dense, *middle, last = (reproduce.cell(values, "±") for values in cells.values())
         lines.append(f"{arm:20}{len(reports):5}{dense:>11}"
-                     + "".join(f"{cell:>12}" for cell in middle) + f"{last:>11}")
+                     + "".join(f"{text:>12}" for text in middle) + f"{last:>11}")
     for title, of_kind in contrasts(found).items():
         for kind, of in of_kind.items():
             p = f"   p {of['p']:.3f}, Holm {of['holm']:.3f}" if "p" in of else ""
-            lines.append(f"{title}, {kind}: {of['gain']:+.1f} of {len(of['by_seed'])} seeds{p}")
-    return [*lines, "RULER's score, %: mean of tasks and of seeds"]
+            ends = of["interval"] and "[{:+.1f}, {:+.1f}]".format(*of["interval"])
+            lines.append(f"{title}, {kind}: {of['gain']:+.1f} {ends or ''} of "
+                         f"{len(of['by_seed'])} seeds{p}")
+    return [*lines, "RULER's score, %: mean of tasks and of seeds; of differences 95 % intervals"]
+
+
+def beside_paper(found):
+    """What a memory gains at each budget, and what the paper's models gain."""
+    cells = [*product(CELLS, BUDGETS)]
+    lines = [f"{'':20}" + "".join(f"{f'{kind} {budget}':>12}" for kind, budget in cells)]
+    for arm, base in CONTRASTS.values():
+        of_cells = [compared(found, arm, base, kind, at) for kind, at in cells]
+        if None not in of_cells:
+            lines.append(f"{f'{arm} - {base}':20}" + "".join(
+                f"{reproduce.cell(of['by_seed'], '±'):>12}" for of in of_cells))
+    for model, gains in PAPER.items():
+        lines.append(f"{f'paper, {model}':20}" + "".join(
+            f"{gains[kind][BUDGETS.index(at)]:12.1f}" for kind, at in cells))
+    return [*lines, "points of RULER's score gained with a memory, mean±deviation of seeds; the "
+            "paper has one model each"]
+
+
+def plot_gains(found, file):
+    """What a memory gains over each control: a panel for each method, a dot for each seed, 95 %
+    intervals, and the paper's gains. -> the figure; None without matplotlib, or seeds."""
+    pairs = [pair for pair in CONTRASTS.values()
+             if all(compared(found, *pair, kind) for kind in CELLS)]
+    if not (pairs and (plt := pyplot())):
+        return None
+    figure, panels = plt.subplots(1, len(CELLS), figsize=(10, 4), sharey=True)
+    marks = [*BUDGETS, None]  # the mean of all three last
+    for kind, panel in zip(CELLS, panels):
+        panel.axhline(0, color="0.6", lw=0.8)
+        for (arm, base), color, aside in zip(pairs, ("tab:blue", "tab:orange"), (-0.12, 0.12)):
+            for x, at in enumerate(marks):
+                of = compared(found, arm, base, kind, at)
+                n = len(of["by_seed"])
+                panel.plot([x + aside] * n, of["by_seed"], ".", color=color, alpha=0.35)
+                low, high = of["interval"] or [of["gain"]] * 2
+                panel.errorbar([x + aside], [of["gain"]], [[of["gain"] - low], [high - of["gain"]]],
+                               fmt="o", color=color, capsize=3,
+                               label=f"ours, {n} seeds: {arm} - {base}" if x == 0 else None)
+        for (model, gains), mark in zip(PAPER.items(), "x+"):
+            panel.plot(range(4), [*gains[kind], mean(gains[kind])], mark, color="0.3",
+                       label=f"the paper's {model}, one training")
+        panel.set(title=sparse.METHODS[kind].__name__, xticks=range(4), xticklabels=[*BUDGETS, "mean"], xlabel="budget")
+    panels[0].set_ylabel("points of RULER's score\ngained with a memory")
+    panels[0].legend(fontsize=8, loc="upper left")
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    return figure
 
 
 def memories(found):
@@ -655,7 +717,10 @@ def run_all(args, rest):
     found, choices = read_all(args), chosen_by(args)
     if not (found or choices):
         raise ValueError(f"{args.results} holds no result: name --stages or --runs to make some")
-    lines = [*tables(found), *memories(found), *why(found)] if found else []
+    lines = []
+    if found:
+        lines = [*tables(found), *beside_paper(found), *memories(found), *why(found)]
+        plot_gains(found, Path(args.results) / "gains.png")
     print("\n".join([*choices, *lines]))
 
 

@@ -258,8 +258,9 @@ def holm(ps):
 
 def compare(values, base):
     """
-    {seed: score} of an arm against attention's: {"gain", "p", "by_seed"} of the seeds that both
-    have, None if there is none. p: of a paired t test, None where differences do not differ.
+    {seed: score} of an arm against attention's: {"gain", "interval", "p", "by_seed"} of the seeds
+    that both have, None if there is none. p: of a paired t test, None where differences do not
+    differ. interval: of 95 %, None of one seed.
     """
     pairs = [values[seed] - base[seed] for seed in values if seed in base]
     if not pairs:
@@ -268,7 +269,19 @@ def compare(values, base):
     deviation = statistics.stdev(pairs) if len(pairs) > 1 else 0.0
     if deviation:
         p = p_of_t(gain / deviation * math.sqrt(len(pairs)), len(pairs) - 1)
-    return {"gain": gain, "p": p, "by_seed": pairs}
+    return {"gain": gain, "interval": t_interval(pairs), "p": p, "by_seed": pairs}
+
+
+def t_interval(values):
+    """[low, high] of a mean: Student's 95 % interval; None of fewer than two values"""
+    if len(values) < 2:
+        return None
+    low, high = 0.0, 1e9  # of t where p is 0.05, by halves
+    for _ in range(100):
+        t = (low + high) / 2
+        low, high = (t, high) if p_of_t(t, len(values) - 1) > 0.05 else (low, t)
+    middle, half = statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values))
+    return [middle - half, middle + half]
 
 
 def column(values, base, seeds):

@@ -578,7 +578,7 @@ def test_contrasts_are_paired_by_seed_and_corrected_for_three_methods(monkeypatc
     arms = {"memory": MEMORY, "joint": JOINT, "memory-same": JOINT}
     early = real_model.contrasts(arms)["primary: memory - joint"]
     assert {kind: [*of] for kind, of in early.items()} == dict.fromkeys(
-        ("quest", "moba", "snapkv"), ["gain", "by_seed"])  # three of eight
+        ("quest", "moba", "snapkv"), ["gain", "interval", "by_seed"])  # three of eight
     monkeypatch.setattr(real_model, "SEEDS", range(3))
     made = real_model.contrasts(arms)
     assert made.keys() == {"primary: memory - joint", "beside it: memory - dilated"}
@@ -609,12 +609,44 @@ def test_tables_are_of_all_arms_and_contrasts(monkeypatch):
                                 "19.5±1.3", "14.5±1.3", "0.0±0.0"]
     assert lines[3].split() == ["memory-same", "1", "90.0", "44.0", "42.0", "37.0", "64.0",
                                 "62.0", "57.0", "25.0", "23.0", "18.0", "0.0"]
+    # 4.303 is t of two degrees of freedom, deviations are 1, 0 and sqrt(3)
     assert lines[4:7] == [
-        "primary: memory - joint, quest: +2.0 of 3 seeds   p 0.074, Holm 0.223",
-        "primary: memory - joint, moba: +1.0 of 3 seeds   p 1.000, Holm 1.000",
-        "primary: memory - joint, snapkv: +1.0 of 3 seeds   p 0.423, Holm 0.845"]
+        "primary: memory - joint, quest: +2.0 [-0.5, +4.5] of 3 seeds   p 0.074, Holm 0.223",
+        "primary: memory - joint, moba: +1.0 [+1.0, +1.0] of 3 seeds   p 1.000, Holm 1.000",
+        "primary: memory - joint, snapkv: +1.0 [-3.3, +5.3] of 3 seeds   p 0.423, Holm 0.845"]
     assert len(lines) == 8 and lines[7].startswith("RULER's score")
     assert len({len(line) for line in lines[:4]}) == 1  # columns stand under their heads
+
+
+def test_gains_stand_beside_the_papers_by_budget():
+    """A budget under another's head, a control that nobody ran, a seed that one arm has."""
+    lines = real_model.beside_paper({"joint": JOINT, "memory": MEMORY})
+    assert lines[0].split()[:4] == ["quest", "1/4", "quest", "1/8"]
+    assert lines[1].split() == ["memory", "-", "joint", *["2.0±1.0"] * 3, *["1.0±0.0"] * 3,
+                                *["1.0±1.7"] * 3]
+    assert lines[2].split() == ["paper,", "RAT+", "7B", "6.2", "9.1", "7.4", "1.9", "10.5", "26.8",
+                                "34.1", "40.0", "38.9"]
+    assert lines[3].split()[-1] == "31.9" and len(lines) == 5
+    assert len({len(line) for line in lines[:4]}) == 1  # columns stand under their heads
+    changed = {seed: report(f"memory-{seed}", of_kinds(90, 50, 60, 20)) for seed in range(2)}
+    changed[0]["cells"][METHODS[2]]["a"] += 8  # Quest at 1/8, of two tasks and two seeds
+    of = lambda at: real_model.compared({"memory": changed, "joint": JOINT}, "memory", "joint",
+                                        "quest", at)["gain"]
+    assert of("1/8") == of("1/4") + 2 == of("1/16") + 2 == pytest.approx(of(None) + 4 / 3)
+
+
+def test_the_figure_shows_each_seeds_gain(tmp_path):
+    """A method's dots in another's panel, an interval of one seed, no seed at all."""
+    pytest.importorskip("matplotlib")
+    assert real_model.plot_gains({"joint": JOINT}, tmp_path / "gains.png") is None
+    made = real_model.plot_gains({"joint": JOINT, "memory": MEMORY}, tmp_path / "gains.png")
+    assert (tmp_path / "gains.png").exists()
+    assert [panel.get_title() for panel in made.axes] == ["Quest", "MoBA", "SnapKV"]
+    shown = [sorted(y for line in panel.lines if line.get_marker() == "." for y in line.get_ydata())
+             for panel in made.axes]
+    assert shown == [sorted([1, 2, 3] * 4), [1] * 12, sorted([2, -1, 2] * 4)]
+    one = real_model.plot_gains({"joint": JOINT, "memory": {0: MEMORY[0]}}, tmp_path / "gains.png")
+    assert len(one.axes) == 3
 
 
 def test_losses_and_lengths_are_of_both_trainings():

@@ -106,6 +106,15 @@ def test_holm_by_hand():
     assert reproduce.holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0} and reproduce.holm({}) == {}
 
 
+def test_an_interval_of_seeds_is_students():
+    """Against tables of t: 12.706, 2.365 and 2.045 of 1, 7 and 29 degrees of freedom."""
+    assert reproduce.t_interval([3.0]) is None
+    for n, t in ((2, 12.706), (8, 2.365), (30, 2.045)):
+        values = [5.0 + (-1) ** i for i in range(n)]
+        half = t * (n / (n - 1)) ** 0.5 / n ** 0.5
+        assert reproduce.t_interval(values) == pytest.approx([5 - half, 5 + half], rel=1e-3)
+
+
 def test_differences_are_paired_by_seed():
     """The sign of a gain; seeds compared with others'; a spread of 0, significant anywhere."""
     p_of_2 = 1 - 2 / math.pi * math.atan(5)  # t = 2.5 / (0.5 ** 0.5 / 2 ** 0.5)
