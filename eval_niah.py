@@ -29,10 +29,11 @@ import json
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
-from itertools import groupby
+from itertools import chain, groupby, repeat
 from pathlib import Path
 
 import torch
@@ -338,13 +339,16 @@ def make_examples(args, tokenizer, asked):
     """{task: examples}, --questions of each document where it has as many"""
     haystack = niah.read_haystack(args.haystack) if args.haystack else None
 
-    def made(task):
-        new_tokens = new_tokens_of(task, args, tokenizer)
-        for index in range(args.samples):
-            yield from niah.make_document(
-                task, args.context_len, tokenizer, args.seed, index, args.questions or 1,
-                args.protocol, haystack, words=args.words, max_new_tokens=new_tokens)
-    return {task: [*made(task)] for task in asked}
+    def made(task, index):
+        return niah.make_document(
+            task, args.context_len, tokenizer, args.seed, index, args.questions or 1,
+            args.protocol, haystack, words=args.words,
+            max_new_tokens=new_tokens_of(task, args, tokenizer))
+
+    # Most of the time is a tokenizer's, whose compiled code lets other threads go on.
+    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+        return {task: [*chain(*pool.map(made, repeat(task), range(args.samples)))]
+                for task in asked}
 
 
 def read_examples(args, tokenizer):

@@ -10,8 +10,8 @@ and one that draws once.
 All that a method reads beside its choice, its budget and the phase that it changes stay as they
 are. Both are methods like any other, for eval_niah.answer and ways.evaluate:
 
-    method = sparse.parse("quest:budget=1/16", 4096)
-    asked = [method, oracle(method, examples, tokenizer), Frozen(method.budget, 64, random=0)]
+    method, needles = sparse.parse("quest:budget=1/16", 4096), Needles(examples, tokenizer)
+    asked = [method, oracle(method, needles), Frozen(method.budget, 64, random=0)]
     ways.evaluate(model, tokenizer, examples, asked)
 
 An oracle knows a prompt by the hash of its tokens (sparse.dice_of), so the examples may come in any
@@ -110,16 +110,20 @@ def needles_of(example, tokenizer):
 
 
 class Needles:
-    """The needles of M examples, to be looked up by a prompt's dice."""
+    """
+    The needles of M examples, to be looked up by a prompt's dice. places: what needles_of says of
+    each example; lengths: of the prompts, in tokens.
+    """
 
     def __init__(self, examples, tokenizer):
-        longest, most_layers = max(len(e.ids) for e in examples), 128
+        self.places = [needles_of(e, tokenizer) for e in examples]
+        self.lengths = [len(e.ids) for e in examples]
+        most_layers, ends = 128, []
         # of a token its place in the list of all that the needles take, inf outside
-        self.ranks = torch.full((len(examples), longest), math.inf)
-        ends = []
-        for row, e in zip(self.ranks, examples):
+        self.ranks = torch.full((len(examples), max(self.lengths)), math.inf)
+        for row, e, places in zip(self.ranks, examples, self.places):
             n = 0
-            for start, end in needles_of(e, tokenizer):
+            for start, end in places:
                 row[start:end] = row[start:end].minimum(torch.arange(n, n + end - start).float())
                 n += end - start
             ids = torch.tensor([e.ids])
@@ -175,40 +179,39 @@ class Oracle(Around):
         return backend.hook(told, "decode", q)(q, cache)
 
 
-def oracle(method, examples, tokenizer):
+def oracle(method, needles):
     """
-    A Quest, MoBA or SnapKV that knows where the needles of these examples (of niah.py) are: it
-    reads, or keeps, first what it is forced to, then the needles, in the order of their answers,
-    then what its own score prefers. Where the needles take more than the budget it is those that
-    fit, and left_out counts the others. A token before the needle reads none of it.
+    A Quest, MoBA or SnapKV that knows these Needles: it reads, or keeps, first what it is forced
+    to, then the needles, in the order of their answers, then what its own score prefers. Where the
+    needles take more than the budget it is those that fit, and left_out counts the others. A token
+    before the needle reads none of it.
 
-    Each prompt must be one of the examples, and be fed whole. ValueError for another method, and
-    for one that draws by chance.
+    Each prompt must be one of the needles' examples, and be fed whole. ValueError for another
+    method, and for one that draws by chance.
     """
     phase = selects_in(method)
     check(method.random is None, f"{sparse.name(method)} draws by chance and asks no score: give "
           "one without random=")
-    return Compose(**{f"{phase}_by": Oracle(method, Needles(examples, tokenizer))})
+    return Compose(**{f"{phase}_by": Oracle(method, needles)})
 
 
-def left_out(method, examples, tokenizer):
+def left_out(method, needles):
     """
-    How many answers of the examples have a needle that the oracle of this method cannot read whole,
+    How many answers have a needle that the oracle of this method cannot read whole,
     or keep, as the budget is too small for it behind those before it. The block in which the answer
     is written counts as one more than the needles'.
     """
     phase, size, n = selects_in(method), getattr(method, "block_size", 1), 0
-    for e in examples:
+    for places, length in zip(needles.places, needles.lengths):
         free, room = {0}, method.budget // size
         if phase == "compress":
-            free = set(range(len(e.ids) - method.window, len(e.ids)))
+            free = set(range(length - method.window, length))
             room -= method.window
         else:
             room -= method.keep_first + (phase == "prefill" or method.keep_current)
             free = free if method.keep_first else set()
-        needles = [range(start // size, (end - 1) // size + 1)
-                   for start, end in needles_of(e, tokenizer)]
-        wanted = dict.fromkeys(i for needle in needles for i in needle if i not in free)
+        blocks = [range(start // size, (end - 1) // size + 1) for start, end in places]
+        wanted = dict.fromkeys(i for needle in blocks for i in needle if i not in free)
         read = free.union(list(wanted)[:room])
-        n += sum(not read.issuperset(needle) for needle in needles)
+        n += sum(not read.issuperset(needle) for needle in blocks)
     return n

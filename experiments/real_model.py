@@ -46,7 +46,7 @@ import sparse
 import train
 from data import Shards, tokenizer_of
 from experiments import conversion, reproduce, runs, starts, swap, ways
-from experiments.oracle import Frozen, left_out, oracle
+from experiments.oracle import Frozen, Needles, left_out, oracle
 from infra import files, runlog, weights
 from infra.answers import read_lines
 from infra.cli import command, flag_parser, made_by, positive, sized, usable_device
@@ -108,8 +108,8 @@ DRAWS = 5                  # of H2
 # What the plan compares: the mean of a method's three budgets, paired by seed.
 CONTRASTS = {"primary": ("memory", "joint"), "beside it": ("memory", "dilated")}
 # What the paper's two models of 7B gain with a memory, in points, the mean of the eight tasks, at
-# BUDGETS (its Tables 3 and 4). The first was trained from scratch, and attention beside it likewise;
-# the second was continued for 10B tokens, and attention beside it was not.
+# BUDGETS (its Tables 3 and 4). The first was trained from scratch, and attention beside it
+# likewise; the second was continued for 10B tokens, and attention beside it was not.
 PAPER = {"RAT+ 7B": {"quest": (6.2, 9.1, 7.4), "moba": (1.9, 10.5, 26.8),
                      "snapkv": (34.1, 40.0, 38.9)},
          "OLMo 2 7B": {"quest": (3.3, 10.2, 14.3), "moba": (0.0, 2.5, 12.2),
@@ -405,14 +405,15 @@ def asked_besides(folder, args):
         return {name: 100 * mean(eval_niah.ruler_scores(made[method].texts, examples))
                 for name, method in wanted.items()}
 
+    needles = Needles(examples, tokenizer)
     quarter = next(m for text, m in methods.items() if text.startswith("quest:budget=1/4"))
     frozen = {draw: Frozen(quarter.budget, quarter.block_size, random=draw)
               for draw in range(DRAWS)}
     found = {"frozen": list(scores(model, frozen).values()),
-             "oracle": scores(model, {text: oracle(method, examples, tokenizer)
+             "oracle": scores(model, {text: oracle(method, needles)
                                       for text, method in methods.items()}),
              "needles": sum(len(e.answers) for e in examples),
-             "needles_left_out": {text: left_out(method, examples, tokenizer)
+             "needles_left_out": {text: left_out(method, needles)
                                   for text, method in methods.items()}}
     if isinstance(model.layers[0].self_attn.memory, Decay):
         both = swap.swapped(model)
@@ -569,25 +570,26 @@ def plot_gains(found, file):
              if all(compared(found, *pair, kind) for kind in CELLS)]
     if not (pairs and (plt := pyplot())):
         return None
-    figure, panels = plt.subplots(1, len(CELLS), figsize=(10, 4), sharey=True)
+    figure, panels = plt.subplots(1, len(CELLS), figsize=(10, 4), sharey=True, squeeze=False)
     marks = [*BUDGETS, None]  # the mean of all three last
-    for kind, panel in zip(CELLS, panels):
+    for kind, panel in zip(CELLS, panels[0]):
         panel.axhline(0, color="0.6", lw=0.8)
         for (arm, base), color, aside in zip(pairs, ("tab:blue", "tab:orange"), (-0.12, 0.12)):
             for x, at in enumerate(marks):
-                of = compared(found, arm, base, kind, at)
-                n = len(of["by_seed"])
-                panel.plot([x + aside] * n, of["by_seed"], ".", color=color, alpha=0.35)
-                low, high = of["interval"] or [of["gain"]] * 2
-                panel.errorbar([x + aside], [of["gain"]], [[of["gain"] - low], [high - of["gain"]]],
-                               fmt="o", color=color, capsize=3,
+                ours = compared(found, arm, base, kind, at)
+                gain, n = ours["gain"], len(ours["by_seed"])
+                panel.plot([x + aside] * n, ours["by_seed"], ".", color=color, alpha=0.35)
+                low, high = ours["interval"] or (gain, gain)
+                panel.errorbar([x + aside], [gain], [[gain - low], [high - gain]], fmt="o",
+                               color=color, capsize=3,
                                label=f"ours, {n} seeds: {arm} - {base}" if x == 0 else None)
         for (model, gains), mark in zip(PAPER.items(), "x+"):
-            panel.plot(range(4), [*gains[kind], mean(gains[kind])], mark, color="0.3",
+            panel.plot(range(len(marks)), [*gains[kind], mean(gains[kind])], mark, color="0.3",
                        label=f"the paper's {model}, one training")
-        panel.set(title=sparse.METHODS[kind].__name__, xticks=range(4), xticklabels=[*BUDGETS, "mean"], xlabel="budget")
-    panels[0].set_ylabel("points of RULER's score\ngained with a memory")
-    panels[0].legend(fontsize=8, loc="upper left")
+        panel.set(title=sparse.METHODS[kind].__name__, xticks=range(len(marks)),
+                  xticklabels=[*BUDGETS, "mean"], xlabel="budget")
+    panels[0, 0].set_ylabel("points of RULER's score\ngained with a memory")
+    panels[0, 0].legend(fontsize=8, loc="upper left")
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     return figure

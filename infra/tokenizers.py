@@ -318,6 +318,7 @@ class HuggingFace:
         self.inner.no_truncation()
         self.inner.no_padding()
         self.inner.post_processor = None
+        self.inner.encode_special_tokens = True
         decoder = spec.get("decoder") or {}
         steps = decoder.get("decoders", [decoder])
         self.strip, self.spell = steps[3:] == [STRIP], of_llama
@@ -326,6 +327,10 @@ class HuggingFace:
         elif steps not in (LLAMA, [*LLAMA, STRIP]):
             raise ValueError(f"{path}: decoder is {short(decoder)}, so the bytes of its tokens are "
                              "not known: take a tokenizer whose decoder is ByteLevel or LLaMA's")
+
+    def __setstate__(self, state):  # a pickle loses this setting
+        vars(self).update(state)
+        self.inner.encode_special_tokens = True
 
     def run(self, function, *args, **flags):
         try:
@@ -340,7 +345,6 @@ class HuggingFace:
         # It refuses lone surrogates, which JSON can hold. In a batch it does not count where in the
         # text tokens are, and takes half the time.
         text = text.encode("utf-8", errors="replace").decode()
-        self.inner.encode_special_tokens = True  # which a pickle would lose
         return self.run(self.inner.encode_batch_fast, [text], add_special_tokens=False)[0].ids
 
 

@@ -14,7 +14,7 @@ import eval_niah
 import niah
 import sparse
 from experiments import ways
-from experiments.oracle import Frozen, left_out, needles_of, oracle
+from experiments.oracle import Frozen, Needles, left_out, needles_of, oracle
 from sparse import Dense, MoBA, Quest, SnapKV, compose, phases, randomized
 from triton_ops import backend
 
@@ -207,7 +207,7 @@ def of_needles(example, size):
 def test_quest_always_reads_the_needle():
     """Another row's needle, blocks off by one, a budget that grows, forced blocks that are lost."""
     model, examples = a_model(), make()
-    method, steps = oracle(QUEST, examples, Bytes()), []
+    method, steps = oracle(QUEST, Needles(examples, Bytes())), []
 
     def watch(cache):
         used = cache.used.tolist()
@@ -221,7 +221,7 @@ def test_quest_always_reads_the_needle():
                     assert len(read) == 4 and read <= wanted
     asked(model, examples, method, watch)
     assert len(steps) == 19
-    big = oracle(Quest(256, 16), examples, Bytes())
+    big = oracle(Quest(256, 16), Needles(examples, Bytes()))
 
     def all_of_it(cache):
         for layer in cache.selected:
@@ -235,7 +235,7 @@ def test_quest_always_reads_the_needle():
 def test_moba_reads_the_needle_from_every_query_behind_it():
     """A query that reads ahead, one that misses the needle, a budget that grows."""
     model, examples = a_model(), make()
-    method = oracle(MoBA(160, 16), examples, Bytes())
+    method = oracle(MoBA(160, 16), Needles(examples, Bytes()))
     _, layers = asked(model, examples, method)
     assert len(layers) == model.config.n_layer
     for chosen in layers:  # (B, KV, T, S)
@@ -252,7 +252,7 @@ def test_moba_reads_the_needle_from_every_query_behind_it():
 def test_snapkv_keeps_the_needle():
     """Entries that the pool blurs, another row's needle, a window that is lost, a larger budget."""
     model, examples = a_model(), make()
-    own, _ = asked(model, examples, oracle(SNAPKV, examples, Bytes()))
+    own, _ = asked(model, examples, oracle(SNAPKV, Needles(examples, Bytes())))
     plain, _ = asked(model, examples, SNAPKV)
     for kept, others in zip(own.positions, plain.positions):
         for row, e in enumerate(examples):
@@ -270,7 +270,8 @@ def test_the_rest_of_the_budget_is_the_methods_own_choice(method, monkeypatch):
     """A score that is lost where there is no needle: what is left would be drawn by position."""
     model, examples = a_model(), make()
     monkeypatch.setattr("experiments.oracle.needles_of", lambda *_: [])
-    told = ways.evaluate(model, Bytes(), examples, [oracle(method, examples, Bytes()), method])
+    both = [oracle(method, Needles(examples, Bytes())), method]
+    told = ways.evaluate(model, Bytes(), examples, both)
     blind, plain = told.values()
     assert blind.texts == plain.texts and blind.read == plain.read
 
@@ -281,7 +282,7 @@ def test_needles_beyond_the_budget_are_left_out_in_order():
     window, n = 16, 0
     for budget in 100, 160, 300, 400:
         method = SnapKV(budget, window, 5)
-        own, _ = asked(model, examples, oracle(method, examples, Bytes()))
+        own, _ = asked(model, examples, oracle(method, Needles(examples, Bytes())))
         lost = 0
         for row, e in enumerate(examples):
             order = [i for span in needles_of(e, Bytes()) for i in range(*span)]
@@ -289,7 +290,7 @@ def test_needles_beyond_the_budget_are_left_out_in_order():
             kept = set(own.positions[0][row, :, 0].tolist()) | {*range(len(e.ids))[-window:]}
             assert kept.issuperset(order[:budget - window])
             lost += sum(not kept.issuperset(range(*span)) for span in needles_of(e, Bytes()))
-        assert left_out(method, examples, Bytes()) == lost
+        assert left_out(method, Needles(examples, Bytes())) == lost
         n += lost
     assert 8 < n < 32, "always, or never, too small: this counts nothing"
 
@@ -298,21 +299,21 @@ def test_needles_beyond_the_budget_are_left_out_in_order():
 def test_left_out_is_what_the_steps_do_not_read(budget, lost):
     """Room for a block that is forced, or none for one that is both forced and a needle's."""
     model, examples, method = a_model(), make(), Quest(budget, 16)
-    missed, counted = set(), left_out(method, examples, Bytes())
+    missed, counted = set(), left_out(method, Needles(examples, Bytes()))
 
     def watch(cache):
         for row, e in enumerate(examples):
             read = {j // 16 for j in cache.selected[0][row, 0].tolist() if j >= 0}
             if not of_needles(e, 16) <= read:
                 missed.add(row)
-    asked(model, examples, oracle(method, examples, Bytes()), watch)
+    asked(model, examples, oracle(method, Needles(examples, Bytes())), watch)
     assert len(missed) == counted and lost in (None, counted)
 
 
 def test_an_oracle_is_asked_in_any_batch_and_order():
     """Needles that follow the batch's order: evaluate sorts by length, and fills up."""
     model, examples = a_model(memory=True), make(5)
-    methods = [oracle(m, examples, Bytes()) for m in (QUEST, MOBA, SNAPKV)]
+    methods = [oracle(m, Needles(examples, Bytes())) for m in (QUEST, MOBA, SNAPKV)]
     whole = ways.evaluate(model, Bytes(), examples, methods, batch=2)
     for e, i in zip(examples[::-1], range(4, -1, -1)):
         alone = ways.evaluate(model, Bytes(), [e], methods, batch=1)
@@ -322,10 +323,10 @@ def test_an_oracle_is_asked_in_any_batch_and_order():
 
 def test_an_oracle_shares_the_dense_prefill_and_tells_its_budget():
     """An evaluation that prefills anew for each, or counts what is read against no budget."""
-    of = {m: phases(oracle(m, make(1), Bytes())) for m in (QUEST, MOBA, SNAPKV)}
+    of = {m: phases(oracle(m, Needles(make(1), Bytes()))) for m in (QUEST, MOBA, SNAPKV)}
     assert of[QUEST].prefill_by == of[SNAPKV].prefill_by == Dense()
     assert of[QUEST].decode_by.budget == 64 and of[MOBA].prefill_by.block_size == 16
-    assert sparse.window_of(oracle(SnapKV(200, 80), make(1), Bytes())) == 80
+    assert sparse.window_of(oracle(SnapKV(200, 80), Needles(make(1), Bytes()))) == 80
     assert not hasattr(of[SNAPKV].decode_by, "budget") and not hasattr(of[QUEST].compress_by,
                                                                        "budget")
 
@@ -336,7 +337,7 @@ def test_an_oracle_is_the_same_in_triton(method, both):
     """A score that the kernels go around."""
     model = a_model(width=64, n_layer=1)
     examples = [short_example(f"{some} it is: 77. So what is it?") for some in ("Here", "Say that")]
-    told = oracle(method, examples, Bytes())
+    told = oracle(method, Needles(examples, Bytes()))
     (plain, plainly), (own, ours) = both(lambda: asked(model, examples, told, n_new=3))
     sets = lambda x: None if x is None else x.sort(-1).values.tolist()
     assert [*map(sets, plainly)] == [*map(sets, ours)]
@@ -348,9 +349,9 @@ def test_what_an_oracle_cannot_do_is_said():
     """A prompt that nobody told it of, read without a needle as if there were none."""
     model, examples = a_model(), make()
     for method in QUEST, MOBA, SNAPKV:
-        told = oracle(method, examples[:1], Bytes())
+        told = oracle(method, Needles(examples[:1], Bytes()))
         refused(lambda: asked(model, examples[1:], told), "oracle")
-    refused(lambda: oracle(Dense(), examples, Bytes()), "dense", "quest")
-    refused(lambda: oracle(compose(QUEST, SNAPKV), examples, Bytes()), "moba")
-    refused(lambda: oracle(randomized(QUEST, 1), examples, Bytes()), "chance")
-    assert math.isinf(oracle(QUEST, examples, Bytes()).decode_by.needles.ranks[0, 0])
+    refused(lambda: oracle(Dense(), Needles(examples, Bytes())), "dense", "quest")
+    refused(lambda: oracle(compose(QUEST, SNAPKV), Needles(examples, Bytes())), "moba")
+    refused(lambda: oracle(randomized(QUEST, 1), Needles(examples, Bytes())), "chance")
+    assert math.isinf(oracle(QUEST, Needles(examples, Bytes())).decode_by.needles.ranks[0, 0])

@@ -17,7 +17,7 @@ import niah
 import sparse
 import train
 from experiments import conversion, real_model, runs, starts, swap, ways
-from experiments.oracle import Frozen, left_out, oracle
+from experiments.oracle import Frozen, Needles, left_out, oracle
 from experiments.real_model import ARMS, STAGES, parts_of, stages_of
 from infra import files
 from infra.tokenizers import ByteTokenizer
@@ -403,12 +403,12 @@ def test_besides_methods_a_frozen_draw_the_oracle_and_the_swap_are_asked(here, o
     draws = [by_hand(model, examples, Frozen(128, 8, random=draw)) for draw in range(5)]
     assert len({*draws}) > 2 and found["frozen"] == pytest.approx(draws)
     assert list(found["oracle"]) == list(found["needles_left_out"]) and len(found["oracle"]) == 9
-    of_oracle = set()
+    needles, of_oracle = Needles(examples, ByteTokenizer()), set()
     for text in found["oracle"]:
         method = sparse.parse(text, 512)
-        expected = by_hand(model, examples, oracle(method, examples, ByteTokenizer()))
+        expected = by_hand(model, examples, oracle(method, needles))
         assert found["oracle"][text] == pytest.approx(expected), text
-        assert found["needles_left_out"][text] == left_out(method, examples, ByteTokenizer())
+        assert found["needles_left_out"][text] == left_out(method, needles)
         of_oracle.add(expected)
     assert len(of_oracle) > 4 and len({*found["needles_left_out"].values()}) > 1
 
@@ -436,6 +436,7 @@ def test_a_whole_run_from_a_command(here, monkeypatch, capsys):
     """Parts that do not fit each other, or whose result cannot be written or read."""
     monkeypatch.setattr(real_model, "CELLS", QUEST)
     monkeypatch.setattr(real_model, "BUDGETS", ("1/4", "1/8"))
+    monkeypatch.setattr(real_model, "PAPER", {})  # it has three
     monkeypatch.setattr(real_model, "DRAWS", 2)
     for name in "memory-0", "joint-0":
         do("--runs", name, *STEPS, "--samples=1")

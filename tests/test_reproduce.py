@@ -104,7 +104,8 @@ def test_differences_are_of_the_seeds_that_both_have(folder):
     (folder / "memory-2-more.json").unlink()
     summary, text = summary_of(folder)
     against = summary["against_attention"]["scores"]["memory"]
-    assert against[QUEST] == {"gain": 14, "p": None, "by_seed": [14], "holm": None}
+    assert against[QUEST] == {"gain": 14, "interval": None, "p": None, "by_seed": [14],
+                              "holm": None}
     assert f"| {QUEST} | 50.0 | 50.0 ± 26.8 | +14.0 |" in text
     (folder / "attention-1.json").unlink()
     write(folder, attention_7=report(1), attention_7_train=MADE)

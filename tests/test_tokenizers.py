@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -311,6 +312,13 @@ def test_a_tokenizer_is_handed_to_workers(each):
     """Where a process is not forked (macOS) data.py pickles it."""
     other = pickle.loads(pickle.dumps(each))
     assert same(other, each.encode, NASTY) and other.name == each.name
+
+
+def test_threads_encode_together(each):
+    """A setting that one thread changes while another encodes."""
+    for tok in (each, pickle.loads(pickle.dumps(each))):
+        with ThreadPoolExecutor(4) as pool:
+            assert [*pool.map(tok.encode, NASTY * 20)] == [*map(each.encode, NASTY * 20)]
 
 
 @settings(max_examples=100, deadline=None)
