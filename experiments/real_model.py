@@ -715,7 +715,7 @@ def run_all(args, rest):
 
     if left:
         get_ready(left, args, rest)  # here, as two runs at once would both make the start
-    runs.on_all_gpus([job(name) for name in left])
+    runs.on_all_gpus([job(name) for name in left], args.per_gpu)
     found, choices = read_all(args), chosen_by(args)
     if not (found or choices):
         raise ValueError(f"{args.results} holds no result: name --stages or --runs to make some")
@@ -738,6 +738,8 @@ def flags():
     add("--samples", type=positive, default=100, help="prompts of each task")
     add("--few", type=positive, default=25, help="prompts of each task, for all that asks why")
     add("--eval_batch", type=positive, default=50, help="prompts at a time")
+    add("--per_gpu", type=positive, default=1, metavar="RUNS",
+        help="at a time on each GPU: one asks while another trains")
     add("--context_len", type=positive, default=4096, metavar="TOKENS",
         help="of the text, the fine-tuning and the prompts")
     add("--keep", action="store_true", help="keep the models")

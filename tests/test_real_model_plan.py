@@ -706,13 +706,15 @@ def test_all_that_is_missing_is_a_process_each_and_a_table(here, monkeypatch, ca
     files.save(chosen, "chosen/start.json")
     record = Path("results/real-model/start/start.json")
 
-    def on_all_gpus(jobs):
+    def on_all_gpus(jobs, per_gpu):
+        assert per_gpu == 3
         for job in jobs:
             job(lambda words, log: made.append((words, log)))
         write(*(report(name, **WHOLE) for name in ("memory-0", "memory-1", "memory-1-same")))
     monkeypatch.setattr(runs, "on_all_gpus", on_all_gpus)
     write(*(report(name, **WHOLE) for name in ("joint-0", "joint-0-same", "memory-0-same")))
-    do("--runs", "memory-1", "memory-0", "joint-0", "memory-1", "--keep", "--out=o", "--workers=0")
+    do("--runs", "memory-1", "memory-0", "joint-0", "memory-1", "--keep", "--out=o", "--workers=0",
+       "--per_gpu=3")
     assert [log for _, log in made] == [Path("o/memory-1.log"), Path("o/memory-0.log")]
     words = made[1][0]
     args, rest = real_model.flags().parse_known_args(words[1:])
@@ -723,10 +725,10 @@ def test_all_that_is_missing_is_a_process_each_and_a_table(here, monkeypatch, ca
     assert files.load(record) == chosen
     assert "memory-same" in capsys.readouterr().out
     made.clear(), started.clear()
-    do("--runs", "memory-1", "joint-0")
+    do("--runs", "memory-1", "joint-0", "--per_gpu=3")
     assert made == started == [] and "memory-same" in capsys.readouterr().out
     monkeypatch.setattr(real_model, "GRID", ["moba:budget=1/8,block_size=32"])  # of 512 tokens
-    do("--stages", "others", "develop")
+    do("--stages", "others", "develop", "--per_gpu=3")
     plain = real_model.PLAIN, "model", "shards", Path("out/real-model/start-plain"), "cpu", 512
     assert (0, *plain, record) in started and not any(like is None for *_, like in started)
     words = [words for words, _ in made]
