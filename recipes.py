@@ -85,8 +85,8 @@ RECIPES = {
         save_every=25),
 
     # A memory for a language model of 135M parameters, on one GPU: the conversion that was chosen
-    # in docs/real-model.md, whose schedule all arms there have. Its gates hardly move, so --init
-    # comes from experiments/starts.py, where they start long.
+    # in docs/real-model-plan.md, whose schedule all arms there have. Its gates hardly move, so
+    # --init comes from experiments/starts.py, where they start long.
     "continue": dict(
         data=None, memory="on", arl=64, arl_weight=0.1,
         context_len=4096, batch=16, steps=381,

@@ -16,8 +16,8 @@ A third tells whether a memory is of use: the loss when all gates are shut.
     python -m experiments.conversion --init SMOLLM2 --data SHARDS --runs NAME    one of them, here
     python -m experiments.conversion                                             table and plot
 
-Checked in tests/test_conversion.py. docs/real-model.md has the plan. Read starts.py before, and
-real_model.py next, which asks the models that are made so.
+Checked in tests/test_conversion.py. docs/real-model-plan.md has the plan. Read starts.py before,
+and real_model.py next, which asks the models that are made so.
 
 Letters: B batch, T tokens, KV key/value heads, D head width.
 """

@@ -25,8 +25,9 @@ asked: answers, losses and results stay.
     python -m experiments.real_model --init SMOLLM2 --data SHARDS --runs memory-3    one run, here
     python -m experiments.real_model                                    tables of the scores there
 
-docs/real-model.md has the plan in words. Checked in tests/test_real_model_plan.py. Read
-conversion.py before; what is asked besides scores is in oracle.py and swap.py.
+docs/real-model-plan.md has the plan in words, docs/real-model.md what came of it. Checked in
+tests/test_real_model_plan.py. Read conversion.py before; what is asked besides scores is in
+oracle.py and swap.py.
 """
 import argparse
 import gc
@@ -56,7 +57,7 @@ from model import Transformer
 from recipes import RECIPES
 
 # The memory's start, ARL's weight and the gates' rate are those of the conversion that was chosen,
-# steps and rate what the curve says: docs/real-model.md. SETTING is the best of GRID at 1/8 in
+# steps and rate what the curve says: docs/real-model-plan.md. SETTING is the best of GRID at 1/8 in
 # stage `develop`, and was set before `primary` had a score.
 
 # How the released model is continued: flags of train.py that follow --recipe=continue.
