@@ -239,9 +239,10 @@ def tokenizer_in(path, values, folder):
     need(len(tokens) == len(types), "token_type")
 
     # Added tokens behind the last ordinary one are not in the original's vocabulary either.
-    ordinary = [i for i, kind in enumerate(types) if kind not in (CONTROL, USER_DEFINED, UNUSED)]
+    last = max((i for i, kind in enumerate(types) if kind not in (CONTROL, USER_DEFINED, UNUSED)),
+               default=-1)
     all_of_them = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
-    vocab = {token: i for token, i in all_of_them.items() if i <= max(ordinary, default=-1)}
+    vocab = {token: i for token, i in all_of_them.items() if i <= last}
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
     added = [{"id": i, "content": token, **flags, "special": types[i] == CONTROL}
              for token, i in all_of_them.items() if types[i] in (CONTROL, USER_DEFINED)]
