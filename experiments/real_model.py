@@ -23,7 +23,7 @@ asked: answers, losses and results stay.
 
     python -m experiments.real_model --init SMOLLM2 --data SHARDS --stages primary   what is missing
     python -m experiments.real_model --init SMOLLM2 --data SHARDS --runs memory-3    one run, here
-    python -m experiments.real_model                                    tables of the scores there
+    python -m experiments.real_model                                    tables, a figure
 
 docs/real-model-plan.md has the plan in words, docs/real-model.md what came of it. Checked in
 tests/test_real_model_plan.py. Read conversion.py before; what is asked besides scores is in
@@ -542,9 +542,9 @@ def tables(found):
     for title, of_kind in contrasts(found).items():
         for kind, of in of_kind.items():
             p = f"   p {of['p']:.3f}, Holm {of['holm']:.3f}" if "p" in of else ""
-            ends = of["interval"] and "[{:+.1f}, {:+.1f}]".format(*of["interval"])
-            lines.append(f"{title}, {kind}: {of['gain']:+.1f} {ends or ''} of "
-                         f"{len(of['by_seed'])} seeds{p}")
+            ends = " [{:+.1f}, {:+.1f}]".format(*of["interval"]) if of["interval"] else ""
+            lines.append(f"{title}, {kind}: {of['gain']:+.1f}{ends} of {len(of['by_seed'])} "
+                         f"seeds{p}")
     return [*lines, "RULER's score, %: mean of tasks and of seeds; of differences 95 % intervals"]
 
 

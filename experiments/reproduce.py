@@ -256,6 +256,18 @@ def holm(ps):
     return corrected
 
 
+def t_interval(values):
+    """[low, high] of a mean: Student's 95 % interval; None of fewer than two values"""
+    if len(values) < 2:
+        return None
+    low, high = 0.0, 1e9  # of t where p is 0.05, by halves
+    for _ in range(100):
+        t = (low + high) / 2
+        low, high = (t, high) if p_of_t(t, len(values) - 1) > 0.05 else (low, t)
+    middle, half = statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values))
+    return [middle - half, middle + half]
+
+
 def compare(values, base):
     """
     {seed: score} of an arm against attention's: {"gain", "interval", "p", "by_seed"} of the seeds
@@ -270,18 +282,6 @@ def compare(values, base):
     if deviation:
         p = p_of_t(gain / deviation * math.sqrt(len(pairs)), len(pairs) - 1)
     return {"gain": gain, "interval": t_interval(pairs), "p": p, "by_seed": pairs}
-
-
-def t_interval(values):
-    """[low, high] of a mean: Student's 95 % interval; None of fewer than two values"""
-    if len(values) < 2:
-        return None
-    low, high = 0.0, 1e9  # of t where p is 0.05, by halves
-    for _ in range(100):
-        t = (low + high) / 2
-        low, high = (t, high) if p_of_t(t, len(values) - 1) > 0.05 else (low, t)
-    middle, half = statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values))
-    return [middle - half, middle + half]
 
 
 def column(values, base, seeds):

@@ -124,7 +124,7 @@ def lasting(found):
 
 
 @pytest.mark.parametrize("script, kills", [
-    ("train", times(1, 25)), ("eval_niah", times(1, 15)), ("data", times(1, 10))])
+    ("train", times(2, 25)), ("eval_niah", times(2, 15)), ("data", times(2, 10))])
 def test_killed_at_random_moments_it_ends_with_the_same_files(script, kills, go, out):
     """A file half written, an answer asked twice or lost, a step that counts twice."""
     undisturbed, seconds = go.undisturbed(script)
