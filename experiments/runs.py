@@ -6,19 +6,24 @@ once they are there.
     finished      has a run seen all its steps, by the flags that it would be given now?
     on_all_gpus   runs our scripts on all visible GPUs, some at a time on each; the first failure
                   ends all
+    turn          waits until few enough of them do what takes much of a GPU's memory
 
 Each run's result is a file NAME-SEED.json, and a table is made of all that are there. They must
 have been asked the same prompts: prompts_of tells those of a model that is not made yet. reproduce,
 ablations and gate_start are made of these. Checked in tests/test_runs.py.
 """
+import fcntl
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from queue import Queue
 
@@ -153,6 +158,28 @@ def on_all_gpus(jobs, per_gpu=1):
                 raise
     finally:
         signal.signal(signal.SIGTERM, kill)
+
+
+@contextmanager
+def turn(places):
+    """
+    Wait until fewer than `places` other processes of this user are within, on this GPU. Who dies
+    within has left.
+    """
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    for place in cycle(range(places)):
+        name = f"nanorat-{os.getuid()}-gpu{gpu}-{place}"
+        with open(Path(tempfile.gettempdir()) / name, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.2 * (place == places - 1))
+                continue
+            try:
+                yield
+            finally:
+                fcntl.flock(file, fcntl.LOCK_UN)  # also for a process that was forked meanwhile
+            return
 
 
 # ---------------------------------------------------------------- results

@@ -60,13 +60,27 @@ def fetch(name, version, cache):
     there = wanted or sorted(cache.glob(f"{name}_*.deb"))
     if there:
         return there[-1]
-    # apt-get writes under the final name from the start, and what the cache has must be whole.
-    for asked in f"{name}={version}", name:
+    # What the cache has must be whole, and these write under the final name from the start.
+    for command in ways_to_fetch(name, version):
         with tempfile.TemporaryDirectory(dir=cache) as partial:
-            subprocess.run(["apt-get", "download", "-qq", asked], cwd=partial, capture_output=True)
+            subprocess.run(command, cwd=partial, capture_output=True)
             for deb in Path(partial).glob("*.deb"):
                 return Path(shutil.move(deb, cache / deb.name))
     return None
+
+
+def ways_to_fetch(name, version):
+    """
+    Commands, each for when those before have failed: this version; the same from where mirrors keep
+    for a while what they list no more, for which nobody vouches but the hash of all text; another.
+    """
+    yield ["apt-get", "download", "-qq", f"{name}={version}"]
+    said = subprocess.run(["apt-get", "download", "--print-uris", name], capture_output=True)
+    for folder, kind in re.findall(r"'(\S+)/[^/']+(_\w+\.deb)'", said.stdout.decode()):
+        yield ["/usr/lib/apt/apt-helper", "download-file",
+               f"{folder}/{name}_{version.split(':')[-1]}{kind}",
+               f"{name}_{version.replace(':', '%3a')}{kind}"]
+    yield ["apt-get", "download", "-qq", name]
 
 
 # ---------------------------------------------------------------- documents

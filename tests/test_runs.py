@@ -5,6 +5,7 @@ known before the training.
 import json
 import os
 import signal
+import tempfile
 import threading
 import time
 
@@ -83,6 +84,29 @@ def test_kill_ends_all_as_ctrl_c_does(script, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         runs.on_all_gpus([runs_on(script, ended)])
     assert "ended with code -15" in ended[0] and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_so_many_are_within_at_a_time(tmp_path, monkeypatch):
+    """A place for everybody, one for all, or one that is lost with whoever fails within."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    within, most, both = [], [], threading.Barrier(2)
+
+    def enter(i):
+        with runs.turn(2):
+            within.append(i)
+            both.wait(10)
+            most.append(len(within))
+            both.wait(10)
+            within.remove(i)
+            if i < 3:
+                raise ValueError
+    threads = [threading.Thread(target=pytest.raises, args=(ValueError, enter, i)) if i < 3 else
+               threading.Thread(target=enter, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(most) == 6 and max(most) == 2
 
 
 @pytest.mark.parametrize("flags", [

@@ -244,24 +244,31 @@ def test_packages_become_text_and_other_versions_are_noted(tmp_path, monkeypatch
     assert "python data.py --input" in told.out and "tokens of SmolLM2" in told.out
 
 
-def test_fetching_asks_for_the_version_then_for_any(tmp_path, monkeypatch):
-    """The newest version taken though ours is there; half a file in the cache."""
-    asked = []
+def test_fetching_asks_for_the_version_then_for_an_older_then_for_any(tmp_path, monkeypatch):
+    """The newest version taken though ours is there, or lies beside it; half a file in the cache."""
+    asked, pool = [], {}
 
-    def run(command, cwd, capture_output):
+    def run(command, cwd=None, capture_output=True):
+        if "--print-uris" in command:
+            url = f"'http://a.org/pool/b/{command[-1]}_2.1-1%2bdeb_all.deb' b.deb 9 SHA256:0"
+            return SimpleNamespace(returncode=0, stdout=url.encode())
         asked.append(command[-1])
+        if command[1] == "download-file" and command[2] in pool:
+            (tmp_path / cwd / command[3]).write_text(pool[command[2]])
         if command[-1] == "b-doc":
             (tmp_path / cwd / "b-doc_2.1-1_all.deb").write_text("whole")
         return SimpleNamespace(returncode=0)
     monkeypatch.setattr(subprocess, "run", run)
     deb = text.fetch("b-doc", "2.0-1", tmp_path)
-    assert asked == ["b-doc=2.0-1", "b-doc"] and deb.read_text() == "whole"
+    assert asked == ["b-doc=2.0-1", "b-doc_2.0-1_all.deb", "b-doc"] and deb.read_text() == "whole"
     assert deb.name == "b-doc_2.1-1_all.deb" and list(tmp_path.iterdir()) == [deb]
-    assert text.fetch("b-doc", "2.0-1", tmp_path) == deb and len(asked) == 2
+    assert text.fetch("b-doc", "2.0-1", tmp_path) == deb and len(asked) == 3
     assert text.fetch("a-doc", "1:1.0-1", tmp_path) is None
-    for version in "1%3a1.0-1", "1%3a1.1-1":
-        (tmp_path / f"a-doc_{version}_all.deb").touch()
-    assert text.fetch("a-doc", "1:1.0-1", tmp_path).name == "a-doc_1%3a1.0-1_all.deb"
+    pool["http://a.org/pool/b/a-doc_1.0-1_all.deb"] = "older"
+    old = text.fetch("a-doc", "1:1.0-1", tmp_path)
+    assert old.name == "a-doc_1%3a1.0-1_all.deb" and old.read_text() == "older"
+    (tmp_path / "a-doc_1%3a1.1-1_all.deb").touch()
+    assert text.fetch("a-doc", "1:1.0-1", tmp_path) == old
 
 
 @pytest.mark.parametrize("programs, remedy", [
@@ -270,7 +277,7 @@ def test_fetching_asks_for_the_version_then_for_any(tmp_path, monkeypatch):
 def test_what_cannot_be_had_is_one_line(tmp_path, monkeypatch, capsys, have, programs, remedy):
     """A traceback on a machine without Debian's tools, or a corpus that lacks a package unsaid."""
     have(*programs)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: None)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=b""))
     with pytest.raises(SystemExit) as end:
         text.main(["--output", str(tmp_path)])
     told = capsys.readouterr().err
