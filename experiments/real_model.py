@@ -306,20 +306,13 @@ def trained(flags, args):
     settings = train.parse(flags)
     folder = Path(settings.out) / settings.name
     if not runs.finished(folder, flags):
-        with runs.turn(trainings_at_once(args)):
+        with runs.turn():  # while it compiles, a training takes up to 83 GB
             train.train(settings)
             gc.collect()  # the training's CUDA graphs
             if args.device.startswith("cuda"):
                 torch.cuda.empty_cache()  # for the next one's
     return {"train": runlog.training_record(folder), "losses": conversion.losses(folder),
             **conversion.measured(folder, args.data, args.context_len, args.device)}
-
-
-def trainings_at_once(args):
-    """How many trainings a GPU has room for, at 47 GB each, beside one that is asked."""
-    if not args.device.startswith("cuda"):
-        return 1
-    return max(1, int(torch.cuda.mem_get_info()[1] / 60e9))
 
 
 # ---------------------------------------------------------------- all that is asked of a model
@@ -750,7 +743,7 @@ def flags():
     add("--few", type=positive, default=25, help="prompts of each task, for all that asks why")
     add("--eval_batch", type=positive, default=50, help="prompts at a time")
     add("--per_gpu", type=positive, default=1, metavar="RUNS",
-        help="at a time on each GPU, of which as many train as have room; the others ask")
+        help="at a time on each GPU: one trains while others ask")
     add("--context_len", type=positive, default=4096, metavar="TOKENS",
         help="of the text, the fine-tuning and the prompts")
     add("--keep", action="store_true", help="keep the models")

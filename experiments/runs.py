@@ -6,7 +6,7 @@ once they are there.
     finished      has a run seen all its steps, by the flags that it would be given now?
     on_all_gpus   runs our scripts on all visible GPUs, some at a time on each; the first failure
                   ends all
-    turn          waits until few enough of them do what takes much of a GPU's memory
+    turn          waits until no other one does what takes most of a GPU's memory
 
 Each run's result is a file NAME-SEED.json, and a table is made of all that are there. They must
 have been asked the same prompts: prompts_of tells those of a model that is not made yet. reproduce,
@@ -23,7 +23,6 @@ import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from itertools import cycle
 from pathlib import Path
 from queue import Queue
 
@@ -161,25 +160,17 @@ def on_all_gpus(jobs, per_gpu=1):
 
 
 @contextmanager
-def turn(places):
+def turn():
     """
-    Wait until fewer than `places` other processes of this user are within, on this GPU. Who dies
-    within has left.
+    Wait until no other process of this user is within, on this GPU. Who dies within has left.
     """
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    for place in cycle(range(places)):
-        name = f"nanorat-{os.getuid()}-gpu{gpu}-{place}"
-        with open(Path(tempfile.gettempdir()) / name, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(0.2 * (place == places - 1))
-                continue
-            try:
-                yield
-            finally:
-                fcntl.flock(file, fcntl.LOCK_UN)  # also for a process that was forked meanwhile
-            return
+    with open(Path(tempfile.gettempdir()) / f"nanorat-{os.getuid()}-gpu{gpu}", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # also for a process that was forked meanwhile
 
 
 # ---------------------------------------------------------------- results
