@@ -442,7 +442,9 @@ class Cache:
         """x (B, T, ...) into where (B, slots, ...), from slot now.start on."""
         start, real = self.now.start, self.now.real
         B, T = x.shape[:2]
-        if isinstance(start, int):  # padding is stored too, as zeros
+        if self.now.static:  # one of each row
+            where[torch.arange(B, device=x.device), self.used - 1] = x[:, 0].to(where.dtype)
+        elif isinstance(start, int):  # padding is stored too, as zeros
             end = min(start + T, self.slots)
             if real is not None:
                 x = x.where(real.view(B, T, *[1] * (x.dim() - 2)), 0)

@@ -39,6 +39,10 @@ TOGETHER_ON_CPU = 4096
 class Inference:
     """What model.Transformer does with a cache."""
 
+    # Whether a graph may record steps that are computed as they are written. A layer that a fork
+    # has edited may mind, as the Python in it then runs no more.
+    in_graph = False
+
     def new_cache(self, B, max_len, window=64):
         """An empty cache for B rows of at most max_len tokens. window: queries kept for SnapKV."""
         weight = self.embed_tokens.weight
@@ -83,7 +87,7 @@ class Inference:
 
         with guard():
             by_kernels = self.by_kernels()
-            static = decoding and by_kernels and self.may_record(sparse)
+            static = decoding and (by_kernels or self.in_graph) and self.may_record(sparse)
             cache.now = self.described(tokens, lengths, cache, sparse, decoding, static,
                                        whole and drops(sparse), watch)
             try:
@@ -305,7 +309,7 @@ class Inference:
         return all(found)
 
     def may_record(self, sparse):
-        """Whether a graph may take this method's steps, where by_kernels."""
+        """Whether a graph may take this method's steps, where it may take the layers'."""
         return backend.in_graph(sparse) and self.is_unhooked() and not evicts(sparse)
 
     def is_unhooked(self):

@@ -88,9 +88,9 @@ class Swapped(Transformer):
 
 def swapped(model):
     """
-    The model, to be asked by `cells`: it shares the weights, and may go on to be used itself. On a
-    GPU its steps are not recorded as graphs, so ask many prompts at a time, 50 or 100. ValueError
-    for a model without memory, and for one whose memory is not of Eq. 1.
+    The model, to be asked by `cells`: it shares the weights, and may go on to be used itself. Its
+    steps are recorded as graphs where the model's would be. ValueError for a model without memory,
+    and for one whose memory is not of Eq. 1.
     """
     kind = model.config.memory
     check(kind is not None, "this model has no memory, so that there is nothing to swap: give one "
@@ -102,6 +102,8 @@ def swapped(model):
     shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
     both = copy.deepcopy(model, shared)
     both.__class__ = Swapped
+    with torch.no_grad():
+        both.in_graph = model.by_kernels() and model.is_unhooked()
     both.config = copy.copy(model.config)  # of the cache: what it says is no model of its own,
     both.config.n_kv_head *= 2             # as 9 query heads have no 6 KV heads
     for layer in both.layers:
@@ -124,20 +126,21 @@ def half(x, which):
 class Cell(Around):
     """The hooks of a method in a swapped model, which choose by some keys and read others."""
     takes_half = True  # of the KV heads, as `half` does: what a swapped model asks of a method
+    in_graph = property(lambda self: backend.in_graph(self.method))
 
     by: str      # k~ or k
     keys: str    # k~ or k
     values: str  # v~ or v
 
-    def chooser(self, k):
-        """The method with a score of the keys that the cell chooses by. k: (B, Tk, 2 KV, D)"""
+    def chooser(self, score):
+        """The method with this score(q, ...) of the keys that the cell chooses by."""
         if self.by == self.keys or not hasattr(self.method, "score"):
             return self.method
-        own, by = self.method, half(k, self.by)
-        return scored(own, lambda q, _, *rest: own.score(q, by, *rest))
+        return scored(self.method, score)
 
     def prefill(self, q, k, v, start, dice):
-        hook = backend.hook(self.chooser(k), "prefill", v)
+        chooser = self.chooser(lambda q, _: self.method.score(q, half(k, self.by)))
+        hook = backend.hook(chooser, "prefill", v)
         return hook(q, half(k, self.keys), half(v, self.values), start, dice)
 
     def compress(self, q, k, v, lengths, dice):
@@ -146,12 +149,18 @@ class Cell(Around):
         return None if kept is None else torch.cat([kept, kept], dim=1)
 
     def decode(self, q, cache):
-        def bounds_of(block_size):  # of Quest's blocks, which the cache knows of all its heads
-            return [half(x, self.keys) for x in cache.bounds_of(block_size)]
+        def bounds_of(block_size, which=self.keys):  # which the cache knows of all its heads
+            return [half(x, which) for x in cache.bounds_of(block_size)]
+
+        def score(q, _, filled):  # a Quest's
+            own = self.method
+            if backend.is_stock("sparse.Quest.score", own.score):
+                return own.score_bounds(q, *bounds_of(own.block_size, self.by))
+            return own.score(q, half(cache.k, self.by), filled)
 
         mine = replace(cache, k=half(cache.k, self.keys), v=half(cache.v, self.values),
                        bounds_of=bounds_of)
-        return backend.hook(self.chooser(cache.k), "decode", q)(q, mine)
+        return backend.hook(self.chooser(score), "decode", q)(q, mine)
 
 
 TRAINED = Cell(Dense(), "k~", "k~", "v~")  # dense attention, as the model has learned it

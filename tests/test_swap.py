@@ -268,13 +268,55 @@ def test_a_frozen_quest_has_cells_too():
 
 @METHODS
 def test_cells_are_the_same_in_triton(method, both):
-    """A kernel that is handed the wrong half, or that goes around a score."""
+    """
+    A kernel that is handed the wrong half, or that goes around a score; a step for a graph that
+    stores a token elsewhere, or loses sight of a block's bounds.
+    """
     model = tiny(width=64, n_kv_head=2, n_layer=1, memory=True).to(DEVICE)
     tokens, lengths = draw_tokens(2, 14).to(DEVICE), torch.tensor([14, 11], device=DEVICE)
+
+    def ask(name):
+        asked = swapped(model)
+        assert asked.in_graph == (backend.choice == "triton")
+        return logits_of(asked, tokens, lengths, draw_tokens(2, 4, seed=1).to(DEVICE),
+                         cells(method)[name])
     for name in NAMES[0], NAMES[3], NAMES[6]:
-        plain, ours = both(lambda: logits_of(swapped(model), tokens, lengths, tokens[:, :2],
-                                             cells(method)[name]))
+        plain, ours = both(lambda: ask(name))
         assert_close(ours, plain, atol=1e-4, what=name)
+
+
+@METHODS
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+def test_steps_are_recorded(method, monkeypatch):
+    """Hundreds of launches that Python makes, at each step."""
+    monkeypatch.setattr(backend, "choice", "auto")
+    model, tokens = swapped(tiny(width=64, n_kv_head=2, memory=True).to(DEVICE)), draw_tokens(2, 30)
+    cell = cells(method)[NAMES[3]]
+    cache = model.new_cache(2, 40)
+    model.prefill(tokens.to(DEVICE), None, cache, sparse.phases(cell).prefill_by)
+    with cache.turn(cell) as own:
+        for token in tokens.T[:3].to(DEVICE):
+            model.step(token, own, cell)
+        assert cell in own.graphs
+
+
+@METHODS
+def test_a_score_of_a_forks_own_is_asked(method):
+    """Quest's own bounds, out of the cache, in place of what somebody wrote."""
+    asked = []
+
+    class Own(type(method)):
+        def score(self, *inputs):
+            asked.append(True)
+            return super().score(*inputs)
+    model, tokens = swapped(a_model("llama")), draw_tokens(2, 30).to(DEVICE)
+    own = Own(**vars(method))
+    for name in NAMES[0], NAMES[3]:
+        asked.clear()
+        ours, stock = (logits_of(model, tokens, None, tokens[:, :3], cells(m)[name])
+                       for m in (own, method))
+        assert asked
+        assert_close(ours, stock, atol=1e-5, what=name)
 
 
 def test_what_cannot_be_swapped_is_said():

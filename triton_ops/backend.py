@@ -42,13 +42,13 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 CODE = {
     "cache.Cache.attend": "e08ce459",
-    "cache.Cache.put": "011728f3",
+    "cache.Cache.put": "e6211918",
     "cache.Cache.read": "6d4eca57",
     "cache.Cache.remember": "e9736d29",
     "cache.Cache.step": "cb0d30ae",
     "cache.Cache.store": "a799d181",
     "engine.Inference.described": "79d19030",
-    "engine.Inference.feed": "4cea339e",
+    "engine.Inference.feed": "96a2e1d2",
     "engine.Inference.head": "e5435c2d",
     "memory.Decay.average": "1f988179",
     "memory.Decay.forward": "72f6ae5f",
