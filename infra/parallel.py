@@ -31,6 +31,7 @@ import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -263,7 +264,14 @@ def graphed(losses, args):
     shape = args.batch, args.context_len + 1
     sample = (torch.zeros(shape, dtype=torch.long, device=args.device),
               torch.ones(shape, device=args.device))
-    return [torch.cuda.make_graphed_callables(loss, sample, pool=pool) for loss in losses]
+    # All run before the first is recorded: what a graph holds, the next one's activations may take
+    # over, but only while it is recorded.
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for loss, _ in product(losses, range(3)):
+            torch.autograd.grad(loss(*sample), [*loss.parameters()])
+    return [torch.cuda.make_graphed_callables(loss, sample, num_warmup_iters=0, pool=pool)
+            for loss in losses]
 
 
 def one_pass(loss_of, model, optimizer, parts, weight_sum, processes, stays, clip, share=1.0):

@@ -238,6 +238,18 @@ def test_graphed_steps_are_the_plain_ones():
             assert a[key] == pytest.approx(b[key], rel=0.02)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_two_graphed_passes_take_the_memory_of_one():
+    """What a graph holds beside what the second one's first runs take: 83 GB where 47 are told."""
+    def most(*flags):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run("--device=cuda", "--compile=on", "--batch=64", "--context_len=512", *flags)
+        return torch.cuda.max_memory_reserved()
+    most("--name=compiled")
+    assert most("--name=two") < 1.5 * most("--name=one", "--arl=0")
+
+
 @pytest.mark.parametrize("clip", [0.5, 1e9])
 def test_update_clips_as_torch_does(clip):
     """A gradient scaled twice or not at all, as clipping is left to the fused AdamW."""
