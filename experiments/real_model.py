@@ -49,7 +49,7 @@ from data import Shards, tokenizer_of
 from experiments import conversion, reproduce, runs, starts, swap, ways
 from experiments.oracle import Frozen, Needles, left_out, oracle
 from infra import files, runlog, weights
-from infra.answers import read_lines
+from infra.answers import by_length, read_lines
 from infra.cli import command, flag_parser, made_by, positive, sized, usable_device
 from infra.report import best_heads, mean, pyplot
 from memory import Decay
@@ -341,32 +341,17 @@ def ask(name, suffix, args):
             what: scores_in(report)}
 
 
-def ask_why(name, suffix, args):
-    """What tells why, of fewer prompts -> "few_cells", "hits" (H1), "by_chance" (H2), "frozen",
-    "oracle", "swap" """
-    folder = Path(args.out) / (name + suffix)
-    report = evaluated(folder, "why", args, EVAL, args.few, nine(), "--hits", f"--random={DRAWS}")
-    found = {"hits": {method: 100 * best_heads(rates)
-                      for method, rates in reproduce.hit_rates(report).items()}}
-    # what chance, the oracle and the swap reach is compared with scores of the same few prompts
-    found["few_cells"], found["by_chance"] = {}, {}
-    for method, mean_score in reproduce.means(report).items():
-        by = "by_chance" if method.endswith(reproduce.BY_CHANCE) else "few_cells"
-        found[by][method] = mean_score
-    return found | asked_besides(folder, args)
-
-
-def asked(folder, args, seed, samples, methods, *more):
+def asked(folder, args, seed, samples, methods):
     """Flags of eval_niah.py."""
     return ["--ckpt", str(folder), "--protocol=sft", f"--context_len={args.context_len}",
             f"--samples={samples}", f"--seed={seed}", f"--batch={args.eval_batch}",
-            f"--device={args.device}", "--methods", *methods, *more]
+            f"--device={args.device}", "--methods", *methods]
 
 
-def evaluated(folder, what, args, seed, samples, methods, *more):
+def evaluated(folder, what, args, seed, samples, methods):
     """The report of eval_niah.py."""
     out = folder / what
-    eval_niah.main([*asked(folder, args, seed, samples, methods, *more), f"--out={out}"])
+    eval_niah.main([*asked(folder, args, seed, samples, methods), f"--out={out}"])
     return files.load(out / "results.json", "results")
 
 
@@ -398,8 +383,10 @@ def examples_of(folder, args, samples, tasks=None):
     return tokenizer, by_task, {text: m for m, text in texts.items() if text != "dense"}
 
 
-def asked_besides(folder, args):
-    """Methods that no command line names: a frozen draw, the oracle, and the swap's cells."""
+def ask_why(name, suffix, args):
+    """What tells why, of fewer prompts of all tasks at once -> "hits" (H1), "few_cells",
+    "by_chance" (H2), "frozen", "oracle", "swap" """
+    folder = Path(args.out) / (name + suffix)
     tokenizer, by_task, methods = examples_of(folder, args, args.few)
     examples = [e for of_task in by_task.values() for e in of_task]
     model = Transformer.from_pretrained(folder, torch.bfloat16, args.device)
@@ -409,21 +396,46 @@ def asked_besides(folder, args):
         return {name: 100 * mean(eval_niah.ruler_scores(made[method].texts, examples))
                 for name, method in wanted.items()}
 
+    # what chance, the oracle and the swap reach is compared with scores of the same few prompts
+    found = {"hits": hits_of(model, tokenizer, examples, methods, args.eval_batch),
+             "few_cells": scores(model, {"dense": sparse.Dense()} | methods)}
+    quarter = {text: method for text, method in methods.items() if "budget=1/4" in text}
+    drawn = scores(model, {(text, draw): sparse.randomized(method, draw)
+                           for text, method in quarter.items() for draw in range(DRAWS)})
+    found["by_chance"] = {text + reproduce.BY_CHANCE: mean(drawn[text, draw]
+                                                           for draw in range(DRAWS))
+                          for text in quarter}
+    quest = next(method for method in quarter.values() if isinstance(method, sparse.Quest))
+    frozen = {draw: Frozen(quest.budget, quest.block_size, random=draw) for draw in range(DRAWS)}
+    found["frozen"] = [*scores(model, frozen).values()]
+
     needles = Needles(examples, tokenizer)
-    quarter = next(m for text, m in methods.items() if text.startswith("quest:budget=1/4"))
-    frozen = {draw: Frozen(quarter.budget, quarter.block_size, random=draw)
-              for draw in range(DRAWS)}
-    found = {"frozen": list(scores(model, frozen).values()),
-             "oracle": scores(model, {text: oracle(method, needles)
-                                      for text, method in methods.items()}),
-             "needles": sum(len(e.answers) for e in examples),
-             "needles_left_out": {text: left_out(method, needles)
-                                  for text, method in methods.items()}}
+    found["oracle"] = scores(model, {text: oracle(method, needles)
+                                     for text, method in methods.items()})
+    found["needles"] = sum(len(e.answers) for e in examples)
+    found["needles_left_out"] = {text: left_out(method, needles)
+                                 for text, method in methods.items()}
     if isinstance(model.layers[0].self_attn.memory, Decay):
         both = swap.swapped(model)
         found["swap"] = {text: scores(both, swap.cells(method))
                          for text, method in methods.items() if "budget=1/8" in text}
     return found
+
+
+def hits_of(model, tokenizer, examples, methods, batch):
+    """H1 of {text: method} that select for an answer: of the share of answers that a head hits, the
+    mean of the tasks, and of this the mean of the best heads, in percent."""
+    selecting = {m: text for text, m in methods.items() if not isinstance(m, sparse.MoBA)}
+    hits, cache = {text: {} for text in selecting.values()}, None
+    for rows in by_length(examples, batch):
+        some = [examples[i] for i in rows]
+        _, found, cache = eval_niah.answer(model, tokenizer, some, [], cache, selecting)
+        for method, text in selecting.items():
+            for e, hit in zip(some, found[method]):  # bool (answers, layers, KV)
+                hits[text].setdefault(e.task, []).append(hit)
+    rates = {text: torch.stack([torch.cat(of_task).float().mean(0) for of_task in by_task.values()])
+             for text, by_task in hits.items()}
+    return {text: 100 * best_heads(of_tasks.mean(0)) for text, of_tasks in rates.items()}
 
 
 # ---------------------------------------------------------------- tables of what is there

@@ -9,8 +9,9 @@ English text to continue a language model on, where no hub is reached: manuals o
 
 The first needs apt-get and dpkg-deb, as Debian 12 has them, but not root. From the same packages,
 which text.txt lists, it makes the same bytes with any number of workers. A package that moved on is
-taken in the version there is; stderr and the manifest say so. Sorting by hash mixes the packages:
-the last 1 %, which train.py holds out, is a bit of all. data.py is next; tests/test_text.py checks.
+looked for where mirrors keep old ones for a while, then taken in the version there is; stderr and
+the manifest say so. Sorting by hash mixes the packages: the last 1 %, which train.py holds out, is
+a bit of all. data.py is next; tests/test_text.py checks.
 """
 import gzip
 import hashlib

@@ -16,10 +16,11 @@ import eval_niah
 import niah
 import sparse
 import train
-from experiments import conversion, real_model, runs, starts, swap, ways
+from experiments import conversion, real_model, reproduce, runs, starts, swap, ways
 from experiments.oracle import Frozen, Needles, left_out, oracle
 from experiments.real_model import ARMS, STAGES, parts_of, stages_of
 from infra import files
+from infra.report import best_heads
 from infra.tokenizers import ByteTokenizer
 from model import Transformer
 from triton_ops import backend
@@ -285,19 +286,17 @@ def kept_answers(name):
         return [json.loads(line) for line in file]
 
 
-def test_a_model_is_asked_all_cells_and_fewer_prompts_tell_why(here, one_task, monkeypatch):
-    """A cell of another method or prompt; answers that belong to no score; a draw in a cell."""
-    monkeypatch.setattr(real_model, "asked_besides", lambda folder, args: {"besides": str(folder)})
-    folder = save_model("memory-0-same", memory="decay")
+def test_a_model_is_asked_all_cells(here, one_task):
+    """A cell of another method or prompt; answers that belong to no score."""
+    save_model("memory-0-same", memory="decay")
     found = real_model.ask("memory-0", "-same", flags())
     assert found.keys() == {"samples", "few", "prompts", "cells"}
-    found |= real_model.ask_why("memory-0", "-same", flags())
     size = ",block_size=8"
     assert list(found["cells"]) == [
         "dense", *(f"{kind}:budget=1/{n}{size}" for kind in ("quest", "moba") for n in (4, 8, 16)),
         *(f"snapkv:budget=1/{n},kernel=21,window=16" for n in (4, 8, 16)),
         "quest:budget=1/64,block_size=2"]
-    assert (found["samples"], found["few"], found["besides"]) == (2, 1, str(folder))
+    assert (found["samples"], found["few"]) == (2, 1)
 
     # each cell is the mean score of the answers that are kept, of the prompts of seed 1000
     answers, examples = kept_answers("memory-0-same"), [
@@ -314,22 +313,27 @@ def test_a_model_is_asked_all_cells_and_fewer_prompts_tell_why(here, one_task, m
         assert of_tasks == {"niah_single_1": pytest.approx(expected, abs=0.01)}
     assert len({of["niah_single_1"] for of in found["cells"].values()}) > 8
 
-    why = files.load(folder / "why/results.json")
-    assert why["settings"]["samples"] == 1 and why["settings"]["seed"] == 1000
-    assert set(found["hits"]) == {text for text in found["cells"] if text.startswith(
-        ("quest", "snapkv")) and "1/64" not in text}
-    for row in why["results"]:
-        if row["hits"]:  # of four heads the best
-            assert found["hits"][row["method"]] == pytest.approx(100 * max(max(row["hits"])))
-    drawn = {}
-    for row in why["results"]:
-        if row["random"] is not None:
-            drawn.setdefault(f"{row['method']} by chance", []).append(row["ruler"][0])
-    assert {len(scores) for scores in drawn.values()} == {5} and len(drawn) == 3
-    assert found["by_chance"] == {name: pytest.approx(statistics.fmean(scores))
-                                  for name, scores in drawn.items()}
-    of_few = {row["method"]: row["ruler"][0] for row in why["results"] if row["random"] is None}
-    assert found["few_cells"] == of_few and len(of_few) == 10
+
+def test_fewer_prompts_tell_why_as_an_evaluation_does(here, monkeypatch):
+    """H1 of another task's answers, or not of the best heads; a draw that counts twice."""
+    tasks = ["niah_single_1", "niah_single_3"]
+    monkeypatch.setattr(eval_niah, "choose_tasks", lambda *_: tasks)
+    folder = save_model("joint-0", n_layer=3)
+    found = real_model.ask_why("joint-0", "", flags("--few=2", "--eval_batch=3"))
+    monkeypatch.setattr(eval_niah, "choose_tasks", lambda args, _: setattr(args, "tasks", tasks)
+                        or tasks)
+    nine = [text for text in found["few_cells"] if text != "dense"]
+    eval_niah.main(["--ckpt", str(folder), "--protocol=sft", "--context_len=512", "--samples=2",
+                    "--seed=1000", "--device=cpu", "--dtype=bfloat16", "--methods", *nine,
+                    "--hits", "--random=5", "--out=why"])
+    report = files.load("why/results.json")
+    means = reproduce.means(report)
+    assert len(nine) == 9 and found["few_cells"] | found["by_chance"] == pytest.approx(
+        means, abs=0.01)
+    assert len(found["by_chance"]) == 3 and len({*means.values()}) > 8
+    hits = {method: 100 * best_heads(rates)
+            for method, rates in reproduce.hit_rates(report).items()}
+    assert found["hits"] == pytest.approx(hits, abs=0.01) and len({*hits.values()}) > 1
 
 
 def test_the_curve_is_asked_the_cells_alone_and_development_the_grid(here, one_task, monkeypatch):
@@ -395,11 +399,12 @@ def test_besides_methods_a_frozen_draw_the_oracle_and_the_swap_are_asked(here, o
     """A draw or a needle that is another prompt's; a swap of 1/4; a cell under another's name."""
     folder = save_model("memory-0", memory="decay")
     args = flags("--few=2")
-    found = real_model.asked_besides(folder, args)
+    found = real_model.ask_why("memory-0", "", args)
     model = Transformer.from_pretrained(folder, torch.bfloat16)
     examples = [niah.make_example("niah_single_1", 512, ByteTokenizer(), 1000, i, "sft",
                                   max_new_tokens=48) for i in range(2)]
-    assert found.keys() == {"frozen", "oracle", "needles", "needles_left_out", "swap"}
+    assert found.keys() == {"hits", "few_cells", "by_chance", "frozen", "oracle", "needles",
+                            "needles_left_out", "swap"}
     draws = [by_hand(model, examples, Frozen(128, 8, random=draw)) for draw in range(5)]
     assert len({*draws}) > 2 and found["frozen"] == pytest.approx(draws)
     assert list(found["oracle"]) == list(found["needles_left_out"]) and len(found["oracle"]) == 9
@@ -428,8 +433,8 @@ def test_besides_methods_a_frozen_draw_the_oracle_and_the_swap_are_asked(here, o
 def test_without_an_average_there_is_nothing_to_swap(memory, here, one_task, monkeypatch):
     """A traceback at the end of a run without memory, or of a convolution."""
     monkeypatch.setattr(real_model, "CELLS", QUEST)
-    found = real_model.asked_besides(save_model("joint-0", memory=memory), flags())
-    assert found.keys() == {"frozen", "oracle", "needles", "needles_left_out"}
+    save_model("joint-0", memory=memory)
+    assert "swap" not in real_model.ask_why("joint-0", "", flags())
 
 
 def test_a_whole_run_from_a_command(here, monkeypatch, capsys):
