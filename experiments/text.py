@@ -313,8 +313,8 @@ def run(args):
             debs[name] = deb
     if any(of["version"] != of["expected"] for of in packages.values()):
         print(f"note: the text is another than docs/real-model-plan.md's. After apt-get update, "
-              f"delete these packages from {cache} to fetch the versions expected, as far as Debian "
-              "has them", file=sys.stderr)
+              f"delete these packages from {cache} to fetch the versions expected, as far as there "
+              "still are any", file=sys.stderr)
 
     with ProcessPoolExecutor(args.workers) as pool:
         results = pool.map(of_package, debs.values(), (wanted[name][1] for name in debs))

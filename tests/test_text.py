@@ -245,7 +245,7 @@ def test_packages_become_text_and_other_versions_are_noted(tmp_path, monkeypatch
 
 
 def test_fetching_asks_for_the_version_then_for_an_older_then_for_any(tmp_path, monkeypatch):
-    """The newest version taken though ours is there, or lies beside it; half a file in the cache."""
+    """The newest version taken though ours is there, or beside it; half a file in the cache."""
     asked, pool = [], {}
 
     def run(command, cwd=None, capture_output=True):
