@@ -108,6 +108,7 @@ DRAWS = 5                  # of H2
 
 # What the plan compares: the mean of a method's three budgets, paired by seed.
 CONTRASTS = {"primary": ("memory", "joint"), "beside it": ("memory", "dilated")}
+EXPLORED = {"exploratory": ("dilated", "joint")}  # looked at besides, and not tested
 # What the paper's two models of 7B gain with a memory, in points, the mean of the eight tasks, at
 # BUDGETS (its Tables 3 and 4). The first was trained from scratch, and attention beside it
 # likewise; the second was continued for 10B tokens, and attention beside it was not.
@@ -524,17 +525,17 @@ def compared(found, arm, base, kind, at=None):
 def contrasts(found):
     """
     {contrast: {method: {"gain", "interval", "by_seed", and once all seeds are there "p", "holm"}}}
-    of the plan, where both arms are.
+    of the plan, and without p what was looked at besides, where both arms are.
     """
     made = {}
-    for title, (arm, base) in CONTRASTS.items():
+    for title, (arm, base) in (CONTRASTS | EXPLORED).items():
         of_kind, ps = {}, {}
         for kind in CELLS:
             of = compared(found, arm, base, kind)
             if of is None:
                 continue
             of_kind[kind] = {key: of[key] for key in ("gain", "interval", "by_seed")}
-            if len(of["by_seed"]) == len(SEEDS):
+            if len(of["by_seed"]) == len(SEEDS) and title in CONTRASTS:
                 # differences that do not differ tell nothing
                 ps[kind] = 1.0 if of["p"] is None else of["p"]
         for kind, holm in reproduce.holm(ps).items():
@@ -629,8 +630,12 @@ def memories(found):
             "heads' medians have or exceed; shut: how much the loss rises with the gates shut"]
 
 
+# What `why` tells at each budget, and the key of a report that has it.
+AT_BUDGETS = {"H1": "hits", "chosen": "few_cells", "oracle": "oracle"}
+
+
 def why(found):
-    """What tells why, of the arms that were asked: at a budget of 1/4, and the swap at 1/8."""
+    """What tells why, of the arms that were asked: chance at a budget of 1/4, the swap at 1/8."""
     lines, swaps = [], []
     for arm, kind in product(found, CELLS):
         reports = [report for report in found[arm].values() if "oracle" in report]
@@ -638,20 +643,20 @@ def why(found):
                                   for method, value in report.get(key, {}).items()
                                   if method.startswith(f"{kind}:budget={budget}")]
         frozen = [x for report in reports for x in report["frozen"] if kind == "quest"]
-        cells = [of("hits", "1/4"), of("few_cells", "1/4"), of("by_chance", "1/4"), frozen,
-                 of("oracle", "1/4")]
+        cells = [of(key, budget) for key in AT_BUDGETS.values() for budget in BUDGETS]
         if reports:
-            lines.append(f"{arm:20}{f'{kind} 1/4':12}" + "".join(
-                f"{mean(cell):8.1f}" if cell else " " * 8 for cell in cells))
+            lines.append(f"{arm:20}{len(reports):5}{kind:>8}" + "".join(
+                f"{mean(cell):12.1f}" if cell else " " * 12
+                for cell in [*cells, of("by_chance", "1/4"), frozen]))
         if swapped := of("swap", "1/8"):
             swaps.append(f"{arm:20}{f'{kind} 1/8':12}" + ";  ".join(
                 f"{name} {mean(x):.1f}" for name, x in reproduce.transpose(swapped).items()))
     if lines:
-        heads = "H1", "chosen", "chance", "frozen", "oracle"
-        lines = [" " * 32 + "".join(f"{head:>8}" for head in heads), *lines,
+        heads = [f"{head} {budget}" for head in AT_BUDGETS for budget in BUDGETS]
+        heads += ["chance 1/4", "frozen 1/4"]
+        lines = [f"{'':20}seeds{'':8}" + "".join(f"{head:>12}" for head in heads), *lines,
                  "H1: the best heads select the answer's place, %. RULER's score, %, of fewer "
-                 "prompts: as the method chooses, by chance, by one chance for a whole answer, as "
-                 "an oracle chooses"]
+                 "prompts: as the method chooses, the needles first, by chance, by a frozen draw"]
     if swaps:
         lines += [*swaps, "the swap: what chooses, and what is then read: RULER's score, %"]
     return lines

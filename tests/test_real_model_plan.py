@@ -587,7 +587,8 @@ def test_contrasts_are_paired_by_seed_and_corrected_for_three_methods(monkeypatc
         ("quest", "moba", "snapkv"), ["gain", "interval", "by_seed"])  # three of eight
     monkeypatch.setattr(real_model, "SEEDS", range(3))
     made = real_model.contrasts(arms)
-    assert made.keys() == {"primary: memory - joint", "beside it: memory - dilated"}
+    assert [*made] == ["primary: memory - joint", "beside it: memory - dilated",
+                       "exploratory: dilated - joint"]
     assert made["beside it: memory - dilated"] == {}
     quest, moba, snapkv = (made["primary: memory - joint"][kind]
                            for kind in ("quest", "moba", "snapkv"))
@@ -601,6 +602,8 @@ def test_contrasts_are_paired_by_seed_and_corrected_for_three_methods(monkeypatc
     assert snapkv["holm"] == pytest.approx(2 * snapkv["p"])
     outside = MEMORY | {7: report("memory-7", of_kinds(90, 99, 99, 99))}
     assert real_model.contrasts({"memory": outside, "joint": JOINT | {7: JOINT[0]}}) == made
+    explored = real_model.contrasts({"dilated": MEMORY, "joint": JOINT})[[*made][2]]
+    assert explored["quest"].keys() == {"gain", "interval", "by_seed"}  # and no p
 
 
 def test_tables_are_of_all_arms_and_contrasts(monkeypatch):
@@ -689,12 +692,14 @@ def test_what_tells_why_is_a_line_for_each_arm_and_method():
              "memory": {0: asked(0.0, **swaps[0]), 1: asked(2.0, **swaps[1])}}
     assert len({len(line) for line in real_model.why(found)[:7]}) == 1  # columns under their heads
     lines = [line.split() for line in real_model.why(found)]
-    assert lines[0] == ["H1", "chosen", "chance", "frozen", "oracle"]
+    assert lines[0][:5] == ["seeds", "H1", "1/4", "H1", "1/8"]
     first = {"quest": 1, "moba": 4, "snapkv": 7}  # where its 1/4 stands among METHODS
     for line, (arm, kind) in zip(lines[1:], itertools.product(["joint", "memory"], first)):
-        i, plus = first[kind], 1 if arm == "memory" else 0
-        cells = [10 + i] * (kind != "moba") + [20 + i, 50 + i] + [1.5] * (kind == "quest")
-        assert line == [arm, kind, "1/4", *(f"{x + plus:.1f}" for x in [*cells, 30 + i])]
+        i, plus, seeds = first[kind], *((1, 2) if arm == "memory" else (0, 1))
+        starts = [10] * (kind != "moba") + [20, 30]
+        cells = [start + i + n for start in starts for n in range(3)]
+        cells += [50 + i] + [1.5] * (kind == "quest")
+        assert line == [arm, str(seeds), kind, *(f"{x + plus:.1f}" for x in cells)]
     assert [" ".join(line) for line in lines[8:10]] == [
         "memory quest 1/8 k: k, v 3.5; k: k~, v 1.0", "memory moba 1/8 k: k, v 7.0"]
     assert real_model.why({"joint": {5: {}}}) == []
