@@ -223,7 +223,7 @@ def run_one(name, args, rest):
     if text:
         about["start"] = files.load(start_of(text, args)[1] / "start.json", "weights")
         about["weights"] = about["start"]["weights"]
-        about["text"] = trained(text, args)
+        about["text"] = trained(text, args, last=True)
     else:
         model = Transformer.from_pretrained(args.init, torch.float32, "cpu")
         about["weights"] = starts.hash_of(model)
@@ -302,12 +302,15 @@ def make_starts(texts, args):
         make(start, folder, chosen)
 
 
-def trained(flags, args):
-    """Train, unless the model is there. -> how it was made, its losses, its memory's lengths"""
+def trained(flags, args, last=False):
+    """
+    Train, unless the model is there, in a turn of its own on this GPU (`last`: runs.turn's, so that
+    models are asked as soon as can be). -> how it was made, its losses, its memory's lengths
+    """
     settings = train.parse(flags)
     folder = Path(settings.out) / settings.name
     if not runs.finished(folder, flags):
-        with runs.turn():  # while it compiles, a training takes up to 83 GB
+        with runs.turn(last):  # while it compiles, a training takes up to 83 GB
             train.train(settings)
             gc.collect()  # the training's CUDA graphs
             if args.device.startswith("cuda"):

@@ -160,17 +160,35 @@ def on_all_gpus(jobs, per_gpu=1):
 
 
 @contextmanager
-def turn():
+def turn(last=False):
     """
-    Wait until no other process of this user is within, on this GPU. Who dies within has left.
+    Wait until no other process of this user is within, on this GPU; `last`: nor waits without being
+    last. Who dies has left.
     """
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    with open(Path(tempfile.gettempdir()) / f"nanorat-{os.getuid()}-gpu{gpu}", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    name = f"nanorat-{os.getuid()}-gpu{os.environ.get('CUDA_VISIBLE_DEVICES', '0')}"
+    folder = Path(tempfile.gettempdir())
+    with open(folder / name, "w") as within, open(folder / f"{name}-first", "w") as waiting:
+        if not last:
+            fcntl.flock(waiting, fcntl.LOCK_SH)
+        fcntl.flock(within, fcntl.LOCK_EX)
+        while last and not is_free(waiting):
+            fcntl.flock(within, fcntl.LOCK_UN)
+            time.sleep(0.2)
+            fcntl.flock(within, fcntl.LOCK_EX)
+        fcntl.flock(waiting, fcntl.LOCK_UN)
         try:
             yield
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # also for a process that was forked meanwhile
+            fcntl.flock(within, fcntl.LOCK_UN)  # also for a process that was forked meanwhile
+
+
+def is_free(file):
+    """Whether no other holds a lock on the file; if so, it is ours."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------- results

@@ -106,6 +106,27 @@ def test_one_is_within_at_a_time(tmp_path, monkeypatch):
     assert most == [1] * 4
 
 
+def test_who_is_last_lets_others_go_first(tmp_path, monkeypatch):
+    """A long training that begins while models wait to be fine-tuned, and asked."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    went, waits = [], threading.Event()
+
+    def enter(name, last):
+        with runs.turn(last):
+            went.append(name)
+            waits.wait(10)
+    threads = []
+    for name, last in ("within", True), ("last", True), ("first", False), ("last", True), (
+            "first", False):
+        threads.append(threading.Thread(target=enter, args=(name, last)))
+        threads[-1].start()
+        time.sleep(0.05)  # to be within, or to wait
+    waits.set()
+    for thread in threads:
+        thread.join(10)
+    assert went == ["within", "first", "first", "last", "last"]
+
+
 @pytest.mark.parametrize("flags", [
     ["--context_len=512", "--tasks", "niah_single_1", "niah_single_2"], ["--context_len=1024"]])
 def test_prompts_of_a_model_not_yet_made_are_those_it_is_asked(tmp_path, monkeypatch, flags):
