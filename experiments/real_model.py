@@ -310,7 +310,7 @@ def trained(flags, args, last=False):
     settings = train.parse(flags)
     folder = Path(settings.out) / settings.name
     if not runs.finished(folder, flags):
-        with runs.turn(last):  # while it compiles, a training takes up to 83 GB
+        with runs.turn(args.device, last):  # a training takes much of a GPU's memory
             train.train(settings)
             gc.collect()  # the training's CUDA graphs
             if args.device.startswith("cuda"):
@@ -436,7 +436,8 @@ def hits_of(model, tokenizer, examples, methods, batch):
         _, found, cache = eval_niah.answer(model, tokenizer, some, [], cache, selecting)
         for method, text in selecting.items():
             for e, hit in zip(some, found[method]):  # bool (answers, layers, KV)
-                hits[text].setdefault(e.task, []).append(hit)
+                if len(hit):  # else no token of an answer counts
+                    hits[text].setdefault(e.task, []).append(hit)
     rates = {text: torch.stack([torch.cat(of_task).float().mean(0) for of_task in by_task.values()])
              for text, by_task in hits.items()}
     return {text: 100 * best_heads(of_tasks.mean(0)) for text, of_tasks in rates.items()}

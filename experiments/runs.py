@@ -12,7 +12,6 @@ Each run's result is a file NAME-SEED.json, and a table is made of all that are 
 have been asked the same prompts: prompts_of tells those of a model that is not made yet. reproduce,
 ablations and gate_start are made of these. Checked in tests/test_runs.py.
 """
-import fcntl
 import os
 import shlex
 import signal
@@ -160,12 +159,14 @@ def on_all_gpus(jobs, per_gpu=1):
 
 
 @contextmanager
-def turn(last=False):
+def turn(device, last=False):
     """
-    Wait until no other process of this user is within, on this GPU; `last`: nor waits without being
-    last. Who dies has left.
+    Wait until no other process of this user is within, on this GPU, or on the CPU; `last`: nor
+    waits without being last. Who dies has left, once its children have ended.
     """
-    name = f"nanorat-{os.getuid()}-gpu{os.environ.get('CUDA_VISIBLE_DEVICES', '0')}"
+    import fcntl  # Windows has none
+    gpu = "" if device == "cpu" else os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    name = f"nanorat-{os.getuid()}-{device}{gpu}"
     folder = Path(tempfile.gettempdir())
     with open(folder / name, "w") as within, open(folder / f"{name}-first", "w") as waiting:
         if not last:
@@ -184,6 +185,7 @@ def turn(last=False):
 
 def is_free(file):
     """Whether no other holds a lock on the file; if so, it is ours."""
+    import fcntl
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

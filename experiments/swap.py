@@ -154,7 +154,7 @@ class Cell(Around):
 
         def score(q, _, filled):  # a Quest's
             own = self.method
-            if backend.is_stock("sparse.Quest.score", own.score):
+            if backend.all_stock(own, "Quest.score block_bounds to_blocks"):
                 return own.score_bounds(q, *bounds_of(own.block_size, self.by))
             return own.score(q, half(cache.k, self.by), filled)
 

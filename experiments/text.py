@@ -64,8 +64,8 @@ def fetch(name, version, cache):
     # What the cache has must be whole, and these write under the final name from the start.
     for command in ways_to_fetch(name, version):
         with tempfile.TemporaryDirectory(dir=cache) as partial:
-            subprocess.run(command, cwd=partial, capture_output=True)
-            for deb in Path(partial).glob("*.deb"):
+            done = subprocess.run(command, cwd=partial, capture_output=True)
+            for deb in Path(partial).glob("*.deb") if done.returncode == 0 else ():
                 return Path(shutil.move(deb, cache / deb.name))
     return None
 

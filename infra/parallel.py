@@ -259,7 +259,9 @@ def graphed(losses, args):
     hundreds, for which a small model's GPU would wait. For batches that are not split: the next
     replay writes where this one's gradients are.
     """
-    gc.collect()  # graphs of an earlier run in this process hold each other, and much memory
+    # Graphs of an earlier run in this process hold each other, and much memory.
+    gc.collect()
+    torch.cuda.empty_cache()
     pool = torch.cuda.graph_pool_handle()
     shape = args.batch, args.context_len + 1
     sample = (torch.zeros(shape, dtype=torch.long, device=args.device),

@@ -6,7 +6,9 @@ import itertools
 import json
 import lzma
 import statistics
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,8 +49,9 @@ def of_letters(text, answers, task=None):
 
 
 @pytest.fixture
-def here(beginnings, monkeypatch):
+def here(beginnings, monkeypatch, tmp_path):
     beginnings(context_len=512)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # trainings elsewhere are not waited for
     monkeypatch.setattr(niah, "score_ruler", of_letters)
 
 
@@ -314,26 +317,39 @@ def test_a_model_is_asked_all_cells(here, one_task):
     assert len({of["niah_single_1"] for of in found["cells"].values()}) > 8
 
 
-def test_fewer_prompts_tell_why_as_an_evaluation_does(here, monkeypatch):
-    """H1 of another task's answers, or not of the best heads; a draw that counts twice."""
-    tasks = ["niah_single_1", "niah_single_3"]
-    monkeypatch.setattr(eval_niah, "choose_tasks", lambda *_: tasks)
+def test_fewer_prompts_tell_why_as_an_evaluation_does(here, one_task, monkeypatch):
+    """Another prompt, or H1 of another method; a draw that counts twice, or not at all."""
+    monkeypatch.setattr(real_model, "CELLS", {kind: cells[:1]
+                                              for kind, cells in real_model.CELLS.items()})
     folder = save_model("joint-0", n_layer=3)
-    found = real_model.ask_why("joint-0", "", flags("--few=2", "--eval_batch=3"))
-    monkeypatch.setattr(eval_niah, "choose_tasks", lambda args, _: setattr(args, "tasks", tasks)
-                        or tasks)
-    nine = [text for text in found["few_cells"] if text != "dense"]
+    found = real_model.ask_why("joint-0", "", flags("--few=2"))
+    asked = [text for text in found["few_cells"] if text != "dense"]
     eval_niah.main(["--ckpt", str(folder), "--protocol=sft", "--context_len=512", "--samples=2",
-                    "--seed=1000", "--device=cpu", "--dtype=bfloat16", "--methods", *nine,
-                    "--hits", "--random=5", "--out=why"])
+                    "--seed=1000", "--device=cpu", "--dtype=bfloat16", "--methods", *asked,
+                    "--hits", "--random=5", "--tasks=niah_single_1", "--out=why"])
     report = files.load("why/results.json")
     means = reproduce.means(report)
-    assert len(nine) == 9 and found["few_cells"] | found["by_chance"] == pytest.approx(
+    assert len(asked) == 3 and found["few_cells"] | found["by_chance"] == pytest.approx(
         means, abs=0.01)
-    assert len(found["by_chance"]) == 3 and len({*means.values()}) > 8
+    assert len(found["by_chance"]) == 3 and len({*means.values()}) > 5
     hits = {method: 100 * best_heads(rates)
             for method, rates in reproduce.hit_rates(report).items()}
     assert found["hits"] == pytest.approx(hits, abs=0.01) and len({*hits.values()}) > 1
+
+
+def test_h1_is_a_mean_of_tasks(monkeypatch):
+    """Tasks that count by their answers, or by none; MoBA asked, which selects for the prompt."""
+    hit = {"a": [[1, 0]], "b": [[0, 0], [0, 1]], "c": []}  # answers by heads
+    examples = [SimpleNamespace(task=task, ids=[0] * n) for n, task in enumerate("abcb")]
+
+    def answer(model, tokenizer, some, methods, cache, selecting):
+        assert not methods and cache == (None if len(some) == 3 else "kept")
+        return {}, {m: [torch.tensor(hit[e.task]).view(-1, 1, 2).bool() for e in some]
+                    for m in selecting}, "kept"
+    monkeypatch.setattr(eval_niah, "answer", answer)
+    methods = {"quest": sparse.Quest(), "moba": sparse.MoBA(), "snapkv": sparse.SnapKV()}
+    of = real_model.hits_of(None, None, examples, methods, 3)
+    assert of == {"quest": pytest.approx(50), "snapkv": pytest.approx(50)}  # of head 0: 1 and 0
 
 
 def test_the_curve_is_asked_the_cells_alone_and_development_the_grid(here, one_task, monkeypatch):

@@ -92,7 +92,7 @@ def test_one_is_within_at_a_time(tmp_path, monkeypatch):
     within, most = [], []
 
     def enter(i):
-        with pytest.raises(ValueError), runs.turn():
+        with pytest.raises(ValueError), runs.turn("cuda"):
             within.append(i)
             time.sleep(0.05)
             most.append(len(within))
@@ -104,6 +104,10 @@ def test_one_is_within_at_a_time(tmp_path, monkeypatch):
     for thread in threads:
         thread.join(10)
     assert most == [1] * 4
+    with runs.turn("cuda"), runs.turn("cpu"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+        with runs.turn("cuda"):
+            pass  # nobody waits for another device
 
 
 def test_who_is_last_lets_others_go_first(tmp_path, monkeypatch):
@@ -112,7 +116,7 @@ def test_who_is_last_lets_others_go_first(tmp_path, monkeypatch):
     went, waits = [], threading.Event()
 
     def enter(name, last):
-        with runs.turn(last):
+        with runs.turn("cuda", last):
             went.append(name)
             waits.wait(10)
     threads = []

@@ -287,17 +287,42 @@ def test_cells_are_the_same_in_triton(method, both):
 
 @METHODS
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
-def test_steps_are_recorded(method, monkeypatch):
-    """Hundreds of launches that Python makes, at each step."""
+def test_steps_are_recorded_but_not_those_of_a_fork(method, monkeypatch):
+    """Hundreds of launches that Python makes at each step; Python that is asked once."""
+    class Own(type(method)):
+        def decode(self, q, cache):
+            return super().decode(q, cache)
     monkeypatch.setattr(backend, "choice", "auto")
     model, tokens = swapped(tiny(width=64, n_kv_head=2, memory=True).to(DEVICE)), draw_tokens(2, 30)
-    cell = cells(method)[NAMES[3]]
-    cache = model.new_cache(2, 40)
-    model.prefill(tokens.to(DEVICE), None, cache, sparse.phases(cell).prefill_by)
-    with cache.turn(cell) as own:
-        for token in tokens.T[:3].to(DEVICE):
-            model.step(token, own, cell)
-        assert cell in own.graphs
+    for asked in method, Own(**vars(method)):
+        cell = cells(asked)[NAMES[3]]
+        cache = model.new_cache(2, 40)
+        model.prefill(tokens.to(DEVICE), None, cache, sparse.phases(cell).prefill_by)
+        with cache.turn(cell) as own:
+            for token in tokens.T[:3].to(DEVICE):
+                model.step(token, own, cell)
+            by_own = isinstance(asked, Own) and isinstance(asked, Quest)  # others decode densely
+            assert (cell in own.graphs) != by_own
+
+
+def test_cells_share_a_cache_from_prompt_to_prompt(both):
+    """Bounds of the prompt before, or that another cell's steps have left behind."""
+    model = tiny(width=64, n_kv_head=2, n_layer=1, memory=True).to(DEVICE)
+    found, answer = cells(QUEST), draw_tokens(2, 5, seed=3).to(DEVICE)
+
+    def ask():
+        asked, out = swapped(model), []
+        cache = asked.new_cache(2, 24)
+        for n in 0, 1:
+            cache.clear()
+            tokens, lengths = draw_tokens(2, 14, seed=n), torch.tensor([14, 11 - n])
+            asked.prefill(tokens.to(DEVICE), lengths.to(DEVICE), cache, TRAINED)
+            for cell in found[NAMES[3]], found[NAMES[6]]:
+                with cache.turn(cell) as own:
+                    out += [asked.step(token, own, cell).clone() for token in answer.T]
+        return torch.stack(out)
+    plain, ours = both(ask)
+    assert_close(ours, plain, atol=1e-4)
 
 
 @METHODS

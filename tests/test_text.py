@@ -255,8 +255,11 @@ def test_fetching_asks_for_the_version_then_for_an_older_then_for_any(tmp_path, 
         asked.append(command[-1])
         if command[1] == "download-file" and command[2] in pool:
             (tmp_path / cwd / command[3]).write_text(pool[command[2]])
-        if command[-1] == "b-doc":
+        elif command[-1] == "b-doc":
             (tmp_path / cwd / "b-doc_2.1-1_all.deb").write_text("whole")
+        else:
+            (tmp_path / cwd / "b-doc_2.0-1_all.deb").write_text("half")
+            return SimpleNamespace(returncode=100)
         return SimpleNamespace(returncode=0)
     monkeypatch.setattr(subprocess, "run", run)
     deb = text.fetch("b-doc", "2.0-1", tmp_path)
@@ -277,7 +280,8 @@ def test_fetching_asks_for_the_version_then_for_an_older_then_for_any(tmp_path, 
 def test_what_cannot_be_had_is_one_line(tmp_path, monkeypatch, capsys, have, programs, remedy):
     """A traceback on a machine without Debian's tools, or a corpus that lacks a package unsaid."""
     have(*programs)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=b""))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(
+        stdout=b"", returncode=100))
     with pytest.raises(SystemExit) as end:
         text.main(["--output", str(tmp_path)])
     told = capsys.readouterr().err
