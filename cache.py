@@ -442,7 +442,7 @@ class Cache:
         """x (B, T, ...) into where (B, slots, ...), from slot now.start on."""
         start, real = self.now.start, self.now.real
         B, T = x.shape[:2]
-        if self.now.static:  # one of each row
+        if self.now.static:  # one token of each row, in the slot that `used` tells a graph
             where[torch.arange(B, device=x.device), self.used - 1] = x[:, 0].to(where.dtype)
         elif isinstance(start, int):  # padding is stored too, as zeros
             end = min(start + T, self.slots)

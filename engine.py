@@ -196,9 +196,9 @@ class Inference:
         With the kernels on a GPU, or where the model says so (in_graph), steps of one method that
         follow each other are replays of one CUDA graph, so that Python costs nothing. The first of
         them runs as it is (it may drop entries, and sums up Quest's blocks); the graph is captured
-        at the second, once for a cache and a method. After a later prompt it takes the first step, too, if the kernels know all
-        that the method does in it. Code that is not ours is run at each step, as it is: whether
-        there is any is asked at the first step after a prompt.
+        at the second, once for a cache and a method. After a later prompt it takes the first step,
+        too, if the kernels know all that the method does in it. Code that is not ours is run at
+        each step, as it is: whether there is any is asked at the first step after a prompt.
         """
         sparse = sparse or Dense()
         # weights are known after a step that a graph may record, and stepped says of which method

@@ -51,7 +51,7 @@ from experiments.oracle import Frozen, Needles, left_out, oracle
 from infra import files, runlog, weights
 from infra.answers import by_length, read_lines
 from infra.cli import command, flag_parser, made_by, positive, sized, usable_device
-from infra.report import best_heads, mean, pyplot
+from infra.report import best_hits, mean, pyplot
 from memory import Decay
 from model import Transformer
 from recipes import RECIPES
@@ -304,17 +304,16 @@ def make_starts(texts, args):
 
 def trained(flags, args, last=False):
     """
-    Train, unless the model is there, in a turn of its own on this GPU (`last`: runs.turn's, so that
-    models are asked as soon as can be). -> how it was made, its losses, its memory's lengths
+    Train, unless the model is there, while no other run trains on this GPU; with `last` others go
+    first, whose models are then asked. -> how it was made, its losses, its memory's lengths
     """
     settings = train.parse(flags)
     folder = Path(settings.out) / settings.name
     if not runs.finished(folder, flags):
         with runs.turn(args.device, last):  # a training takes much of a GPU's memory
             train.train(settings)
-            gc.collect()  # the training's CUDA graphs
-            if args.device.startswith("cuda"):
-                torch.cuda.empty_cache()  # for the next one's
+            gc.collect()              # the training's CUDA graphs,
+            torch.cuda.empty_cache()  # and their memory, for whoever comes next
     return {"train": runlog.training_record(folder), "losses": conversion.losses(folder),
             **conversion.measured(folder, args.data, args.context_len, args.device)}
 
@@ -438,9 +437,9 @@ def hits_of(model, tokenizer, examples, methods, batch):
             for e, hit in zip(some, found[method]):  # bool (answers, layers, KV)
                 if len(hit):  # else no token of an answer counts
                     hits[text].setdefault(e.task, []).append(hit)
-    rates = {text: torch.stack([torch.cat(of_task).float().mean(0) for of_task in by_task.values()])
-             for text, by_task in hits.items()}
-    return {text: 100 * best_heads(of_tasks.mean(0)) for text, of_tasks in rates.items()}
+    return {text: best_hits([{"hits": torch.cat(of_task).float().mean(0).tolist()}
+                             for of_task in by_task.values()])
+            for text, by_task in hits.items()}
 
 
 # ---------------------------------------------------------------- tables of what is there

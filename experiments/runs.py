@@ -6,7 +6,7 @@ once they are there.
     finished      has a run seen all its steps, by the flags that it would be given now?
     on_all_gpus   runs our scripts on all visible GPUs, some at a time on each; the first failure
                   ends all
-    turn          waits until no other one does what takes most of a GPU's memory
+    turn          waits until no other one does what takes much of a GPU's memory
 
 Each run's result is a file NAME-SEED.json, and a table is made of all that are there. They must
 have been asked the same prompts: prompts_of tells those of a model that is not made yet. reproduce,
@@ -31,8 +31,9 @@ import eval_niah
 import niah
 import train
 from data import tokenizer_of
-from infra import runlog
+from infra import files, runlog
 from infra.cli import ROOT
+from infra.files import fcntl
 from model import PRESETS
 
 # flags of train.py that an experiment gives each run itself
@@ -161,14 +162,17 @@ def on_all_gpus(jobs, per_gpu=1):
 @contextmanager
 def turn(device, last=False):
     """
-    Wait until no other process of this user is within, on this GPU, or on the CPU; `last`: nor
-    waits without being last. Who dies has left, once its children have ended.
+    Wait until no other process of this user is within on this GPU, or on the CPU: device "cuda" or
+    "cpu". With `last`, wait also until nobody waits without it. Who dies has left.
     """
-    import fcntl  # Windows has none
+    if fcntl is None:  # Windows, where nobody waits
+        yield
+        return
     gpu = "" if device == "cpu" else os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    name = f"nanorat-{os.getuid()}-{device}{gpu}"
-    folder = Path(tempfile.gettempdir())
-    with open(folder / name, "w") as within, open(folder / f"{name}-first", "w") as waiting:
+    name = f"nanorat-{os.getuid()}-{device}{gpu}".replace("/", "-")
+    file, opened = Path(tempfile.gettempdir(), name), os.O_RDWR | os.O_CREAT
+    with files.lock_handle(file, opened) as within, \
+            files.lock_handle(f"{file}-first", opened) as waiting:
         if not last:
             fcntl.flock(waiting, fcntl.LOCK_SH)
         fcntl.flock(within, fcntl.LOCK_EX)
@@ -177,17 +181,13 @@ def turn(device, last=False):
             time.sleep(0.2)
             fcntl.flock(within, fcntl.LOCK_EX)
         fcntl.flock(waiting, fcntl.LOCK_UN)
-        try:
-            yield
-        finally:
-            fcntl.flock(within, fcntl.LOCK_UN)  # also for a process that was forked meanwhile
+        yield
 
 
-def is_free(file):
-    """Whether no other holds a lock on the file; if so, it is ours."""
-    import fcntl
+def is_free(handle):
+    """Whether no other holds a lock on this file; if so, it is ours."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

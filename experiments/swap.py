@@ -103,7 +103,7 @@ def swapped(model):
     both = copy.deepcopy(model, shared)
     both.__class__ = Swapped
     with torch.no_grad():
-        both.in_graph = model.by_kernels() and model.is_unhooked()
+        both.in_graph = model.by_kernels()
     both.config = copy.copy(model.config)  # of the cache: what it says is no model of its own,
     both.config.n_kv_head *= 2             # as 9 query heads have no 6 KV heads
     for layer in both.layers:

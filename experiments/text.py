@@ -65,8 +65,9 @@ def fetch(name, version, cache):
     for command in ways_to_fetch(name, version):
         with tempfile.TemporaryDirectory(dir=cache) as partial:
             done = subprocess.run(command, cwd=partial, capture_output=True)
-            for deb in Path(partial).glob("*.deb") if done.returncode == 0 else ():
-                return Path(shutil.move(deb, cache / deb.name))
+            debs = [*Path(partial).glob("*.deb")]
+            if done.returncode == 0 and debs:
+                return Path(shutil.move(debs[0], cache / debs[0].name))
     return None
 
 

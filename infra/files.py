@@ -211,6 +211,20 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
+def lock_handle(path, flags=os.O_RDONLY):
+    """A handle for flock of a file or folder, opened with these flags of os.open. A lock on it
+    leaves with this process, or with the block."""
+    handle = os.open(path, flags, 0o600)
+    HELD.add(handle)
+    try:
+        yield handle
+    finally:
+        if handle in HELD:  # not in a child, which has closed it already
+            HELD.remove(handle)
+            os.close(handle)
+
+
+@contextmanager
 def only_one(folder):
     """
     Inside, no other process on this machine may enter with the same folder; nor one on another,
@@ -222,9 +236,7 @@ def only_one(folder):
         yield
         return
     # The lock is the kernel's: it leaves no file, and it ends with the process however that ends.
-    handle = os.open(folder, os.O_RDONLY)
-    HELD.add(handle)
-    try:
+    with lock_handle(folder) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -234,10 +246,6 @@ def only_one(folder):
             print(f"note: the disk of {folder} knows no locks ({error.strerror}): see that no two "
                   "runs write there", file=sys.stderr)
         yield
-    finally:
-        if handle in HELD:  # not in a child, which has closed it already
-            HELD.remove(handle)
-            os.close(handle)
 
 
 def told_to_end():

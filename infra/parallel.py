@@ -266,8 +266,8 @@ def graphed(losses, args):
     shape = args.batch, args.context_len + 1
     sample = (torch.zeros(shape, dtype=torch.long, device=args.device),
               torch.ones(shape, device=args.device))
-    # All run before the first is recorded: what a graph holds, the next one's activations may take
-    # over, but only while it is recorded.
+    # Each runs three times before it is recorded, as PyTorch advises, and all do so before the
+    # first is: what a graph holds is taken over by the next one, but not by what runs meanwhile.
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         for loss, _ in product(losses, range(3)):

@@ -51,7 +51,7 @@ def of_letters(text, answers, task=None):
 @pytest.fixture
 def here(beginnings, monkeypatch, tmp_path):
     beginnings(context_len=512)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # trainings elsewhere are not waited for
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # no waiting for other trainings
     monkeypatch.setattr(niah, "score_ruler", of_letters)
 
 
