@@ -394,34 +394,37 @@ def ask_why(name, suffix, args):
     examples = [e for of_task in by_task.values() for e in of_task]
     model = Transformer.from_pretrained(folder, torch.bfloat16, args.device)
 
-    def scores(model, wanted):  # {name: mean of the tasks} of {name: method}
-        made = ways.evaluate(model, tokenizer, examples, [*wanted.values()], args.eval_batch)
-        return {name: 100 * mean(eval_niah.ruler_scores(made[method].texts, examples))
-                for name, method in wanted.items()}
+    def scores(model, parts):  # of {part: {name: method}}, {part: {name: mean of the tasks}}
+        wanted = [method for of_part in parts.values() for method in of_part.values()]
+        made = ways.evaluate(model, tokenizer, examples, wanted, args.eval_batch)
+        return {part: {name: 100 * mean(eval_niah.ruler_scores(made[method].texts, examples))
+                       for name, method in of_part.items()}
+                for part, of_part in parts.items()}
 
-    # what chance, the oracle and the swap reach is compared with scores of the same few prompts
-    found = {"hits": hits_of(model, tokenizer, examples, methods, args.eval_batch),
-             "few_cells": scores(model, {"dense": sparse.Dense()} | methods)}
     quarter = {text: method for text, method in methods.items() if "budget=1/4" in text}
-    drawn = scores(model, {(text, draw): sparse.randomized(method, draw)
-                           for text, method in quarter.items() for draw in range(DRAWS)})
-    found["by_chance"] = {text + reproduce.BY_CHANCE: mean(drawn[text, draw]
-                                                           for draw in range(DRAWS))
-                          for text in quarter}
     quest = next(method for method in quarter.values() if isinstance(method, sparse.Quest))
-    frozen = {draw: Frozen(quest.budget, quest.block_size, random=draw) for draw in range(DRAWS)}
-    found["frozen"] = [*scores(model, frozen).values()]
-
     needles = Needles(examples, tokenizer)
-    found["oracle"] = scores(model, {text: oracle(method, needles)
-                                     for text, method in methods.items()})
-    found["needles"] = sum(len(e.answers) for e in examples)
-    found["needles_left_out"] = {text: left_out(method, needles)
-                                 for text, method in methods.items()}
+    made = scores(model, {
+        # with which the others are compared, as they are asked of the same few prompts
+        "few_cells": {"dense": sparse.Dense()} | methods,
+        "by_chance": {(text, draw): sparse.randomized(method, draw)
+                      for text, method in quarter.items() for draw in range(DRAWS)},
+        "frozen": {draw: Frozen(quest.budget, quest.block_size, random=draw)
+                   for draw in range(DRAWS)},
+        "oracle": {text: oracle(method, needles) for text, method in methods.items()}})
+    found = {"hits": hits_of(model, tokenizer, examples, methods, args.eval_batch),
+             "few_cells": made["few_cells"],
+             "by_chance": {text + reproduce.BY_CHANCE: mean(made["by_chance"][text, draw]
+                                                            for draw in range(DRAWS))
+                           for text in quarter},
+             "frozen": [*made["frozen"].values()],
+             "oracle": made["oracle"],
+             "needles": sum(len(e.answers) for e in examples),
+             "needles_left_out": {text: left_out(method, needles)
+                                  for text, method in methods.items()}}
     if isinstance(model.layers[0].self_attn.memory, Decay):
-        both = swap.swapped(model)
-        found["swap"] = {text: scores(both, swap.cells(method))
-                         for text, method in methods.items() if "budget=1/8" in text}
+        found["swap"] = scores(swap.swapped(model), {
+            text: swap.cells(method) for text, method in methods.items() if "budget=1/8" in text})
     return found
 
 
@@ -511,17 +514,20 @@ def cells_of(report, kind, any_setting=False):
             if any(f"{method},".startswith(f"{cell},") for cell in cells)]
 
 
-def score(report, kind, any_setting=False, at=None):
-    """The mean of a method's three budgets, or at one of BUDGETS, each the mean of the tasks."""
-    of_budgets = [mean(of_tasks.values()) for of_tasks in cells_of(report, kind, any_setting)]
+def score(report, kind, any_setting=False, at=None, task=None):
+    """The mean of a method's three budgets, or at one of BUDGETS, each the mean of the tasks, or of
+    one task."""
+    of_budgets = [of_tasks[task] if task else mean(of_tasks.values())
+                  for of_tasks in cells_of(report, kind, any_setting)]
     return mean(of_budgets) if at is None else of_budgets[BUDGETS.index(at)]
 
 
-def compared(found, arm, base, kind, at=None):
+def compared(found, arm, base, kind, at=None, task=None):
     """Of `score`, {"gain", "interval" (95 %), "by_seed", "p"} of the plan's seeds that both arms
     have; None if there is none."""
-    values, others = ({seed: score(report, kind, at=at) for seed, report in reports.items()
-                       if seed in SEEDS} for reports in (found.get(arm, {}), found.get(base, {})))
+    values, others = ({seed: score(report, kind, at=at, task=task)
+                       for seed, report in reports.items() if seed in SEEDS}
+                      for reports in (found.get(arm, {}), found.get(base, {})))
     return reproduce.compare(values, others)
 
 
@@ -581,6 +587,31 @@ def beside_paper(found):
             f"{gains[kind][BUDGETS.index(at)]:12.1f}" for kind, at in cells))
     return [*lines, "points of RULER's score gained with a memory, mean±deviation of seeds; the "
             "paper has one model each"]
+
+
+def by_task(found):
+    """Where gains come from, task by task: the control's scores, and what is above it."""
+    tasks = list(next(iter(next(iter(found.values())).values()))["cells"]["dense"])
+    lines = [f"{'':28}" + "".join(
+        f"{niah.TASKS[task].short if task in niah.TASKS else task:>12}" for task in tasks)]
+    for (title, (arm, base)), kind in product((CONTRASTS | EXPLORED).items(), CELLS):
+        of_tasks = [compared(found, arm, base, kind, task=task) for task in tasks]
+        if None in of_tasks:
+            continue
+        if title == "primary":
+            lines.append(f"{base:20}{kind:8}" + "".join(
+                f"{mean([score(of, kind, task=task) for of in found[base].values()]):12.1f}"
+                for task in tasks))
+        lines.append(f"{f'{arm} - {base}':20}{kind:8}" + "".join(
+            f"{gained(of):>12}" for of in of_tasks))
+    return [*lines, "the same by task, mean of a method's three budgets: RULER's score, %, and "
+            "points above a control ± half a 95 % interval"]
+
+
+def gained(of):
+    """What `compared` found, in few characters."""
+    half = f"±{(of['interval'][1] - of['interval'][0]) / 2:.1f}" if of["interval"] else ""
+    return f"{of['gain']:+.1f}{half}"
 
 
 def plot_gains(found, file):
@@ -745,7 +776,8 @@ def run_all(args, rest):
         raise ValueError(f"{args.results} holds no result: name --stages or --runs to make some")
     lines = []
     if found:
-        lines = [*tables(found), *beside_paper(found), *memories(found), *why(found)]
+        lines = [*tables(found), *by_task(found), *beside_paper(found), *memories(found),
+                 *why(found)]
         plot_gains(found, Path(args.results) / "gains.png")
     print("\n".join([*choices, *lines]))
 

@@ -643,6 +643,26 @@ def test_tables_are_of_all_arms_and_contrasts(monkeypatch):
     assert len({len(line) for line in lines[:4]}) == 1  # columns stand under their heads
 
 
+def test_gains_are_told_task_by_task():
+    """A task under another's head, one task's gain in all, another method's; one seed, no arm."""
+    changed = {seed: report(f"memory-{seed}", of_kinds(90, 50, 60, 20)) for seed in range(2)}
+    for cell in METHODS[4:7]:  # MoBA's, of two tasks
+        changed[0]["cells"][cell]["a"] += 6
+        changed[1]["cells"][cell]["a"] += 4
+    plain = {seed: report(f"joint-{seed}", of_kinds(90, 50, 60, 20)) for seed in range(2)}
+    head, *lines, _ = real_model.by_task({"joint": plain, "memory": changed})
+    assert head.split() == ["a", "b"] and len(lines) == 6
+    assert [line.split()[-2:] for line in lines[1::2]] == [
+        ["+0.0±0.0"] * 2, ["+5.0±12.7", "+0.0±0.0"], ["+0.0±0.0"] * 2]  # 12.7 is t of one degree
+    assert lines[2].split() == ["joint", "moba", "61.0", "59.0"]
+    assert lines[3].split()[:4] == ["memory", "-", "joint", "moba"]
+    assert {len(line) for line in lines} == {len(head)}
+    one = real_model.by_task({"joint": plain, "dilated": {0: changed[0]}})
+    assert [line.split()[-2:] for line in one[1:-1]] == [
+        ["+0.0", "+0.0"], ["+6.0", "+0.0"], ["+0.0", "+0.0"]]
+    assert len(real_model.by_task({"joint": plain})) == 2
+
+
 def test_gains_stand_beside_the_papers_by_budget():
     """A budget under another's head, a control that nobody ran, a seed that one arm has."""
     lines = real_model.beside_paper({"joint": JOINT, "memory": MEMORY})
