@@ -234,11 +234,12 @@ def started(start, init, data, folder, device, context_len=4096, windows=6, like
 def chosen_in(file, made_of):
     """
     What a memory's start.json holds. ValueError if it was chosen otherwise than a start that is
-    `made_of` this; --init and --data are paths of another machine.
+    `made_of` this; --init and --data are paths of another machine, and in a longer context the
+    memory stays where it is.
     """
     chosen = files.load(file, *made_of, "weights", "long", *OF_HEADS)
     same_kind = made_of | {"start": made_of["start"] | {"kind": chosen["start"]["kind"]}}
-    for key in "start", "context_len", "windows", "rest":
+    for key in "start", "windows", "rest":
         if chosen[key] != same_kind[key]:
             raise ValueError(f"{file} was chosen with {key} {chosen[key]}, not {same_kind[key]}: "
                              "choose another --results")

@@ -271,6 +271,8 @@ def test_a_start_may_follow_what_another_chose(here, monkeypatch):
         assert torch.equal(v[0], v[1]) and torch.allclose(v[0], v[2]) == same
 
     assert make("memory", like=like) and make("memory", like=like | {"loss": 9.0})  # there already
+    longer = files.load(make("longer", like=like | {"context_len": 32}) / "start.json")
+    assert longer["heads"] == like["heads"] and longer["context_len"] == 64  # of another context
     refused(lambda: make("memory", like=told), "memory has other channels or heads")
     refused(lambda: make("new", like=told, length=9.0), "chosen.json was chosen with start",
             "choose another --results")
