@@ -435,9 +435,9 @@ def run_in(args, ranks, prompts, labels, tokenizers, methods):
     call = made_by(args.argv, "eval_niah.py", args.device, ranks.n)
     if ranks.rank == 0:
         refuse_other_questions(args, labels, tokenizers, examples, niah.prompt_hash, call)
-        trained = {label: round(weights.read(path, without_tensors=True)[0]["context_len"]
-                                * (args.yarn or 1)) for label, path in labels.items()}
-        note_lengths(trained, max(lengths), args.max_new_tokens, args.context_len)
+        trained = {label: weights.read(path, without_tensors=True)[0]["context_len"]
+                   for label, path in labels.items()}
+        note_lengths(trained, max(lengths), args.max_new_tokens, args.context_len, args.yarn)
     left = list(unanswered(examples, by_name, args.batch, read_lines(args.out)))
     ranks.meet("all have read what is there")  # before anyone writes
     mine = left[ranks.rank::ranks.n]

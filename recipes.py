@@ -27,6 +27,9 @@ PATTERN = "dilated:dilation=16,local=256,initial=4"
 # Of the small model's 1,024 bytes: tasks that fit, and that sparse reading makes hard, but for S-2.
 NANO_TASKS = ["niah_single_2", "niah_multikey_1", "niah_multikey_2", "niah_multivalue"]
 
+# Flags that say something of needles, and nothing of text.
+OF_NEEDLES = {"--protocol", "--tasks", "--drills", "--many", "--other_weight", "--haystack"}
+
 # One recipe reads: what is trained on what; for how long; how fast; what is kept.
 RECIPES = {
     # The paper in small, in minutes on a GPU: pretraining in a short context, where retrieval
@@ -244,6 +247,9 @@ def parse(argv):
     if args.data is None:
         parser.error(f"--recipe={args.recipe} trains on text: give --data, a folder of shards that "
                      "data.py wrote")
+    if args.data != "niah" and (of_needles := sorted(given & OF_NEEDLES)):
+        parser.error(f"{of_needles[0]} is for needles, and --data={args.data} is text: leave one "
+                     "of them out")
     if args.warmup == 1:
         parser.error("--warmup=1 leaves no step at the full learning rate")
     if args.min_lr > args.lr:

@@ -105,7 +105,10 @@ def run(args):
 
 
 def loaded(args):
-    """{path: (model, its tokenizer)} of --ckpt"""
+    """{path: (model, its tokenizer)} of --ckpt. ValueError for flags that do not go together."""
+    if args.prompt is not None and args.index:
+        raise ValueError("--index is the example of a task, and --prompt is a text of your own: "
+                         "leave one of them out")
     dtype, models = torch.bfloat16 if args.device.startswith("cuda") else torch.float32, {}
     for path in map(str, args.ckpt):
         model = Transformer.from_pretrained(path, dtype, args.device)
@@ -152,7 +155,7 @@ def ids_of(prompt, path, model, tokenizer, texts, context_len, args):
         raise ValueError(f"the prompt has {len(ids):,} tokens, {total:,} with those to come, and "
                          f"budgets are fractions of {context_len:,}: give "
                          f"--context_len={roomy(total)}, or budgets in tokens")
-    note_if_beyond(path, model.config.context_len, total)
+    note_if_beyond(path, model.config.context_len, total, args.yarn)
     return ids
 
 

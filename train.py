@@ -87,6 +87,9 @@ def what_to_train(args, folder=None):
             what = f"its RoPE is stretched to {reach:,}, and it has to get used to that"
         print(f"note: {source} was trained for {config.context_len:,} tokens, and --context_len="
               f"{args.context_len} goes beyond: {what}")
+    elif args.yarn and not (longer or folder) and parallel.is_first():
+        print(f"note: --yarn={args.yarn:g} is for a --context_len beyond the {config.context_len:,} "
+              f"tokens that {source} was trained for, and none such is given")
     if args.context_len and (args.preset or longer):
         config = replace(config, context_len=args.context_len)
     return config, tensors

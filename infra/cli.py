@@ -126,21 +126,28 @@ def refuse_longer(tokens, context_len):
                          f"--context_len={roomy(tokens)}, or shorter prompts")
 
 
-def note_if_beyond(name, trained, asked):
-    """A line, if a model is asked about more tokens than it has learned to look back."""
-    if asked > trained:
+def note_if_beyond(name, trained, asked, yarn=None):
+    """
+    A line, if a model is asked about more tokens than it has learned to look back, or was stretched
+    by `yarn` to and needs no stretch.
+    """
+    if asked > round(trained * (yarn or 1)):
         print(f"note: {name} was trained on contexts of {trained:,} tokens, and is asked about up "
               f"to {asked:,}: where it fails, it need not be a method's fault", file=sys.stderr)
+    elif yarn and asked <= trained:
+        print(f"note: --yarn={yarn:g} stretches {name}, which was trained on contexts of "
+              f"{trained:,} tokens and is asked about up to {asked:,}: without it positions are "
+              "those that it has learned", file=sys.stderr)
 
 
-def note_lengths(trained, longest, max_new_tokens, context_len):
+def note_lengths(trained, longest, max_new_tokens, context_len, yarn=None):
     """
-    A line for each model of {name: context that it was trained on} that is asked about more, and
-    one if prompts are far shorter than --context_len.
+    note_if_beyond of each model of {name: context that it was trained on}, and a line if prompts
+    are far shorter than --context_len.
     """
     asked = longest + max_new_tokens
     for name, of_model in trained.items():
-        note_if_beyond(name, of_model, asked)
+        note_if_beyond(name, of_model, asked, yarn)
     if asked < 0.75 * context_len:
         print(f"note: the longest prompt has {longest:,} tokens, and budgets are fractions of "
               f"--context_len {context_len}: --context_len={roomy(asked)} fits", file=sys.stderr)

@@ -189,6 +189,8 @@ def test_yarn_stretches_the_model_that_is_asked(model, capsys, monkeypatch):
     assert factors == [1.5] and "was trained" not in capsys.readouterr().err
     run(*flags, out="plain")
     assert factors == [1.5] and "trained on contexts of 2,048" in capsys.readouterr().err
+    run(*flags[:-1], "--context_len=1500", "--yarn=1.5", out="short")
+    assert "--yarn=1.5 stretches tiny" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(*flags)
     assert "--yarn was 1.5, now None" in capsys.readouterr().err

@@ -83,6 +83,14 @@ def test_yarn_stretches_each_model_that_is_asked(out, capsys, monkeypatch):
     assert "stretched already" in capsys.readouterr().err
 
 
+def test_an_example_of_a_task_is_not_one_of_a_prompt(out, capsys):
+    """An index that nobody hears."""
+    with pytest.raises(SystemExit):
+        sample.main(["--prompt=Hello", "--index=2", "--device=cpu"])
+    assert "--index is the example of a task" in capsys.readouterr().err
+    run(capsys, "--prompt=Hello", "--index=0")
+
+
 def test_several_models_answer_one_prompt(tmp_path, monkeypatch, capsys):
     """A model asked with the other's tokens; two answers that cannot be told apart."""
     monkeypatch.chdir(tmp_path)

@@ -34,6 +34,7 @@ TINY = Config(257, n_layer=1, width=32, n_head=2, n_kv_head=2, mlp_width=64, con
 BASE = ["--preset=pico", "--memory=on", "--arl=16", "--tasks", "niah_single_1", "--drills=0.5",
         "--steps=4", "--batch=4", "--log_every=1", "--eval_every=4", "--save_every=2",
         "--device=cpu"]
+OF_TEXT = BASE[:3] + BASE[6:]  # without the flags that are for needles
 RARELY = ["--log_every=1000", "--eval_every=0", "--save_every=1000"]
 
 
@@ -162,6 +163,8 @@ REFUSED = [
     ("--init=nowhere", "nowhere"),
     ("--recipe=olmo2-continue --init=x", "--data"),
     ("--preset=pico --data=nowhere", "nowhere"),
+    ("--preset=pico --data=nowhere --tasks S-1", "--tasks is for needles"),
+    ("--preset=pico --data=nowhere --haystack=x", "--haystack is for needles"),
     ("--preset=pico --tokenizer=nowhere", "nowhere"),
     ("--preset=olmo2-1b --context_len=512", "--tokenizer"),
     ("--preset=pico --tasks mk-9", "mk-9"),
@@ -339,6 +342,8 @@ def test_yarn_stretches_the_length_before_and_stays(capsys):
     continued(newest, "--name=beyond", "--context_len=2560", "--arl=0", "--steps=1")
     assert "it has to learn positions that are new to it" in capsys.readouterr().out
     refused(lambda: continued(newest, "--name=again", "--yarn=2"), "stretched already")
+    continued(source, "--name=within", "--yarn=2", "--arl=0", "--steps=1")
+    assert "--yarn=2 is for a --context_len beyond the 512" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("death, says", [
@@ -451,13 +456,13 @@ def test_a_run_goes_on_with_the_same_files_wherever_they_are(tmp_path):
     some_shards("shards")
     some_shards("others", b"it was a dark night. ")
     text = ["--name=text", "--context_len=64", "--arl=0", "--steps=2", "--resume"]
-    run(*text, "--data=shards")
-    run(*text, f"--data={tmp_path}/shards")
+    run(*text, "--data=shards", base=OF_TEXT)
+    run(*text, f"--data={tmp_path}/shards", base=OF_TEXT)
     shutil.move("shards", "moved")
-    run(*text, "--data=moved")
+    run(*text, "--data=moved", base=OF_TEXT)
     shutil.move("out/text", "out/renamed")
-    run(*text, "--name=renamed", "--data=moved")
-    refused(lambda: run(*text, "--name=renamed", "--data=others"), "--data")
+    run(*text, "--name=renamed", "--data=moved", base=OF_TEXT)
+    refused(lambda: run(*text, "--name=renamed", "--data=others", base=OF_TEXT), "--data")
 
     for file, word in ("essay", "best"), ("same", "best"), ("other", "worst"):
         Path(f"{file}.txt").write_text(f"It was the {word} of times. " * 400)
@@ -491,7 +496,7 @@ def test_a_checkpoint_has_the_tokenizer_it_was_trained_with_and_goes_on_with_no_
     refused(lambda: run(*flags, "--tokenizer=one"), name)
     some_shards("shards")
     text = ["--name=text", "--data=shards", "--context_len=64", "--arl=0"]
-    refused(lambda: run(*text, "--tokenizer=two"), "tokenizer bytes")
+    refused(lambda: run(*text, "--tokenizer=two", base=OF_TEXT), "tokenizer bytes")
 
 
 # ---------------------------------------------------------------- log and record
