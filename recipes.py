@@ -247,9 +247,9 @@ def parse(argv):
     if args.data is None:
         parser.error(f"--recipe={args.recipe} trains on text: give --data, a folder of shards that "
                      "data.py wrote")
-    if args.data != "niah" and (of_needles := sorted(given & OF_NEEDLES)):
-        parser.error(f"{of_needles[0]} is for needles, and --data={args.data} is text: leave one "
-                     "of them out")
+    if args.data != "niah" and (unheard := sorted(given & OF_NEEDLES)) and is_first():
+        print(f"note: {', '.join(unheard)}: for needles, and of no effect on text, which "
+              f"--data={args.data} is", file=sys.stderr)
     if args.warmup == 1:
         parser.error("--warmup=1 leaves no step at the full learning rate")
     if args.min_lr > args.lr:

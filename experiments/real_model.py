@@ -394,7 +394,8 @@ def ask_why(name, suffix, args):
     examples = [e for of_task in by_task.values() for e in of_task]
     model = Transformer.from_pretrained(folder, torch.bfloat16, args.device)
 
-    def scores(model, parts):  # of {part: {name: method}}, {part: {name: mean of the tasks}}
+    def scores(model, parts):
+        """{part: {name: mean of the tasks}} of {part: {name: method}}, all asked at once"""
         wanted = [method for of_part in parts.values() for method in of_part.values()]
         made = ways.evaluate(model, tokenizer, examples, wanted, args.eval_batch)
         return {part: {name: 100 * mean(eval_niah.ruler_scores(made[method].texts, examples))
@@ -589,23 +590,25 @@ def beside_paper(found):
             "paper has one model each"]
 
 
-def by_task(found):
-    """Where gains come from, task by task: the control's scores, and what is above it."""
-    tasks = list(next(iter(next(iter(found.values())).values()))["cells"]["dense"])
-    lines = [f"{'':28}" + "".join(
-        f"{niah.TASKS[task].short if task in niah.TASKS else task:>12}" for task in tasks)]
-    for (title, (arm, base)), kind in product((CONTRASTS | EXPLORED).items(), CELLS):
+def gains_by_task(found):
+    """Where gains come from, task by task: a control's scores, and what an arm is above it."""
+    report, *_ = chain(*(reports.values() for reports in found.values()))
+    tasks, names, lines, told = list(report["cells"]["dense"]), eval_niah.names(), [], set()
+    for (arm, base), kind in product((CONTRASTS | EXPLORED).values(), CELLS):
         of_tasks = [compared(found, arm, base, kind, task=task) for task in tasks]
         if None in of_tasks:
             continue
-        if title == "primary":
-            lines.append(f"{base:20}{kind:8}" + "".join(
-                f"{mean([score(of, kind, task=task) for of in found[base].values()]):12.1f}"
-                for task in tasks))
+        if (base, kind) not in told:
+            told.add((base, kind))
+            of_seeds = [of for seed, of in found[base].items()
+                        if seed in SEEDS and seed in found[arm]]
+            scores = [mean([score(of, kind, task=task) for of in of_seeds]) for task in tasks]
+            lines.append(f"{base:20}{kind:8}" + "".join(f"{x:13.1f}" for x in scores))
         lines.append(f"{f'{arm} - {base}':20}{kind:8}" + "".join(
-            f"{gained(of):>12}" for of in of_tasks))
-    return [*lines, "the same by task, mean of a method's three budgets: RULER's score, %, and "
-            "points above a control ± half a 95 % interval"]
+            f"{gained(of):>13}" for of in of_tasks))
+    head = f"{'':28}" + "".join(f"{names.get(task, task):>13}" for task in tasks)
+    return [head, *lines, "by task, the mean of a method's three budgets: RULER's score of a "
+            "control, %, and points above it ± half a 95 % interval"]
 
 
 def gained(of):
@@ -776,7 +779,7 @@ def run_all(args, rest):
         raise ValueError(f"{args.results} holds no result: name --stages or --runs to make some")
     lines = []
     if found:
-        lines = [*tables(found), *by_task(found), *beside_paper(found), *memories(found),
+        lines = [*tables(found), *gains_by_task(found), *beside_paper(found), *memories(found),
                  *why(found)]
         plot_gains(found, Path(args.results) / "gains.png")
     print("\n".join([*choices, *lines]))

@@ -321,6 +321,19 @@ def test_an_oracle_is_asked_in_any_batch_and_order():
             assert alone[method].texts == [whole[method].texts[i]]
 
 
+def test_all_that_tells_why_is_asked_at_once_as_each_alone(monkeypatch):
+    """A cache, or on a GPU a graph, with another prompt's needles or another method's draw."""
+    monkeypatch.setattr(backend, "choice", "auto" if DEVICE == "cuda" else "torch")
+    model, examples = a_model(memory=True, width=64), make(5)
+    methods = [Dense(), *(m for own in (QUEST, MOBA, SNAPKV) for m in (
+        own, oracle(own, Needles(examples, Bytes())), randomized(own, 1))), FROZEN]
+    at_once = ways.evaluate(model, Bytes(), examples, methods, batch=2)
+    for method in methods:
+        alone = ways.evaluate(model, Bytes(), examples, [method], batch=2)[method]
+        assert at_once[method].texts == alone.texts, sparse.name(method)
+    assert len({tuple(at_once[method].texts) for method in methods}) > 5
+
+
 def test_an_oracle_shares_the_dense_prefill_and_tells_its_budget():
     """An evaluation that prefills anew for each, or counts what is read against no budget."""
     of = {m: phases(oracle(m, Needles(make(1), Bytes()))) for m in (QUEST, MOBA, SNAPKV)}

@@ -34,7 +34,6 @@ TINY = Config(257, n_layer=1, width=32, n_head=2, n_kv_head=2, mlp_width=64, con
 BASE = ["--preset=pico", "--memory=on", "--arl=16", "--tasks", "niah_single_1", "--drills=0.5",
         "--steps=4", "--batch=4", "--log_every=1", "--eval_every=4", "--save_every=2",
         "--device=cpu"]
-OF_TEXT = BASE[:3] + BASE[6:]  # without the flags that are for needles
 RARELY = ["--log_every=1000", "--eval_every=0", "--save_every=1000"]
 
 
@@ -163,8 +162,6 @@ REFUSED = [
     ("--init=nowhere", "nowhere"),
     ("--recipe=olmo2-continue --init=x", "--data"),
     ("--preset=pico --data=nowhere", "nowhere"),
-    ("--preset=pico --data=nowhere --tasks S-1", "--tasks is for needles"),
-    ("--preset=pico --data=nowhere --haystack=x", "--haystack is for needles"),
     ("--preset=pico --tokenizer=nowhere", "nowhere"),
     ("--preset=olmo2-1b --context_len=512", "--tokenizer"),
     ("--preset=pico --tasks mk-9", "mk-9"),
@@ -307,6 +304,14 @@ def test_a_longer_context_is_the_models_and_is_told_once(capsys):
         assert Transformer.from_pretrained(newest).config.context_len == 1024
     run("--name=new", "--context_len=1024", "--steps=1", "--arl=0")
     assert "was trained for" not in capsys.readouterr().out
+
+
+def test_flags_that_text_does_not_hear_are_told(capsys):
+    """Tasks that someone believes to have trained on."""
+    train.parse(["--recipe=nano", "--data=shards"])  # which has tasks, and nobody named any
+    assert capsys.readouterr().err == ""
+    train.parse(["--preset=pico", "--data=shards", "--tasks", "S-1", "--many=0.2"])
+    assert "note: --many, --tasks: for needles, and of no effect on text" in capsys.readouterr().err
 
 
 def test_yarn_stretches_the_length_before_and_stays(capsys):
@@ -456,13 +461,13 @@ def test_a_run_goes_on_with_the_same_files_wherever_they_are(tmp_path):
     some_shards("shards")
     some_shards("others", b"it was a dark night. ")
     text = ["--name=text", "--context_len=64", "--arl=0", "--steps=2", "--resume"]
-    run(*text, "--data=shards", base=OF_TEXT)
-    run(*text, f"--data={tmp_path}/shards", base=OF_TEXT)
+    run(*text, "--data=shards")
+    run(*text, f"--data={tmp_path}/shards")
     shutil.move("shards", "moved")
-    run(*text, "--data=moved", base=OF_TEXT)
+    run(*text, "--data=moved")
     shutil.move("out/text", "out/renamed")
-    run(*text, "--name=renamed", "--data=moved", base=OF_TEXT)
-    refused(lambda: run(*text, "--name=renamed", "--data=others", base=OF_TEXT), "--data")
+    run(*text, "--name=renamed", "--data=moved")
+    refused(lambda: run(*text, "--name=renamed", "--data=others"), "--data")
 
     for file, word in ("essay", "best"), ("same", "best"), ("other", "worst"):
         Path(f"{file}.txt").write_text(f"It was the {word} of times. " * 400)
@@ -496,7 +501,7 @@ def test_a_checkpoint_has_the_tokenizer_it_was_trained_with_and_goes_on_with_no_
     refused(lambda: run(*flags, "--tokenizer=one"), name)
     some_shards("shards")
     text = ["--name=text", "--data=shards", "--context_len=64", "--arl=0"]
-    refused(lambda: run(*text, "--tokenizer=two", base=OF_TEXT), "tokenizer bytes")
+    refused(lambda: run(*text, "--tokenizer=two"), "tokenizer bytes")
 
 
 # ---------------------------------------------------------------- log and record
