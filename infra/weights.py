@@ -214,10 +214,13 @@ def config_of(kind, settings, path):
     try:
         return kind(**settings)
     except (TypeError, ValueError) as error:  # a field of another name, type or size
+        file = Path(path)
+        if file.is_dir():  # else the config is in the file itself
+            file /= "config.json"
         if str(error).startswith("memory="):  # Config's own line, whose remedy is another
-            raise ValueError(f"{path}: {error}") from None
-        raise ValueError(f"{path}: its config describes no model here ({short(str(error))}): fetch "
-                         "it again") from None
+            raise ValueError(f"{file}: {error}") from None
+        raise ValueError(f"{file} describes no model here ({short(str(error))}): fetch it "
+                         "again") from None
 
 
 def settings_of_directory(path):

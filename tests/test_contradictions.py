@@ -166,7 +166,7 @@ REFUSED = {
         put(FREQUENCIES, frequencies(10000.0, 16)), ["rotary_emb.inv_freq"]),
     # sizes
     "head_dim": (said(head_dim=16), ["head_dim=16", "hidden_size=32", "num_attention_heads=4"]),
-    "n_head": (said(num_attention_heads=5), ["n_head=5"]),
+    "n_head": (said(num_attention_heads=5), ["config.json describes no model", "n_head=5"]),
     "width": (said(hidden_size=64), ["64", "32"]),
     "mlp_width": (said(intermediate_size=40), ["mlp", "48", "40"]),
     "n_kv_head": (said(num_key_value_heads=2), ["k_proj", "(32, 32)", "(16, 32)"]),
