@@ -38,7 +38,7 @@ class Feed:
     """What one call of the model feeds to its cache. A place for a token is called a slot."""
     sparse: methods.Dense          # the method,
     prefill: Callable              # and its prefill, as it is computed here (backend.hook)
-    position: torch.Tensor         # (1 or B, T)  each token's
+    position: torch.Tensor         # (B, T)  each token's
     start: object                  # int, or (B,)  the slot of the first token
     lengths: torch.Tensor | None   # (B,)    real tokens per row in this call; None: all T
     real: torch.Tensor | None      # (B, T)  True where there is a real token; None: everywhere
@@ -118,7 +118,7 @@ class Cache:
         self.recent_q = none()           # (B, W, H, D)  each row's last queries, newest at the end
         self.selected = none()           # what the last step read, in the words of sparse.py
         self.slots = self.max_len        # places for entries in a row
-        self.compressed_by = {}                # method -> what `compressed` made for it
+        self.compressed_by = {}          # method -> what `compressed` made for it
         self.graphs = {}                 # method -> its decoding step, captured (engine.Graph)
         self.weights = None              # where a graph finds the model's, if it may be captured
         self.feeding = False             # a prompt is on its way (`prefilling`)

@@ -139,8 +139,6 @@ class Inference:
         last chunk hold.
         """
         B, T = self.check_ids(tokens).shape
-        if T == 0:
-            raise ValueError("the prompt has no tokens")
         if cache is None and (whole or watch):
             raise ValueError("prefill(whole=True) and watch need a cache")
         if whole and cache.filled:
@@ -150,13 +148,8 @@ class Inference:
             cache.check_whole()
             cache.check_rows(B)
         if lengths is not None:
-            least, most = map(int, lengths.aminmax())
-            before = 0 if cache is None else cache.used
-            if not (len(lengths) == B and least >= 0 and 0 < most <= T
-                    and bool((before + lengths > 0).all())):
-                raise ValueError(f"lengths={lengths.tolist()}: each of {B} rows must have 1 to {T} "
-                                 "tokens, or 0 if it has had some")
-            tokens, T = tokens[:, :most], most  # what pads all rows is left out
+            T = self.check_lengths(lengths, tokens, cache)
+            tokens = tokens[:, :T]  # what pads all rows is left out
         elif T == 1:  # without lengths it would be a decoding step
             lengths = torch.ones(B, dtype=torch.long, device=tokens.device)
         if cache is not None:  # for all parts, before the first is fed
@@ -264,6 +257,9 @@ class Inference:
 
         new, n_done = [], 0
         done = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        # As the first step does, but also for a row that takes none: what it holds must not depend
+        # on the other rows.
+        cache.compress(sparse or Dense())
         with cache.ending() as end:
             for n in range(max_new_tokens):
                 token = draw(logits.float(), temperature, top_k, source)  # (B,)
@@ -275,8 +271,6 @@ class Inference:
                 if n + 1 == max_new_tokens or n_done == len(done):
                     break
                 if eos_id is not None and n_done > n_before:
-                    # as the first step does, but for what a row that has ended holds
-                    cache.compress(sparse or Dense())
                     end(ended)  # the steps that other rows still take are not theirs
                 logits = self.step(token, cache, sparse)
                 if watch:

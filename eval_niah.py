@@ -167,7 +167,7 @@ def in_turn(model, cache, logits, questions, method):
             yield own, model.prefill(tokens, lengths, own, method), lengths
 
 
-def prefill(model, examples, method, max_new_tokens, window=64, cache=None, watch=None):
+def prefill(model, examples, method, max_new_tokens, window, cache=None, watch=None):
     """
     -> the examples' cache, logits (B, V) of the first new token, lengths (B,)
 
@@ -382,13 +382,13 @@ def examples_of(args, labels, tokenizers):
 
 def draws_by_chance(args, methods):
     """
-    H2: the methods of budget 1/4 once for each seed, with the scores of what they select drawn by
-    chance (sparse.randomized). All else stays: the budget, what is always kept, the prompts. So
-    what their score says is all that such a draw lacks.
+    H2: the methods of one phase and of budget 1/4 once for each seed, with the scores of what they
+    select drawn by chance (sparse.randomized). All else stays: the budget, what is always kept, the
+    prompts. So what their score says is all that such a draw lacks.
     """
     quarter = [m for m in methods if getattr(m, "budget", 0) * 4 == args.context_len]
     if not quarter:
-        raise ValueError("--random: none of the methods has a budget of 1/4, "
+        raise ValueError("--random: no method of one phase has a budget of 1/4, "
                          f"{args.context_len / 4:g} tokens")
     return {sparse.randomized(m, draw): methods[m] for m in quarter for draw in range(args.random)}
 
@@ -611,7 +611,7 @@ def flags():
     add("--seed", type=seed, default=0, help="of the examples")
     add("--hits", action="store_true", help="H1: how often each head selects the answer's place")
     add("--random", type=positive, default=0, metavar="SEEDS", help="H2: how many times to draw "
-        "the selection of methods of budget 1/4 by chance")
+        "the selection of methods of one phase and budget 1/4 by chance")
     # how
     add("--batch", type=positive, default=16, help="prompts at a time")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",

@@ -18,7 +18,7 @@ and two stretches in a row are again such a stretch (`two_steps`). So all stretc
 zero at once, and what came before a stretch is added when it is known. There are three levels:
 
     rows     one thread walks down ROWS tokens of its channels, in registers
-    strips   STRIPS warps, each with its rows, make a tile, which is one program; a small scan
+    strips   STRIPS of them, each with its rows, make a tile, which is one program; a small scan
              inside the program tells each strip what came before it
     tiles    a program waits for the state before its tile, and passes on the state after it
 
@@ -142,8 +142,8 @@ def memory_forward_kernel(
         k~[t] = g[t] k~[t-1] + (1 - g[t]) k[t],  v~ alike         reference: memory.memory_loop
     grid   n_tiles * B * W / BLOCK_W, the tiles slowest: the GPU starts programs in this order, so
            whoever waits, waits for one that runs already
-    tile   one warp per strip, two channels per lane (where 64 divides W), ROWS tokens one after
-           the other in registers
+    tile   one warp per strip and two channels per lane, or in the narrow tiles one channel, or two
+           strips to a warp; ROWS tokens one after the other in registers
     bytes  reads k, v, gate and writes k~, v~ once: 5 * B * T * W elements
     dtype  any in and out; gates and states in fp32, as products of many bf16 decays drift
     """
@@ -207,7 +207,10 @@ def memory_forward_kernel(
 
 
 def tile_of(B, W, saves):
-    """saves: a backward pass starts from the states between the tiles, so it has the same ones."""
+    """
+    The tile for B rows of W channels. With `saves` it is one that the backward pass has, too, as
+    that starts from the states between the tiles.
+    """
     if B * W <= FEW:
         return NARROW_BOTH if saves else NARROW_TILE
     return TILE if saves or B * W >= FILLED * TILE["WIDTH"] else LONG_TILE

@@ -48,7 +48,7 @@ from triton_ops import backend
 
 @dataclass
 class Config:
-    """The defaults are OLMo 2's form; the others change fields from head_dim on."""
+    """The defaults are OLMo 2's form; the others change sizes, and fields from tied on."""
     vocab_size: int = 100352
     n_layer: int = 16
     width: int = 2048          # C
@@ -278,6 +278,8 @@ class Transformer(Inference, nn.Module):
         is a prompt, or a chunk of one (sparse.prefill). The first decoding step lets the method
         drop prompt entries (sparse.compress).
         """
+        if lengths is not None:
+            self.check_lengths(lengths, self.check_ids(tokens), cache)
         if cache is not None:
             return self.feed(tokens, lengths, cache, sparse, head=True)
         return self.head(self.hidden(tokens, sparse))
@@ -328,7 +330,7 @@ class Transformer(Inference, nn.Module):
         sparse=None,     # as in forward
         compiled=False,  # the loss by torch.compile
     ):                   # -> sum of weight * cross entropy of tokens[:, 1:], in nats
-        """For training, with gradients: logits exist some thousand tokens at a time (loss.py)."""
+        """For training, with gradients: logits exist some thousand tokens at a time, infra/loss.py"""
         x = self.hidden(tokens[:, :-1], sparse).flatten(0, 1)  # (B * T, C)
         targets, weight = tokens[:, 1:].flatten(), weight[:, 1:].flatten()
         return weighted_loss(x, self.head_weight, targets, weight, compiled)
@@ -341,9 +343,25 @@ class Transformer(Inference, nn.Module):
 
     def check_ids(self, tokens):
         check_type(tokens, torch.Tensor, "tokens are a tensor (B, T) of ids")
-        if tokens.dim() != 2 or tokens.is_floating_point():
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"tokens are ids (B, T), not {tokens.dtype} {tuple(tokens.shape)}")
+        if tokens.numel() == 0:
+            raise ValueError(f"there are no tokens: {tuple(tokens.shape)}")
         return tokens
+
+    def check_lengths(self, lengths, tokens, cache):
+        """-> the longest row's; ValueError unless lengths (B,) are those of tokens (B, T)."""
+        B, T = tokens.shape
+        check_type(lengths, torch.Tensor, "lengths are a tensor (B,) of numbers of tokens")
+        before = 0 if cache is None else cache.used
+        fits = lengths.shape == (B,)
+        if fits:
+            least, most = map(int, lengths.aminmax())
+            fits = least >= 0 and 0 < most <= T and bool((before + lengths > 0).all())
+        if not fits:
+            raise ValueError(f"lengths={lengths.tolist()}: each of {B} rows must have 1 to {T} "
+                             "tokens, or 0 if it has had some")
+        return most
 
     def check_tokens(self, tokens):
         self.check_ids(tokens)

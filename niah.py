@@ -401,7 +401,7 @@ class Example:
 
 def make_example(
     task, context_len, tokenizer,
-    seed, index,            # the example is a function of split, seed, task and index alone
+    seed, index,            # chance depends on split, seed, task and index alone
     protocol="base",        # or "sft"
     haystack=None,          # text of the essay; None: Python's help pages
     *, split="test",        # or "val"; "train", whose essays start anywhere
@@ -476,7 +476,7 @@ def default_new_tokens(context_len, tokenizer, task=None):
 
 def fitting_tasks(context_len, tokenizer, protocol="base", max_new_tokens=128, words="built-in"):
     """Names of the tasks that have room here for the least haystack and for every answer."""
-    # Drafts differ in size by their keys. If half of 16 fit, compose will find one that does.
+    # Drafts differ in size by their keys. If nine of 16 fit, compose will find one that does.
     essay = essay_words()[0]
 
     def fits(name):
@@ -606,7 +606,7 @@ def drill(room, tokenizer, rng, words):
 
 def training_sample(
     context_len, tokenizer,
-    seed, index,              # the sample is a function of these two alone
+    seed, index,              # chance depends on these two alone
     tasks=tuple(TASKS),       # those that fit: fitting_tasks
     many=0.5,                 # share of many_questions among the samples that are no drills
     haystack=None,            # text of the essays; None: Python's help pages

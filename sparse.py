@@ -89,11 +89,14 @@ def query_slots(q, start):
 
 
 def up_to_queries(q, k, v, start):
-    """k, v with zeros behind each row's last query: a NaN there would not go away with weight 0."""
+    """
+    k, v without what stands behind each row's last query: cut off, or zeros where rows differ. A
+    NaN there would not go away with weight 0.
+    """
     if isinstance(start, int):
         return k[:, :start + q.shape[1]], v[:, :start + q.shape[1]]
     slot = torch.arange(k.shape[1], device=q.device)
-    behind = slot > query_slots(q, start)[:, -1:]  # (1 or B, Tk)
+    behind = slot > query_slots(q, start)[:, -1:]  # (B, Tk)
     return tuple(x.masked_fill(behind[..., None, None], 0) for x in (k, v))
 
 
@@ -258,8 +261,8 @@ class TopP(Quest):
     whose attention comes to a share p of it (Twilight, arXiv 2502.02770).
 
     So budget is a cap, and how many are attended to is measured: one entry where that has all the
-    attention, perhaps all that were chosen where it is spread. The choice looks at the keys of the
-    whole cap, the original at four bits of each, and for each query head.
+    attention, perhaps all that were chosen where it is spread. To choose, all keys under the cap
+    are read. The original reads four bits of each, and chooses for each query head.
     """
     p: float = 0.85
 
@@ -383,7 +386,7 @@ class SnapKV(Dense):
               f"window={self.window}, which it includes; raise the budget or set window=")
 
     def score(self, q, k, lengths):
-        """q: (B, W, H, D), k: (B, Tk, KV, D) -> (B, KV, Tk), of use before the window alone"""
+        """q: (B, W, H, D), k: (B, Tk, KV, D) -> (B, KV, Tk), which counts before the window alone"""
         B, Tk, KV, D = k.shape
         W, G = q.shape[1], q.shape[2] // KV
         slot = torch.arange(Tk, device=q.device)

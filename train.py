@@ -88,8 +88,8 @@ def what_to_train(args, folder=None):
         print(f"note: {source} was trained for {config.context_len:,} tokens, and --context_len="
               f"{args.context_len} goes beyond: {what}")
     elif args.yarn and not (longer or folder) and parallel.is_first():
-        print(f"note: --yarn={args.yarn:g} is for a --context_len beyond the {config.context_len:,} "
-              f"tokens that {source} was trained for, and none such is given")
+        print(f"note: --yarn={args.yarn:g} is for a --context_len beyond the "
+              f"{config.context_len:,} tokens that {source} was trained for, and none such is given")
     if args.context_len and (args.preset or longer):
         config = replace(config, context_len=args.context_len)
     return config, tensors
@@ -282,7 +282,8 @@ def run_in(processes, stop, run, args):
         what = "answer tokens"
         say(f"{run}: needles of {', '.join(training.tasks)}")
 
-    # The model, of which each process keeps its rows, and a loss for each pass through it.
+    # The model, of which each process keeps its rows or, if it is small, all; and a loss for each
+    # pass through it.
     keepers = parallel.Processes() if plan.small else processes
     model = parallel.make_model(Transformer, config, tensors, args, keepers, plan.stays)
     optimizer = make_optimizer(model, args)

@@ -43,13 +43,16 @@ class Frozen(Quest):
     moves on as the answer grows. A block that the answer has filled is read again only where the
     prompt has too few for the budget.
 
-    Not behind SnapKV, which moves entries to other blocks. ValueError without a seed.
+    ValueError, when it is asked, without a seed and behind SnapKV, which moves entries to other
+    blocks.
     """
     in_graph = True
 
     def choose(self, q, cache):
         check(self.random is not None, "frozen: there is no draw without a seed: give random=0, or "
               "another")
+        check(cache.positions is None, "frozen: entries were dropped, and blocks are no more those "
+              "of the prompt: ask it without SnapKV")
         KV, N = cache.k.shape[2], math.ceil(cache.k.shape[1] / self.block_size)
         lengths, dice = cache.prompt()
         scores = chance(dice, self.random, KV, N)  # (B, KV, 1, N), from 0 to 1
@@ -197,9 +200,9 @@ def oracle(method, needles):
 
 def left_out(method, needles):
     """
-    How many answers have a needle that the oracle of this method cannot read whole,
-    or keep, as the budget is too small for it behind those before it. The block in which the answer
-    is written counts as one more than the needles'.
+    How many answers have a needle that the oracle of this method cannot read or keep whole, as the
+    budget is too small for it behind those before it. The block in which the answer is written
+    takes one of the budget's, too.
     """
     phase, size, n = selects_in(method), getattr(method, "block_size", 1), 0
     for places, length in zip(needles.places, needles.lengths):

@@ -145,7 +145,7 @@ def cheapest(
     tokens,        # (B, T + 1)  text to measure on
     start,
     long,          # (layers, KV, D)  bool: which channels
-    at_a_time=6,   # heads that are added before all others are measured again
+    at_a_time=6,   # heads that are added between two measurements
 ):                 # -> heads [(layer, KV head)], cheapest first; the loss in nats per token of
                    #    none, {(layer, KV head): of it alone}, of all of them
     """

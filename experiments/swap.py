@@ -76,7 +76,10 @@ class Swapped(Transformer):
 
     def hidden(self, tokens, method=None, cache=None):
         parts, method = sparse.phases(method), method or Dense()
-        asked = [parts.prefill_by] if cache is None else [parts.prefill_by, parts.decode_by]
+        asked = [parts.prefill_by]
+        if cache is not None:
+            others = parts.compress_by, parts.evict_by  # where all is kept, these are asked nothing
+            asked += [parts.decode_by, *(part for part in others if type(part) is not Dense)]
         check(all(getattr(part, "takes_half", False) for part in asked),
               f"a swapped model is asked by swap.cells of a method, not by {sparse.name(method)} "
               "itself: ask that of the model as it was")

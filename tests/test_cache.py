@@ -465,8 +465,8 @@ def test_a_row_that_ends_at_once_is_compressed_with_the_others():
     other, end = logits.argmax(1).tolist()
     assert end != other
     model.decode(logits, both, 6, method, eos_id=end)
-    model.prefill(tokens[1:, :12], None, alone, method)
-    alone.compress(method)
+    logits = model.prefill(tokens[1:, :12], None, alone, method)
+    model.decode(logits, alone, 6, method, eos_id=end)  # which takes no step
     assert both.used[1] == alone.used[0] == 10 and both.filled == both.used.max()
     with torch.no_grad():
         assert_close(model(question, cache=both)[1], model(question[1:], cache=alone)[0])
@@ -521,6 +521,10 @@ WRONG = [  # what is said, of which talk, and what is done
     (["need a cache"], {}, lambda t: t.model.prefill(TOKENS, whole=True)),
     (["need a cache"], {}, lambda t: t.model.prefill(TOKENS, watch=print)),
     (["no tokens"], EMPTY, lambda t: t.prefill(TOKENS[:, :0])),
+    (["no tokens"], EMPTY, lambda t: t.model(TOKENS[:, :0], None, t.cache)),
+    (["no tokens"], {}, lambda t: t.model.loss(TOKENS[:, :1], torch.ones(2, 1))),
+    *(([f"lengths={n}"], EMPTY, lambda t, n=n: t.model(TOKENS, torch.tensor(n), t.cache))
+      for n in ([31, 8], [-1, 8], [3])),
     *((["30", "31", "larger max_len"], FULL, use) for use in (
         lambda t: t.step(), lambda t: t.prefill(TOKENS[:, :1]), lambda t: t.decode(2),
         lambda t: t.model(TOKENS[:, :1], torch.tensor([1, 1]), t.cache))),

@@ -154,6 +154,7 @@ def test_frozen_reads_the_answer_where_the_prompt_is_short():
     assert model.generate(tokens, 40, sparse=all_of_them).tolist() == \
         model.generate(tokens, 40).tolist()
     refused(lambda: model.generate(tokens, 3, sparse=Frozen(64, 8)), "seed")
+    refused(lambda: model.generate(tokens, 3, sparse=compose(SnapKV(16, 4), all_of_them)), "SnapKV")
 
 
 def test_a_frozen_draw_is_the_same_in_triton(both):

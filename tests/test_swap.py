@@ -352,6 +352,8 @@ def test_what_cannot_be_swapped_is_said():
         refused(lambda: both.generate(tokens, 3, sparse=method), "cells", sparse.name(
             method or Dense()))
     refused(lambda: both(tokens), "cells")
+    half = Compose(prefill_by=TRAINED, decode_by=TRAINED, compress_by=SNAPKV)
+    refused(lambda: both.generate(tokens, 3, sparse=half), "cells")
     refused(lambda: swapped(tiny()), "no memory")
     refused(lambda: swapped(both), "decay")
     for method in Dense(), Dilated(), compose(QUEST, SNAPKV):

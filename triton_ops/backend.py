@@ -66,7 +66,7 @@ CODE = {
     "model.Attention.rotate": "9355eb20",
     "model.Block.forward": "a1d11e14",
     "model.MLP.forward": "a49e6a90",
-    "model.Transformer.forward": "173cfb18",
+    "model.Transformer.forward": "fd38be44",
     "model.Transformer.hidden": "174890a0",
     "sparse.Dense.decode": "e8d8fe43",
     "sparse.Dilated.attend_to_shared": "8345ad28",
