@@ -375,8 +375,8 @@ def compose(task, context_len, tokenizer, rng, protocol, essay, max_new_tokens, 
         needed.append(len(build(draft.least)[-1]) + context_len - room)
     # The original retries for ever.
     raise ValueError(f"{task.short} needs about {sorted(needed)[25]} tokens, {max_new_tokens=} "
-                     f"included, but {context_len=}: raise that, lower max_new_tokens, or take the "
-                     "tasks niah.fitting_tasks names")
+                     f"included, but {context_len=}: raise that, lower max_new_tokens, or leave "
+                     "the task out")
 
 
 @dataclass(frozen=True)

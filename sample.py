@@ -9,6 +9,7 @@ checkpoints/memory, is asked for a needle in a haystack, densely and with the me
 tests/test_sample.py. look.py draws what each head reads meanwhile; eval_niah.py asks many prompts.
 """
 import re
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -73,6 +74,9 @@ def add_question(parser, models, task):
 
 def run(args):
     backend.use(args.kernels)
+    if args.top_k and not args.temperature:
+        print("note: --top_k is of no effect where --temperature=0 takes the likeliest token",
+              file=sys.stderr)
     args.ckpt = args.ckpt or known_models()[-1:]
     models = loaded(args)
     first, tokenizer = next(iter(models.values()))
@@ -127,7 +131,9 @@ def a_needle(args, context_len, tokenizer):
     if not args.task:
         tasks = niah.fitting_tasks(context_len, tokenizer, protocol, **more)
     if not tasks:
-        raise ValueError(f"no needle task fits into {context_len} tokens: give a --prompt")
+        raise ValueError(f"no needle task fits into {context_len} tokens, {args.max_new_tokens} "
+                         "of them for the answer: raise --context_len or --max_new_tokens, or give "
+                         "a --prompt")
     return niah.make_example(tasks[0], context_len, tokenizer, args.seed, args.index, protocol,
                              **more)
 

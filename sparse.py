@@ -386,7 +386,7 @@ class SnapKV(Dense):
               f"window={self.window}, which it includes; raise the budget or set window=")
 
     def score(self, q, k, lengths):
-        """q: (B, W, H, D), k: (B, Tk, KV, D) -> (B, KV, Tk), which counts before the window alone"""
+        """q: (B, W, H, D), k: (B, Tk, KV, D) -> (B, KV, Tk), of use before the window"""
         B, Tk, KV, D = k.shape
         W, G = q.shape[1], q.shape[2] // KV
         slot = torch.arange(Tk, device=q.device)

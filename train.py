@@ -89,7 +89,7 @@ def what_to_train(args, folder=None):
               f"{args.context_len} goes beyond: {what}")
     elif args.yarn and not (longer or folder) and parallel.is_first():
         print(f"note: --yarn={args.yarn:g} is for a --context_len beyond the "
-              f"{config.context_len:,} tokens that {source} was trained for, and none such is given")
+              f"{config.context_len:,} tokens that {source} was trained for: give one")
     if args.context_len and (args.preset or longer):
         config = replace(config, context_len=args.context_len)
     return config, tensors
@@ -204,6 +204,9 @@ def train(args):
     """One run. Returns its newest checkpoint's path and the last line of its log."""
     backend.use(args.kernels)
     run = Path(args.out) / args.name
+    if Path(args.out).is_file() or run.is_file():
+        raise ValueError(f"{run}: a folder is wanted, and there is a file: give another --out or "
+                         "--name")
     run.mkdir(parents=True, exist_ok=True)
     # All processes join before one of them takes the folder, so that if it is refused, all leave.
     with (parallel.join(args.device) as processes,
@@ -280,7 +283,7 @@ def run_in(processes, stop, run, args):
     what = "tokens"  # that validation counts
     if isinstance(training, Needles):
         what = "answer tokens"
-        say(f"{run}: needles of {', '.join(training.tasks)}")
+        say(f"{run}: needles of {', '.join(training.tasks)}, protocol {args.protocol}")
 
     # The model, of which each process keeps its rows or, if it is small, all; and a loss for each
     # pass through it.

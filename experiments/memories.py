@@ -130,11 +130,11 @@ def main():
     if words[:1] in (["-h"], ["--help"]):
         print(__doc__.strip())
         return
-    n = next((i for i, word in enumerate(words) if word in SCRIPTS), 0)
-    files, script = words[:n], words[n] if words else "nothing"
-    if script not in SCRIPTS:
-        cli.end(f"memories.py: {short(script)} is no script to run: one of {', '.join(SCRIPTS)}, "
-                "and its flags")
+    n = next((i for i, word in enumerate(words) if word in SCRIPTS), None)
+    if n is None:
+        cli.end(f"memories.py: {short(' '.join(words)) if words else 'nothing'}: behind your files "
+                f"comes a script to run, one of {', '.join(SCRIPTS)}, and its flags")
+    files, script = words[:n], words[n]
     cli.command("memories.py", lambda: [bring(file) for file in files])
     sys.argv[:n + 2] = [script]  # its own flags are what it finds
     cli.STARTER[1:] = ["-m", "experiments.memories", *files]

@@ -302,8 +302,13 @@ class Ranks:
 
     @contextmanager
     def folder(self, out):
-        """-> the first process's folder, made, and kept from other runs"""
+        """-> the first process's folder, made, and kept from other runs. ValueError if it is none
+        for answers."""
         out = self.meet("prepared", out)[0]
+        if Path(out).is_file():
+            raise ValueError(f"--out {out} is a file: give a folder")
+        if (Path(out) / "log.jsonl").exists() or any(Path(out).glob("step_*")):
+            raise ValueError(f"--out {out} holds a training: give a folder of its own")
         Path(out).mkdir(parents=True, exist_ok=True)
         if self.rank:
             yield out

@@ -390,6 +390,8 @@ class Stop:
     def listen(self):
         while number := self.ours.recv(1):  # of any signal that Python handles, as a byte
             if ord(number) in self.handlers:
+                if not self.wished and self.processes.rank == 0:
+                    print("note: stops after this step", file=sys.stderr, flush=True)
                 self.wished = True
                 self.end_if_alone()
         self.ours.close()

@@ -10,7 +10,7 @@ line, for what a user typed. Checked in tests/test_sparse.py.
 import re
 from dataclasses import fields
 from inspect import get_annotations
-from typing import get_args
+from typing import get_args, get_type_hints
 
 from infra.files import short
 
@@ -26,11 +26,15 @@ def of_text(text, context_len, methods):
     kind = methods[label]
     check("__dataclass_fields__" in vars(kind) or not get_annotations(kind), f"{label}: the fields "
           f"of {kind.__name__} count once the class is a @dataclass(frozen=True)")
-    allowed, values = {f.name: f.type for f in fields(kind)}, {}
+    hints, values = get_type_hints(kind), {}  # also of a file that puts off its annotations
+    allowed = {f.name: hints[f.name] for f in fields(kind)}
     for setting in filter(None, settings.split(",")):
         key, _, value = setting.partition("=")
         has = ", ".join(allowed) or "none"
         check(key in allowed, f"{label} has no setting {key!r}: it has {has}")
+        check(key not in values, f"{text}: {key} is given twice")
+        check(" " not in value, f"{text}: a space ends a method: give several as words of their own, "
+              "and quote each by itself")
         setting = f"{label}:{setting}"
         kinds = get_args(allowed[key]) or [allowed[key]]
         if float in kinds and FLOAT.fullmatch(value):
@@ -103,9 +107,8 @@ def check_blocks(label, method, forced):
     check_settings(label, method)
     budget, size = method.budget, method.block_size
     check(size > 0, f"{label}: block_size={size} must be positive")
-    nearest = max(1, round(budget / size)) * size
+    nearest = max(forced, 1, round(budget / size)) * size
     check(budget > 0 and budget % size == 0, f"{label}: budget={budget} is not a multiple of "
           f"block_size={size}; use {nearest} or another block_size=")
-    check(budget // size >= forced, f"{label}: budget={budget} is {budget // size} blocks of "
-          f"{size}, fewer than the {forced} that are always read; raise the budget or use smaller "
-          "blocks")
+    check(budget // size >= forced, f"{label}: budget={budget} holds {budget // size} of the "
+          f"{forced} blocks of {size} that are always read; raise the budget or use smaller blocks")

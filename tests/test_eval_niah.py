@@ -691,6 +691,15 @@ def test_a_folder_of_other_settings_is_refused(undisturbed, capsys, monkeypatch)
     assert Path("whole/answers-0.jsonl").read_bytes() == before
 
 
+def test_what_is_no_folder_for_answers_is_refused(undisturbed, capsys):
+    """Answers among a training's checkpoints; a number of an error, and no word of what to do."""
+    Path("file").touch()
+    assert "--out file is a file" in refused(capsys, *ASKED, out="file")
+    Path("trained/step_0000003").mkdir(parents=True)
+    assert "--out trained holds a training" in refused(capsys, *ASKED, out="trained")
+    assert len(list(Path("trained").iterdir())) == 1
+
+
 def test_other_prompts_are_refused_with_their_cause(undisturbed, capsys, monkeypatch):
     """Two hashes, and nothing about what made them differ."""
     noise, asked = niah.NOISE, files.load("whole/asked.json", "made_of")

@@ -814,7 +814,7 @@ def refusal(here, capsys, monkeypatch):
     ("--runs memory-0 --init=nowhere", "nowhere"),
     ("--runs memory-0 --data=nowhere", "no .bin shards"),
     ("--runs released-0 --data=nowhere", "no .bin shards"),
-    ("--runs released-0 --data=text.txt", "no .bin shards"),
+    ("--runs released-0 --data=text.txt", "text.txt is a file"),
     ("--runs joint-0 memory-0 --data=nowhere", "no .bin shards"),
     ("--runs joint-0 --results=text.txt", "--results text.txt is no folder"),
     ("--runs joint-0 joint-1 --results=text.txt", "--results text.txt is no folder"),

@@ -91,6 +91,15 @@ def test_an_example_of_a_task_is_not_one_of_a_prompt(out, capsys):
     run(capsys, "--prompt=Hello", "--index=0")
 
 
+def test_what_has_no_effect_or_no_room_is_said(out, capsys):
+    """A draw from five tokens that is none; a context blamed for an answer's room."""
+    sample.main(["--prompt=Hello", "--top_k=5", "--device=cpu"])
+    assert "--top_k is of no effect" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        sample.main(["--max_new_tokens=2", "--device=cpu"])
+    assert "2 of them for the answer" in capsys.readouterr().err
+
+
 def test_several_models_answer_one_prompt(tmp_path, monkeypatch, capsys):
     """A model asked with the other's tokens; two answers that cannot be told apart."""
     monkeypatch.chdir(tmp_path)

@@ -432,6 +432,9 @@ def test_parse_takes_or_refuses_any_text(text):
     "quest:budget=1/3": ["1/3", "4096"],
     "quest:budget=100": ["100", "64", "128"],
     "quest:budget=0": ["budget=0"],
+    "quest:budget=3": ["use 128 or"],  # and not 64, which is too few
+    "quest:budget=1/8,budget=1/4": ["budget is given twice"],
+    "quest:budget=1/8 moba:budget=1/8": ["a space ends a method"],
     "quest:budget=64": ["budget=64", "2"],
     "moba:budget=64": ["budget=64", "2"],
     "quest:block_size=0": ["block_size=0"],
@@ -450,6 +453,19 @@ def test_parse_takes_or_refuses_any_text(text):
 def test_bad_settings_are_one_clear_line(text, words):
     """A typing error that becomes a traceback, or worse, another experiment."""
     refused(lambda: parse(text, context_len=4096), *words)
+
+
+def test_a_file_may_put_off_its_annotations(monkeypatch):
+    """A type that is its name, and no setting has it."""
+    lines = ("from __future__ import annotations", "from dataclasses import dataclass",
+             "from sparse import Quest", "@dataclass(frozen=True)", "class Late(Quest):",
+             "    share: float = 0.5")
+    module = types.ModuleType("late")
+    monkeypatch.setitem(sys.modules, "late", module)
+    exec("\n".join(lines), vars(module))
+    monkeypatch.setitem(sparse.METHODS, "late", module.Late)
+    assert parse("late:budget=1/8,share=1", 4096) == module.Late(512, share=1.0)
+    refused(lambda: parse("late:share=true", 4096), "expected float")
 
 
 def test_a_setting_may_be_a_float(monkeypatch):

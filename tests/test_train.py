@@ -306,6 +306,15 @@ def test_a_longer_context_is_the_models_and_is_told_once(capsys):
     assert "was trained for" not in capsys.readouterr().out
 
 
+def test_a_run_in_a_file_is_refused():
+    """A number of an error, and no word of what to do."""
+    Path("file").touch()
+    refused(lambda: run("--out=file"), "file/", "--out")
+    Path("out").mkdir()
+    Path("out/named").touch()
+    refused(lambda: run("--name=named"), "out/named", "--name")
+
+
 def test_flags_that_text_does_not_hear_are_told(capsys):
     """Tasks that someone believes to have trained on."""
     train.parse(["--recipe=nano", "--data=shards"])  # which has tasks, and nobody named any
@@ -404,6 +413,8 @@ def test_a_wish_to_stop_saves_a_checkpoint_and_the_next_run_goes_on(start, wish,
     said = capsys.readouterr()
     assert stop.value.code == 130 and "--resume" in said.out
     assert said.err.count("make a file out/pico/stop to stop") == (start is in_a_thread)
+    by_signal = start is run and not Path("out/pico/stop").exists()
+    assert said.err.count("stops after this step") == by_signal
     assert weights.resolve("out/pico").name == "step_0000003"
     checkpoint, _ = start("--resume")
     assert checkpoint.name == "step_0000004" and not Path("out/pico/stop").exists()
