@@ -60,8 +60,8 @@ class Shards:
     def __init__(self, path, context_len, seed, split="train"):
         assert context_len > 0 and split in ("train", "val"), f"{context_len=} {split=}"
         if Path(path).is_file():
-            raise ValueError(f"{path} is a file, where a folder of shards is wanted: python data.py "
-                             f"--input={path} makes one of text")
+            raise ValueError(f"{path} is a file, where a folder of shards is wanted: "
+                             f"python data.py --input={path} makes one of text")
         self.shards = [open_shard(file) for file in sorted(Path(path).glob("*.bin"))]
         if not self.shards:
             raise FileNotFoundError(f"{path}: no .bin shards; make them with: python data.py "

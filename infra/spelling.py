@@ -33,8 +33,8 @@ def of_text(text, context_len, methods):
         has = ", ".join(allowed) or "none"
         check(key in allowed, f"{label} has no setting {key!r}: it has {has}")
         check(key not in values, f"{text}: {key} is given twice")
-        check(" " not in value, f"{text}: a space ends a method: give several as words of their own, "
-              "and quote each by itself")
+        check(" " not in value, f"{text}: a space ends a method: give several as words of their "
+              "own, and quote each by itself")
         setting = f"{label}:{setting}"
         kinds = get_args(allowed[key]) or [allowed[key]]
         if float in kinds and FLOAT.fullmatch(value):
