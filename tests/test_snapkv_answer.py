@@ -52,7 +52,7 @@ def test_what_the_scores_say_stays():
     wanted = torch.randperm(T - METHOD.window - layers, generator=drawn)[:chosen]
     nothing = torch.zeros(1, model.config.n_kv_head, T + 9)
     scores = [nothing.index_fill(2, wanted + i, 1.0) for i in range(layers)]
-    cache, logits, _ = eval_niah.prefill(model, [example], sparse.Dense(), 4)
+    cache, logits, _ = eval_niah.prefill(model, [example], sparse.Dense(), 4, 64)
     method = snapkv_answer.Foreseeing(METHOD.budget, METHOD.window, METHOD.kernel, scores=scores)
     model.decode(logits, cache, 4, method)
     for i, positions in enumerate(cache.positions):
