@@ -330,7 +330,7 @@ class Transformer(Inference, nn.Module):
         sparse=None,     # as in forward
         compiled=False,  # the loss by torch.compile
     ):                   # -> sum of weight * cross entropy of tokens[:, 1:], in nats
-        """For training, with gradients: logits exist a few tokens at a time (infra/loss.py)."""
+        """With gradients. Logits exist some thousand tokens at a time: infra/loss.py"""
         x = self.hidden(tokens[:, :-1], sparse).flatten(0, 1)  # (B * T, C)
         targets, weight = tokens[:, 1:].flatten(), weight[:, 1:].flatten()
         return weighted_loss(x, self.head_weight, targets, weight, compiled)
