@@ -35,7 +35,7 @@ import sparse
 from data import batches, fingerprint, hash_of, make_data, tokenizer_of, workers_told
 from infra import checkpoint, cost, parallel, runlog, watch, weights
 from infra.cli import command, commit, device_name
-from infra.files import only_one, told_to_end
+from infra.files import make_folder, only_one, told_to_end
 from infra.init import fresh, memory_tensors
 from infra.rope import stretched_to, yarn_for
 from memory import MEMORIES, arl_passes, lengths_of
@@ -204,10 +204,7 @@ def train(args):
     """One run. Returns its newest checkpoint's path and the last line of its log."""
     backend.use(args.kernels)
     run = Path(args.out) / args.name
-    if Path(args.out).is_file() or run.is_file():
-        raise ValueError(f"{run}: a folder is wanted, and there is a file: give another --out or "
-                         "--name")
-    run.mkdir(parents=True, exist_ok=True)
+    make_folder(run, "--out and --name:")
     # All processes join before one of them takes the folder, so that if it is refused, all leave.
     with (parallel.join(args.device) as processes,
           only_one(run) if processes.rank == 0 else nullcontext(),

@@ -49,7 +49,7 @@ from data import Shards, tokenizer_of
 from experiments import conversion, reproduce, runs, starts, swap, ways
 from experiments.oracle import Frozen, Needles, left_out, oracle
 from infra import files, runlog, weights
-from infra.answers import by_length, read_lines
+from infra.answers import read_lines
 from infra.cli import command, flag_parser, made_by, positive, sized, usable_device
 from infra.report import best_hits, mean, pyplot
 from memory import Decay
@@ -433,14 +433,12 @@ def hits_of(model, tokenizer, examples, methods, batch):
     """H1 of {text: method} that select for an answer: of the share of answers that a head hits, the
     mean of the tasks, and of this the mean of the best heads, in percent."""
     selecting = {m: text for text, m in methods.items() if not isinstance(m, sparse.MoBA)}
-    hits, cache = {text: {} for text in selecting.values()}, None
-    for rows in by_length(examples, batch):
-        some = [examples[i] for i in rows]
-        _, found, cache = eval_niah.answer(model, tokenizer, some, [], cache, selecting)
+    hits = {text: {} for text in selecting.values()}
+    for rows, _, found in ways.by_batch(model, tokenizer, examples, [], batch, selecting):
         for method, text in selecting.items():
-            for e, hit in zip(some, found[method]):  # bool (answers, layers, KV)
+            for i, hit in zip(rows, found[method]):  # bool (answers, layers, KV)
                 if len(hit):  # else no token of an answer counts
-                    hits[text].setdefault(e.task, []).append(hit)
+                    hits[text].setdefault(examples[i].task, []).append(hit)
     return {text: best_hits([{"hits": torch.cat(of_task).float().mean(0).tolist()}
                              for of_task in by_task.values()])
             for text, by_task in hits.items()}

@@ -20,12 +20,22 @@ from model import Transformer
 from triton_ops import backend
 
 
-def evaluate(model, tokenizer, examples, methods, batch=16):
-    """The answers to all examples, `batch` at a time: {method: Outcome}"""
-    answers, cache = {method: [None] * len(examples) for method in methods}, None
+def by_batch(model, tokenizer, examples, methods, batch, selecting=()):
+    """
+    All examples, `batch` at a time: yields which they are, and of eval_niah.answer the answers to
+    `methods` and H1's hits of those `selecting`.
+    """
+    cache = None
     for rows in by_length(examples, batch):
         some = [examples[i] for i in rows]
-        of_batch, _, cache = eval_niah.answer(model, tokenizer, some, methods, cache)
+        answers, hits, cache = eval_niah.answer(model, tokenizer, some, methods, cache, selecting)
+        yield rows, answers, hits
+
+
+def evaluate(model, tokenizer, examples, methods, batch=16):
+    """The answers to all examples, `batch` at a time: {method: Outcome}"""
+    answers = {method: [None] * len(examples) for method in methods}
+    for rows, of_batch, _ in by_batch(model, tokenizer, examples, methods, batch):
         for method, of_rows in of_batch.items():
             for i, of_row in zip(rows, of_rows):
                 answers[method][i] = of_row

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from infra import weights
-from infra.files import SEAL, load, only_one, parse_json, save, seal_of, sealed
+from infra.files import SEAL, load, make_folder, only_one, parse_json, save, seal_of, sealed
 
 
 # ---------------------------------------------------------------- an answer, a line
@@ -305,11 +305,9 @@ class Ranks:
         """-> the first process's folder, made, and kept from other runs. ValueError if it is none
         for answers."""
         out = self.meet("prepared", out)[0]
-        if Path(out).is_file():
-            raise ValueError(f"--out {out} is a file: give a folder")
         if (Path(out) / "log.jsonl").exists() or any(Path(out).glob("step_*")):
             raise ValueError(f"--out {out} holds a training: give a folder of its own")
-        Path(out).mkdir(parents=True, exist_ok=True)
+        make_folder(out, "--out")
         if self.rank:
             yield out
             return

@@ -179,6 +179,14 @@ def save(report, path):
     whole_or_nothing(path, lambda file: file.write_text(json.dumps(report, indent=1)))
 
 
+def make_folder(path, flag):
+    """Make the folder that a flag names, if need be. ValueError where there is a file."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"{flag} {path} is a file, or in one: give a folder") from None
+
+
 def load(path, *fields, remedy="move it away"):
     """
     What save wrote. ValueError, which names the file, if it has not all these fields, or is no

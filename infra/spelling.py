@@ -26,8 +26,12 @@ def of_text(text, context_len, methods):
     kind = methods[label]
     check("__dataclass_fields__" in vars(kind) or not get_annotations(kind), f"{label}: the fields "
           f"of {kind.__name__} count once the class is a @dataclass(frozen=True)")
-    hints, values = get_type_hints(kind), {}  # also of a file that puts off its annotations
-    allowed = {f.name: hints[f.name] for f in fields(kind)}
+    try:
+        hints = get_type_hints(kind)  # also where a file puts off its annotations
+    except NameError as error:
+        raise ValueError(f"{label}: the fields of {kind.__name__} have a type that is not known "
+                         f"({error}): import it where the class is made") from None
+    allowed, values = {f.name: hints[f.name] for f in fields(kind)}, {}
     for setting in filter(None, settings.split(",")):
         key, _, value = setting.partition("=")
         has = ", ".join(allowed) or "none"

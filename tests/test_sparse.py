@@ -466,6 +466,8 @@ def test_a_file_may_put_off_its_annotations(monkeypatch):
     monkeypatch.setitem(sparse.METHODS, "late", module.Late)
     assert parse("late:budget=1/8,share=1", 4096) == module.Late(512, share=1.0)
     refused(lambda: parse("late:share=true", 4096), "expected float")
+    monkeypatch.setitem(module.Late.__annotations__, "share", "Unheard")
+    refused(lambda: parse("late:budget=1/8", 4096), "late", "Unheard", "import it")
 
 
 def test_a_setting_may_be_a_float(monkeypatch):
